@@ -1,0 +1,47 @@
+# `make help` lists the targets.
+CHECK := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c '$(CHECK)' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint format types bench docker clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## make .venv with the pinned requirements (Python 3.11 to 3.13; PYTHON=... picks one)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(CHECK)' || { echo "Python 3.11 to 3.13 is needed; name one with PYTHON=..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+train: setup ## train BiFormer on the embedded digits (about two minutes on two cores)
+	$(BIN)/python train.py
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest -n 2
+
+lint: setup ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: setup ## put the code into its form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup ## the benchmarks, as ratios against named peers
+	$(BIN)/python scripts/benchmark_ops.py
+	$(BIN)/python scripts/benchmark_pipeline.py
+	$(BIN)/python scripts/benchmark_trainer.py
+	$(BIN)/python scripts/benchmark_models.py --models biformer_tiny swin_tiny resnet50
+
+docker: ## build the image `retinue`
+	docker build -t retinue .
+
+clean: ## remove .venv and caches; outputs stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
