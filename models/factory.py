@@ -1,0 +1,121 @@
+"""Nets from config."""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import timm
+import torch
+from omegaconf import OmegaConf
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from ops.registry import nearest
+
+
+def create_model(model_cfg: Mapping, num_classes: int, in_chans: int, img_size: int | Sequence[int]) -> nn.Module:
+    """The classification net of a `conf/model/*.yaml`.
+
+    `sizes` maps names to the arguments of `timm.create_model`, `name` among them; `size` picks one. Where it is null,
+    it is the first that is for such images: one with `images_up_to` is for images of up to so many pixels a side.
+    `args` and all other keys but `recipe` are further arguments; null ones are left out.
+
+    Raises:
+        ValueError: the size, the name or an argument is unknown, or the net cannot take images of `img_size`.
+    """
+    cfg: Any = OmegaConf.to_container(model_cfg, resolve=True) if OmegaConf.is_config(model_cfg) else model_cfg
+    image = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+    chosen = pick_size(cfg.get("sizes") or {}, cfg.get("size"), max(image))
+    own = {key: value for key, value in cfg.items() if key not in ("recipe", "size", "sizes", "args")}
+    args = {key: value for key, value in {**chosen, **own, **(cfg.get("args") or {})}.items() if value is not None}
+    args.pop("images_up_to", None)
+    name = args.pop("name", None)
+    if name is None:
+        raise ValueError("model.name must be the name of a net, such as model.name=resnet50")
+    return build(name, image, num_classes=num_classes, in_chans=in_chans, **args)
+
+
+def model_name(model_cfg: Mapping, img_size: int | Sequence[int]) -> str:
+    """The registry name of the net that `create_model` would make."""
+    pixels = img_size if isinstance(img_size, int) else max(img_size)
+    chosen = pick_size(model_cfg.get("sizes") or {}, model_cfg.get("size"), pixels)
+    return str(chosen["name"] if chosen else model_cfg["name"])
+
+
+def pick_size(sizes: Mapping[str, dict], size: str | None, pixels: int) -> dict:
+    """The arguments of the size called `size`, or of the first for images of so many pixels a side."""
+    if not sizes:
+        return {}
+    if size is None:
+        return next(args for args in sizes.values() if pixels <= args.get("images_up_to", pixels))
+    if size not in sizes:
+        raise ValueError(f"model.size {size!r} is unknown.{nearest(size, sizes)} There are: {', '.join(sizes)}")
+    return sizes[size]
+
+
+def check_name(name: str) -> None:
+    """Raise a ValueError where no net is registered under the name."""
+    if not timm.is_model(name.partition(".")[0]):
+        raise ValueError(f"no net is called {name!r}.{nearest(name.partition('.')[0], timm.list_models())}")
+
+
+def build(name: str, image: tuple[int, int], **args) -> nn.Module:
+    """`timm.create_model` for images of that size in pixels, with errors in one line."""
+    check_name(name)
+    if timm.models.model_entrypoint(name.partition(".")[0]).__module__.startswith("timm."):  # ours take any size
+        check_size(name, image, args)
+    try:
+        return timm.create_model(name, **sized(name, image), **args)
+    except TypeError as error:
+        raise ValueError(_reason(name, error)) from error
+
+
+def sized(name: str, image: tuple[int, int]) -> dict:
+    """The image size as an argument, for nets that are built for one."""
+    cfg = get_pretrained_cfg(name)
+    return {"img_size": image} if cfg is not None and cfg.fixed_input_size else {}
+
+
+def check_size(name: str, image: tuple[int, int], args: Mapping) -> None:
+    """Raise a ValueError where a net of timm's does not run on such images: tried on the meta device."""
+    if _problem(name, image, args) is None:
+        return
+    cfg = get_pretrained_cfg(name)
+    default = cfg.input_size[1:] if cfg is not None else image
+    error = _problem(name, default, args)
+    if error is not None:
+        raise ValueError(_reason(name, error)) from error
+    near = []
+    for step in (-16, 16):
+        start = max(image) // 16 * 16 + max(step, 0)
+        tried = (side for side in range(start, start + 16 * step, step) if side > 0)
+        near += islice((str(side) for side in tried if _problem(name, (side, side), args) is None), 1)
+    sides = ", ".join(near or map(str, default))
+    raise ValueError(f"{name} takes no images of {image[0]} x {image[1]} pixels; sides near that it takes: {sides}")
+
+
+def _problem(name: str, image: tuple[int, int], args: Mapping) -> Exception | None:
+    """What keeps a net from being built for such images and run on them."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            net = timm.create_model(name, **sized(name, image), **{**args, "pretrained": False}).eval()
+            patch = getattr(getattr(net, "patch_embed", None), "patch_size", None) or (1, 1)
+            if any(side % p for side, p in zip(image, patch, strict=True)):
+                raise ValueError("pixels beyond the last whole patch would be cut off")
+            net(torch.empty(1, args.get("in_chans", 3), *image))
+    except Exception as error:  # nets refuse sizes in every way
+        return error
+    return None
+
+
+def _reason(name: str, error: Exception) -> str:
+    """One line on why a net cannot be built."""
+    text = str(error).strip().partition("\n")[0]
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
+    if unknown:
+        with torch.device("meta"):
+            arguments = inspect.signature(type(timm.create_model(name)).__init__).parameters
+        return f"{name} takes no argument {unknown[1]!r}.{nearest(unknown[1], arguments)}"
+    return text if isinstance(error, ValueError) else f"{name} cannot be built so: {text or type(error).__name__}"

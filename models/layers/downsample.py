@@ -1,0 +1,39 @@
+"""Layers that bring a map to a lower resolution."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+
+class PatchConv2d(nn.Conv2d):
+    """Convolution of patches that do not overlap: (B, C, H, W) to (B, dim, ⌈H / patch⌉, ⌈W / patch⌉).
+
+    Zeros pad the map on the right and at the bottom to whole patches.
+    """
+
+    def __init__(self, in_dim: int, dim: int, patch: int):
+        super().__init__(in_dim, dim, patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (patch_h, patch_w), (H, W) = self.kernel_size, x.shape[2:]
+        return super().forward(F.pad(x, (0, -W % patch_w, 0, -H % patch_h)))
+
+
+class PatchMerging(nn.Module):
+    """Swin's downsampling: norm and linear map of 2 x 2 tokens, (B, C, H, W) to (B, dim, ⌈H / 2⌉, ⌈W / 2⌉)."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * in_dim)
+        self.reduction = nn.Linear(4 * in_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)).permute(0, 2, 3, 1)
+        quarters = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.reduction(self.norm(torch.cat(quarters, dim=-1))).permute(0, 3, 1, 2)
+
+
+def patch_embed(in_chans: int, dim: int, patch: int = 4, norm: type[nn.Module] = LayerNorm2d, **norm_args) -> nn.Module:
+    """A stem: patches of the image (B, C, H, W) and a norm."""
+    return nn.Sequential(PatchConv2d(in_chans, dim, patch), norm(dim, **norm_args))

@@ -1,0 +1,89 @@
+"""Shifted-window attention of Swin Transformer (Liu et al., ICCV 2021, arXiv:2103.14030)."""
+
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from ops.functional import biased_attention
+from ops.registry import Place, register_op
+from ops.windows import from_windows, pad_to_multiple, to_windows
+
+
+@register_op("window")
+class WindowAttention(nn.Module):
+    """Self-attention inside windows, with a learned bias for each relative position. Cost is linear in H * W.
+
+    Zeros pad the map on the right and at the bottom until windows fit, and are attended to. Along a side that is
+    not longer than the window, the window is that side and is not shifted.
+
+    Args:
+        dim, num_heads: channels and heads.
+        window: side of a window in tokens.
+        shift: tokens by which the windows are shifted; by default half a window in every second block of a stage.
+        qkv_bias: give the query, key and value projections a bias.
+    """
+
+    relative_position_bias_table: nn.Parameter
+    relative_position_index: Tensor
+    renames = ((r"^relative_position_index$", None),)
+
+    def __init__(self, dim: int, num_heads: int, *, place: Place = Place(), window: int = 7,
+                 shift: int | None = None, qkv_bias: bool = True):
+        super().__init__()
+        if shift is None:
+            shift = window // 2 * (place.block % 2)
+        if window < 1 or not 0 <= shift < max(window, 1):
+            raise ValueError(f"window must be at least 1 and shift from 0 to window - 1, not {window} and {shift}")
+        self.num_heads, self.window_size, self.shift = num_heads, (window, window), shift
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"relative_position_bias_table"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[1:3]
+        window = (min(self.window_size[0], H), min(self.window_size[1], W))
+        shift = tuple(self.shift if window[i] < side else 0 for i, side in enumerate((H, W)))
+        x = pad_to_multiple(x, window)
+        size = x.shape[1:3]
+        grid = (size[0] // window[0], size[1] // window[1])
+
+        bias = self.bias(window)
+        if any(shift):
+            x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
+            bias = bias + shift_mask(size, grid, shift, bias)
+        out = biased_attention(self.qkv(to_windows(x, grid)), bias, self.num_heads)
+        out = from_windows(out, grid, size)
+        if any(shift):
+            out = out.roll(shift, dims=(1, 2))
+        return self.proj(out[:, :H, :W])
+
+    def bias(self, window: tuple[int, int]) -> Tensor:
+        """The bias between the tokens of a window: (1, heads, tokens, tokens)."""
+        (h, w), side = window, self.window_size[0]
+        index = self.relative_position_index.view(side, side, side, side)[:h, :w, :h, :w].reshape(h * w, h * w)
+        return self.relative_position_bias_table[index].permute(2, 0, 1).unsqueeze(0)
+
+
+def relative_position_index(window: int) -> Tensor:
+    """The row of the bias table for each pair of a window's tokens: (tokens, tokens)."""
+    side = torch.arange(window)
+    offset = side[:, None] - side + window - 1  # from 0 to 2 * window - 2
+    return (offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]).reshape(window**2, window**2)
+
+
+def shift_mask(size: torch.Size, grid: tuple[int, int], shift: tuple[int, ...], like: Tensor) -> Tensor:
+    """-inf between tokens of a window that the shift brought together from opposite sides of the map, 0 elsewhere.
+
+    (windows, 1, tokens, tokens). The authors add -100: exp(-100) is a denormal number, which makes the CPU several
+    times slower and differs from 0 by nothing that is seen.
+    """
+    rows, columns = (torch.arange(n, device=like.device) >= n - s for n, s in zip(size, shift, strict=True))
+    region = (2 * rows[:, None] + columns).view(1, *size, 1)
+    region = to_windows(region, grid).view(grid[0] * grid[1], 1, -1)
+    apart = region.unsqueeze(-1) != region.unsqueeze(-2)
+    return torch.zeros_like(apart, dtype=like.dtype).masked_fill_(apart, -torch.inf)

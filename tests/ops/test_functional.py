@@ -1,0 +1,125 @@
+"""Every formulation of the attention primitives against plain sums in float64, gradients included."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ops import functional
+from ops.functional import biased_attention, gathered_attention, map_attention, routed_attention, routing_mask
+from ops.windows import from_windows, to_windows, window_means
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, num_heads: int, scale: float) -> Tensor:
+    """Attention of (B, H, W, C), each query (B, N) only over the keys that `allowed` (B, N, N) names, head by head."""
+    B, H, W, C = q.shape
+    q, k, v = (t.reshape(B, H * W, C) for t in (q, k, v))
+    D, heads = C // num_heads, []
+    for h in range(num_heads):
+        part = slice(h * D, (h + 1) * D)
+        scores = torch.einsum("bnd,bmd->bnm", q[..., part], k[..., part]) * scale
+        weights = scores.exp() * allowed
+        heads.append(torch.einsum("bnm,bmd->bnd", weights / weights.sum(-1, keepdim=True), v[..., part]))
+    return torch.cat(heads, -1).view(B, H, W, C)
+
+
+def allowed_by(index: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """(B, N, N): whether the window of the one token is routed to that of the other, token by token."""
+    window = [y // (size[0] // grid[0]) * grid[1] + x // (size[1] // grid[1])
+              for y in range(size[0]) for x in range(size[1])]  # fmt: skip
+    chosen = [[set(row.tolist()) for row in image] for image in index]
+    return torch.tensor([[[j in image[i] for j in window] for i in window] for image in chosen], dtype=torch.float64)
+
+
+CASES = {  # size, grid, topk: masked, gathered and plain attention on the CPU, square and not
+    "small": ((6, 8), (3, 2), 2),
+    "small, one": ((4, 4), (2, 2), 1),
+    "large": ((18, 15), (6, 3), 4),
+    "large, one": ((16, 16), (4, 4), 1),
+    "all": ((6, 9), (2, 3), 6),
+    "large, all": ((16, 18), (2, 2), 4),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("formulation", ["routed_attention", "gathered_attention", "masked"])
+def test_routed_attention_and_its_gradients(case, formulation):
+    size, grid, topk = CASES[case]
+    heads, scale, windows = 2, 0.3, grid[0] * grid[1]
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, *size, 8) for _ in range(3)]
+    upstream = torch.randn(2, *size, 8)
+    index = torch.rand(2, windows, windows).topk(topk).indices
+
+    def run(dtype: torch.dtype, attend) -> list[Tensor]:
+        q, k, v = (t.to(dtype).requires_grad_() for t in inputs)
+        out = attend(q, k, v)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), upstream.to(dtype))]
+
+    def attend(q, k, v):
+        if formulation == "masked":
+            return map_attention(q, k, v, heads, scale, routing_mask(index, grid, size, q.dtype))
+        return getattr(functional, formulation)(q, k, v, index, grid, heads, scale)
+
+    allowed = allowed_by(index, grid, size)
+    reference = run(torch.float64, lambda q, k, v: dense_attention(q, k, v, allowed, heads, scale))
+    for name, ours, truth in zip(("out", "dq", "dk", "dv"), run(torch.float32, attend), reference, strict=True):
+        assert (ours - truth).abs().max() < 2e-6 * truth.abs().max(), name
+    for name, ours, truth in zip(("out", "dq", "dk", "dv"), run(torch.float64, attend), reference, strict=True):
+        assert (ours - truth).abs().max() < 1e-12, name
+
+
+def test_small_maps_are_masked_and_large_ones_gathered(monkeypatch):
+    seen = []
+    monkeypatch.setattr(functional, "gathered_attention", lambda *args: seen.append("gathered"))
+    monkeypatch.setattr(functional, "map_attention", lambda *args: seen.append("masked" if len(args) > 5 else "plain"))
+    index = torch.zeros(1, 4, 1, dtype=torch.long)
+    for side, idx, device in ((14, index, "cpu"), (16, index, "cpu"), (14, index.to("meta"), "meta")):
+        q = torch.empty(1, side, side, 4, device=device)
+        routed_attention(q, q, q, idx, (2, 2), 1, 1.0)
+    routed_attention(q, q, q, torch.zeros(1, 4, 4, dtype=torch.long), (2, 2), 1, 1.0)
+    assert seen == ["masked", "gathered", "gathered", "plain"]
+
+
+@pytest.mark.parametrize("per_window", [False, True])
+def test_biased_attention_and_its_gradients(per_window):
+    B, P, N, heads, D = 2, 3, 6, 2, 4
+    torch.manual_seed(0)
+    inputs = (torch.randn(B, P, N, 3 * heads * D), torch.randn(P if per_window else 1, heads, N, N))
+    upstream = torch.randn(B, P, N, heads * D)
+
+    def plain(qkv: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = qkv.view(B, P, N, 3, heads, D).unbind(3)
+        weights = (torch.einsum("bpihd,bpjhd->bphij", q, k) / D**0.5 + bias).softmax(-1)
+        return torch.einsum("bphij,bpjhd->bpihd", weights, v).flatten(-2)
+
+    def run(dtype: torch.dtype, attend) -> list[Tensor]:
+        own = [t.to(dtype).requires_grad_() for t in inputs]
+        out = attend(*own)
+        return [out.detach(), *torch.autograd.grad(out, own, upstream.to(dtype))]
+
+    reference = run(torch.float64, plain)
+    for ours, truth in zip(run(torch.float32, lambda *t: biased_attention(*t, heads)), reference, strict=True):
+        assert (ours - truth).abs().max() < 2e-6 * truth.abs().max()
+
+
+def test_windows_are_cut_in_order_and_put_back():
+    x = torch.arange(2 * 6 * 8 * 3).view(2, 6, 8, 3)
+    windows = to_windows(x, (3, 2))
+    assert windows.shape == (2, 6, 8, 3)
+    assert torch.equal(windows[1, 3], x[1, 2:4, 4:8].reshape(8, 3))  # second row of windows, second column
+    assert torch.equal(from_windows(windows, (3, 2), (6, 8)), x)
+
+
+def test_window_means_leave_out_what_is_beyond_the_map():
+    x = torch.rand(1, 5, 7, 2, dtype=torch.float64)
+    means = window_means(x, (2, 3)).view(3, 3, 2)
+    assert torch.allclose(means[1, 1], x[0, 2:4, 3:6].mean((0, 1)))
+    assert torch.allclose(means[2, 2], x[0, 4:5, 6:7].mean((0, 1)))
+
+
+def test_gathering_takes_strided_inputs():
+    qkv = torch.randn(1, 4, 6, 12)
+    index = torch.tensor([[[1], [0], [3], [2]]])
+    q, k, v = qkv.chunk(3, -1)
+    apart = gathered_attention(*(t.clone() for t in (q, k, v)), index, (2, 2), 2, 1.0)
+    assert torch.equal(gathered_attention(q, k, v, index, (2, 2), 2, 1.0), apart)

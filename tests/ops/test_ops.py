@@ -1,0 +1,154 @@
+"""Every registered op, whatever it is; and what the shifted windows and the routing of each are by definition."""
+
+import copy
+import importlib
+import math
+
+import pytest
+import torch
+
+from ops import Place, create_op, list_ops
+from ops.registry import _OPS
+
+SIZES = ((1, 1), (3, 20), (7, 7), (13, 9), (16, 16))
+PLACES = (Place(0, 0, 2, 4), Place(1, 1, 2, 8), Place(3, 1, 2, 32))
+
+
+@pytest.fixture(params=list_ops())
+def name(request):
+    return request.param
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_bare_name_keeps_any_shape_and_trains_every_parameter(name, place):
+    torch.manual_seed(0)
+    op = create_op(name, dim=16, num_heads=2, place=place)
+    for size in SIZES:
+        x = torch.randn(2, *size, 16, requires_grad=True)
+        out = op(x)
+        assert out.shape == x.shape
+        assert out.isfinite().all()
+    grads = torch.autograd.grad(out.square().sum(), (x, *op.parameters()), allow_unused=True)
+    for key, grad in zip(("input", *(key for key, _ in op.named_parameters())), grads, strict=True):
+        assert grad is not None and grad.isfinite().all() and grad.abs().sum() > 0, key
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_float32_and_bfloat16_follow_float64(name, place):
+    torch.manual_seed(0)
+    op = create_op(name, dim=16, num_heads=2, place=place)
+    x = torch.randn(1, 13, 9, 16)
+    truth = copy.deepcopy(op).double()(x.double())
+    assert (op(x) - truth).abs().max() < 1e-5 * truth.abs().max()
+    assert op.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert op.float()(x).isfinite().all()
+
+
+def test_does_not_mix_images(name):
+    torch.manual_seed(0)
+    op = create_op(name, dim=16, num_heads=2, place=PLACES[1])
+    x = torch.randn(2, 13, 9, 16)
+    assert torch.allclose(op(x)[1:], op(x[1:]), atol=1e-6)
+
+
+def test_file_is_named_as_its_op(name):
+    assert _OPS[name] is getattr(importlib.import_module(f"ops.attention.{name}"), _OPS[name].__name__)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("size", [(8, 12), (9, 14), (3, 10), (4, 4), (2, 3)], ids=str)
+def test_window_attends_as_defined(size, block):
+    """Each token against those of its shifted window on the padded map, one by one; zeros of the padding count."""
+    torch.manual_seed(0)
+    op = create_op("window", dim=4, num_heads=1, place=Place(block=block), window=4).double()
+    window = tuple(min(4, side) for side in size)
+    shift = tuple(2 if block and side > 4 else 0 for side in size)
+    padded = tuple(-(-side // w) * w for side, w in zip(size, window, strict=True))
+    x = torch.randn(1, *size, 4, dtype=torch.float64)
+    full = torch.zeros(1, *padded, 4, dtype=torch.float64)
+    full[:, : size[0], : size[1]] = x
+    q, k, v = op.qkv(full)[0].chunk(3, -1)
+
+    def window_of(token):
+        """Which window, and which side of the map where the shift wraps around."""
+        moved = [(t - s) % n for t, s, n in zip(token, shift, padded, strict=True)]
+        wrapped = [t < s for t, s in zip(token, shift, strict=True)]
+        return tuple(m // w for m, w in zip(moved, window, strict=True)), tuple(wrapped)
+
+    tokens = [(i, j) for i in range(padded[0]) for j in range(padded[1])]
+    out = torch.zeros_like(x)
+    for i, j in ((i, j) for i, j in tokens if i < size[0] and j < size[1]):
+        keys = [t for t in tokens if window_of(t) == window_of((i, j))]
+        bias = [op.relative_position_bias_table[(i - a + 3) * 7 + (j - b + 3), 0] for a, b in keys]
+        scores = torch.stack([q[i, j] @ k[a, b] / math.sqrt(4) + c for (a, b), c in zip(keys, bias, strict=True)])
+        out[0, i, j] = op.proj(scores.softmax(0) @ torch.stack([v[a, b] for a, b in keys]))
+    assert torch.allclose(op(x), out, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["legacy", "nchw"])
+@pytest.mark.parametrize("size", [(8, 12), (9, 14), (3, 10)], ids=str)
+def test_bilevel_routing_attends_as_defined(size, form):
+    torch.manual_seed(0)
+    n_win, topk = 4, 3
+    op = create_op("bilevel_routing", dim=6, num_heads=2, n_win=n_win, topk=topk, lepe_kernel=3, form=form).double()
+    x = torch.randn(1, *size, 6, dtype=torch.float64)
+    if form == "legacy":  # zeros are added before the projection, and count in the means
+        side = tuple(-(-n // n_win) for n in size)
+        padded = tuple(n_win * s for s in side)
+        before = torch.zeros(1, *padded, 6, dtype=torch.float64)
+        before[:, : size[0], : size[1]] = x
+        q, k, v = op.qkv(before)[0].chunk(3, -1)
+        real = torch.ones(padded, dtype=torch.bool)
+        lepe = op.lepe(v.permute(2, 0, 1))
+    else:  # after it, and do not count
+        side = tuple(max(n // n_win, 1) for n in size)
+        padded = tuple(-(-n // s) * s for n, s in zip(size, side, strict=True))
+        q, k, v = (torch.zeros(*padded, 6, dtype=torch.float64) for _ in range(3))
+        for t, projected in zip((q, k, v), op.qkv(x)[0].chunk(3, -1), strict=True):
+            t[: size[0], : size[1]] = projected
+        real = torch.zeros(padded, dtype=torch.bool)
+        real[: size[0], : size[1]] = True
+        lepe = op.lepe(v[: size[0], : size[1]].permute(2, 0, 1))
+
+    tokens = [(i, j) for i in range(padded[0]) for j in range(padded[1])]
+    windows: dict[tuple[int, int], list] = {}
+    for i, j in tokens:
+        windows.setdefault((i // side[0], j // side[1]), []).append((i, j))
+    at = lambda t, places: torch.stack([t[place] for place in places])  # noqa: E731
+    means = {w: tuple(at(t, [p for p in places if real[p]]).mean(0) for t in (q, k)) for w, places in windows.items()}
+    out = torch.zeros_like(x)
+    for w, places in windows.items():
+        chosen = sorted(windows, key=lambda other: -(means[w][0] @ means[other][1]).item())[:topk]
+        keys = [place for other in chosen for place in windows[other]]
+        for i, j in (p for p in places if p[0] < size[0] and p[1] < size[1]):
+            heads = []
+            for h in (slice(0, 3), slice(3, 6)):
+                weights = (at(k, keys)[:, h] @ q[i, j, h] / math.sqrt(6)).softmax(0)  # of the width, not of a head
+                heads.append(weights @ at(v, keys)[:, h])
+            out[0, i, j] = op.proj(torch.cat(heads) + lepe[:, i, j])
+    assert torch.allclose(op(x), out, atol=1e-12)
+
+
+def test_window_shifts_in_every_second_block():
+    shifts = [create_op("window", 8, 2, place=Place(block=block)).shift for block in range(4)]
+    assert shifts == [0, 3, 0, 3]
+
+
+def test_routing_takes_four_times_as_many_windows_a_stage():
+    topk = [create_op("bilevel_routing", 8, 2, place=Place(stage)).topk for stage in range(4)]
+    assert topk == [1, 4, 16, 49]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "bilevel_routing", "topk": 50}, "topk must be from 1 to n_win² = 49, not 50"),
+        ({"name": "bilevel_routing", "form": "nhwc"}, "form must be 'legacy' or 'nchw'"),
+        ({"name": "full", "lepe_of": "keys"}, "lepe_of must be 'input' or 'values'"),
+        ({"name": "window", "window": 4, "shift": 4}, "shift from 0 to window - 1, not 4 and 4"),
+    ],
+)
+def test_wrong_values_are_named(spec, message):
+    with pytest.raises(ValueError, match=message):
+        create_op(spec, 8, 2)
