@@ -1,0 +1,33 @@
+"""Handwritten digits, embedded: no download, seconds an epoch."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from datamodules.base import ClassificationData
+from datamodules.images import ArrayImages, rank_in_class
+
+SIZE = 32
+
+
+class Digits(ClassificationData):
+    """scikit-learn's 1,797 digits (UCI, "Optical Recognition of Handwritten Digits"), scaled from 8 to 32 px.
+
+    Of every ten images of a class the first is for validation, the fourth and the ninth for testing: 1,255 / 185 / 357.
+    """
+
+    class_names = tuple("0123456789")
+
+    def find_root(self, root: str | None) -> Path | None:
+        if root is not None:
+            raise ValueError(f"data=digits is embedded and takes no data.root, not {root!r}")
+
+    def load(self, split: str) -> ArrayImages:
+        small, labels = load_digits(return_X_y=True)
+        tenth = rank_in_class(labels) % 10
+        mine = np.isin(tenth, {"train": (1, 2, 4, 5, 6, 7, 9), "val": (0,), "test": (3, 8)}[split])
+        small = np.rint(small[mine].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        images = [np.array(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for image in small]
+        return ArrayImages(np.stack(images), labels[mine], f"digits/{split}")
