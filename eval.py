@@ -1,0 +1,53 @@
+"""Evaluate a net: `python eval.py run=DIR` or `python eval.py model=biformer weights=FILE data=imagenet ...`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from runs.config import CONF, check, register_resolvers, with_run
+from runs.errors import in_a_job, user_errors
+from runs.help import wants_help, write_help
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Evaluate on the test split; writes `result.json`, `predictions.csv`, `confusion.png`, `reliability.png`.
+
+    Returns:
+        The metrics: `test/top1`, `test/top1_ci95`, ...
+
+    Raises:
+        ValueError: weights, model and data do not fit.
+    """
+    from runs.evaluation import evaluate_here
+    from runs.launch import launch, needs_launch
+    from runs.result import read_result, show_result
+    from runs.training import no_empty_folder
+
+    folder = Path(cfg.run_dir)
+    with no_empty_folder(folder):
+        check(cfg)
+        launch(evaluate_here, cfg) if needs_launch(cfg) else evaluate_here(cfg)
+    result = read_result(folder)
+    assert result is not None
+    show_result(result, folder)
+    return result["metrics"]
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="eval")
+def main(cfg: DictConfig) -> float:
+    hydra_config = HydraConfig.get()
+    with in_a_job():
+        return evaluate(with_run(cfg, hydra_config.overrides.task, hydra_config.runtime.choices))["test/top1"]
+
+
+if __name__ == "__main__":
+    register_resolvers()
+    with user_errors(CONF, "eval"):
+        if wants_help(sys.argv[1:]):
+            write_help("eval")
+        else:
+            main()

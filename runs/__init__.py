@@ -1,0 +1,1 @@
+"""A run: its folder, checkpoints, progress, errors and its one result."""

@@ -1,0 +1,155 @@
+"""What the config means: the recipe that goes with the data, the run's identity and folder, and its checks."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+# Sections and keys that change how a run is carried out or shown, not what comes out of it.
+NOT_RESULT = {
+    "": ("hydra", "run_dir", "rerun", "seed", "checkpoint", "logger"),
+    "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
+    "data": ("num_workers",),
+}
+
+
+def register_resolvers() -> None:
+    """The interpolations that conf/ uses; to be called before Hydra composes."""
+    OmegaConf.register_new_resolver("recipe_for", recipe_for, replace=True)
+    OmegaConf.register_new_resolver("run_folder", lambda *, _root_: run_folder(_root_), replace=True)
+    OmegaConf.register_new_resolver("evaluation_folder", lambda *, _root_: evaluation_folder(_root_), replace=True)
+
+
+def recipe_for(data: str, model: str) -> str:
+    """The default recipe: the model's own on data of ImageNet's kind, `small_data` elsewhere."""
+
+    def read(group: str, name: str) -> dict:
+        path = CONF / group / f"{name}.yaml"
+        return (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}  # Hydra reports a wrong name
+
+    if read("data", data).get("data", {}).get("kind") != "imagenet":
+        return "small_data"
+    return read("model", model).get("recipe", "deit")
+
+
+def identity(cfg: DictConfig) -> dict:
+    """The resolved config without what leaves the result as it is; the seed is left out, too."""
+    plain: dict = {
+        key: OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
+        for key in cfg
+        if key not in NOT_RESULT[""]
+    }
+    for section, keys in NOT_RESULT.items():
+        if section in plain:
+            plain[section] = {key: value for key, value in plain[section].items() if key not in keys}
+    return plain
+
+
+def fingerprint(cfg: DictConfig) -> str:
+    """SHA-256 of the identity and the seed."""
+    return hashlib.sha256(json.dumps([identity(cfg), cfg.seed], sort_keys=True).encode()).hexdigest()
+
+
+def run_folder(cfg: DictConfig) -> str:
+    """`<task>/<data>/<model>/<8 hex of the identity>-s<seed>`: the same for the same experiment, anywhere."""
+    from models import model_name
+
+    names = (cfg.task.name, cfg.data.name, model_name(cfg.model, cfg.data.image_size))
+    digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:8]
+    return "/".join([*(re.sub(r"[^\w.-]+", "_", name) for name in names), f"{digest}-s{cfg.seed}"])
+
+
+def per_device_batch(cfg: DictConfig) -> int:
+    """Images in one batch of one device, so that all devices and accumulated batches give recipe.batch_size.
+
+    Raises:
+        ValueError: recipe.batch_size cannot be shared out evenly.
+    """
+    total, shares = cfg.recipe.batch_size, world_size(cfg) * cfg.trainer.accumulate_grad_batches
+    if total % shares:
+        near = max(1, round(total / shares)) * shares
+        raise ValueError(
+            f"recipe.batch_size={total} (images a step, over all devices) cannot be shared by {world_size(cfg)} "
+            f"devices x {cfg.trainer.accumulate_grad_batches} accumulated batches; the nearest that can: {near}"
+        )
+    return total // shares
+
+
+def world_size(cfg: DictConfig) -> int:
+    return cfg.trainer.devices * cfg.trainer.num_nodes
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what could only fail later.
+
+    Raises:
+        ValueError: with what was expected, what came and the nearest that works.
+    """
+    import torch
+
+    if cfg.data.task != cfg.task.name:
+        raise ValueError(f"data={cfg.data.name} is for task={cfg.data.task}, not task={cfg.task.name}")
+    devices, accelerator = cfg.trainer.devices, cfg.trainer.accelerator
+    if not isinstance(devices, int) or devices < 1:
+        raise ValueError(f"trainer.devices must be a number of devices, 1 or more, not {devices!r}")
+    gpus = torch.cuda.device_count()
+    if accelerator in ("gpu", "cuda") and devices > gpus:
+        instead = f"trainer.devices={gpus}" if gpus else "trainer=cpu"
+        raise ValueError(f"trainer.devices={devices}, but this machine has {gpus} GPUs; it can run with {instead}")
+    if cfg.trainer.precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, not {cfg.trainer.precision!r}")
+    if cfg.trainer.strategy == "fsdp" and cfg.recipe.ema.decay is not None:
+        raise ValueError("trainer.strategy=fsdp has no average of the weights: recipe.ema.decay=null, or trainer=ddp")
+    per_device_batch(cfg)
+
+
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # ours -> Lightning's
+
+
+def evaluation_folder(cfg: DictConfig) -> str:
+    """Where `eval.py` writes: below the run that it evaluates, or `outputs/evaluation/<data>/<model>/<8 hex>`."""
+    from models import model_name
+
+    digest = fingerprint(cfg)[:8]
+    if cfg.run is not None:
+        return f"{_run_config(cfg.run).parent}/evaluation/{digest}"
+    return f"outputs/evaluation/{cfg.data.name}/{model_name(cfg.model, cfg.data.image_size)}/{digest}"
+
+
+def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -> DictConfig:
+    """What `eval.py` evaluates: with `run=DIR` that run's config and best weights, under the keys given in `overrides`.
+
+    The trainer is the command's, since a run from eight GPUs may be evaluated on a laptop; its precision is the run's.
+    """
+    if cfg.run is not None:
+        run = _run_config(cfg.run).parent
+        there = OmegaConf.load(run / "config.yaml")
+        assert isinstance(there, DictConfig)
+        given = [override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides]
+        if not {"trainer", "trainer.precision"} & set(given):
+            cfg.trainer.precision = there.trainer.precision
+        for key in {"trainer", "batch_size", "run_dir", *given} - {"run"}:
+            section = key.split(".")[0] if key in groups else key
+            OmegaConf.update(there, section, OmegaConf.select(cfg, section), force_add=True)
+        best = [path for name in ("best.ckpt", "last.ckpt") if (path := run / "checkpoints" / name).exists()]
+        if cfg.weights is None:
+            if not best:
+                raise ValueError(f"{run} has no checkpoint yet")
+            there.weights = str(best[0])
+        cfg = there
+    cfg.trainer.accumulate_grad_batches = 1
+    cfg.recipe.batch_size = cfg.batch_size * world_size(cfg)
+    return cfg
+
+
+def _run_config(run: str) -> Path:
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"run={run} is no run folder: it has no config.yaml")
+    return path

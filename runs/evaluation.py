@@ -1,0 +1,55 @@
+"""From a config and weights to the figures, predictions and pictures of an evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+
+from evaluation.plots import plot_confusion, plot_reliability
+from evaluation.predictions import write_predictions_csv
+from models import load_weights, model_name
+from models.complexity import complexity
+from runs.config import fingerprint
+from runs.result import provenance, write_result
+from runs.training import build_data, build_task, quiet_libraries, test
+
+
+def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
+    """Evaluate in this process (one rank of several, perhaps) and write what `eval.py` promises.
+
+    Raises:
+        ValueError: there are no weights to evaluate, or they do not fit.
+    """
+    folder = Path(cfg.run_dir)
+    quiet_libraries()
+    pl.seed_everything(cfg.seed, verbose=False)
+    if not cfg.weights and not cfg.model.get("pretrained"):
+        raise ValueError("nothing to evaluate: give run=DIR, weights=FILE, or model=timm model.pretrained=true")
+    datamodule = build_data(cfg)
+    task = build_task(cfg, datamodule)
+    if cfg.weights:
+        load_weights(task.model, cfg.weights)
+    metrics = test(cfg, task, datamodule)
+    params, macs = complexity(task.model, datamodule.image_size, datamodule.in_chans)
+    result = {
+        "status": "finished",
+        "task": cfg.task.name,
+        "model": model_name(cfg.model, datamodule.image_size),
+        "data": cfg.data.name,
+        "weights": cfg.weights,
+        "metrics": metrics,
+        "params": params,
+        "macs": macs,
+        "precision": cfg.trainer.precision,
+        **provenance(),
+        "config_sha256": fingerprint(cfg),
+    }
+    if task.trainer.is_global_zero:
+        write_predictions_csv(
+            folder / "predictions.csv", task.predictions, datamodule.class_names, datamodule.names("test")
+        )
+        plot_confusion(folder / "confusion.png", task.predictions, datamodule.class_names)
+        plot_reliability(folder / "reliability.png", task.predictions)
+        write_result(folder, result)
+    return result

@@ -1,0 +1,83 @@
+"""Where figures go: metrics.csv always; TensorBoard and Weights & Biases on demand. All continue a resumed run."""
+
+import csv
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
+from pytorch_lightning.utilities import rank_zero_only
+
+
+class MetricsCSV(Logger):
+    """`metrics.csv`: a row for each logged set of figures, with its step; a figure that came later is a new column.
+
+    Args:
+        path: the file; rows after `from_step` are dropped, since the resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, from_step: int):
+        super().__init__()
+        self.path, self.from_step = path, from_step
+        self._columns: list[str] | None = None
+
+    name = property(lambda self: "csv")
+    version = property(lambda self: "")
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> None: ...
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """config.yaml holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"step": step, **metrics}
+        if self._columns is None:
+            self._begin()
+        assert self._columns is not None
+        if new := [name for name in row if name not in self._columns]:
+            self._columns += new
+            self._rewrite(self._read())
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def _begin(self) -> None:
+        rows = [row for row in self._read() if int(row["step"]) <= self.from_step]
+        self._columns = list(rows[0]) if rows else ["step"]
+        self._rewrite(rows)
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if None not in row.values()]  # a kill may cut a line
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        assert self._columns is not None
+        beside = self.path.with_suffix(".tmp")
+        with beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(beside, self.path)
+
+
+def tensorboard(run_dir: str, from_step: int) -> TensorBoardLogger:
+    """Event files in `<run>/tensorboard`; events after `from_step` are hidden."""
+    return TensorBoardLogger(
+        run_dir, name="", version="", sub_dir="tensorboard", purge_step=from_step + 1 if from_step else None
+    )
+
+
+def wandb(run_dir: str, from_step: int, project: str, entity: str | None, mode: str) -> WandbLogger:
+    """A run whose id follows from the run folder, so that it goes on after a resume."""
+    identity = hashlib.sha256(str(Path(run_dir)).encode()).hexdigest()[:16]
+    name = "/".join(Path(run_dir).parts[-3:])
+    return WandbLogger(
+        name=name, save_dir=run_dir, id=identity, project=project, entity=entity, mode=mode, resume="allow"
+    )

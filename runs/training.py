@@ -1,0 +1,211 @@
+"""From a composed config to a trained net and its result."""
+
+import contextlib
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.strategies import ModelParallelStrategy
+from pytorch_lightning.utilities import rank_zero_only
+
+from evaluation.classification import summarize
+from evaluation.plots import plot_curves
+from models import create_model, load_weights, model_name
+from models.complexity import complexity
+from models.tasks.base import Task
+from runs.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints, find_resume
+from runs.config import PRECISIONS, fingerprint, identity, per_device_batch, world_size
+from runs.ema import EMA
+from runs.files import replacing
+from runs.loggers import MetricsCSV
+from runs.progress import TrainingLog
+from runs.result import RESULT, provenance, write_result
+
+log = logging.getLogger(__name__)
+
+MADE_BY_A_RUN = (RESULT, "config.yaml", "metrics.csv", "curves.png", "checkpoints", "tensorboard", "wandb")
+
+
+def train_here(cfg: DictConfig) -> dict[str, Any]:
+    """Train in this process (one rank of several, perhaps), test the best weights, write `result.json`.
+
+    Goes on from the newest checkpoint of the run folder where there is one.
+    """
+    folder, began = Path(cfg.run_dir), time.monotonic()
+    quiet_libraries()
+    pl.seed_everything(cfg.seed, verbose=False)
+    datamodule = build_data(cfg)
+    task = build_task(cfg, datamodule)
+    checkpoints = folder / "checkpoints"
+    resume = None if cfg.rerun else find_resume(checkpoints)
+    if resume is None and cfg.weights:
+        load_weights(task.model, cfg.weights, drop_classifier=cfg.drop_classifier)
+    if rank_zero_only.rank == 0:  # from here on something is written
+        if cfg.rerun:
+            clear(folder)
+        save_config(cfg, folder)
+    step = torch.load(resume, map_location="meta", weights_only=True)["global_step"] if resume else 0
+    if resume:
+        log.warning("going on from %s, step %d", resume, step)
+
+    training_log = TrainingLog()
+    callbacks: list[pl.Callback] = [instantiate(spec) for spec in cfg.callbacks.values()]
+    if cfg.recipe.ema.decay is not None:
+        callbacks.append(EMA(cfg.recipe.ema.decay, cfg.recipe.ema.warmup))
+    callbacks += [training_log, Checkpoints(checkpoints, "val/top1", **cfg.checkpoint)]
+    loggers = [MetricsCSV(folder / "metrics.csv", step)]
+    loggers += [instantiate(spec, from_step=step) for spec in cfg.logger.values()]
+    trainer = build_trainer(cfg, callbacks=callbacks, logger=loggers)
+    trainer.fit(task, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    epochs, steps = trainer.current_epoch, trainer.global_step
+
+    best = checkpoints / BEST
+    task = build_task(cfg, datamodule)  # anew: a strategy may have sharded the other's net
+    load_weights(task.model, best if best.exists() else checkpoints / LAST)
+    metrics = test(cfg, task, datamodule)
+    size = datamodule.image_size
+    params, macs = complexity(task.model, size, datamodule.in_chans)
+    result = {
+        "status": "finished",
+        "task": cfg.task.name,
+        "model": model_name(cfg.model, size),
+        "data": cfg.data.name,
+        "seed": cfg.seed,
+        "metrics": metrics,
+        "params": params,
+        "macs": macs,
+        "epochs": epochs,
+        "steps": steps,
+        "seconds": round(training_log.seconds, 2),
+        "session_seconds": round(time.monotonic() - began, 2),
+        "images_per_second": training_log.images_per_second,
+        "precision": cfg.trainer.precision,
+        **provenance(),
+        "config_sha256": fingerprint(cfg),
+    }
+    if trainer.is_global_zero:
+        plot_curves(folder / "curves.png", folder / "metrics.csv")
+        write_result(folder, result)
+    return result
+
+
+def test(cfg: DictConfig, task: Task, datamodule: pl.LightningDataModule) -> dict[str, Any]:
+    """Figures of `task`'s net on the test split, as `test/top1`, `test/top1_ci95`, ..."""
+    strategy = "ddp" if world_size(cfg) > 1 else "auto"
+    build_trainer(cfg, logger=False, strategy=strategy).test(task, datamodule=datamodule, verbose=False)
+    figures = summarize(task.predictions, datamodule.class_names)  # pyright: ignore
+    return {f"test/{name}": value for name, value in figures.items()}
+
+
+def build_data(cfg: DictConfig) -> Any:
+    """The LightningDataModule of `cfg.data`, with the recipe's augmentation."""
+    return instantiate(
+        _arguments(cfg.data, "name", "task", "kind"),
+        augment=OmegaConf.to_container(cfg.recipe.augment, resolve=True),
+        batch_size=per_device_batch(cfg),
+        seed=cfg.seed,
+        _convert_="all",
+    )
+
+
+def build_task(cfg: DictConfig, datamodule: Any) -> Any:
+    """The LightningModule of `cfg.task` around a net for the data's classes."""
+    net = create_model(cfg.model, datamodule.num_classes, datamodule.in_chans, datamodule.image_size)
+    return instantiate(
+        _arguments(cfg.task, "name"),
+        model=net,
+        recipe=OmegaConf.to_container(cfg.recipe, resolve=True),
+        num_classes=datamodule.num_classes,
+        _convert_="all",
+        _recursive_=False,
+    )
+
+
+def build_trainer(cfg: DictConfig, **overrides: Any) -> pl.Trainer:
+    """Lightning's Trainer from `cfg.trainer` and the recipe."""
+    settings = dict(cfg.trainer) | {"precision": PRECISIONS[cfg.trainer.precision]}
+    if cfg.trainer.strategy == "fsdp":
+        settings["strategy"] = ModelParallelStrategy(world_size(cfg), 1, save_distributed_checkpoint=False)
+    settings |= overrides
+    return pl.Trainer(
+        **settings,
+        max_epochs=cfg.recipe.epochs,
+        gradient_clip_val=cfg.recipe.clip_grad,
+        default_root_dir=cfg.run_dir,
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _arguments(section: DictConfig, *labels: str) -> DictConfig:
+    """A config section without the keys that only label it."""
+    return OmegaConf.masked_copy(section, [str(key) for key in section if key not in labels])
+
+
+@contextlib.contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """Where an error comes before anything is in the run's folder, leave no folder."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # it holds something
+            while folder != Path.cwd() and folder.is_relative_to(Path.cwd()):
+                folder.rmdir()
+                folder = folder.parent
+        raise
+
+
+def another_run(cfg: DictConfig, folder: Path) -> str | None:
+    """In which key a run that lies in `folder` differs from `cfg`; None where there is none, or it is the same."""
+    config = folder / "config.yaml"
+    if not config.exists():
+        return None
+    there, here = (_flat(identity(c)) | {"seed": c.seed} for c in (OmegaConf.load(config), cfg))  # pyright: ignore
+    changed = [key for key in sorted(there | here) if there.get(key) != here.get(key)]
+    return f"{changed[0]}={there.get(changed[0])}, not {here.get(changed[0])}" if changed else None
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run left in its folder, the result first: a run without it is unfinished."""
+    for name in MADE_BY_A_RUN:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def save_config(cfg: DictConfig, folder: Path) -> None:
+    with replacing(folder / "config.yaml") as path:
+        OmegaConf.save(cfg, path, resolve=True)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def quiet_libraries() -> None:
+    """Lightning's banners and tips, and warnings about what is meant here."""
+    for name in ("pytorch_lightning", "lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # the config decides
+        ".*is smaller than the logging interval.*",  # TrainingLog logs the end of an epoch
+        ".*Checkpoint directory .* exists.*",
+        ".*in eval mode at the start of training.*",
+        ".*srun. command is available.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*sync_dist=True.*",  # what is logged has been summed up over the ranks
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,124 @@
+import pytest
+import timm
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from models import create_model, model_name
+from runs.config import CONF, check, fingerprint, per_device_batch, recipe_for, register_resolvers, run_folder
+from runs.help import groups
+
+IMAGENET = ("data=imagenet", "data.root=/data/in1k")
+
+
+def composed(*overrides: str, program: str = "train") -> DictConfig:
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(program, overrides=["run_dir=run", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "recipe", "data", "task"),
+    [
+        ((), "small_data", "digits", "classification"),
+        (("model=swin",), "small_data", "digits", "classification"),
+        (("data=cifar10",), "small_data", "cifar10", "classification"),
+        (("data=imagenet",), "biformer", "imagenet", "classification"),
+        (("data=imagenet", "model=swin"), "swin", "imagenet", "classification"),
+        (("data=webdataset", "model=timm"), "deit", "webdataset", "classification"),
+        (("data=imagenet", "recipe=small_data"), "small_data", "imagenet", "classification"),
+    ],
+)
+def test_the_recipe_goes_with_the_data(overrides, recipe, data, task):
+    cfg = composed(*overrides)
+    assert (cfg.data.name, cfg.task.name) == (data, task)
+    assert cfg.recipe == composed(f"recipe={recipe}").recipe
+
+
+def test_recipe_for_reads_the_files_that_say_it():
+    assert recipe_for("digits", "swin") == "small_data"
+    assert recipe_for("imagenet", "swin") == "swin"
+    assert recipe_for("imagenet", "not_there") == "deit"
+
+
+def test_biformer_recipe_is_the_papers():
+    """paper_results of BiFormer: README and train_args of the authors' repository."""
+    recipe = composed("model=biformer", "data=imagenet").recipe
+    assert (recipe.epochs, recipe.batch_size, recipe.optimizer.name) == (300, 1024, "adamw")
+    assert recipe.optimizer.lr * recipe.batch_size / recipe.optimizer.lr_batch_size == 5e-4 * 1024 / 512
+    assert (recipe.optimizer.weight_decay, recipe.optimizer.eps) == (0.05, 1e-8)
+    assert (recipe.schedule.warmup_epochs, recipe.schedule.warmup_lr, recipe.schedule.min_lr) == (5, 1e-6, 1e-5)
+    augment = recipe.augment
+    assert (augment.auto_augment, augment.mixup, augment.cutmix) == ("rand-m9-mstd0.5-inc1", 0.8, 1.0)
+    assert (augment.erasing, augment.label_smoothing, augment.repeats) == (0.25, 0.1, 3)
+    assert recipe.ema.decay == 0.99996
+
+
+@pytest.mark.parametrize(
+    "override", ["recipe.epochs=21", "model.size=tiny", "data.image_size=28", "trainer.precision=bf16"]
+)
+def test_the_folder_changes_with_what_changes_the_result(override):
+    assert run_folder(composed(override)) != run_folder(composed())
+    assert fingerprint(composed(override)) != fingerprint(composed())
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["data.num_workers=3", "logger=none", "trainer=cpu", "trainer.devices=2", "rerun=true", "checkpoint.every_steps=7"],
+)
+def test_the_folder_stays_with_what_does_not(override):
+    assert run_folder(composed(override)) == run_folder(composed())
+
+
+def test_the_folder_names_task_data_model_and_seed():
+    folder = run_folder(composed("model=swin", "model.size=nano", "seed=3"))
+    assert folder.startswith("classification/digits/swin_nano/") and folder.endswith("-s3")
+    assert run_folder(composed("model=swin", "model.size=nano", "seed=4")) == folder[:-1] + "4"
+    assert not set(run_folder(composed("model=timm", "model.name='hf-hub:a/b=c,d'"))) & set("=,: ")
+
+
+def test_a_batch_is_shared_by_devices_and_accumulation():
+    cfg = composed(
+        "recipe.batch_size=256", "trainer.devices=4", "trainer.num_nodes=2", "trainer.accumulate_grad_batches=2"
+    )
+    assert per_device_batch(cfg) == 16
+    cfg.recipe.batch_size = 100
+    with pytest.raises(ValueError, match=r"recipe\.batch_size=100 .* 8 devices x 2 accumulated batches; .* can: 96"):
+        per_device_batch(cfg)
+
+
+def test_data_of_another_task_is_refused():
+    cfg = composed()
+    cfg.task.name = "segmentation"
+    with pytest.raises(ValueError, match="data=digits is for task=classification, not task=segmentation"):
+        check(cfg)
+
+
+EXPERIMENTS = groups()["experiment"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_builds_on_the_meta_device(experiment):
+    cfg = composed(f"experiment={experiment}", "data.root=/data/in1k")
+    row = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()[1]
+    with torch.device("meta"):
+        net = create_model(cfg.model, 1000, cfg.data.in_chans, cfg.data.image_size)
+    millions = sum(p.numel() for p in net.parameters()) / 1e6
+    assert f" {millions:.1f} M parameters" in row or f" {millions:.0f} M parameters" in row
+    assert cfg.recipe.epochs == 300 and cfg.data.name == "imagenet"
+
+
+@pytest.mark.parametrize("group", ["model", "data", "recipe", "trainer", "logger", "callbacks"])
+def test_every_choice_composes_and_is_in_the_help(group):
+    for path in sorted((CONF / group).glob("*.yaml")):
+        assert composed(f"{group}={path.stem}")[group] is not None
+        if not path.stem.startswith("default_"):
+            assert any(choice.split(" ")[0] == path.stem for choice in groups()[group])
+
+
+def test_every_size_of_every_model_is_registered():
+    for path in (CONF / "model").glob("*.yaml"):
+        cfg = composed(f"model={path.stem}")
+        for size in cfg.model.get("sizes") or ():
+            cfg.model.size = size
+            assert timm.is_model(model_name(cfg.model, 224))
