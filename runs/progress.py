@@ -39,7 +39,8 @@ class TrainingLog(Callback):
         if trainer.is_global_zero and sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=Console(stderr=True),
+                TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), TextColumn("left"),
+                console=Console(stderr=True),
             )  # fmt: skip
             batches = int(trainer.num_training_batches)
             total = batches * (trainer.max_epochs or 1)

@@ -78,9 +78,9 @@ def show_result(result: dict[str, Any], folder: Path) -> None:
             low_high = figures.get(f"{name}_ci95")
             text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
             table.add_row(name, text + (f"  ({low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else ""))
-    for name, unit in (("params", 1e6), ("macs", 1e9)):
+    for name in ("params", "macs"):
         if result.get(name):
-            table.add_row(name, f"{result[name] / unit:.2f} {'M' if unit == 1e6 else 'G'}")
+            table.add_row(name, f"{result[name] / 1e6:,.2f} M")
     for name in ("epochs", "seconds", "images_per_second", "peak_memory_mb"):
         if result.get(name) is not None:
             table.add_row(name, f"{result[name]:,.0f}")

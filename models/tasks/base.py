@@ -114,8 +114,8 @@ class Task(pl.LightningModule):
         advice = "A lower recipe.optimizer.lr, recipe.clip_grad, or another trainer.precision may help"
         if self._first_bad_step is not None and math.isfinite(bad := float(self._first_bad_step)):
             raise ValueError(f"the loss is not finite at step {int(bad)}; the last checkpoint is from before. {advice}")
-        shards = [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in self.parameters()]
-        norms = torch.stack(torch._foreach_norm([shard for shard in shards if shard.numel()]))
+        shards = [p.to_local() if isinstance(p, DTensor) else p for p in self.parameters()]
+        norms = torch.stack(torch._foreach_norm([shard.detach() for shard in shards if shard.numel()]))
         if not norms.isfinite().all():
             raise ValueError(
                 f"the weights are not finite at step {self.global_step}; the last checkpoint is from before. {advice}"

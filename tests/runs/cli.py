@@ -1,5 +1,6 @@
 """Runs `train.py` and `eval.py` as a user does."""
 
+import csv
 import logging
 import os
 import re
@@ -79,6 +80,12 @@ def result(folder: Path) -> dict[str, Any]:
     found = read_result(folder)
     assert found is not None
     return found
+
+
+def rows(path: str | Path) -> list[dict[str, str]]:
+    """A CSV file's."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def start(program: str, *arguments: str, folder: Path, **environment: str) -> subprocess.Popen:

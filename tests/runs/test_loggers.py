@@ -1,11 +1,5 @@
-import csv
-
 from runs.loggers import MetricsCSV
-
-
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+from tests.runs.cli import rows
 
 
 def test_a_figure_that_comes_later_is_a_new_column(tmp_path):

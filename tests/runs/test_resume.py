@@ -1,12 +1,11 @@
 """A run that is stopped, in whatever way, ends as one that was not."""
 
-import csv
 import signal
 
 import pytest
 import torch
 
-from tests.runs.cli import SMALL, SWIN, result, start, stop_when
+from tests.runs.cli import SMALL, SWIN, result, rows, start, stop_when
 
 # Dropout, mixing and drop path draw random numbers; accumulation and the average of the weights carry state.
 RUN = (
@@ -37,7 +36,7 @@ def assert_same_run(one, other):
                 assert torch.equal(a[section][key], b[section][key]), (name, section, key)
     metrics_a, metrics_b = (result(folder)["metrics"] for folder in (one, other))
     assert metrics_a == metrics_b
-    rows_a, rows_b = (list(csv.DictReader((folder / "metrics.csv").open())) for folder in (one, other))
+    rows_a, rows_b = (rows(folder / "metrics.csv") for folder in (one, other))
     speed = "train/images_per_second"
     assert [row | {speed: ""} for row in rows_a] == [row | {speed: ""} for row in rows_b]
 

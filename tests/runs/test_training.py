@@ -1,7 +1,6 @@
 """Training and evaluating from the command line, on the embedded digits."""
 
 import copy
-import csv
 
 import pytest
 import timm
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from models.tasks.distillation import Teacher
-from tests.runs.cli import SMALL, SWIN, result
+from tests.runs.cli import SMALL, SWIN, result, rows
 
 FIELDS = {
     "status", "task", "model", "data", "seed", "metrics", "params", "macs", "epochs", "steps", "seconds",
@@ -53,9 +52,9 @@ def test_a_run_leaves_one_result_and_is_not_run_again(cli):
     assert_same_metrics(result(evaluated.parent), wrote)
     files = {p.name for p in evaluated.parent.iterdir()}
     assert files >= {"result.json", "predictions.csv", "confusion.png", "reliability.png"}
-    rows = list(csv.DictReader((evaluated.parent / "predictions.csv").open()))
-    assert len(rows) == 357
-    assert sum(row["correct"] == "1" for row in rows) / 357 == pytest.approx(wrote["metrics"]["test/top1"])
+    predictions = rows(evaluated.parent / "predictions.csv")
+    assert len(predictions) == 357
+    assert sum(row["correct"] == "1" for row in predictions) / 357 == pytest.approx(wrote["metrics"]["test/top1"])
 
 
 def test_a_sweep_goes_on_past_a_job_that_fails(cli):
@@ -90,8 +89,8 @@ def test_a_sweep_goes_on_past_a_job_that_fails(cli):
 def test_what_a_recipe_can_ask_for(cli, arguments):
     outcome = cli.train(*arguments, "recipe.epochs=1", "hydra.run.dir=run")
     assert outcome.code == 0, outcome.err
-    rows = list(csv.DictReader((cli.folder / "run/metrics.csv").open()))
-    assert rows and all(float(row["train/loss"]) > 0 for row in rows)
+    logged = rows(cli.folder / "run/metrics.csv")
+    assert logged and all(float(row["train/loss"]) > 0 for row in logged)
 
 
 def test_accumulated_batches_equal_one_large_batch(cli):
