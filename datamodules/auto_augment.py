@@ -5,13 +5,13 @@ axis that stands still needs no filter: 4 pixels are enough.
 """
 
 import random
-from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import NAME_TO_OP, AugmentOp, AutoAugment
+from timm.data.auto_augment import NAME_TO_OP, AutoAugment
 from torch import Tensor
 
 SLIDES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
@@ -19,16 +19,12 @@ SLIDES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "Tran
 
 def quicken(transform) -> None:
     """Exchange ops within timm's RandAugment, AutoAugment or AugMix, where it can be done better."""
-    for op in _ops(transform):
+    policy = transform.policy if isinstance(transform, AutoAugment) else [getattr(transform, "ops", [])]
+    for op in chain.from_iterable(policy):
         if op.name in SLIDES:
             op.aug_fn = partial(_slide, name=op.name)
         elif op.name.startswith("Posterize"):
             op.aug_fn = partial(_posterize, name=op.name)
-
-
-def _ops(transform) -> Iterator[AugmentOp]:
-    for op in sum(transform.policy, []) if isinstance(transform, AutoAugment) else getattr(transform, "ops", []):
-        yield op
 
 
 def _posterize(image: Image.Image, bits: int, *, name: str, **kwargs) -> Image.Image:

@@ -50,9 +50,8 @@ class FashionMNIST(ClassificationData):
 
     def find_root(self, root: str | None) -> Path | None:
         usual = (Path(os.environ.get("RETINUE_DATA", "data")) / "fashion_mnist", DEBIAN)
-        return super().find_root(
-            next((str(folder) for folder in usual if folder.is_dir()), None) if root is None else root
-        )
+        there = [str(folder) for folder in usual if folder.is_dir()]
+        return super().find_root(there[0] if root is None and there else root)
 
     def load(self, split: str) -> ArrayImages:
         assert self.root is not None

@@ -123,8 +123,15 @@ class Loader(DataLoader):
         broken: dict[int, str] | None = None,
         broken_limit: float = 1.0,
     ):
-        workers = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
-        super().__init__(fetch, sampler=sampler, batch_size=None, pin_memory=pin_memory, **workers)
+        super().__init__(
+            fetch,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # else each iteration draws a seed from the global one
+        )
         self.images = fetch.dataset
         self.broken = {} if broken is None else broken
         self.broken_limit = broken_limit

@@ -153,15 +153,15 @@ class TrainTransform:
         self.augment = augment
         self.size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.mode = MODES[in_chans]
-        interpolation = augment.interpolation
-        self.interpolations = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
+        if augment.pad_crop >= min(self.size):
+            raise ValueError(f"augment.pad_crop={augment.pad_crop} is not less than the image size, {min(self.size)}")
         try:
             _, self.recolour, _ = transforms_imagenet_train(
                 self.size,
                 auto_augment=augment.auto_augment,
                 color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]
                 force_color_jitter=True,
-                interpolation=interpolation,
+                interpolation=augment.interpolation,
                 mean=tuple(mean) * (3 // in_chans),  # fills what a shift uncovers, before any turn to grey
                 separate=True,
             )
@@ -185,17 +185,25 @@ class TrainTransform:
 
     def _crop(self, image: np.ndarray) -> np.ndarray:
         """uint8 (H, W, 3) → (h, w, 3) of the image size."""
-        mode = random.choice(self.interpolations)
         height, width = image.shape[:2]
         if self.augment.scale is not None:
             channels_first = torch.from_numpy(image).permute(2, 0, 1)
             crop = RandomResizedCropAndInterpolation.get_params(channels_first, self.augment.scale, self.augment.ratio)
             top, left, h, w = crop if min(crop[2:]) > 0 else (0, 0, height, width)  # of one pixel it may take none
-            return resize(image[top : top + h, left : left + w], self.size, mode)
+            return resize(image[top : top + h, left : left + w], self.size, self._filter())
         h, w = self.size
         factor = max(h / height, w / width)
-        image = resize(image, (max(h, round(height * factor)), max(w, round(width * factor))), mode)
-        if pad := self.augment.pad_crop:
-            image = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
-        top, left = random.randint(0, image.shape[0] - h), random.randint(0, image.shape[1] - w)
-        return image[top : top + h, left : left + w]
+        image = resize(image, (max(h, round(height * factor)), max(w, round(width * factor))), self._filter())
+        rows, columns = (self._window(side, length) for side, length in zip(image.shape, self.size, strict=False))
+        return image[rows[:, None], columns]
+
+    def _window(self, side: int, length: int) -> np.ndarray:
+        """Positions of a random window of `length` in a side that is padded by mirroring."""
+        pad = self.augment.pad_crop
+        start = random.randint(-pad, side - length + pad)
+        positions = np.abs(np.arange(start, start + length))
+        return side - 1 - np.abs(side - 1 - positions)
+
+    def _filter(self) -> str:
+        name = self.augment.interpolation
+        return random.choice(("bilinear", "bicubic")) if name == "random" else name

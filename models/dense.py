@@ -2,12 +2,14 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, to_2tuple
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -37,10 +39,10 @@ class DenseBackbone(nn.Module):
         ValueError: no net has this name, or it has no pyramid, or it takes images of one size only and not these.
     """
 
-    def __init__(self, name: str, out_indices: Sequence[int] | None = None, norms: bool = False, **kwargs):
+    def __init__(self, name: str, out_indices: Sequence[int] | None = None, norms: bool = False, **kwargs: Any):
         super().__init__()
         check_name(name)
-        self.net = create_size_free(name, kwargs)
+        self.net: Any = create_size_free(name, kwargs)
         info = list(self.net.feature_info)
         self.indices = pyramid(name, [level["reduction"] for level in info]) if out_indices is None else out_indices
         self.channels = [info[i]["num_chs"] for i in self.indices]
@@ -55,7 +57,8 @@ class DenseBackbone(nn.Module):
 
         self.multiple, self.only = 1, None
         if not isinstance(self.net, HierarchicalBackbone):
-            self._probe(kwargs.get("img_size", self.net.pretrained_cfg["input_size"][1:]))
+            own_size: Any = kwargs.get("img_size", self.net.pretrained_cfg["input_size"][1:])
+            self._probe(to_2tuple(own_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         H, W = x.shape[2:]
@@ -74,7 +77,7 @@ class DenseBackbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.net.set_grad_checkpointing(enable)
 
-    def _probe(self, own_size: Sequence[int]) -> None:
+    def _probe(self, own_size: Any) -> None:
         """Find on the meta device the images that the net takes, and freeze parameters that no map depends on."""
         tensors = [*self.named_parameters(), *self.named_buffers()]
         weights = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
@@ -113,20 +116,20 @@ class DenseBackbone(nn.Module):
         return norms | {f"net.{key}": value for key, value in renamed(self.net, rest).items()}
 
 
-def create_size_free(name: str, kwargs: dict) -> nn.Module:
+def create_size_free(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """`timm.create_model`, with any image size allowed where the net has an argument for that."""
     with torch.device("meta"):
         takes = inspect.signature(type(timm.create_model(name)).__init__).parameters
     if "img_size" not in takes:
         kwargs = {key: value for key, value in kwargs.items() if key != "img_size"}
     free = {"dynamic_img_size": True, "strict_img_size": False}
-    option = next(({key: value} for key, value in free.items() if key in takes), {})
+    option: dict[str, Any] = next(({key: value} for key, value in free.items() if key in takes), {})
     return timm.create_model(name, **option | kwargs)
 
 
 def pyramid(name: str, strides: Sequence[int]) -> list[int]:
     """The last map of each stride, at most four."""
     last = [i for i, stride in enumerate(strides) if stride not in strides[i + 1 :]]
-    if any(strides[j] % strides[i] for i, j in zip(last, last[1:], strict=False)):
+    if any(strides[j] % strides[i] for i, j in pairwise(last)):
         raise ValueError(f"{name} has no pyramid of maps: its strides are {sorted(set(strides))}")
     return last[-4:]

@@ -4,6 +4,7 @@ import pickle
 import sys
 import types
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,12 @@ class Placeholder(type):
         library_class = module.partition(".")[0] not in sys.stdlib_module_names and name[:1].isupper()
         if not (library_class or cls.__qualname__ in HARMLESS):
             raise pickle.UnpicklingError(f"it would call {cls.__qualname__}")
-        return cls.__new__(cls)
+        return object.__new__(cls)
 
 
 class Inert(metaclass=Placeholder):
     def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
+        return object.__new__(cls)
 
     def ignore(self, *args, **kwargs) -> None:
         pass
@@ -86,6 +87,7 @@ class Inert(metaclass=Placeholder):
 
 class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # of Python 2
         full_name = f"{module}.{name}"
         if full_name in REBUILDERS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)

@@ -4,10 +4,11 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 from models.unpickling import read_weights
@@ -57,8 +58,9 @@ def load_weights(
     theirs, dropped = unwrap(content, own)
     if not theirs:
         raise ValueError(f"{source} holds no tensors by name, as a state dict does")
-    state = {key: resized(model, key, value, own) for key, value in renamed(model, theirs).items()}
-    tables = [key for key in state if key in theirs and key in own and state[key].shape != theirs[key].shape]
+    ours = renamed(model, theirs)
+    state = {key: resized(model, key, value, own) for key, value in ours.items()}
+    tables = [key for key in state if state[key].shape != theirs.get(key, ours[key]).shape]
 
     misshapen = {key for key in state if key in own and state[key].shape != own[key].shape}
     classifier = classifier_of(model, {**state, **own})
@@ -104,8 +106,9 @@ def unwrap(content: Mapping, own: Iterable[str]) -> tuple[dict[str, Tensor], lis
 
 def renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights under the model's names."""
-    if hasattr(model, "checkpoint_filter"):
-        return model.checkpoint_filter(state)
+    own_filter: Any = getattr(model, "checkpoint_filter", None)
+    if own_filter is not None:
+        return own_filter(state)
     filter_fn = timm_filter(model)
     if filter_fn is None:
         return rename_state(model, state)
@@ -162,12 +165,13 @@ def resized(model: nn.Module, key: str, value: Tensor, own: Mapping[str, Tensor]
     if key not in own or value.shape == own[key].shape or value.shape[-1] != own[key].shape[-1]:
         return value
     owner, _, leaf = key.rpartition(".")
-    module = model.get_submodule(owner)
+    module: Any = model.get_submodule(owner)
     if leaf == "relative_position_bias_table" and value.ndim == 2:
-        return resize_rel_pos_bias_table(value, module.window_size, own[key].shape)
+        return resize_rel_pos_bias_table_simple(value, module.window_size, own[key].shape)
     if leaf == "pos_embed" and value.ndim == 3 and hasattr(module, "patch_embed"):
+        resample: Any = resample_abs_pos_embed  # its decorator hides its type
         prefix_tokens = own[key].shape[1] - module.patch_embed.num_patches
-        return resample_abs_pos_embed(value, module.patch_embed.grid_size, num_prefix_tokens=prefix_tokens)
+        return resample(value, module.patch_embed.grid_size, num_prefix_tokens=prefix_tokens)
     return value
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarking import Row, interleave, make_row, peak_memory_mb, pick_device, print_rows, write_csv
 
+from benchmarking import Row, interleave, make_row, peak_memory_mb, pick_device, print_rows, write_csv
 from models import complexity, create_model
 from ops.registry import nearest
 from runs.errors import user_errors

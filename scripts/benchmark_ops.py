@@ -16,10 +16,10 @@ from unittest import mock
 
 import timm
 import torch
-from benchmarking import Row, interleave, make_row, peak_memory_mb, print_rows, write_csv
 from torch import Tensor
 
 import models  # noqa: F401  # registers our nets
+from benchmarking import Row, interleave, make_row, peak_memory_mb, print_rows, write_csv
 from ops import functional
 from ops.attention import bilevel_routing
 from ops.functional import merge_heads, split_heads
@@ -154,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = []
     for side in (7, 14, 21, 28):
         for topk in (1, 4, 16):
-            make, shape = partial(op_step, batch=4, side=side, dim=128, topk=topk), f"4 x {side} x {side} x 128, topk {topk}"
+            make = partial(op_step, batch=4, side=side, dim=128, topk=topk)
+            shape = f"4 x {side} x {side} x 128, topk {topk}"
             sizes += compare(make, "masked SDPA", "index_select + SDPA", args.rounds, shape, memory=False)
     print_rows(sizes, f"masking or gathering; masked up to {functional.MASKED_TOKENS} tokens")
     if args.csv:

@@ -9,19 +9,22 @@ CutMix. The images are 500 x 375 crops of scikit-learn's two photos, with noise 
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarking import interleave, make_row, print_rows, write_csv
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import Mixup, create_loader
 from timm.data.auto_augment import RandAugment, posterize
 from timm.data.dataset import ImageDataset
 
+from benchmarking import interleave, make_row, print_rows, write_csv
 from datamodules.image_folder import ImageFolder
+from runs.errors import user_errors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
@@ -68,8 +71,9 @@ def ours(root: Path, size: int, batch: int) -> Iterator[torch.Tensor]:
 
 def timms(root: Path, size: int, batch: int) -> Iterator[torch.Tensor]:
     """timm's batches without end: its ImageDataset, create_loader (which calls create_transform) and Mixup."""
+    dataset = ImageDataset(str(root / "train"))
     loader = create_loader(
-        ImageDataset(str(root / "train")),
+        dataset,
         (3, size, size),
         batch,
         is_training=True,
@@ -84,44 +88,47 @@ def timms(root: Path, size: int, batch: int) -> Iterator[torch.Tensor]:
         mean=MEAN,
         std=STD,
     )
-    randaugment = next(step for step in loader.dataset.transform.transforms if isinstance(step, RandAugment))
+    assert dataset.transform is not None
+    randaugment = next(step for step in dataset.transform.transforms if isinstance(step, RandAugment))
     for op in randaugment.ops:
-        if op.name == "PosterizeIncreasing":  # by no bits at all, which Pillow 12 and later refuse
+        if op.name == "PosterizeIncreasing":  # by no bits at all, which newer Pillows refuse
             op.aug_fn = lambda image, bits, **_: posterize(image, bits) if bits else Image.new(image.mode, image.size)
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=1)
     while True:
         yield from (mixup(image, label)[0] for image, label in loader)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=224, help="side of the crops (224)")
     parser.add_argument("--batch", type=int, default=64, help="images a batch (64)")
-    parser.add_argument("--rounds", type=int, default=15, help="batches of each side that are timed (15)")
+    parser.add_argument("--rounds", type=int, default=25, help="batches of each side that are timed (25)")
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        file_size = make_photos(Path(folder), max(256, 2 * args.batch))
+        file_size = make_photos(Path(folder), max(128, 2 * args.batch))
         sides = {"retinue": ours, "timm": timms}
         batches = {name: make(Path(folder), args.size, args.batch) for name, make in sides.items()}
-        timings = interleave({name: lambda it=it: next(it) for name, it in batches.items()}, rounds=args.rounds)
+        timings = interleave({name: partial(next, it) for name, it in batches.items()}, rounds=args.rounds)
     rows = [
         make_row(
-            f"{name}: decode to mixed batch",
+            name,
             timing,
             shape=f"{args.batch} x 3 x {args.size} x {args.size} of 500 x 375 JPEGs, {file_size / 1000:.0f} KB",
             dtype="float32",
             device="cpu",
             against=None if name == "timm" else ("timm", timings["timm"]),
             images_per_second=args.batch / timing.median,
+            decoders=", ".join(f"{package} {version(package)}" for package in ("simplejpeg", "pillow")),
         )
         for name, timing in timings.items()
     ]
-    print_rows(rows, "Input pipeline, images a second of one core")
+    print_rows(rows, "From JPEG files to mixed batches, on one core")
     if args.csv:
         write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

@@ -19,9 +19,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from benchmarking import Row, Timing, make_row, pick_device, print_rows, synchronize, write_csv
 from hydra import compose, initialize_config_dir
 
+from benchmarking import Row, Timing, make_row, pick_device, print_rows, synchronize, write_csv
 from models.tasks.optimization import create_optimizer, create_schedule
 from runs.checkpoints import Checkpoints
 from runs.config import CONF, register_resolvers

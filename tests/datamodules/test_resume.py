@@ -20,11 +20,11 @@ class FewDigits(Digits):
 class Recorder(pl.LightningModule):
     """Trains a linear net on the mean pixel and keeps a fingerprint of every batch."""
 
-    def __init__(self, save_at=None, path=None, save_at_epoch_end=None):
+    def __init__(self, path, save_at=None, save_at_epoch_end=None):
         super().__init__()
         self.net = nn.Linear(3, 10)
-        self.save_at, self.path, self.save_at_epoch_end = save_at, path, save_at_epoch_end
-        self.seen, self.validated = [], []
+        self.path, self.save_at, self.save_at_epoch_end = path, save_at, save_at_epoch_end
+        self.seen = []
 
     def training_step(self, batch, batch_idx):
         digest = (batch["image"].double().sum().item(), batch["index"].tolist(), batch["seed"])
@@ -32,7 +32,7 @@ class Recorder(pl.LightningModule):
         return nn.functional.cross_entropy(self.net(batch["image"].mean((2, 3))), batch["label"])
 
     def validation_step(self, batch, batch_idx):
-        self.validated.append(self.current_epoch)
+        pass
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if (self.current_epoch, batch_idx) == self.save_at:
@@ -46,13 +46,20 @@ class Recorder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(tmp_path, workers, ckpt_path=None, trainer_options=None, **recorder):
+def fit(tmp_path, workers, ckpt_path=None, **recorder):
     augment = {"scale": [0.6, 1.0], "color_jitter": 0.3, "erasing": 0.5, "auto_augment": "rand-m9-mstd0.5-inc1"}
     data = FewDigits(image_size=16, batch_size=16, augment=augment, num_workers=workers, seed=3)
-    module = Recorder(path=tmp_path / "saved.ckpt", **recorder)
-    off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    options = {"max_epochs": 3, "accelerator": "cpu", "use_distributed_sampler": False} | off | (trainer_options or {})
-    pl.Trainer(**options).fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    module = Recorder(tmp_path / "saved.ckpt", **recorder)
+    trainer = pl.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return module
 
 

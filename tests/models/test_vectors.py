@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,7 +17,7 @@ from tests.reference import load_vector, make_input, official_state, relative_er
 VECTORS = sorted((Path(__file__).parent.parent / "vectors").glob("*.json.gz"))
 
 
-def claims(package) -> dict[str, tuple[str, object]]:
+def claims(package) -> dict[str, tuple[str, Any]]:
     """Each vector's name, the file that claims it, and what as."""
     files = [info.name for info in pkgutil.iter_modules(package.__path__)]
     modules = {file: importlib.import_module(f"{package.__name__}.{file}") for file in files}

@@ -1,11 +1,22 @@
 """Every formulation of the attention primitives against plain sums in float64, gradients included."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from ops import functional
-from ops.functional import biased_attention, gathered_attention, map_attention, routed_attention, routing_mask
+from ops.functional import (
+    biased_attention,
+    biased_sdpa,
+    gathered_attention,
+    map_attention,
+    merge_heads,
+    routed_attention,
+    routing_mask,
+    split_heads,
+)
 from ops.windows import from_windows, to_windows, window_means
 
 
@@ -50,7 +61,7 @@ def test_routed_attention_and_its_gradients(case, formulation):
     upstream = torch.randn(2, *size, 8)
     index = torch.rand(2, windows, windows).topk(topk).indices
 
-    def run(dtype: torch.dtype, attend) -> list[Tensor]:
+    def run(dtype: torch.dtype, attend: Any) -> list[Tensor]:
         q, k, v = (t.to(dtype).requires_grad_() for t in inputs)
         out = attend(q, k, v)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), upstream.to(dtype))]
@@ -92,14 +103,19 @@ def test_biased_attention_and_its_gradients(per_window):
         weights = (torch.einsum("bpihd,bpjhd->bphij", q, k) / D**0.5 + bias).softmax(-1)
         return torch.einsum("bphij,bpjhd->bpihd", weights, v).flatten(-2)
 
-    def run(dtype: torch.dtype, attend) -> list[Tensor]:
+    def run(dtype: torch.dtype, attend: Any) -> list[Tensor]:
         own = [t.to(dtype).requires_grad_() for t in inputs]
         out = attend(*own)
         return [out.detach(), *torch.autograd.grad(out, own, upstream.to(dtype))]
 
+    def sdpa(qkv: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (split_heads(t, heads) for t in qkv.chunk(3, -1))
+        return merge_heads(biased_sdpa(q, k, v, bias))
+
     reference = run(torch.float64, plain)
-    for ours, truth in zip(run(torch.float32, lambda *t: biased_attention(*t, heads)), reference, strict=True):
-        assert (ours - truth).abs().max() < 2e-6 * truth.abs().max()
+    for attend in (lambda qkv, bias: biased_attention(qkv, bias, heads), sdpa):
+        for ours, truth in zip(run(torch.float32, attend), reference, strict=True):
+            assert (ours - truth).abs().max() < 2e-6 * truth.abs().max()
 
 
 def test_windows_are_cut_in_order_and_put_back():
@@ -121,5 +137,5 @@ def test_gathering_takes_strided_inputs():
     qkv = torch.randn(1, 4, 6, 12)
     index = torch.tensor([[[1], [0], [3], [2]]])
     q, k, v = qkv.chunk(3, -1)
-    apart = gathered_attention(*(t.clone() for t in (q, k, v)), index, (2, 2), 2, 1.0)
+    apart = gathered_attention(q.clone(), k.clone(), v.clone(), index, (2, 2), 2, 1.0)
     assert torch.equal(gathered_attention(q, k, v, index, (2, 2), 2, 1.0), apart)

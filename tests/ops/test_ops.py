@@ -152,3 +152,11 @@ def test_routing_takes_four_times_as_many_windows_a_stage():
 def test_wrong_values_are_named(spec, message):
     with pytest.raises(ValueError, match=message):
         create_op(spec, 8, 2)
+
+
+def test_compiles_whole_unless_it_says_not(name):
+    torch.manual_seed(0)
+    op = create_op(name, dim=16, num_heads=2, place=PLACES[1])
+    x = torch.randn(2, 13, 9, 16)
+    compiled = torch.compile(op, backend="eager", fullgraph=getattr(op, "fullgraph", True))
+    assert torch.allclose(compiled(x), op(x), atol=1e-6)

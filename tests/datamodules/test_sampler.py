@@ -1,0 +1,79 @@
+import itertools
+
+import pytest
+
+from datamodules.sampler import EvalSampler, TrainSampler
+
+
+def indices(sampler):
+    return [plan.index for plan in sampler]
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_two_ranks_take_what_one_process_with_twice_the_batch_takes(repeats):
+    one = TrainSampler(103, 8, seed=5, repeats=repeats)
+    two = [TrainSampler(103, 4, seed=5, repeats=repeats, rank=rank, world_size=2) for rank in range(2)]
+    for sampler in (one, *two):
+        sampler.set_epoch(2)
+    assert len(one) == len(two[0]) == 103 // 8
+    for whole, *parts in zip(one, *two, strict=True):
+        pairs = sorted(zip(whole.index, whole.copy, strict=True))
+        assert pairs == sorted(pair for part in parts for pair in zip(part.index, part.copy, strict=True))
+        assert whole.key == parts[0].key == (5, 2)
+        assert parts[0].seed != parts[1].seed
+
+
+def test_order_follows_from_seed_and_epoch():
+    def order(seed, epoch):
+        sampler = TrainSampler(50, 10, seed=seed)
+        sampler.set_epoch(epoch)
+        return indices(sampler), [plan.seed for plan in sampler]
+
+    assert order(0, 0) == order(0, 0)
+    assert len({str(order(seed, epoch)) for seed in range(2) for epoch in range(2)}) == 4
+    first, seeds = order(3, 1)
+    assert sorted(itertools.chain(*first)) == list(range(50))
+    assert len(set(seeds)) == 5
+
+
+def test_repeats_keep_the_number_of_steps_and_go_to_different_ranks():
+    ranks = [TrainSampler(96, 4, repeats=3, rank=rank, world_size=3) for rank in range(3)]
+    assert len(ranks[0]) == len(TrainSampler(96, 4, rank=0, world_size=3)) == 8
+    for plans in zip(*ranks, strict=True):
+        for place in range(4):
+            assert len({plan.index[place] for plan in plans}) == 1  # each rank has a copy of it
+            assert {plan.copy[place] for plan in plans} == {0, 1, 2}
+    assert len(set(itertools.chain(*indices(ranks[0])))) == 32  # a third of the images an epoch
+
+
+def test_the_uneven_end_is_dropped_but_a_small_set_is_one_batch():
+    assert [len(index) for index in indices(TrainSampler(29, 10))] == [10, 10]
+    assert [len(index) for index in indices(TrainSampler(7, 10))] == [7]
+    assert [len(index) for index in indices(TrainSampler(7, 10, rank=1, world_size=2))] == [3]
+    with pytest.raises(ValueError, match="2 training images cannot be shared among 3 processes"):
+        TrainSampler(2, 10, world_size=3)
+
+
+def test_resuming():
+    sampler, fresh = TrainSampler(40, 4, seed=1), TrainSampler(40, 4, seed=1)
+    fresh.set_epoch(3)
+    whole = list(fresh)
+    sampler.load_state_dict({"epoch": 3, "batches": 7})
+    sampler.set_epoch(3)  # the epoch that is being resumed
+    assert sampler.state_dict() == {"epoch": 3, "batches": 7}
+    assert list(sampler) == whole[7:]
+    assert list(sampler) == whole
+    sampler.load_state_dict({"epoch": 2, "batches": 10})
+    sampler.set_epoch(3)  # after a whole epoch
+    assert sampler.state_dict() == {"epoch": 3, "batches": 0}
+    assert list(sampler) == whole
+
+
+@pytest.mark.parametrize("length, batch_size, world_size", [(20, 4, 1), (21, 4, 2), (5, 4, 3), (1, 8, 2), (24, 4, 3)])
+def test_evaluation_sees_each_sample_once_on_ranks_of_equal_length(length, batch_size, world_size):
+    ranks = [indices(EvalSampler(length, batch_size, rank=r, world_size=world_size)) for r in range(world_size)]
+    assert len({tuple(map(len, batches)) for batches in ranks}) == 1
+    seen = [i for batches in ranks for batch in batches for i in batch]
+    assert sorted(i for i in seen if i >= 0) == list(range(length))
+    assert seen.count(-1) < world_size
+    assert len(ranks[0]) == len(EvalSampler(length, batch_size, world_size=world_size))

