@@ -1,6 +1,6 @@
 """timm's automatic augmentation, repaired and quickened: the same draws and, within 1 of 255, the same pixels.
 
-Half of RandAugment's time goes into Pillow's bicubic shears and shifts, which filter 4 x 4 pixels for each one. The
+Most of RandAugment's time goes into Pillow's bicubic shears and shifts, which filter 4 x 4 pixels for each one. The
 axis that stands still needs no filter: 4 pixels are enough.
 """
 

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, to_2tuple
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from models.factory import check_name
+from models.factory import build
 from models.hierarchical import HierarchicalBackbone
 from models.weights import renamed
 
@@ -36,19 +35,23 @@ class DenseBackbone(nn.Module):
         kwargs: arguments of the net; `img_size` is passed only to nets that have it.
 
     Raises:
-        ValueError: no net has this name, or it has no pyramid, or it takes images of one size only and not these.
+        ValueError: the name, an argument or an index is unknown, or the net has no pyramid of maps. A forward pass
+            raises one where the net takes images of one size only, and these have another.
     """
 
     def __init__(self, name: str, out_indices: Sequence[int] | None = None, norms: bool = False, **kwargs: Any):
         super().__init__()
-        check_name(name)
-        self.net: Any = create_size_free(name, kwargs)
+        self.net: Any = build_size_free(name, kwargs)
         info = list(self.net.feature_info)
-        self.indices = pyramid(name, [level["reduction"] for level in info]) if out_indices is None else out_indices
-        self.channels = [info[i]["num_chs"] for i in self.indices]
-        self.strides = [info[i]["reduction"] for i in self.indices]
+        wanted = pyramid(name, [level["reduction"] for level in info])
+        wanted = wanted if out_indices is None else list(out_indices)
+        if not wanted or any(not -len(info) <= i < len(info) for i in wanted):
+            raise ValueError(f"{name} has maps 0 to {len(info) - 1}, so out_indices cannot be {wanted}")
+        self.levels = len(info)
+        self.channels = [info[i]["num_chs"] for i in wanted]
+        self.strides = [info[i]["reduction"] for i in wanted]
         whole = set(self.net.state_dict())
-        self.indices = self.net.prune_intermediate_layers(list(self.indices), prune_norm=True, prune_head=True)
+        self.indices = self.net.prune_intermediate_layers(wanted, prune_norm=True, prune_head=True)
 
         eps = next((module.eps for module in self.net.modules() if isinstance(module, nn.LayerNorm)), 1e-6)
         self.norms = nn.ModuleList(LayerNorm2d(width, eps=eps) for width in self.channels if norms)
@@ -57,8 +60,8 @@ class DenseBackbone(nn.Module):
 
         self.multiple, self.only = 1, None
         if not isinstance(self.net, HierarchicalBackbone):
-            own_size: Any = kwargs.get("img_size", self.net.pretrained_cfg["input_size"][1:])
-            self._probe(to_2tuple(own_size))
+            in_chans, *own_size = self.net.pretrained_cfg["input_size"]
+            self._probe(kwargs.get("in_chans", in_chans), to_2tuple(kwargs.get("img_size", own_size)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         H, W = x.shape[2:]
@@ -77,7 +80,7 @@ class DenseBackbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.net.set_grad_checkpointing(enable)
 
-    def _probe(self, own_size: Any) -> None:
+    def _probe(self, in_chans: int, own_size: Any) -> None:
         """Find on the meta device the images that the net takes, and freeze parameters that no map depends on."""
         tensors = [*self.named_parameters(), *self.named_buffers()]
         weights = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
@@ -86,7 +89,7 @@ class DenseBackbone(nn.Module):
         runs = []
         self.eval()
         for multiple, size in (*sizes.items(), (None, tuple(own_size))):
-            images = torch.empty(1, self.net.pretrained_cfg["input_size"][0], *size, device="meta")
+            images = torch.empty(1, in_chans, *size, device="meta")
             try:
                 maps = functional_call(self, weights, (images,))
             except Exception:  # nets refuse sizes in every way
@@ -108,7 +111,7 @@ class DenseBackbone(nn.Module):
         norms = {key: value for key, value in state.items() if key.startswith("norms.")}
         theirs = {key: match for key in state if (match := MAP_NORM.fullmatch(key))} if self.norms else {}
         numbers = {int(match[1]) for match in theirs.values()}
-        start = 1 if numbers and 0 not in numbers and max(numbers) > max(self.indices) else 0
+        start = 1 if numbers and 0 not in numbers and max(numbers) == self.levels else 0
         for key, match in theirs.items():
             if (index := int(match[1]) - start) in self.indices:
                 norms[f"norms.{self.indices.index(index)}.{match[2]}"] = state[key]
@@ -116,15 +119,15 @@ class DenseBackbone(nn.Module):
         return norms | {f"net.{key}": value for key, value in renamed(self.net, rest).items()}
 
 
-def create_size_free(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """`timm.create_model`, with any image size allowed where the net has an argument for that."""
+def build_size_free(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """The net, with any image size allowed where the net has an argument for that."""
     with torch.device("meta"):
-        takes = inspect.signature(type(timm.create_model(name)).__init__).parameters
+        takes = inspect.signature(type(build(name)).__init__).parameters
     if "img_size" not in takes:
         kwargs = {key: value for key, value in kwargs.items() if key != "img_size"}
     free = {"dynamic_img_size": True, "strict_img_size": False}
     option: dict[str, Any] = next(({key: value} for key, value in free.items() if key in takes), {})
-    return timm.create_model(name, **option | kwargs)
+    return build(name, **option | kwargs)
 
 
 def pyramid(name: str, strides: Sequence[int]) -> list[int]:

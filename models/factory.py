@@ -55,19 +55,27 @@ def pick_size(sizes: Mapping[str, dict], size: str | None, pixels: int) -> dict:
     return sizes[size]
 
 
-def check_name(name: str) -> None:
-    """Raise a ValueError where no net is registered under the name."""
-    if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(f"no net is called {name!r}.{nearest(name.partition('.')[0], timm.list_models())}")
+def check_name(name: str) -> str:
+    """The name without the tag of weights that may follow a dot; a ValueError where no net is registered under it."""
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise ValueError(f"no net is called {name!r}.{nearest(architecture, timm.list_models())}")
+    return architecture
 
 
-def build(name: str, image: tuple[int, int], **args) -> nn.Module:
-    """`timm.create_model` for images of that size in pixels, with errors in one line."""
-    check_name(name)
-    if timm.models.model_entrypoint(name.partition(".")[0]).__module__.startswith("timm."):  # ours take any size
-        check_size(name, image, args)
+def build(name: str, image: tuple[int, int] | None = None, **args) -> nn.Module:
+    """`timm.create_model`, for images of that size in pixels if one is given.
+
+    Raises:
+        ValueError: the name or an argument is unknown, or the net cannot take such images.
+    """
+    architecture = check_name(name)
+    if image is not None:
+        if timm.models.model_entrypoint(architecture).__module__.startswith("timm."):  # ours take any size
+            check_size(name, image, args)
+        args |= sized(name, image)
     try:
-        return timm.create_model(name, **sized(name, image), **args)
+        return timm.create_model(name, **args)
     except TypeError as error:
         raise ValueError(_reason(name, error)) from error
 

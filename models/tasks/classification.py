@@ -26,14 +26,21 @@ class Classification(Task):
         self.teacher = Teacher(num_classes=num_classes, **distillation) if distillation["teacher"] else None
         if recipe["loss"] not in ("ce", "bce"):
             raise ValueError(f"recipe.loss must be ce or bce, not {recipe['loss']!r}")
-        bce = BinaryCrossEntropy(smoothing=0.0, target_threshold=recipe["bce_target_threshold"])
-        self.loss = bce if recipe["loss"] == "bce" else nn.CrossEntropyLoss()
+        self.smoothing = recipe["augment"]["label_smoothing"]
+        bce = BinaryCrossEntropy(smoothing=self.smoothing, target_threshold=recipe["bce_target_threshold"])
+        self.bce = bce if recipe["loss"] == "bce" else None
         self._val: Tensor | None = None
         self._predictions: list[Predictions] = []
         self.predictions: Predictions | None = None  # of all ranks, after a test
 
     def forward(self, image: Tensor) -> Tensor:
         return self.model(image)
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Mean loss of `logits` (B, K) for labels (B,), to be smoothed, or targets (B, K) that are mixed and smooth."""
+        if self.bce is not None:
+            return self.bce(logits, target)
+        return F.cross_entropy(logits, target, label_smoothing=self.smoothing if target.ndim == 1 else 0.0)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits, label = self(batch["image"]), batch["label"]

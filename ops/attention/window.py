@@ -39,7 +39,7 @@ class WindowAttention(nn.Module):
     ):
         super().__init__()
         shift = window // 2 * (place.block % 2) if shift is None else shift
-        if window < 1 or not 0 <= shift < max(window, 1):
+        if not 0 <= shift < window:
             raise ValueError(f"window must be at least 1 and shift from 0 to window - 1, not {window} and {shift}")
         self.num_heads, self.window_size, self.shift = num_heads, (window, window), shift
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)

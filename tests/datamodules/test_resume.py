@@ -8,7 +8,7 @@ from torch import nn
 from datamodules.digits import Digits
 from datamodules.images import ArrayImages
 
-STEPS = 3  # batches an epoch
+EPOCHS, STEPS = 3, 3
 
 
 class FewDigits(Digits):
@@ -18,12 +18,15 @@ class FewDigits(Digits):
 
 
 class Recorder(pl.LightningModule):
-    """Trains a linear net on the mean pixel and keeps a fingerprint of every batch."""
+    """Trains a linear net on the mean pixel and keeps a fingerprint of every batch.
 
-    def __init__(self, path, save_at=None, save_at_epoch_end=None):
+    Saves a checkpoint in `folder` after every batch and at the end of every epoch.
+    """
+
+    def __init__(self, folder=None):
         super().__init__()
         self.net = nn.Linear(3, 10)
-        self.path, self.save_at, self.save_at_epoch_end = path, save_at, save_at_epoch_end
+        self.folder = folder
         self.seen = []
 
     def training_step(self, batch, batch_idx):
@@ -35,23 +38,23 @@ class Recorder(pl.LightningModule):
         pass
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        if (self.current_epoch, batch_idx) == self.save_at:
-            self.trainer.save_checkpoint(self.path)
+        if self.folder:
+            self.trainer.save_checkpoint(self.folder / f"{self.current_epoch}-{batch_idx}.ckpt")
 
     def on_train_epoch_end(self):
-        if self.current_epoch == self.save_at_epoch_end:
-            self.trainer.save_checkpoint(self.path)
+        if self.folder:
+            self.trainer.save_checkpoint(self.folder / f"{self.current_epoch}-end.ckpt")
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(tmp_path, workers, ckpt_path=None, **recorder):
+def fit(workers, folder=None, ckpt_path=None):
     augment = {"scale": [0.6, 1.0], "color_jitter": 0.3, "erasing": 0.5, "auto_augment": "rand-m9-mstd0.5-inc1"}
     data = FewDigits(image_size=16, batch_size=16, augment=augment, num_workers=workers, seed=3)
-    module = Recorder(tmp_path / "saved.ckpt", **recorder)
+    module = Recorder(folder)
     trainer = pl.Trainer(
-        max_epochs=3,
+        max_epochs=EPOCHS,
         accelerator="cpu",
         use_distributed_sampler=False,
         logger=False,
@@ -60,29 +63,21 @@ def fit(tmp_path, workers, ckpt_path=None, **recorder):
         enable_model_summary=False,
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    return module
+    return module.seen
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    module = fit(tmp_path_factory.mktemp("whole"), workers=0)
-    assert [place[:2] for place in module.seen] == [(epoch, i) for epoch in range(3) for i in range(STEPS)]
-    assert len({str(place) for place in module.seen}) == 3 * STEPS  # every batch is another
-    return module.seen
+    """The folder of checkpoints and the fingerprints of a whole run."""
+    folder = tmp_path_factory.mktemp("whole")
+    seen = fit(2, folder)
+    assert [place[:2] for place in seen] == [(epoch, i) for epoch in range(EPOCHS) for i in range(STEPS)]
+    assert len({str(place) for place in seen}) == EPOCHS * STEPS  # every batch is another
+    return folder, seen
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("epoch, batch", [(0, 0), (0, 2), (1, 1), (1, STEPS - 1), (0, STEPS - 1)])
-def test_within_an_epoch(whole, tmp_path, workers, epoch, batch):
-    first = fit(tmp_path, workers, save_at=(epoch, batch))
-    assert first.seen == whole
-    resumed = fit(tmp_path, workers, ckpt_path=tmp_path / "saved.ckpt")
-    assert resumed.seen == whole[epoch * STEPS + batch + 1 :]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_at_the_end_of_an_epoch(whole, tmp_path, workers, epoch):
-    fit(tmp_path, 0, save_at_epoch_end=epoch)
-    resumed = fit(tmp_path, workers, ckpt_path=tmp_path / "saved.ckpt")
-    assert resumed.seen == whole[(epoch + 1) * STEPS :]
+@pytest.mark.parametrize("name, batches", [("0-0", 1), ("0-2", 3), ("0-end", 3), ("1-1", 5), ("1-2", 6), ("1-end", 6)])
+def test_the_rest_is_what_the_whole_run_saw(whole, name, batches, workers):
+    folder, seen = whole
+    assert fit(workers, ckpt_path=folder / f"{name}.ckpt") == seen[batches:]

@@ -93,9 +93,13 @@ def test_the_authors_dense_weights_load(style):
 
 def test_what_gives_no_pyramid_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"crossvit_9_240 has no pyramid of maps: its strides are \[12, 17\]"):
-        DenseBackbone("crossvit_9_240")
+        DenseBackbone("crossvit_9_240", out_indices=(0, 1))
     with pytest.raises(ValueError, match=r"no net is called 'swin_tinny'\. Did you mean 'swin_tiny'"):
         DenseBackbone("swin_tinny")
+    with pytest.raises(ValueError, match=r"resnet18 has maps 0 to 4, so out_indices cannot be \[1, 5\]"):
+        DenseBackbone("resnet18", out_indices=(1, 5))
+    with pytest.raises(ValueError, match=r"swin_nano takes no argument 'windw'\. Did you mean 'window'"):
+        DenseBackbone("swin_nano", windw=4)
 
 
 def test_a_net_for_one_size_says_so():
@@ -106,5 +110,6 @@ def test_a_net_for_one_size_says_so():
 
 
 def test_image_size_is_left_out_for_nets_without_one():
-    assert build("resnet18", img_size=64).multiple == 1
+    net = build("resnet18", img_size=64, in_chans=1)
+    assert net.multiple == 1 and len(net(torch.randn(1, 1, 30, 40))) == 4
     assert build("swin_nano", img_size=64).strides == [2, 4, 8, 16]

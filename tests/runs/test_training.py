@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from models.tasks.classification import Classification
 from models.tasks.distillation import Teacher
 from tests.runs.cli import SMALL, SWIN, result, rows
 
@@ -160,3 +161,24 @@ def test_a_student_learns_from_a_teacher_and_keeps_none_of_it(cli):
     )
     assert teacher["state_dict"].keys() == student["state_dict"].keys()
     assert result(cli.folder / "student")["metrics"] != result(cli.folder / "teacher")["metrics"]
+
+
+@pytest.mark.parametrize("kind", ["ce", "bce"])
+def test_labels_are_smoothed_once_whether_mixed_or_not(kind):
+    recipe = {
+        "loss": kind,
+        "bce_target_threshold": None,
+        "augment": {"label_smoothing": 0.1},
+        "optimizer": {"name": "adamw"},
+    }
+    task = Classification(
+        torch.nn.Linear(1, 1), recipe, num_classes=4, distillation={"teacher": None}, channels_last=False
+    )
+    logits, label = torch.randn(3, 4), torch.tensor([0, 2, 3])
+    smooth = 0.9 * F.one_hot(label, 4) + 0.1 / 4
+    if kind == "ce":
+        expected = -(smooth * F.log_softmax(logits, -1)).sum(1).mean()
+    else:
+        expected = F.binary_cross_entropy_with_logits(logits, smooth)
+    torch.testing.assert_close(task.loss(logits, label), expected)
+    torch.testing.assert_close(task.loss(logits, smooth), expected)
