@@ -69,6 +69,7 @@ class BareLoop(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.net = copy.deepcopy(pl_module.model)
         self.batches = trainer.datamodule.batches  # pyright: ignore[reportAttributeAccessIssue]
+        self.smoothing = pl_module.recipe["augment"]["label_smoothing"]
         self.optimizer = create_optimizer(self.net, pl_module.recipe)
         self.schedule = create_schedule(self.optimizer, pl_module.recipe, len(self.batches))
         self.device = pl_module.device
@@ -90,7 +91,7 @@ class BareLoop(pl.Callback):
 
     def step(self, i: int) -> None:
         image, label = (self.batches[i][key].to(self.device) for key in ("image", "label"))
-        loss = F.cross_entropy(self.net(image), label)
+        loss = F.cross_entropy(self.net(image), label, label_smoothing=self.smoothing)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
