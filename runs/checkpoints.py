@@ -68,9 +68,8 @@ class Checkpoints(Checkpoint):
         self.folder, self.monitor = folder, monitor
         self.every_minutes, self.every_steps = every_minutes, every_steps
         self.best = float("-inf")
-        self._saved_at, self._saved_step = time.monotonic(), 0
+        self._saved_at = time.monotonic()
         self._signal = 0
-        self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -81,7 +80,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Set here, after Lightning's own, which lose the epoch; Lightning puts the former ones back when it ends.
         for number in self.SIGNALS:
-            self._handlers[number] = signal.signal(number, self._ask_to_stop)
+            signal.signal(number, self._ask_to_stop)
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
