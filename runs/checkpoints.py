@@ -105,31 +105,31 @@ class Checkpoints(Checkpoint):
         score = pl_module.val_figures[self.monitor]
         better = score > self.best
         self.best = max(score, self.best)
-        self.save(trainer)
-        if better and trainer.is_global_zero:
-            self._keep_as_best()
+        self.save(trainer, better)
         stop, _ = self._agree(trainer, self._signal, False, always=True)
         if stop:
             self._stop(trainer, stop)
 
-    def save(self, trainer: pl.Trainer) -> None:
-        """Replace `last.ckpt`; the former one becomes `previous.ckpt`."""
+    def save(self, trainer: pl.Trainer, best: bool = False) -> None:
+        """Replace `last.ckpt`, and `best.ckpt` if it is the best; the former last one becomes `previous.ckpt`."""
         trainer.lightning_module.check_finite()  # pyright: ignore[reportCallIssue]
         last, new = self.folder / LAST, self.folder / f"new-{LAST}"
         trainer.save_checkpoint(new)
         if trainer.is_global_zero:
+            if best:  # first: a kill in between is made good by the epoch that the older `last.ckpt` repeats
+                self._keep_as_best(new)
             if last.exists():
                 os.replace(last, self.folder / PREVIOUS)
             os.replace(new, last)
         self._saved_at = time.monotonic()
 
-    def _keep_as_best(self) -> None:
+    def _keep_as_best(self, new: Path) -> None:
         beside = self.folder / f"{BEST}.tmp"
         beside.unlink(missing_ok=True)
         try:
-            os.link(self.folder / LAST, beside)
+            os.link(new, beside)
         except OSError:  # a file system without hard links
-            shutil.copyfile(self.folder / LAST, beside)
+            shutil.copyfile(new, beside)
         os.replace(beside, self.folder / BEST)
 
     def _agree(self, trainer: pl.Trainer, stop: int, due: bool, always: bool = False) -> tuple[int, bool]:
@@ -147,8 +147,8 @@ class Checkpoints(Checkpoint):
         raise Stopped(number, f"stopped by {name} at step {trainer.global_step}; the same command goes on from there")
 
 
-def find_resume(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that can be read; a broken one is passed over with a warning.
+def find_resume(folder: Path) -> tuple[Path | None, int]:
+    """The newest checkpoint in `folder` that can be read, if any, and its step; a broken one is passed over.
 
     Raises:
         ValueError: there are checkpoints, and none can be read.
@@ -156,11 +156,10 @@ def find_resume(folder: Path) -> Path | None:
     present = [path for name in (LAST, PREVIOUS, BEST) if (path := folder / name).exists()]
     for path in present:
         try:
-            torch.load(path, map_location="meta", weights_only=True, mmap=True)
+            state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+            return path, state["global_step"]
         except Exception as error:
             log.warning("%s cannot be read (%s); trying the one before", path, str(error).splitlines()[0])
-        else:
-            return path
     if present:
         raise ValueError(f"none of the checkpoints in {folder} can be read; rerun=true starts anew")
-    return None
+    return None, 0

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,16 @@ def tensorboard(run_dir: str, from_step: int) -> TensorBoardLogger:
     )
 
 
+class WandbRun(WandbLogger):
+    """Lightning's, but W&B's own step is the optimiser's: a resumed run then repeats no step, and leaves none out."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
+
+
 def wandb(run_dir: str, from_step: int, project: str, entity: str | None, mode: str) -> WandbLogger:
     """A run whose id follows from the run folder, so that it goes on after a resume."""
     identity = hashlib.sha256(str(Path(run_dir)).encode()).hexdigest()[:16]
     name = "/".join(Path(run_dir).parts[-3:])
-    return WandbLogger(
-        name=name, save_dir=run_dir, id=identity, project=project, entity=entity, mode=mode, resume="allow"
-    )
+    return WandbRun(name=name, save_dir=run_dir, id=identity, project=project, entity=entity, mode=mode, resume="allow")

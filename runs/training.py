@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.strategies import ModelParallelStrategy
@@ -45,14 +44,13 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     datamodule = build_data(cfg)
     task = build_task(cfg, datamodule)
     checkpoints = folder / "checkpoints"
-    resume = None if cfg.rerun else find_resume(checkpoints)
+    resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints)
     if resume is None and cfg.weights:
         load_weights(task.model, cfg.weights, drop_classifier=cfg.drop_classifier)
     if rank_zero_only.rank == 0:  # from here on something is written
         if cfg.rerun:
             clear(folder)
         save_config(cfg, folder)
-    step = torch.load(resume, map_location="meta", weights_only=True)["global_step"] if resume else 0
     if resume:
         log.warning("going on from %s, step %d", resume, step)
 

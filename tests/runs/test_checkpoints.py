@@ -28,15 +28,15 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, full_disk):
 
 
 def test_resume_passes_over_what_cannot_be_read(tmp_path, caplog):
-    assert find_resume(tmp_path) is None
-    for name in ("last", "previous", "best"):
-        torch.save({"name": name, "weights": torch.rand(1000)}, tmp_path / f"{name}.ckpt")
-    assert find_resume(tmp_path) == tmp_path / "last.ckpt"
+    assert find_resume(tmp_path) == (None, 0)
+    for step, name in enumerate(("best", "previous", "last")):
+        torch.save({"global_step": step, "weights": torch.rand(1000)}, tmp_path / f"{name}.ckpt")
+    assert find_resume(tmp_path) == (tmp_path / "last.ckpt", 2)
 
     last = tmp_path / "last.ckpt"
     last.write_bytes(last.read_bytes()[:2000])
     with caplog.at_level(logging.WARNING):
-        assert find_resume(tmp_path) == tmp_path / "previous.ckpt"
+        assert find_resume(tmp_path) == (tmp_path / "previous.ckpt", 1)
     assert "last.ckpt cannot be read" in caplog.text
 
     for name in ("previous", "best"):

@@ -1,5 +1,14 @@
+import signal
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
+
 from runs.loggers import MetricsCSV
-from tests.runs.cli import rows
+from tests.runs.cli import SMALL, SWIN, rows, start, stop_when
 
 
 def test_a_figure_that_comes_later_is_a_new_column(tmp_path):
@@ -32,3 +41,45 @@ def test_a_new_run_does_not_keep_the_rows_of_one_without_a_checkpoint(tmp_path):
     MetricsCSV(path, 0).log_metrics({"train/loss": 9.0}, 1)
     MetricsCSV(path, 0).log_metrics({"train/loss": 1.0}, 1)
     assert [row["train/loss"] for row in rows(path)] == ["1.0"]
+
+
+def history(folder: Path) -> Iterator[dict[str, str]]:
+    """The rows of figures in an offline W&B run: LevelDB's log format after seven bytes, a message a record."""
+    (path,), messages = folder.glob("*.wandb"), cast(Any, wandb_internal_pb2)
+    data, at, message = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (room := 32768 - at % 32768) < 7:
+            at += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        message += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            record, message = messages.Record.FromString(message), b""
+            if record.WhichOneof("record_type") == "history":
+                yield {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+
+
+def test_tensorboard_and_wandb_go_on_with_the_same_run(tmp_path):
+    command = (
+        *SWIN, *SMALL[:-2], "data.num_workers=0", "logger=[tensorboard,wandb]", "logger.wandb.mode=offline",
+        "trainer.log_every_n_steps=1", "trainer.limit_train_batches=8", "recipe.epochs=3", "hydra.run.dir=run",
+    )  # fmt: skip
+    stopped = start("train", *command, folder=tmp_path)
+    assert stop_when(stopped, tmp_path / "run/checkpoints/best.ckpt", signal.SIGTERM) == 128 + signal.SIGTERM
+    again = start("train", *command, folder=tmp_path)
+    _, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+
+    steps, of_epochs = list(range(1, 25)), [8, 16, 24]
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == steps
+    assert [event.step for event in events.Scalars("val/top1")] == of_epochs
+
+    parts = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
+    assert len(parts) == 2 and len({part.name.rpartition("-")[2] for part in parts}) == 1  # one id
+    figures = [row for part in parts for row in history(part)]
+    assert [int(row["_step"]) for row in figures] == steps
+    assert [int(row["_step"]) for row in figures if "val/top1" in row] == of_epochs
+    written = rows(tmp_path / "run/metrics.csv")
+    assert [float(row["train/loss"]) for row in figures] == [float(row["train/loss"]) for row in written]
