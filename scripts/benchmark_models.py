@@ -10,7 +10,7 @@ GPU and on the CPU is said at `benchmarking.peak_memory_mb`.
 import argparse
 import contextlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,14 +44,14 @@ class Setting:
         return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype != torch.float32)
 
 
-def build(name: str, img_size: int) -> torch.nn.Module:
-    return create_model({"name": name}, NUM_CLASSES, IN_CHANS, img_size)
+def build(model: Mapping[str, Any], img_size: int) -> torch.nn.Module:
+    return create_model(model, NUM_CLASSES, IN_CHANS, img_size)
 
 
-def make_step(name: str, setting: Setting, train: bool) -> Callable[[], object]:
+def make_step(model: Mapping[str, Any], setting: Setting, train: bool) -> Callable[[], object]:
     """A function that runs the model once on a batch, or trains it one step."""
     torch.manual_seed(0)
-    net = build(name, setting.img_size).to(setting.device).train(train)
+    net = build(model, setting.img_size).to(setting.device).train(train)
     image = torch.randn(setting.batch_size, IN_CHANS, setting.img_size, setting.img_size, device=setting.device)
     if setting.channels_last:
         net, image = net.to(memory_format=torch.channels_last), image.contiguous(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -78,19 +78,28 @@ def make_step(name: str, setting: Setting, train: bool) -> Callable[[], object]:
 
 
 def benchmark(
-    names: Sequence[str], setting: Setting, *, train: bool = True, rounds: int = 7, against: str | None = None
+    models: Mapping[str, Mapping[str, Any]],
+    setting: Setting,
+    *,
+    train: bool = True,
+    rounds: int = 7,
+    against: str | None = None,
 ) -> list[Row]:
     """One row for each model's inference, then one for each model's training.
+
+    Args:
+        models: the arguments of `models.create_model` by what the model is called in the rows.
 
     Raises:
         ValueError: a model is unknown, or `against` is not among them.
     """
-    if against is not None and against not in names:
-        raise ValueError(f"--against {against!r} is not one of the models.{nearest(against, names)}")
-    sizes = {name: complexity(partial(build, name, setting.img_size), setting.img_size, IN_CHANS) for name in names}
+    if against is not None and against not in models:
+        raise ValueError(f"--against {against!r} is not one of the models.{nearest(against, models)}")
+    size = setting.img_size
+    sizes = {name: complexity(partial(build, model, size), size, IN_CHANS) for name, model in models.items()}
     rows = []
     for mode in ("inference", "training") if train else ("inference",):
-        makers = {name: partial(make_step, name, setting, mode == "training") for name in names}
+        makers = {name: partial(make_step, model, setting, mode == "training") for name, model in models.items()}
         memory = {name: peak_memory_mb(make, setting.device) for name, make in makers.items()}
         timings = interleave({name: make() for name, make in makers.items()}, rounds, min_seconds=0.1)
         rows += [
@@ -164,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     device = str(pick_device(args.device))
     setting = Setting(args.img_size, args.batch_size, device, args.dtype, args.channels_last, args.compile)
-    rows = benchmark(args.models, setting, train=args.train, rounds=args.rounds, against=args.against)
+    models = {name: {"name": name} for name in args.models}
+    rows = benchmark(models, setting, train=args.train, rounds=args.rounds, against=args.against)
     print_rows(rows)
     if args.csv:
         write_csv(args.csv, rows)
