@@ -14,7 +14,7 @@ from runs.help import wants_help, write_help
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate on the test split; writes `result.json`, `predictions.csv`, `confusion.png`, `reliability.png`.
+    """Evaluate on the test split; writes `result.json` and the task's predictions and pictures.
 
     Returns:
         The metrics: `test/top1`, `test/top1_ci95`, ...
@@ -41,7 +41,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 def main(cfg: DictConfig) -> float:
     hydra_config = HydraConfig.get()
     with in_a_job():
-        return evaluate(with_run(cfg, hydra_config.overrides.task, hydra_config.runtime.choices))["test/top1"]
+        cfg = with_run(cfg, hydra_config.overrides.task, hydra_config.runtime.choices)
+        return evaluate(cfg)[f"test/{cfg.task.figure}"]
 
 
 if __name__ == "__main__":

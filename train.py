@@ -43,7 +43,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float:
     with in_a_job():
-        return train(cfg)["test/top1"]
+        return train(cfg)[f"test/{cfg.task.figure}"]
 
 
 if __name__ == "__main__":

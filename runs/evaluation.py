@@ -6,10 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
-from evaluation.plots import plot_confusion, plot_reliability
-from evaluation.predictions import write_predictions_csv
 from models import load_weights, model_name
-from models.complexity import complexity
 from runs.config import fingerprint
 from runs.result import provenance, write_result
 from runs.training import build_data, build_task, quiet_libraries, test
@@ -31,7 +28,7 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
     if cfg.weights:
         load_weights(task.model, cfg.weights)
     metrics = test(cfg, task, datamodule)
-    params, macs = complexity(task.model, datamodule.image_size, datamodule.in_chans)
+    params, macs = task.complexity(datamodule)
     result = {
         "status": "finished",
         "task": cfg.task.name,
@@ -46,10 +43,6 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
         "config_sha256": fingerprint(cfg),
     }
     if task.trainer.is_global_zero:
-        write_predictions_csv(
-            folder / "predictions.csv", task.predictions, datamodule.class_names, datamodule.names("test")
-        )
-        plot_confusion(folder / "confusion.png", task.predictions, datamodule.class_names)
-        plot_reliability(folder / "reliability.png", task.predictions)
+        task.write_report(folder, datamodule)
         write_result(folder, result)
     return result

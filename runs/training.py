@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
-from evaluation.classification import summarize
 from evaluation.plots import plot_curves
-from models import create_model, load_weights, model_name
-from models.complexity import complexity
+from models import load_weights, model_name
 from models.tasks.base import Task
 from runs.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints, find_resume
 from runs.config import PRECISIONS, fingerprint, identity, per_device_batch, world_size
@@ -58,7 +56,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     callbacks: list[pl.Callback] = [instantiate(spec) for spec in cfg.callbacks.values()]
     if cfg.recipe.ema.decay is not None:
         callbacks.append(EMA(cfg.recipe.ema.decay, cfg.recipe.ema.warmup))
-    callbacks += [training_log, Checkpoints(checkpoints, "val/top1", **cfg.checkpoint)]
+    callbacks += [training_log, Checkpoints(checkpoints, f"val/{cfg.task.figure}", **cfg.checkpoint)]
     loggers = [MetricsCSV(folder / "metrics.csv", step)]
     loggers += [instantiate(spec, from_step=step) for spec in cfg.logger.values()]
     trainer = build_trainer(cfg, callbacks=callbacks, logger=loggers)
@@ -69,12 +67,11 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     task = build_task(cfg, datamodule)  # anew: a strategy may have sharded the other's net
     load_weights(task.model, best if best.exists() else checkpoints / LAST)
     metrics = test(cfg, task, datamodule)
-    size = datamodule.image_size
-    params, macs = complexity(task.model, size, datamodule.in_chans)
+    params, macs = task.complexity(datamodule)
     result = {
         "status": "finished",
         "task": cfg.task.name,
-        "model": model_name(cfg.model, size),
+        "model": model_name(cfg.model, datamodule.image_size),
         "data": cfg.data.name,
         "seed": cfg.seed,
         "metrics": metrics,
@@ -99,8 +96,7 @@ def test(cfg: DictConfig, task: Task, datamodule: pl.LightningDataModule) -> dic
     """Figures of `task`'s net on the test split, as `test/top1`, `test/top1_ci95`, ..."""
     strategy = "ddp" if world_size(cfg) > 1 else "auto"
     build_trainer(cfg, logger=False, strategy=strategy).test(task, datamodule=datamodule, verbose=False)
-    figures = summarize(task.predictions, datamodule.class_names)  # pyright: ignore
-    return {f"test/{name}": value for name, value in figures.items()}
+    return {f"test/{name}": value for name, value in task.test_figures(datamodule).items()}
 
 
 def build_data(cfg: DictConfig) -> Any:
@@ -115,11 +111,10 @@ def build_data(cfg: DictConfig) -> Any:
 
 
 def build_task(cfg: DictConfig, datamodule: Any) -> Any:
-    """The LightningModule of `cfg.task` around a net for the data's classes."""
-    net = create_model(cfg.model, datamodule.num_classes, datamodule.in_chans, datamodule.image_size)
+    """The LightningModule of `cfg.task` around its net."""
     return instantiate(
-        _arguments(cfg.task, "name"),
-        model=net,
+        _arguments(cfg.task, "name", "figure"),
+        model=get_class(cfg.task._target_).build_net(cfg, datamodule),
         recipe=OmegaConf.to_container(cfg.recipe, resolve=True),
         num_classes=datamodule.num_classes,
         _convert_="all",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from models.complexity import complexity
 from models.tasks.optimization import check_optimizer, create_optimizer, create_schedule
 
 
 class Task(pl.LightningModule):
     """A net and a recipe.
 
-    A subclass computes losses and figures; `track` sums the latter up between two rows of the log.
+    A subclass builds its net (`build_net`), computes losses and figures (`track` sums the latter up between two rows of
+    the log; `val_figures` are the last validation's), and after a test gives its figures (`test_figures`) and writes
+    what a person wants to see of it (`write_report`).
 
     Args:
         model: the net, as `timm.create_model` or a head's builder gives it.
@@ -46,6 +50,23 @@ class Task(pl.LightningModule):
         self._sums: dict[str, Tensor] = {}  # of figure x images, and `images`, since the last row of the log
         self._first_bad_step: Tensor | None = None
         self.val_figures: dict[str, float] = {}  # of the last validation, as `val/loss`, ...
+
+    @staticmethod
+    def build_net(cfg: Any, datamodule: Any) -> nn.Module:
+        """The net of a run's config for the data's classes and images."""
+        raise NotImplementedError
+
+    def test_figures(self, datamodule: Any) -> dict[str, Any]:
+        """Figures of the test that has just been run, on all ranks."""
+        raise NotImplementedError
+
+    def write_report(self, folder: Path, datamodule: Any) -> None:
+        """Predictions and pictures of that test."""
+        raise NotImplementedError
+
+    def complexity(self, datamodule: Any) -> tuple[int, int]:
+        """Parameters, and multiply-accumulates for one image of the data's size."""
+        return complexity(self.model, datamodule.image_size, datamodule.in_chans)
 
     def setup(self, stage: str) -> None:
         if self.compile_model:

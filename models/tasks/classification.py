@@ -1,6 +1,7 @@
 """Image classification."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,10 @@ import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
-from evaluation.classification import Predictions, topk_predictions
+from evaluation.classification import Predictions, summarize, topk_predictions
+from evaluation.plots import plot_confusion, plot_reliability
+from evaluation.predictions import write_predictions_csv
+from models.factory import create_model
 from models.tasks.base import Task
 from models.tasks.distillation import Teacher
 
@@ -32,6 +36,22 @@ class Classification(Task):
         self._val: Tensor | None = None
         self._predictions: list[Predictions] = []
         self.predictions: Predictions | None = None  # of all ranks, after a test
+
+    @staticmethod
+    def build_net(cfg: Any, datamodule: Any) -> nn.Module:
+        return create_model(cfg.model, datamodule.num_classes, datamodule.in_chans, datamodule.image_size)
+
+    def test_figures(self, datamodule: Any) -> dict[str, Any]:
+        assert self.predictions is not None
+        return summarize(self.predictions, datamodule.class_names)
+
+    def write_report(self, folder: Path, datamodule: Any) -> None:
+        """`predictions.csv`, `confusion.png`, `reliability.png`."""
+        assert self.predictions is not None
+        names, classes = datamodule.names("test"), datamodule.class_names
+        write_predictions_csv(folder / "predictions.csv", self.predictions, classes, names)
+        plot_confusion(folder / "confusion.png", self.predictions, classes)
+        plot_reliability(folder / "reliability.png", self.predictions)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.model(image)
