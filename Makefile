@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format types bench docker clean
+.PHONY: help setup train test test-all lint format types bench docker clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## make .venv with the pinned requirements (Python 3.11 to 3.13; PYTHON=... picks one)
 
@@ -23,6 +23,9 @@ train: setup ## train BiFormer on the embedded digits (about two minutes on two 
 	$(BIN)/python train.py
 
 test: setup ## run the tests
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: setup ## run the tests, with every size of every net
 	$(BIN)/python -m pytest -n 2
 
 lint: setup ## ruff and pyright

@@ -22,7 +22,12 @@ def complexity(
     tensors = (*model.named_parameters(), *model.named_buffers())
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
     dtype = next(model.parameters()).dtype
-    images = torch.empty(2, in_chans, *size, device="meta", dtype=dtype)  # one is too few for batch norm in training
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        functional_call(model, meta, (images,))
-    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 4
+
+    def flops(batch: int) -> int:
+        images = torch.empty(batch, in_chans, *size, device="meta", dtype=dtype)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            functional_call(model, meta, (images,))
+        return counter.get_total_flops()
+
+    # one image is too few for batch norm in training; a part that does not grow with the batch counts whole
+    return sum(parameter.numel() for parameter in model.parameters()), (2 * flops(2) - flops(3)) // 2

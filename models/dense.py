@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from models.factory import build
 from models.hierarchical import HierarchicalBackbone
+from models.timm_nets import take_any_size
 from models.weights import renamed
 
 MULTIPLES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 192, 224, 256, 384, 448, 512)  # of pixels, tried in turn
@@ -54,6 +55,7 @@ class DenseBackbone(nn.Module):
         self.indices = self.net.prune_intermediate_layers(wanted, prune_norm=True, prune_head=True)
 
         eps = next((module.eps for module in self.net.modules() if isinstance(module, nn.LayerNorm)), 1e-6)
+        eps = getattr(self.net, "map_norm_eps", eps)
         self.norms = nn.ModuleList(LayerNorm2d(width, eps=eps) for width in self.channels if norms)
         self.unused_weights = {f"net.{key}" for key in whole - set(self.net.state_dict())}  # of a classifier's weights
         self.optional_weights = {f"norms.{key}" for key in self.norms.state_dict()}
@@ -127,7 +129,9 @@ def build_size_free(name: str, kwargs: dict[str, Any]) -> nn.Module:
         kwargs = {key: value for key, value in kwargs.items() if key != "img_size"}
     free = {"dynamic_img_size": True, "strict_img_size": False}
     option: dict[str, Any] = next(({key: value} for key, value in free.items() if key in takes), {})
-    return build(name, **option | kwargs)
+    net = build(name, **option | kwargs)
+    take_any_size(net)
+    return net
 
 
 def pyramid(name: str, strides: Sequence[int]) -> list[int]:

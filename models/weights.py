@@ -1,5 +1,6 @@
 """Weights into nets: released checkpoints and our own, whatever their names, and a guard against misfits."""
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,12 +12,10 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
+from models.timm_nets import RENAMES, Renames
 from models.unpickling import read_weights
 
-# Pairs of a regular expression and what replaces its match, as in `re.sub`; None drops the weight.
-Renames = Sequence[tuple[str, str | Callable[[re.Match], str] | None]]
-
-WRAPPERS = ("state_dict_ema", "state_dict", "model")  # under which checkpoints hold the weights
+WRAPPERS = ("state_dict_ema", "state_dict", "model", "model_ema")  # under which checkpoints hold the weights
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # of DDP, torch.compile, a LightningModule, a detector
 
 
@@ -41,8 +40,9 @@ def load_weights(
 
     Nothing in a file is executed. Weights are looked for under `state_dict_ema`, `state_dict` and `model`, lose the
     prefixes that wrappers add, and are renamed by `model.checkpoint_filter`, or timm's for timm's nets. Position
-    tables are interpolated to the model's size. A model may declare `optional_weights`, names that may be missing,
-    and `unused_weights`, names of the file that it has no use for.
+    tables are interpolated to the model's size; a module may have `resize_table(name, value)` for those of its own.
+    A model may declare `optional_weights`, names that may be missing, and `unused_weights`, names of the file that it
+    has no use for.
 
     Args:
         path_or_state: a safetensors or torch file, or what one holds.
@@ -85,6 +85,9 @@ def load_weights(
             advice = "check the model's name, size and arguments"
         raise ValueError(f"{source} does not fit {type(model).__name__}: {_listed(problems)}; {advice}")
     model.load_state_dict(fits, strict=False)
+    for module in model.modules():
+        if hasattr(module, "attention_bias_cache"):  # timm's nets keep their biases when they do not train
+            module.attention_bias_cache = {}
     return Loaded(list(fits), missing, unexpected, tables, dropped)
 
 
@@ -109,13 +112,13 @@ def renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     own_filter: Any = getattr(model, "checkpoint_filter", None)
     if own_filter is not None:
         return own_filter(state)
+    state = _rename_all(state, RENAMES.get(type(model).__name__, ()))
     filter_fn = timm_filter(model)
-    if filter_fn is None:
-        return rename_state(model, state)
-    try:
-        return filter_fn(dict(state), model)
-    except Exception:  # such a function may fail in any way on another net's weights, whose names then tell more
-        return state
+    if filter_fn is not None:
+        # such a function may fail in any way on another net's weights, whose names then tell more
+        with contextlib.suppress(Exception):
+            return filter_fn(dict(state), model)
+    return rename_state(model, state)
 
 
 def timm_filter(model: nn.Module) -> Callable | None:
@@ -129,25 +132,39 @@ def timm_filter(model: nn.Module) -> Callable | None:
 def rename_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Apply the `renames` of the model, then those of each of its modules to the names below it.
 
-    A 1 x 1 convolution's weight becomes a linear layer's where the model has one there.
+    A 1 x 1 convolution's weight becomes a linear layer's where the model has one there, and the other way round; a
+    weight loses a first dimension of one that the model's lacks.
     """
     for prefix, module in model.named_modules():
         renames: Renames = getattr(module, "renames", ())
         if not renames:
             continue
-        start = f"{prefix}." if prefix else ""
-        result = {}
-        for key, value in state.items():
-            if key.startswith(start):
-                local = _rename(key.removeprefix(start), renames)
-                if local is None:
-                    continue
-                key = start + local
-            result[key] = value
-        state = result
-    linear = {f"{prefix}.weight" for prefix, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {key: value.flatten(1) if key in linear and value.shape[2:] == (1, 1) else value
-            for key, value in state.items()}  # fmt: skip
+        state = _rename_all(state, renames, f"{prefix}." if prefix else "")
+    layers = {f"{prefix}.weight": module for prefix, module in model.named_modules()}
+    ranks = {key: value.ndim for key, value in model.state_dict().items()}
+    result = {}
+    for key, value in state.items():
+        if isinstance(layers.get(key), nn.Linear) and value.shape[2:] == (1, 1):
+            value = value.flatten(1)
+        elif isinstance(layers.get(key), nn.Conv2d) and value.ndim == 2:
+            value = value[:, :, None, None]
+        elif value.shape[:1] == (1,) and value.ndim - 1 == ranks.get(key):
+            value = value[0]
+        result[key] = value
+    return result
+
+
+def _rename_all(state: dict[str, Tensor], renames: Renames, prefix: str = "") -> dict[str, Tensor]:
+    """Apply `renames` to what follows `prefix` in the names that begin with it."""
+    result = {}
+    for key, value in state.items():
+        if key.startswith(prefix):
+            local = _rename(key.removeprefix(prefix), renames)
+            if local is None:
+                continue
+            key = prefix + local
+        result[key] = value
+    return result
 
 
 def _rename(key: str, renames: Renames) -> str | None:
@@ -162,16 +179,21 @@ def _rename(key: str, renames: Renames) -> str | None:
 
 def resized(model: nn.Module, key: str, value: Tensor, own: Mapping[str, Tensor]) -> Tensor:
     """A table of positions interpolated to the model's window or grid; any other weight as it is."""
-    if key not in own or value.shape == own[key].shape or value.shape[-1] != own[key].shape[-1]:
+    if key not in own or value.shape == own[key].shape:
         return value
     owner, _, leaf = key.rpartition(".")
     module: Any = model.get_submodule(owner)
+    if hasattr(module, "resize_table"):  # of a kind that only its owner knows
+        return module.resize_table(leaf, value)
+    if value.shape[-1] != own[key].shape[-1]:
+        return value
     if leaf == "relative_position_bias_table" and value.ndim == 2:
         return resize_rel_pos_bias_table_simple(value, module.window_size, own[key].shape)
-    if leaf == "pos_embed" and value.ndim == 3 and hasattr(module, "patch_embed"):
+    if re.fullmatch(r"pos_embed(_\d)?", leaf) and value.ndim == 3 and hasattr(module, "patch_embed"):
+        patches = module.patch_embed if leaf == "pos_embed" else module.patch_embed[int(leaf[-1])]  # CrossViT has two
+        grid = [side // patch for side, patch in zip(patches.img_size, patches.patch_size, strict=True)]
         resample: Any = resample_abs_pos_embed  # its decorator hides its type
-        prefix_tokens = own[key].shape[1] - module.patch_embed.num_patches
-        return resample(value, module.patch_embed.grid_size, num_prefix_tokens=prefix_tokens)
+        return resample(value, grid, num_prefix_tokens=own[key].shape[1] - patches.num_patches)
     return value
 
 

@@ -43,6 +43,8 @@ class Swin(HierarchicalBackbone):
     mixers: token mixers, as `ops.parse_mixers` reads them; by default shifted windows.
     """
 
+    block: type[nn.Module] = Block
+    op = "window"
     renames = (
         (r"\.attn_mask$", None),
         (r"^layers\.(\d)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample."),
@@ -64,7 +66,7 @@ class Swin(HierarchicalBackbone):
         drop_path_rate: float = 0.0,
         **kwargs,
     ):
-        specs = parse_mixers({"name": "window", "window": window} if mixers is None else mixers, depths)
+        specs = parse_mixers({"name": self.op, "window": window} if mixers is None else mixers, depths)
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         dims = [dim * 2**i for i in range(len(depths))]
         strides = [patch * 2**i for i in range(len(depths))]
@@ -72,7 +74,7 @@ class Swin(HierarchicalBackbone):
         for i, width in enumerate(dims):
             downsample = PatchMerging(dims[i - 1], width) if i else patch_embed(in_chans, width, patch, eps=1e-5)
             ops, contexts = create_ops(specs[i], width, heads[i], stage=i, stride=strides[i])
-            blocks = [Block(width, op, rate) for op, rate in zip(ops, rates[i], strict=True)]
+            blocks = [self.block(width, op, rate) for op, rate in zip(ops, rates[i], strict=True)]
             stages.append(Stage(downsample, blocks, contexts))
         super().__init__(stages, dims, strides, LayerNorm2d(dims[-1], eps=1e-5), in_chans=in_chans, **kwargs)
         self.apply(init_weights)

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from models import DenseBackbone, load_weights
-from tests.models.test_backbones import NAMES
+from tests.models.test_backbones import EVERY, NAMES, few_blocks
 
 # two convolutional nets, one that takes any size; windows; one map of many blocks; multiples of 32
 TIMMS = ["resnet18", "swin_tiny_patch4_window7_224", "test_vit", "test_efficientnet", "test_convnext"]
@@ -16,11 +16,11 @@ SMALL = {"swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 3
 
 def build(name: str, **kwargs: Any) -> Any:
     torch.manual_seed(0)
-    few: dict[str, Any] = {"depths": (1, 1, 1, 1)} if name in NAMES else SMALL.get(name, {})
+    few = few_blocks(name, 1) if name in NAMES else SMALL.get(name, {})
     return DenseBackbone(name, **few | kwargs)
 
 
-@pytest.mark.parametrize("name", [*NAMES, *TIMMS])
+@pytest.mark.parametrize("name", [*EVERY, *TIMMS])
 def test_maps_of_any_size_train_all_that_is_left(name):
     net = build(name)
     size = (66, 101)

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from models import create_model, model_name
-from models.factory import pick_size
+from models.factory import build, pick_size
 
 CONF = Path(__file__).parents[2] / "conf/model"
 
@@ -44,9 +44,9 @@ def test_arguments_come_from_the_size_and_from_the_command_line():
 def test_every_size_is_registered_and_has_a_recipe(path):
     cfg: Any = OmegaConf.load(path)
     assert (CONF.parent / f"recipe/{cfg.recipe}.yaml").exists()
-    for size in cfg.get("sizes") or {}:
+    for args in (cfg.get("sizes") or {}).values():
         with torch.device("meta"):
-            net: Any = create_model(config(path.stem, size=size), 10, 3, 64)
+            net: Any = build(num_classes=10, **{key: value for key, value in args.items() if key != "images_up_to"})
         assert net.num_classes == 10
 
 

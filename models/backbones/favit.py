@@ -1,0 +1,115 @@
+"""FaViT: Factorization Vision Transformer, Modeling Long Range Dependency with Local Window Cost (Qin et al., TNNLS
+2023, arXiv:2312.08614).
+
+Written after the paper and what the authors' repository, q2479036243/FaViT, computes; it names no licence: nothing of
+it is here. Checkpoints under its names load; none are released.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from models.backbones.litv2 import DepthwiseMlp
+from models.backbones.transnext import NormedStage, init_conv
+from models.hierarchical import HierarchicalBackbone, imagenet_cfg
+from ops import create_ops, parse_mixers
+from ops.registry import Spec
+
+
+class Block(nn.Module):
+    """Token mixing and MLP with a depthwise convolution, each added to the map (B, C, H, W)."""
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: int, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = DepthwiseMlp(dim, mlp_ratio * dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, **context) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.mixer(self.norm1(x), **context))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x.permute(0, 3, 1, 2)
+
+
+class FaViT(HierarchicalBackbone):
+    """The frame of PVTv2: patches overlap, and the map of each stage is normed, for the next stage as for a detector.
+
+    Args:
+        dim: channels of the first stage; each further one has twice as many.
+        depths, heads, mlp_ratios: blocks, attention heads and width of the MLP of each stage.
+        mixers: token mixers, as `ops.parse_mixers` reads them; by default factorization.
+    """
+
+    renames = (
+        (r"^patch_embed(\d)\.proj\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.0."),
+        (r"^patch_embed(\d)\.norm\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.1."),
+        (r"^block(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
+        (r"^norm(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.norm."),
+        (r"\.attn\.", ".mixer."),
+        (r"\.dwconv\.dwconv\.", ".dwconv."),
+    )
+
+    def __init__(
+        self,
+        dim: int = 64,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        heads: Sequence[int] = (1, 2, 4, 8),
+        mlp_ratios: Sequence[int] = (8, 6, 4, 4),
+        mixers: Spec | Sequence = "factorization",
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        **kwargs,
+    ):
+        specs = parse_mixers(mixers, depths)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        dims = [dim * 2**i for i in range(len(depths))]
+        strides = [4 * 2**i for i in range(len(depths))]
+        stages = []
+        for i, width in enumerate(dims):
+            side, stride = (3, 2) if i else (7, 4)
+            conv = nn.Conv2d(dims[i - 1] if i else in_chans, width, side, stride, padding=side // 2)
+            ops, contexts = create_ops(specs[i], width, heads[i], stage=i, stride=strides[i])
+            blocks = [Block(width, op, mlp_ratios[i], rate) for op, rate in zip(ops, rates[i], strict=True)]
+            stages.append(NormedStage(nn.Sequential(conv, LayerNorm2d(width, eps=1e-5)), blocks, contexts, width))
+        super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, **kwargs)
+        self.apply(init_conv)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        groups = super().group_matcher(coarse)
+        if not coarse:
+            groups["blocks"].insert(1, (r"^stages\.(\d+)\.norm\.", (99999,)))  # with the stage's last block
+        return groups
+
+
+VECTORS = {  # reference vectors -> registry names, or names and arguments
+    **{f"favit__favit_b{size}": f"favit_b{size}" for size in range(4)},
+    "favit__favit_b1_stages": ("favit_b1", {}),
+}
+
+default_cfgs = generate_default_cfgs({f"favit_b{size}": imagenet_cfg() for size in range(4)})
+
+
+@register_model
+def favit_b0(pretrained: bool = False, **kwargs) -> FaViT:
+    return FaViT.build("favit_b0", pretrained, **{"dim": 32} | kwargs)
+
+
+@register_model
+def favit_b1(pretrained: bool = False, **kwargs) -> FaViT:
+    return FaViT.build("favit_b1", pretrained, **kwargs)
+
+
+@register_model
+def favit_b2(pretrained: bool = False, **kwargs) -> FaViT:
+    return FaViT.build("favit_b2", pretrained, **{"depths": (2, 3, 18, 3)} | kwargs)
+
+
+@register_model
+def favit_b3(pretrained: bool = False, **kwargs) -> FaViT:
+    return FaViT.build("favit_b3", pretrained, **{"dim": 96, "depths": (2, 3, 14, 3)} | kwargs)

@@ -1,0 +1,190 @@
+"""PVT: Pyramid Vision Transformer, a Versatile Backbone for Dense Prediction without Convolutions (Wang et al., ICCV
+2021, arXiv:2102.12122).
+
+Written after the paper and the authors' repository, whai362/PVT (Apache-2.0); its checkpoints load. Version 2 is
+timm's.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from timm.layers import LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+
+from models import plain
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights
+from models.layers.downsample import PatchConv2d
+from models.layers.position import fit_positions, grid_of, resize_positions
+from ops import create_ops, parse_mixers
+from ops.registry import Spec, take_extra
+
+
+class PatchEmbed(nn.Module):
+    """Patches of the map (B, C, H, W), a norm, and positions, interpolated from those of `grid`.
+
+    Args:
+        extra: tokens beside the map that have a position too, before those of the map.
+    """
+
+    def __init__(self, in_dim: int, dim: int, patch: int, grid: tuple[int, int], extra: int = 0):
+        super().__init__()
+        self.grid, self.extra = grid, extra
+        self.proj = PatchConv2d(in_dim, dim, patch)
+        self.norm = LayerNorm2d(dim, eps=1e-5)
+        self.pos_embed = nn.Parameter(trunc_normal_(torch.empty(1, extra + grid[0] * grid[1], dim), std=0.02))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.proj(x))
+        table = resize_positions(self.pos_embed, self.grid, x.shape[2:], self.extra, mode="bilinear")
+        return x + table[:, self.extra :].transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def resize_table(self, name: str, value: Tensor) -> Tensor:
+        return fit_positions(value, self.grid, self.extra, mode="bilinear")
+
+
+class Block(plain.Block):
+    """The block of plain nets for maps (B, C, H, W)."""
+
+    def forward(self, x: Tensor, **context) -> Tensor:
+        tokens = self.tokens(x.flatten(2).transpose(1, 2), x.shape[2:], **context)
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def tokens(self, x: Tensor, size: Sequence[int], **context) -> Tensor:
+        return super().forward(x, size, **context)
+
+
+class PVT(HierarchicalBackbone):
+    """The classifier reads a class token that passes through the last stage beside the map, if all ops of that stage
+    take it; else the mean of the map. Maps are made without the class token, as in the authors' dense nets.
+
+    Args:
+        dims, depths, heads, mlp_ratios: channels, blocks, attention heads and widths of the MLP of each stage.
+        mixers: token mixers, as `ops.parse_mixers` reads them; by default spatial reduction.
+        class_token: False leaves it out.
+        final_norm: False leaves out the norm before the classifier.
+        img_size: of the images that the positions are learned for.
+    """
+
+    renames = (
+        (r"^patch_embed(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.downsample."),
+        (r"^pos_embed(\d)$", lambda match: f"stages.{int(match[1]) - 1}.downsample.pos_embed"),
+        (r"^block(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
+        (r"\.attn\.", ".mixer."),
+    )
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (2, 2, 2, 2),
+        heads: Sequence[int] = (1, 2, 5, 8),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        mixers: Spec | Sequence = "spatial_reduction",
+        class_token: bool = True,
+        final_norm: bool = True,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        global_pool: str | None = None,
+        drop_path_rate: float = 0.0,
+        **kwargs,
+    ):
+        specs = parse_mixers(mixers, depths)
+        self.extra = int(class_token and take_extra(specs[-1]))
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        strides = [4 * 2**i for i in range(len(dims))]
+        stages = []
+        for i, dim in enumerate(dims):
+            extra = self.extra if i == len(dims) - 1 else 0
+            grid = grid_of(img_size, strides[i])
+            downsample = PatchEmbed(dims[i - 1] if i else in_chans, dim, 2 if i else 4, grid, extra)
+            ops, contexts = create_ops(specs[i], dim, heads[i], stage=i, stride=strides[i], extra=extra)
+            blocks = [Block(dim, op, mlp_ratios[i], rate) for op, rate in zip(ops, rates[i], strict=True)]
+            stages.append(Stage(downsample, blocks, contexts))
+        norm = LayerNorm2d(dims[-1], eps=1e-6) if final_norm else nn.Identity()
+        pool = ("token" if self.extra else "avg") if global_pool is None else global_pool
+        super().__init__(stages, dims, strides, norm, in_chans=in_chans, global_pool=pool, **kwargs)
+        self.cls_token = nn.Parameter(trunc_normal_(torch.empty(1, 1, dims[-1]), std=0.02)) if self.extra else None
+        self.apply(init_weights)
+
+    def reset_pool(self, global_pool: str) -> None:
+        if self.extra:
+            self.global_pool = plain.TokenPool(global_pool, self.extra)
+        else:
+            super().reset_pool(global_pool)
+
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | ({"cls_token"} if self.cls_token is not None else set())
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The authors project queries apart from keys and values: together for the ops that do so."""
+        state = super().checkpoint_filter(state)
+        for key in [f"{prefix}.qkv.{leaf}" for prefix, _ in self.named_modules() for leaf in ("weight", "bias")]:
+            parts = [key.replace(".qkv.", f".{name}.") for name in ("q", "kv")]
+            if key in self.state_dict() and set(parts) <= set(state):
+                state[key] = torch.cat([state.pop(part) for part in parts])
+        return state
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head:
+            self.cls_token = None
+        return take
+
+    def forward_intermediates(self, x: Tensor, *args, intermediates_only: bool = False, **kwargs) -> Any:
+        if self.cls_token is None or intermediates_only:
+            return super().forward_intermediates(x, *args, intermediates_only=intermediates_only, **kwargs)
+        maps = super().forward_intermediates(x, *args, intermediates_only=True, **kwargs)
+        return self.forward_features(x), maps
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last map (B, C, H, W), or with a class token all tokens (B, 1 + H * W, C)."""
+        if self.cls_token is None:
+            return super().forward_features(x)
+        *earlier, last = cast(list[Stage], list(self.stages))
+        for stage in earlier:
+            x = stage(x)
+        embed = cast(PatchEmbed, last.downsample)
+        x = embed(x)
+        size = x.shape[2:]
+        first = (self.cls_token + embed.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([first, x.flatten(2).transpose(1, 2)], dim=1)
+        for block in cast(list[Block], list(last.blocks)):
+            recompute = last.grad_checkpointing and torch.is_grad_enabled()
+            x = cast(Tensor, checkpoint(block.tokens, x, size)) if recompute else block.tokens(x, size)
+        return self.norm(x.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
+
+
+def pvt_cfg(url: Any) -> dict:
+    return imagenet_cfg(url, first_conv="stages.0.downsample.proj", fixed_input_size=True)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"pvt_{size}.in1k": pvt_cfg(f"https://github.com/whai362/PVT/releases/download/v2/pvt_{size}.pth")
+        for size in ("tiny", "small", "medium", "large")
+    }
+)
+
+
+@register_model
+def pvt_tiny(pretrained: bool = False, **kwargs) -> PVT:
+    return PVT.build("pvt_tiny", pretrained, **kwargs)
+
+
+@register_model
+def pvt_small(pretrained: bool = False, **kwargs) -> PVT:
+    return PVT.build("pvt_small", pretrained, **{"depths": (3, 4, 6, 3)} | kwargs)
+
+
+@register_model
+def pvt_medium(pretrained: bool = False, **kwargs) -> PVT:
+    return PVT.build("pvt_medium", pretrained, **{"depths": (3, 4, 18, 3)} | kwargs)
+
+
+@register_model
+def pvt_large(pretrained: bool = False, **kwargs) -> PVT:
+    return PVT.build("pvt_large", pretrained, **{"depths": (3, 8, 27, 3)} | kwargs)

@@ -1,0 +1,194 @@
+"""TransNeXt: Robust Foveal Visual Perception for Vision Transformers (Shi, CVPR 2024, arXiv:2311.17132).
+
+Written after the paper and the author's repository, DaiShiResearch/TransNeXt (Apache-2.0), without its CUDA kernels;
+its checkpoints load.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights
+from ops import create_ops, parse_mixers
+from ops.registry import Spec
+
+
+class ConvGLU(nn.Module):
+    """Gated MLP of (B, H, W, C) whose gates see each token's neighbours. The width is that of an MLP as costly."""
+
+    renames = ((r"^dwconv\.dwconv\.", "dwconv."),)
+
+    def __init__(self, dim: int, mlp_ratio: int):
+        super().__init__()
+        hidden = 2 * mlp_ratio * dim // 3
+        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc2(F.gelu(gate) * value)
+
+
+class Block(nn.Module):
+    """Token mixing and ConvGLU, each added to the map (B, C, H, W)."""
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: int, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = ConvGLU(dim, mlp_ratio)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, **context) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.mixer(self.norm1(x), **context))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x.permute(0, 3, 1, 2)
+
+
+class NormedStage(Stage):
+    """A stage whose map is normed, for the next stage as for a detector."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], contexts: Sequence, dim: int):
+        super().__init__(downsample, blocks, contexts)
+        self.norm = LayerNorm2d(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
+class TransNeXt(HierarchicalBackbone):
+    """Args:
+    dim: channels of the first stage; each further one has twice as many.
+    depths, heads: blocks and attention heads of each stage.
+    pools: of each stage, how many times smaller than the map's the sides of the pooled map are; 1 stands for
+        length-scaled cosine attention to all tokens.
+    pretrain_size, bias_size: of the paper's op; its author's dense nets take the size of the crops as the latter, or
+        none for extrapolation.
+    mixers: token mixers, as `ops.parse_mixers` reads them; by default the paper's.
+    """
+
+    renames = (
+        (r"^patch_embed(\d)\.proj\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.0."),
+        (r"^patch_embed(\d)\.norm\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.1."),
+        (r"^block(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
+        (r"^norm(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.norm."),
+        (r"\.attn\.", ".mixer."),
+    )
+
+    def __init__(
+        self,
+        dim: int = 72,
+        depths: Sequence[int] = (2, 2, 15, 2),
+        heads: Sequence[int] = (3, 6, 12, 24),
+        pools: Sequence[int] = (8, 4, 2, 1),
+        pretrain_size: int = 224,
+        bias_size: int | None = None,
+        mixers: Spec | Sequence | None = None,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        **kwargs,
+    ):
+        if mixers is None:
+            sizes = {"pretrain_size": pretrain_size, "bias_size": bias_size}
+            full = {"name": "length_scaled_cosine", **sizes}
+            mixers = [{"name": "aggregated", "pool": pool, **sizes} if pool > 1 else full for pool in pools]
+        specs = parse_mixers(mixers, depths)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        dims = [dim * 2**i for i in range(len(depths))]
+        strides = [4 * 2**i for i in range(len(depths))]
+        stages = []
+        for i, width in enumerate(dims):
+            side, stride = (3, 2) if i else (7, 4)
+            conv = nn.Conv2d(dims[i - 1] if i else in_chans, width, side, stride, padding=side // 2)
+            ops, contexts = create_ops(specs[i], width, heads[i], stage=i, stride=strides[i])
+            blocks = [Block(width, op, 8 if i < 2 else 4, rate) for op, rate in zip(ops, rates[i], strict=True)]
+            stages.append(NormedStage(nn.Sequential(conv, LayerNorm2d(width, eps=1e-5)), blocks, contexts, width))
+        super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, **kwargs)
+        self.apply(init_conv)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        groups = super().group_matcher(coarse)
+        if not coarse:
+            groups["blocks"].insert(1, (r"^stages\.(\d+)\.norm\.", (99999,)))  # with the stage's last block
+        return groups
+
+
+def init_conv(module: nn.Module) -> None:
+    """As most papers do linear layers, and convolutions by what leaves them; for `nn.Module.apply`."""
+    init_weights(module)
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+VECTORS = {  # reference vectors -> registry names, or names and arguments
+    **{f"transnext__transnext_{size}": f"transnext_{size}" for size in ("micro", "tiny", "small", "base")},
+    "transnext__transnext_micro_aaaa": ("transnext_micro_aaaa", {"pretrain_size": 224}),
+    "transnext__transnext_tiny_seg": ("transnext_tiny", {"bias_size": 224}),
+    "transnext__transnext_tiny_seg_256x320": ("transnext_tiny", {"bias_size": 256}),
+    "transnext__transnext_tiny_seg_256x320_extrapolation": ("transnext_tiny", {}),
+}
+
+
+def _url(name: str) -> str:
+    return f"https://huggingface.co/DaiShiResearch/{name}/resolve/main/{name.replace('-', '_')}.pth"
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"transnext_{size}.in1k": imagenet_cfg(_url(f"transnext-{size}-224-1k"))
+        for size in ("micro", "tiny", "small", "base")
+    }
+    | {
+        f"transnext_{size}.in1k_384": imagenet_cfg(
+            _url(f"transnext-{size}-384-1k-ft-1k"), input_size=(3, 384, 384), pool_size=(12, 12)
+        )
+        for size in ("small", "base")
+    }
+    | {
+        "transnext_micro_aaaa.in1k_256": imagenet_cfg(
+            _url("transnext-micro-AAAA-256-1k"), input_size=(3, 256, 256), pool_size=(8, 8)
+        )
+    }
+)
+
+MICRO = {"dim": 48, "heads": (2, 4, 8, 16)}
+
+
+@register_model
+def transnext_micro(pretrained: bool = False, **kwargs) -> TransNeXt:
+    return TransNeXt.build("transnext_micro", pretrained, **MICRO | kwargs)
+
+
+@register_model
+def transnext_micro_aaaa(pretrained: bool = False, **kwargs) -> TransNeXt:
+    """Aggregated attention in all stages, trained on images of 256 pixels."""
+    own = {**MICRO, "pools": (16, 8, 4, 2), "pretrain_size": 256}
+    return TransNeXt.build("transnext_micro_aaaa", pretrained, **own | kwargs)
+
+
+@register_model
+def transnext_tiny(pretrained: bool = False, **kwargs) -> TransNeXt:
+    return TransNeXt.build("transnext_tiny", pretrained, **kwargs)
+
+
+@register_model
+def transnext_small(pretrained: bool = False, **kwargs) -> TransNeXt:
+    return TransNeXt.build("transnext_small", pretrained, **{"depths": (5, 5, 22, 5)} | kwargs)
+
+
+@register_model
+def transnext_base(pretrained: bool = False, **kwargs) -> TransNeXt:
+    large = {"dim": 96, "depths": (5, 5, 23, 5), "heads": (4, 8, 16, 32)}
+    return TransNeXt.build("transnext_base", pretrained, **large | kwargs)

@@ -1,0 +1,228 @@
+"""ViTAEv2 and Swin with varied-size window attention, VSA (Zhang et al., ECCV 2022, arXiv:2204.08446).
+
+ViTAEv2 (Zhang et al., IJCV 2023, arXiv:2202.10108) is written after the papers and the authors' repository,
+ViTAE-Transformer/ViTAE-VSA, which names no licence: nothing of it is here; its checkpoints load. Swin with VSA is
+written after the paper; its weights were never released.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from models.backbones import swin
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights
+from ops import create_op, create_ops, parse_mixers
+from ops.registry import Place, Spec
+
+
+class NormalCell(nn.Module):
+    """Token mixing with a convolutional position, beside convolutions of the same map; then MLP. (B, C, H, W)."""
+
+    def __init__(self, dim: int, mixer: nn.Module, groups: int, drop_path: float):
+        super().__init__()
+        self.pos = position(dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.mixer = mixer
+        self.pcm = convolutions((dim, 4 * dim, dim, dim), groups)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim).apply(init_weights)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, **context) -> Tensor:
+        mixed = self.mixer(self.norm1((x + self.pos(x)).permute(0, 2, 3, 1)), **context)
+        x = (x + self.drop_path(self.pcm(x))).permute(0, 2, 3, 1) + self.drop_path(mixed)
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x.permute(0, 3, 1, 2)
+
+
+class ReductionCell(nn.Module):
+    """Dilated convolutions side by side bring the map to its resolution; then as in a normal cell, without residual.
+
+    (B, C, H, W) to (B, dim, ⌈H / stride⌉, ⌈W / stride⌉).
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        branch_dim: int,
+        dim: int,
+        mixer: nn.Module,
+        stride: int,
+        dilations: Sequence[int],
+        groups: int,
+        wide: bool,
+    ):
+        super().__init__()
+        self.stride = stride
+        kernel, width = 2 * stride - 1, branch_dim * len(dilations)
+        self.prm = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(in_dim, branch_dim, kernel, stride, math.ceil(((kernel - 1) * d + 1 - stride) / 2), d),
+                nn.GELU(),
+            )
+            for d in dilations
+        )
+        self.pos = position(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.mixer = mixer
+        hidden = 2 * dim if wide else branch_dim
+        self.pcm = convolutions((in_dim, hidden, hidden, dim), groups, stride)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, dim).apply(init_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride))
+        scales = torch.cat([branch(x) for branch in self.prm], dim=1)
+        mixed = self.mixer(self.norm1((scales + self.pos(scales)).permute(0, 2, 3, 1)))
+        x = mixed + self.pcm(x).permute(0, 2, 3, 1)
+        x = x + self.mlp(self.norm2(x))
+        return x.permute(0, 3, 1, 2)
+
+
+def position(dim: int) -> nn.Module:
+    return nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+
+
+def convolutions(dims: Sequence[int], groups: int, stride: int = 1) -> nn.Module:
+    """Three 3 x 3 convolutions from dims[0] to dims[3] channels, the first ones of stride 2 until `stride` is met."""
+    layers = []
+    for i in range(3):
+        step = 2 if stride >> (i + 1) else 1
+        layers += [nn.Conv2d(dims[i], dims[i + 1], 3, step, 1, groups=groups), nn.BatchNorm2d(dims[i + 1]), nn.SiLU()]
+    return nn.Sequential(*layers[:-2])
+
+
+class ViTAEv2(HierarchicalBackbone):
+    """A reduction cell and normal cells a stage; no norm before the classifier.
+
+    Args:
+        dim: channels of the first stage; each further one has twice as many.
+        depths, heads: normal cells and attention heads of each stage.
+        reduction_heads: attention heads of each stage's reduction cell.
+        wide: give the convolutions of reduction cells more channels.
+        window: side of a window.
+        mixers: token mixers of the normal cells, as `ops.parse_mixers` reads them; by default varied-size windows,
+            which the reduction cells always have.
+    """
+
+    renames = (
+        (r"^layers\.(\d)\.RC\.", r"stages.\1.downsample."),
+        (r"^layers\.(\d)\.NC\.", r"stages.\1.blocks."),
+        (r"\.PRM\.convs\.", ".prm."),
+        (r"\.PCM\.", ".pcm."),
+        (r"\.attn\.", ".mixer."),
+    )
+
+    def __init__(
+        self,
+        dim: int = 64,
+        depths: Sequence[int] = (2, 2, 8, 2),
+        heads: Sequence[int] = (2, 4, 8, 16),
+        reduction_heads: Sequence[int] = (2, 4, 8, 16),
+        wide: bool = True,
+        window: int = 7,
+        mixers: Spec | Sequence | None = None,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        **kwargs,
+    ):
+        varied = {"name": "varied_size_window", "window": window}
+        specs = parse_mixers(varied if mixers is None else mixers, depths)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        dims, strides = [dim * 2**i for i in range(4)], (4, 8, 16, 32)
+        dilations = ((1, 2, 3, 4), (1, 2, 3), (1, 2), (1, 2))
+        stages = []
+        for i, width in enumerate(dims):
+            in_dim, branch_dim = (dims[i - 1], dims[i - 1]) if i else (in_chans, dim)
+            place = Place(i, 0, depths[i], strides[i])
+            op = create_op(varied, branch_dim * len(dilations[i]), reduction_heads[i], place=place, out_dim=width)
+            reduction = ReductionCell(
+                in_dim, branch_dim, width, op, 2 if i else 4, dilations[i], (1, 16, 32, 64)[i], wide
+            )
+            ops, contexts = create_ops(specs[i], width, heads[i], stage=i, stride=strides[i])
+            groups = (1, 32, 64, 128)[i]
+            cells = [NormalCell(width, op, groups, rate) for op, rate in zip(ops, rates[i], strict=True)]
+            stages.append(Stage(reduction, cells, contexts))
+        super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, **kwargs)
+
+
+class SwinVSABlock(swin.Block):
+    """Swin's block with a depthwise convolution for position, added to the map first."""
+
+    def __init__(self, dim: int, mixer: nn.Module, drop_path: float):
+        super().__init__(dim, mixer, drop_path)
+        self.pos = position(dim)
+
+    def forward(self, x: Tensor, **context) -> Tensor:
+        return super().forward(x + self.pos(x), **context)
+
+
+class SwinVSA(swin.Swin):
+    """Swin with windows of varied sizes, that are not shifted."""
+
+    block, op = SwinVSABlock, "varied_size_window"
+
+
+VECTORS = {  # reference vectors -> registry names, or names and arguments
+    f"vsa__vitaev2_vsa_{name}": f"vitaev2_vsa_{name}" for name in ("s", "widepcm_s", "widepcm_48m")
+}
+
+
+_SHARES = {  # of the authors' files
+    "vitaev2_vsa_s": "s!AimBgYV7JjTlgcgB0Xlyc3U4WO11AQ",
+    "vitaev2_vsa_widepcm_48m": "s!AimBgYV7JjTlgcgCOt1UwhNQRfO0bw",
+}
+
+
+def _cfg(name: str) -> Any:
+    share = _SHARES.get(name)
+    url = (f"https://api.onedrive.com/v1.0/shares/{share}/root/content", f"{name}.pth") if share else ""
+    return imagenet_cfg(url, crop_pct=0.9, first_conv="stages.0.downsample.prm.0.0")
+
+
+default_cfgs = generate_default_cfgs(
+    {f"vitaev2_vsa_{size}.in1k": _cfg(f"vitaev2_vsa_{size}") for size in ("s", "widepcm_s", "widepcm_48m", "widepcm_b")}
+    | {"swin_vsa_tiny": imagenet_cfg(), "swin_vsa_small": imagenet_cfg()}
+)
+
+
+@register_model
+def vitaev2_vsa_s(pretrained: bool = False, **kwargs) -> ViTAEv2:
+    """ViTAEv2-S of the paper, with fewer heads in the reduction cells."""
+    narrow = {"wide": False, "reduction_heads": (2, 2, 4, 8)}
+    return ViTAEv2.build("vitaev2_vsa_s", pretrained, **narrow | kwargs)
+
+
+@register_model
+def vitaev2_vsa_widepcm_s(pretrained: bool = False, **kwargs) -> ViTAEv2:
+    return ViTAEv2.build("vitaev2_vsa_widepcm_s", pretrained, **kwargs)
+
+
+@register_model
+def vitaev2_vsa_widepcm_48m(pretrained: bool = False, **kwargs) -> ViTAEv2:
+    heads = (3, 6, 12, 24)
+    medium = {"dim": 96, "depths": (2, 2, 11, 2), "heads": heads, "reduction_heads": heads}
+    return ViTAEv2.build("vitaev2_vsa_widepcm_48m", pretrained, **medium | kwargs)
+
+
+@register_model
+def vitaev2_vsa_widepcm_b(pretrained: bool = False, **kwargs) -> ViTAEv2:
+    heads = (4, 8, 16, 32)
+    large = {"dim": 128, "depths": (2, 2, 12, 2), "heads": heads, "reduction_heads": heads}
+    return ViTAEv2.build("vitaev2_vsa_widepcm_b", pretrained, **large | kwargs)
+
+
+@register_model
+def swin_vsa_tiny(pretrained: bool = False, **kwargs) -> SwinVSA:
+    return SwinVSA.build("swin_vsa_tiny", pretrained, **kwargs)
+
+
+@register_model
+def swin_vsa_small(pretrained: bool = False, **kwargs) -> SwinVSA:
+    return SwinVSA.build("swin_vsa_small", pretrained, **{"depths": (2, 2, 18, 2)} | kwargs)

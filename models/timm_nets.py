@@ -1,0 +1,105 @@
+"""timm's nets that papers are about: the authors' names of weights, where timm's own filters do not know them."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from timm.models.focalnet import Downsample, FocalNet
+from torch import Tensor, nn
+
+# Pairs of a regular expression and what replaces its match, as in `re.sub`; None drops the weight.
+Renames = Sequence[tuple[str, str | Callable[[re.Match], str] | None]]
+
+
+def _next_stage(match: re.Match) -> str:
+    """The authors keep a stage's downsampling at the end of the one before."""
+    return f"stages.{int(match[1]) + 1}.downsample."
+
+
+def _block(match: re.Match) -> str:
+    """`blocks2.5.` of EfficientViT and SHViT, whose later stages begin with three layers of downsampling."""
+    stage, layer = int(match[1]) - 1, int(match[2])
+    return f"stages.{stage}.blocks.{layer - 3 if stage else layer}."
+
+
+RENAMES: dict[str, Renames] = {  # by the class of timm's net
+    "CrossVit": ((r"^(pos_embed|cls_token)\.(\d)$", r"\1_\2"),),
+    "EfficientVitMsra": (
+        (r"\.attention_bias_idxs$", None),
+        (r"^patch_embed\.(\d)\.", lambda match: f"patch_embed.conv{int(match[1]) // 2 + 1}."),
+        (r"^blocks(\d)\.((?<=1\.)\d|[3-9]|\d\d)\.", _block),
+        (r"^blocks([23])\.0\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.res1."),
+        (r"^blocks([23])\.1\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.patchmerge."),
+        (r"^blocks([23])\.2\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.res2."),
+        (r"\.c\.", ".conv."),
+        (r"^head\.l\.", "head.linear."),
+    ),
+    "GlobalContextVit": (
+        (r"\.relative_position_index$", None),
+        (r"^patch_embed\.proj\.", "stem.conv1."),
+        (r"^patch_embed\.conv_down\.", "stem.down."),
+        (r"^levels\.(\d)\.downsample\.", _next_stage),
+        (r"\.q_global_gen\.to_q_global\.(\d)\.", lambda match: f".global_block.blocks.conv{int(match[1]) + 1}."),
+        (r"(\.down|\.downsample)\.conv\.", r"\1.conv_block.conv."),
+        (r"\.conv\.0\.", ".conv_dw."),
+        (r"\.conv\.2\.fc\.0\.", ".se.fc1."),
+        (r"\.conv\.2\.fc\.2\.", ".se.fc2."),
+        (r"\.conv\.3\.", ".conv_pw."),
+        (r"^levels\.", "stages."),
+        (r"\.attn\.relative_position_bias_table$", ".attn.rel_pos.relative_position_bias_table"),
+        (r"\.gamma([12])$", r".ls\1.gamma"),
+        (r"^norm\.", "stages.3.norm."),
+        (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    ),
+    "MaxxVit": ((r"^stages_(\d)\.", r"stages.\1."),),  # as timm's `features_only` has them
+    "SHViT": (
+        (r"^blocks(\d)\.((?<=1\.)\d|[3-9]|\d\d)\.", _block),
+        (r"^blocks([23])\.0\.", lambda match: f"stages.{int(match[1]) - 1}.downsample."),
+        (r"^blocks([23])\.1\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.2."),
+        (r"^blocks([23])\.2\.(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.{int(match[2]) + 3}."),
+    ),
+}
+
+
+def take_any_size(net: nn.Module) -> None:
+    """Let a FocalNet take images that are not whole patches, as the authors' dense code does: zeros complete them."""
+
+    def pad(patches: Downsample, args: tuple[Tensor]) -> Tensor:
+        H, W = args[0].shape[2:]
+        return F.pad(args[0], (0, -W % patches.stride, 0, -H % patches.stride))
+
+    if isinstance(net, FocalNet):
+        for module in net.modules():
+            if isinstance(module, Downsample):
+                module.register_forward_pre_hook(pad)
+
+
+VECTORS: dict[str, Any] = {  # reference vectors -> timm's names, or names and arguments
+    **{f"davit__davit_{size}": f"davit_{size}" for size in ("tiny", "small", "base")},
+    **{f"davit__davit_tiny_{name}": ("davit_tiny", {"norms": True}) for name in ("seg", "seg_pad")},
+    **{f"maxvit__maxvit_{size}_tf_224": f"maxvit_{size}_tf_224" for size in ("tiny", "small", "base")},
+    "maxvit__maxvit_tiny_tf_224_stages": "maxvit_tiny_tf_224",
+    **{f"gcvit__gc_vit_{size}": f"gcvit_{size}" for size in ("xxtiny", "xtiny", "tiny", "small", "base")},
+    **{
+        f"focalnet__{size}_{field}": f"focalnet_{size}_{field}"
+        for size in ("tiny", "small", "base")
+        for field in ("srf", "lrf")
+    },
+    "focalnet__det_tiny_srf_stages": ("focalnet_tiny_srf", {"norms": True, "focal_windows": (9, 9, 9, 9)}),
+    **{f"efficientvit__m{i}": f"efficientvit_m{i}" for i in range(6)},
+    "efficientvit__det_m4_stages": ("efficientvit_m4", {"img_size": 512}),
+    **{f"shvit__s{i}": f"shvit_s{i}" for i in range(1, 5)},
+    "shvit__det_s4_stages": "shvit_s4",
+    **{f"mambaout__{size}": f"mambaout_{size}" for size in ("femto", "kobe", "tiny", "small", "base")},
+    "mambaout__femto_stages": "mambaout_femto",
+    **{f"crossvit__{size}_224": f"crossvit_{size}_240" for size in ("tiny", "small", "base")},
+    **{
+        f"crossvit__{depth}{dagger}_224": f"crossvit_{depth}{dagger}_240"
+        for depth in (9, 15, 18)
+        for dagger in ("", "_dagger")
+    },
+    "crossvit__9_224_in224": "crossvit_9_240",
+    **{f"ghostnetv2__x{width}": f"ghostnetv2_{width}0" for width in (10, 13, 16)},
+    **{f"halonet__{name}": name for name in ("halonet26t", "halonet_h1")},
+}

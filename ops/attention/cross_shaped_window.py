@@ -1,0 +1,71 @@
+"""Cross-shaped window attention of CSWin Transformer (Dong et al., CVPR 2022, arXiv:2107.00652)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ops.functional import map_attention
+from ops.registry import FIRST, Place, register_op
+from ops.windows import from_windows, to_windows
+
+
+@register_op("cross_shaped_window")
+class CrossShapedWindowAttention(nn.Module):
+    """Half of the heads attend inside vertical strips of the map, the others inside horizontal ones.
+
+    Together, a token sees the cross of its columns and rows. A depthwise convolution of the values inside each strip
+    adds position. Where the last strip is not full, zeros pad queries, keys and values evenly on both sides, and are
+    attended to. Cost is `split` * H * W * (H + W).
+
+    Args:
+        dim, num_heads: channels and heads. Of an odd number, vertical strips have one more; one head is cut in two.
+        split: width of a strip in tokens, 0 for one of the whole map; by default 1, 2, 7 and 0 by stage, the paper's.
+        qkv_bias: give the query, key and value projections a bias.
+    """
+
+    renames = ((r"^attns\.(\d)\.get_v\.", r"lepe.\1."),)
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        place: Place = FIRST,
+        split: int | None = None,
+        qkv_bias: bool = True,
+    ):
+        super().__init__()
+        split = (1, 2, 7, 0)[min(place.stage, 3)] if split is None else split
+        if split < 0:
+            raise ValueError(f"split must be at least 1, or 0 for the whole map, not {split}")
+        if split and num_heads == 1:
+            num_heads = 2
+        if dim % num_heads:
+            raise ValueError(f"two directions cannot share one head of {dim} channels")
+        self.split = split
+        self.heads = [num_heads - num_heads // 2, num_heads // 2] if split else [num_heads]
+        self.dims = [heads * dim // num_heads for heads in self.heads]
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.lepe = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for width in self.dims)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[1:3]
+        strips = ((H, self.split), (self.split, W)) if self.split else ((H, W),)
+        parts = self.qkv(x).unflatten(-1, (3, -1)).split(self.dims, dim=-1)  # (B, H, W, 3, C of a direction)
+        branches = zip(parts, strips, self.heads, self.lepe, strict=True)
+        out = [strip_attention(part.flatten(3), strip, heads, lepe) for part, strip, heads, lepe in branches]
+        return self.proj(torch.cat(out, dim=-1))
+
+
+def strip_attention(qkv: Tensor, strip: tuple[int, int], num_heads: int, lepe: nn.Module) -> Tensor:
+    """Attention, and convolution of the values, inside strips of `strip` tokens: (B, H, W, 3C) to (B, H, W, C)."""
+    (B, H, W, _), (h, w) = qkv.shape, strip
+    top, left = -H % h // 2, -W % w // 2
+    qkv = F.pad(qkv, (0, 0, left, -W % w - left, top, -H % h - top))
+    size = qkv.shape[1:3]
+    grid = (size[0] // h, size[1] // w)
+    q, k, v = to_windows(qkv, grid).flatten(0, 1).unflatten(1, strip).chunk(3, dim=-1)  # (B * strips, h, w, C)
+    out = map_attention(q, k, v, num_heads) + lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    out = from_windows(out.flatten(1, 2).unflatten(0, (B, -1)), grid, size)
+    return out[:, top : top + H, left : left + W]

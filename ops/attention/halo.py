@@ -1,0 +1,73 @@
+"""Blocked local attention of HaloNet (Vaswani et al., CVPR 2021, arXiv:2103.12731)."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from ops.functional import biased_sdpa, merge_heads, split_heads
+from ops.registry import FIRST, Place, register_op
+from ops.windows import from_windows, pad_to_multiple, to_windows
+
+
+@register_op("halo")
+class HaloAttention(nn.Module):
+    """The tokens of each block attend to the block and a halo around it. Cost is linear in H * W.
+
+    Scores add, for each axis, the product of the query with a learned vector of the relative position. Zeros pad keys
+    and values around the map, and are attended to. Along a side that is not longer than a block, the block is that
+    side. HaloNet leaves the output projection to the convolution that follows.
+
+    Args:
+        dim, num_heads: channels and heads.
+        block: side of a block in tokens.
+        halo: tokens around a block that its queries see.
+    """
+
+    renames = ((r"^pos_embed\.", ""),)
+
+    def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, block: int = 8, halo: int = 3):
+        super().__init__()
+        self.num_heads, self.block, self.halo = num_heads, block, halo
+        head_dim, window = dim // num_heads, block + 2 * halo
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.height_rel = nn.Parameter(torch.empty(2 * window - 1, head_dim))
+        self.width_rel = nn.Parameter(torch.empty(2 * window - 1, head_dim))
+        for table in (self.height_rel, self.width_rel):
+            trunc_normal_(table, std=head_dim**-0.5)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"height_rel", "width_rel"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[1:3]
+        block = (min(self.block, H), min(self.block, W))
+        x = pad_to_multiple(x, block)
+        grid = (x.shape[1] // block[0], x.shape[2] // block[1])
+
+        q = split_heads(to_windows(self.q(x), grid), self.num_heads)  # (B, blocks, heads, block², D)
+        kv = F.pad(self.kv(x), (0, 0, *[self.halo] * 4))
+        for axis, side in enumerate(block, start=1):
+            kv = kv.unfold(axis, side + 2 * self.halo, side)
+        kv = kv.flatten(1, 2).flatten(-2).unflatten(2, (self.num_heads, 2, -1))  # (B, blocks, heads, 2, D, window²)
+        k, v = kv.transpose(-2, -1).unbind(3)
+        out = merge_heads(biased_sdpa(q, k, v, self.position_scores(q, block)))
+        return self.proj(from_windows(out, grid, x.shape[1:3])[:, :H, :W])
+
+    def position_scores(self, q: Tensor, block: tuple[int, int]) -> Tensor:
+        """(B, blocks, heads, block², D) to (B, blocks, heads, block², window²)."""
+        q = q.unflatten(3, block)
+        rows, columns = (
+            table[self.relative_position(side)]
+            for table, side in zip((self.height_rel, self.width_rel), block, strict=True)
+        )  # (block, window, D)
+        rows = torch.einsum("bphijd,ikd->bphijk", q, rows)
+        columns = torch.einsum("bphijd,jkd->bphijk", q, columns)
+        return (rows.unsqueeze(-1) + columns.unsqueeze(-2)).flatten(5).flatten(3, 4)
+
+    def relative_position(self, side: int) -> Tensor:
+        """The row of a table for each token of a block and each of its window, along an axis: (block, window)."""
+        tokens, keys = (torch.arange(n, device=self.height_rel.device) for n in (side, side + 2 * self.halo))
+        return keys - tokens[:, None] + self.block + 2 * self.halo - 1

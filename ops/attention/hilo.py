@@ -1,0 +1,70 @@
+"""HiLo attention of LITv2 (Pan et al., NeurIPS 2022, arXiv:2205.13213)."""
+
+import torch
+from torch import Tensor, nn
+
+from ops.functional import map_attention
+from ops.registry import FIRST, Place, register_op
+from ops.windows import from_windows, pad_to_multiple, to_windows, window_means
+
+
+@register_op("hilo")
+class HiLoAttention(nn.Module):
+    """Some heads attend inside small windows (high frequencies), the others to the windows' means (low ones).
+
+    Zeros pad the map on the right and at the bottom until windows fit; they are projected, attended to and counted in
+    the means. Cost is quadratic in H * W, divided by window².
+
+    Args:
+        dim, num_heads: channels and heads.
+        window: side of a window in tokens; 1 is full attention. By default 2, and 1 from the fourth stage on.
+        alpha: share of the heads for low frequencies, rounded down, but at least one head.
+        qkv_bias: give the query, key and value projections a bias.
+    """
+
+    renames = ((r"^h_", "high_"), (r"^l_", "low_"))
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        place: Place = FIRST,
+        window: int | None = None,
+        alpha: float = 0.9,
+        qkv_bias: bool = True,
+    ):
+        super().__init__()
+        window = (2 if place.stage < 3 else 1) if window is None else window
+        if window < 1 or not 0 < alpha <= 1:
+            raise ValueError(f"window must be at least 1 and alpha in (0, 1], not {window} and {alpha}")
+        self.window = window
+        self.low_heads = num_heads if window == 1 else max(int(num_heads * alpha), 1)
+        self.high_heads = num_heads - self.low_heads
+        low, high = (heads * dim // num_heads for heads in (self.low_heads, self.high_heads))
+        if high:
+            self.high_qkv = nn.Linear(dim, 3 * high, bias=qkv_bias)
+            self.high_proj = nn.Linear(high, high)
+        self.low_q = nn.Linear(dim, low, bias=qkv_bias)
+        self.low_kv = nn.Linear(dim, 2 * low, bias=qkv_bias)
+        self.low_proj = nn.Linear(low, low)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = pad_to_multiple(x, (self.window, self.window))
+        low = self.low(x, padded)
+        if not self.high_heads:
+            return low
+        return torch.cat((self.high(padded)[:, : x.shape[1], : x.shape[2]], low), dim=-1)
+
+    def high(self, x: Tensor) -> Tensor:
+        B, H, W, _ = x.shape
+        grid = (H // self.window, W // self.window)
+        windows = to_windows(self.high_qkv(x), grid).flatten(0, 1).unsqueeze(1)  # (B * windows, 1, tokens, 3C)
+        q, k, v = windows.chunk(3, dim=-1)
+        out = map_attention(q, k, v, self.high_heads)
+        return self.high_proj(from_windows(out.squeeze(1).unflatten(0, (B, -1)), grid, (H, W)))
+
+    def low(self, x: Tensor, padded: Tensor) -> Tensor:
+        means = window_means(padded, (self.window, self.window)).unsqueeze(1)  # (B, 1, windows, C)
+        k, v = self.low_kv(means).chunk(2, dim=-1)
+        return self.low_proj(map_attention(self.low_q(x), k, v, self.low_heads))

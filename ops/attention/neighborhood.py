@@ -1,0 +1,91 @@
+"""Neighbourhood attention of NAT (Hassani et al., CVPR 2023, arXiv:2204.07143) and DiNAT (arXiv:2209.15001)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import to_2tuple, trunc_normal_
+from torch import Tensor, nn
+
+from ops.neighborhood import neighborhood_attention
+from ops.registry import FIRST, Place, register_op
+
+
+@register_op("neighborhood")
+class NeighborhoodAttention(nn.Module):
+    """Each token attends to the kernel x kernel tokens around it, or nearest to that where the map ends.
+
+    Cost is linear in H * W. A side shorter than kernel * dilation is padded to it with zeros, on the right or at the
+    bottom, which are attended to. Each argument below is a number, or one along H and one along W.
+
+    Args:
+        dim, num_heads: channels and heads.
+        kernel: side of the neighbourhood in tokens.
+        dilation: distance between the tokens of a neighbourhood; by default 1 and, in every second block of a stage,
+            the largest for which the map need not be padded: DiNAT's, on whose maps for 224 or 384 pixels they are.
+        stride: tokens in a row that share the neighbourhood of the middle one; as many as the kernel are windows.
+        causal: see no token further down, or further to the right.
+        bias: learn a bias for each relative position, as NAT and DiNAT do.
+    """
+
+    renames = ((r"^rpb$", "relative_position_bias_table"),)
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        place: Place = FIRST,
+        kernel: int | tuple[int, int] = 7,
+        dilation: int | tuple[int, int] | None = None,
+        stride: int | tuple[int, int] = 1,
+        causal: bool | tuple[bool, bool] = False,
+        bias: bool = True,
+    ):
+        super().__init__()
+        if dilation is None and place.block % 2 == 0:
+            dilation = 1
+        pair: Any = to_2tuple  # it promises less than it gives
+        self.kernel, self.stride, self.causal = pair(kernel), pair(stride), pair(causal)
+        self.dilation = None if dilation is None else pair(dilation)
+        if not all(1 <= s <= k for s, k in zip(self.stride, self.kernel, strict=True)):
+            raise ValueError(f"kernel must be at least 1 and stride from 1 to kernel, not {kernel} and {stride}")
+        if self.dilation is not None and min(self.dilation) < 1:
+            raise ValueError(f"dilation must be at least 1, not {dilation}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table = None
+        if bias:
+            sides = (2 * k - 1 for k in self.kernel)
+            self.relative_position_bias_table = nn.Parameter(torch.empty(num_heads, *sides))
+            trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"relative_position_bias_table"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[1:3]
+        dilation = self.dilation or (max(H // self.kernel[0], 1), max(W // self.kernel[1], 1))
+        pad_h, pad_w = (max(k * d - n, 0) for k, d, n in zip(self.kernel, dilation, (H, W), strict=True))
+        q, k, v = self.qkv(F.pad(x, (0, 0, 0, pad_w, 0, pad_h))).chunk(3, dim=-1)
+        bias = self.relative_position_bias_table
+        out = neighborhood_attention(q, k, v, self.num_heads, self.kernel, dilation, self.stride, self.causal, bias)
+        return self.proj(out[:, :H, :W])
+
+    def resize_table(self, name: str, table: Tensor) -> Tensor:
+        """The table of another kernel interpolated to this one's, for `load_weights`; the authors use it so too."""
+        size = self.get_parameter(name).shape[1:]
+        return F.interpolate(table.unsqueeze(0), size, mode="bicubic").squeeze(0)
+
+
+def _arguments(theirs: dict) -> dict:
+    ours = {"kernel_size": "kernel", "dilation": "dilation", "stride": "stride", "is_causal": "causal"}
+    own = {ours[key]: value for key, value in theirs.items() if key in ours}
+    return {"dim": theirs["dim"], "num_heads": theirs["heads"], "bias": False, **own}
+
+
+VECTORS = {  # reference vectors -> our arguments from the authors'
+    f"natten__{name}_16x14": _arguments
+    for name in ("k7", "k7_d2", "k7_s2", "k7_causal", "k7_causal_y", "k5_d3x2", "k4_s2_d3", "k8_s4")
+}

@@ -1,0 +1,68 @@
+"""Spatial-reduction attention of Pyramid Vision Transformer (Wang et al., ICCV 2021, arXiv:2102.12122)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ops.functional import merge_heads, split_heads
+from ops.registry import FIRST, Place, register_op
+from ops.windows import pad_to_multiple
+
+RATIOS = (8, 4, 2, 1)  # of the paper's stages
+
+
+@register_op("spatial_reduction")
+class SpatialReductionAttention(nn.Module):
+    """Self-attention whose keys and values are of a map made smaller: a convolution of patches, and a norm.
+
+    Cost is quadratic in H * W, divided by ratio². Zeros pad the map on the right and at the bottom to whole patches.
+    Tokens beside the map are queries, keys and values as they are.
+
+    Args:
+        dim, num_heads: channels and heads.
+        ratio: side of a patch; by default 8, 4, 2 and 1 by stage.
+        qkv_bias: give the query, key and value projections a bias.
+    """
+
+    takes_extra = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        place: Place = FIRST,
+        ratio: int | None = None,
+        qkv_bias: bool = True,
+    ):
+        super().__init__()
+        ratio = RATIOS[min(place.stage, 3)] if ratio is None else ratio
+        if ratio < 1:
+            raise ValueError(f"ratio must be at least 1, not {ratio}")
+        self.num_heads, self.ratio = num_heads, ratio
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        if ratio > 1:
+            self.sr = nn.Conv2d(dim, dim, ratio, stride=ratio)
+            self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> Any:
+        size, tokens, sources = x.shape[1:3], x.flatten(1, 2), self.reduce(x)
+        if extra is not None:
+            tokens, sources = (torch.cat([extra, t], dim=1) for t in (tokens, sources))
+        q, k, v = (split_heads(t, self.num_heads) for t in (self.q(tokens), *self.kv(sources).chunk(2, dim=-1)))
+        out = self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+        if extra is None:
+            return out.unflatten(1, size)
+        E = extra.shape[1]
+        return out[:, E:].unflatten(1, size), out[:, :E]
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The tokens that keys and values are made of: (B, ⌈H / ratio⌉ * ⌈W / ratio⌉, C)."""
+        if self.ratio == 1:
+            return x.flatten(1, 2)
+        x = pad_to_multiple(x, (self.ratio, self.ratio))
+        return self.norm(self.sr(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2))

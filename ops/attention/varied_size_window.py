@@ -1,0 +1,106 @@
+"""Varied-size window attention, VSA (Zhang et al., ECCV 2022, arXiv:2204.08446)."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from ops.attention.window import relative_position_index
+from ops.functional import biased_attention
+from ops.registry import FIRST, Place, register_op
+from ops.windows import from_windows, pad_to_multiple, to_windows, window_means
+
+
+@register_op("varied_size_window")
+class VariedSizeWindowAttention(nn.Module):
+    """Each window's queries attend to keys and values sampled from a rectangle that each head moves and scales.
+
+    The mean of the window's input gives, for each head and axis, a shift of the window and a factor on its side; in
+    that rectangle lie window² points, where keys and values are read bilinearly, zeros outside the map. Scores have a
+    learned bias by the relative positions in the window, wherever its rectangle is. Cost is linear in H * W.
+
+    Zeros pad the map on the right and at the bottom until windows fit, and count in a window's mean. (The authors'
+    detection code puts half of them on the left and at the top.)
+
+    Args:
+        dim, num_heads: channels and heads.
+        window: side of a window in tokens.
+        out_dim: channels of the result, by default `dim`.
+    """
+
+    relative_position_index: Tensor
+    renames = ((r"^relative_position_index$", None), (r"^(sampling_\w+)\.2\.", r"\1."))
+
+    def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, window: int = 7, out_dim: int | None = None):
+        super().__init__()
+        out_dim = out_dim or dim
+        self.num_heads, self.window_size = num_heads, (window, window)
+        self.q_scale = (out_dim / dim) ** 0.5  # the paper's scores are scaled by the width of the input
+        self.sampling_offsets = nn.Linear(dim, 2 * num_heads)
+        self.sampling_scales = nn.Linear(dim, 2 * num_heads)
+        self.qkv = nn.Linear(dim, 3 * out_dim)
+        self.proj = nn.Linear(out_dim, out_dim)
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"relative_position_bias_table"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[1:3]
+        padded = pad_to_multiple(x, self.window_size)
+        size = padded.shape[1:3]
+        grid = (size[0] // self.window_size[0], size[1] // self.window_size[1])
+
+        q, kv = self.qkv(x).tensor_split([self.proj.in_features], dim=-1)
+        q = to_windows(pad_to_multiple(self.q_scale * q, self.window_size), grid)
+        kv = self.sample(kv, self.points(window_means(padded, self.window_size), grid, (H, W)))
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).unsqueeze(0)
+        out = biased_attention(torch.cat((q, kv), dim=-1), bias, self.num_heads)
+        return self.proj(from_windows(out, grid, size)[:, :H, :W])
+
+    def points(self, means: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        """Where each window of each head reads, (B, heads, windows, window², 2): x and y as in `F.grid_sample`.
+
+        Args:
+            means: (B, windows, C), of the windows' input.
+            grid, size: windows and tokens along H and W.
+        """
+        side, means = self.window_size[0], F.leaky_relu(means)
+        dtype = torch.promote_types(means.dtype, torch.float32)  # halves would blur the places
+        offset, scale = (
+            layer(means).to(dtype).unflatten(-1, (self.num_heads, 1, 2)).transpose(1, 2)
+            for layer in (self.sampling_offsets, self.sampling_scales)
+        )  # (B, heads, windows, 1, 2)
+        centre = side * places(grid, like=offset)[:, None] + (side - 1) / 2  # (windows, 1, 2), in tokens
+        inside = places((side, side), like=offset) - (side - 1) / 2  # (window², 2)
+        axes = []
+        for axis, (tokens, windows) in enumerate(zip(size[::-1], grid[::-1], strict=True)):
+            unit = (side * windows - 1) / 2 / max(tokens // side, 1)  # half of the padded map, by the map's windows
+            point = centre[..., axis] + inside[..., axis] * (1 + scale[..., axis]) + unit * offset[..., axis]
+            axes.append((2 * point + 1) / tokens - 1)
+        return torch.stack(axes, dim=-1)
+
+    def sample(self, kv: Tensor, points: Tensor) -> Tensor:
+        """Keys and values (B, H, W, 2C) at each head's points: (B, windows, window², 2C)."""
+        kv = kv.unflatten(-1, (2, self.num_heads, -1)).permute(0, 4, 3, 5, 1, 2)  # (B, heads, 2, C / heads, H, W)
+        read = F.grid_sample(kv.flatten(2, 3).flatten(0, 1).to(points.dtype), points.flatten(0, 1), align_corners=False)
+        read = read.view(*kv.shape[:4], *points.shape[2:4]).to(kv.dtype)
+        return read.permute(0, 4, 5, 2, 1, 3).flatten(-3)
+
+
+def places(size: tuple[int, int], like: Tensor) -> Tensor:
+    """x and y of the places of a map of `size` = (H, W), row by row: (H * W, 2)."""
+    y, x = (torch.arange(n, dtype=like.dtype, device=like.device) for n in size)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
+
+
+def _arguments(theirs: dict) -> dict:
+    ours = {"dim": "dim", "out_dim": "out_dim", "num_heads": "num_heads", "window_size": "window"}
+    return {ours[key]: value for key, value in theirs.items() if key in ours}
+
+
+VECTORS = dict.fromkeys(  # reference vectors -> our arguments from the authors'
+    (f"vsa__vsa_op_{name}" for name in ("14", "56", "pad_30")), _arguments
+)

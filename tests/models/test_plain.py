@@ -1,0 +1,88 @@
+"""ViT-shaped nets: tokens, a class token, positions."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from models import load_weights
+from ops.registry import _OPS, FIRST
+from tests.models.test_backbones import build
+
+
+def test_deit_is_timms_with_the_same_weights():
+    torch.manual_seed(0)
+    theirs: Any = timm.create_model("deit_tiny_patch16_224", depth=2, num_classes=5).eval()
+    ours = build("deit_tiny", depths=(2,), num_classes=5).eval()
+    done = load_weights(ours, {"model": theirs.state_dict()})
+    assert len(done.loaded) == len(theirs.state_dict()) and not any(done[1:])
+    x = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+        for a, b in zip(ours.forward_intermediates(x)[1], theirs.forward_intermediates(x)[1], strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_class_token_needs_ops_that_take_it():
+    x = torch.randn(2, 3, 40, 50)
+    net = build("deit_tiny", mixers=[["full", "agent"]], num_classes=3)
+    assert net.cls_token is not None and net.forward_features(x).shape == (2, 1 + 3 * 4, 192)
+    assert [block.mixer.takes_extra for block in net.blocks] == [True] * 4
+    assert net.blocks[1].mixer.ac_bias.shape == (3, 49, 1)
+    for kwargs in ({"mixers": [["full", "window"]]}, {"class_token": False}):
+        net = build("deit_tiny", num_classes=3, **kwargs)
+        assert net.cls_token is None and net.no_weight_decay() >= {"pos_embed"} and net.global_pool.kind == "avg"
+        features = net.forward_features(x)
+        assert features.shape == (2, 3 * 4, 192) and torch.equal(net(x), net.head(features.mean(1)))
+    with pytest.raises(ValueError, match="global_pool must be avg or '', not 'token'"):
+        build("deit_tiny", mixers="window", global_pool="token")
+
+
+def test_wrong_depths_and_mixers_are_named():
+    with pytest.raises(ValueError, match="depths must be one number of blocks"):
+        build("deit_tiny", depths=(2, 2))
+    with pytest.raises(ValueError, match="one for each of 1 stages, not 2"):
+        build("deit_tiny", mixers=["full", "agent"])
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "agent_deit_tiny", "pvt_tiny", "agent_pvt_tiny", "agent_swin_tiny"])
+def test_tables_of_another_size_are_interpolated_on_loading_as_in_the_forward_pass(name):
+    whole = build(name, num_classes=3).eval()
+    net = build(name, num_classes=3, img_size=(96, 128)).eval()
+    done = load_weights(net, whole.state_dict())
+    assert done.resized and not any((done.missing, done.unexpected, done.dropped))
+    x = torch.randn(1, 3, 96, 128)
+    with torch.inference_mode():
+        assert torch.allclose(net(x), whole(x), atol=1e-5)
+
+
+def test_positions_of_a_class_token_are_left_out():
+    torch.manual_seed(0)
+    with_token = build("deit_tiny", num_classes=3)
+    state = {key: value for key, value in with_token.state_dict().items() if key != "cls_token"}
+    net = build("deit_tiny", num_classes=3, class_token=False)
+    assert load_weights(net, state).resized == ["pos_embed"]
+    assert torch.equal(net.pos_embed, with_token.pos_embed[:, 1:])
+    with pytest.raises(ValueError, match="pos_embed"):
+        load_weights(with_token, net.state_dict())
+
+
+def test_blocks_share_a_context(monkeypatch):
+    class Scaled(torch.nn.Module):
+        def __init__(self, dim, num_heads, *, place=FIRST):
+            super().__init__()
+
+        @staticmethod
+        def make_context(place, dim, num_heads):
+            return torch.nn.Linear(dim, dim)
+
+        def forward(self, x, context):
+            return x * context
+
+    monkeypatch.setitem(_OPS, "scaled", Scaled)
+    net = build("deit_tiny", mixers=[["scaled", "window"]], num_classes=3)
+    calls = []
+    net.contexts[0].register_forward_hook(lambda *_: calls.append(1))
+    net(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert len(net.contexts) == len(calls) == 1 and net.contexts[0].weight.grad.any()

@@ -1,0 +1,33 @@
+"""Ops that mix tokens beside the map, such as a class token, with those of the map."""
+
+import pytest
+import torch
+
+from ops import Place, create_op, list_ops
+from ops.registry import take_extra
+
+NAMES = [name for name in list_ops() if take_extra([name])]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_beside_the_map_and_the_map_see_each_other(name):
+    torch.manual_seed(0)
+    op = create_op(name, dim=16, num_heads=2, place=Place(stage=1, extra=2))
+    x, extra = torch.randn(2, 6, 9, 16, requires_grad=True), torch.randn(2, 2, 16, requires_grad=True)
+    outputs = op(x, extra)
+    assert [out.shape for out in outputs] == [x.shape, extra.shape]
+    for out in outputs:
+        grads = torch.autograd.grad(out[0].square().sum(), (x, extra), retain_graph=True)
+        assert all(grad[0].abs().max() > 0 and not grad[1].any() for grad in grads)
+    total = torch.stack([out.square().sum() for out in outputs]).sum()
+    grads = torch.autograd.grad(total, list(op.parameters()))
+    assert all(grad.abs().max() > 0 for grad in grads)
+    assert op(x).shape == x.shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_tokens_beside_the_map_change_nothing(name):
+    torch.manual_seed(0)
+    op = create_op(name, dim=16, num_heads=2, place=Place(stage=1))
+    x = torch.randn(1, 6, 9, 16)
+    assert torch.allclose(op(x, x.new_empty(1, 0, 16))[0], op(x), atol=1e-6)

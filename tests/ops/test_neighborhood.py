@@ -1,0 +1,112 @@
+"""Neighbourhood attention by its definition, token by token."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from ops import Place, create_op
+from ops.neighborhood import neighborhood_attention
+
+CASES = {  # size, kernel, dilation, stride, causal
+    "plain": ((9, 8), (5, 3), (1, 1), (1, 1), (False, False)),
+    "of the whole map": ((5, 6), (5, 6), (1, 1), (1, 1), (False, False)),
+    "dilated": ((11, 8), (3, 3), (3, 2), (1, 1), (False, False)),
+    "even": ((9, 10), (4, 2), (2, 1), (1, 2), (False, False)),
+    "strided": ((13, 14), (5, 4), (1, 1), (2, 3), (False, False)),
+    "windows": ((8, 9), (4, 3), (1, 1), (4, 3), (False, False)),
+    "causal": ((8, 7), (4, 3), (2, 1), (1, 1), (True, True)),
+    "causal, strided": ((10, 9), (5, 3), (1, 2), (3, 2), (True, False)),
+}
+
+
+def neighbors(place: int, n: int, kernel: int, dilation: int, stride: int, causal: int) -> dict[int, int]:
+    """The places that a place on a side of n sees, and how far each is in their class."""
+    same = [other for other in range(n) if other % dilation == place % dilation]
+    own = same.index(place)
+    first = own - own % stride
+    if causal:
+        last = min(first + stride, len(same)) - 1
+        seen = [i for i in range(len(same)) if last - kernel < i <= own]
+    else:
+        middle = min(first + stride // 2, len(same) - 1)
+        start = min(max(middle - kernel // 2, 0), len(same) - kernel)
+        seen = list(range(start, start + kernel))
+    return {same[i]: i - own for i in seen}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_token_attends_to_its_neighborhood(case):
+    (H, W), kernel, *rest = CASES[case]
+    rule: Any = (kernel, *rest)
+    heads = 2
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, H, W, 6, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.randn(heads, *(2 * side - 1 for side in kernel), dtype=torch.float64, requires_grad=True)
+    expected = torch.zeros_like(q)
+    for y in range(H):
+        for x in range(W):
+            rows = neighbors(y, H, *(values[0] for values in rule))
+            columns = neighbors(x, W, *(values[1] for values in rule))
+            places = [(a, b, i + kernel[0] - 1, j + kernel[1] - 1) for a, i in rows.items() for b, j in columns.items()]
+            parts = []
+            for h in range(heads):
+                part = slice(3 * h, 3 * h + 3)
+                scores = [(q[:, y, x, part] * k[:, a, b, part]).sum(-1) / math.sqrt(3) + bias[h, i, j]
+                          for a, b, i, j in places]  # fmt: skip
+                values = torch.stack([v[:, a, b, part] for a, b, *_ in places], 1)
+                parts.append((torch.stack(scores, 1).softmax(1).unsqueeze(-1) * values).sum(1))
+            expected = expected.index_put((torch.arange(2), torch.tensor(y), torch.tensor(x)), torch.cat(parts, -1))
+    out = neighborhood_attention(q, k, v, heads, *rule, bias=bias)
+    assert torch.allclose(out, expected, atol=1e-12)
+    weights = torch.randn_like(out)
+    grads = [torch.autograd.grad((t * weights).sum(), (q, k, v, bias), retain_graph=True) for t in (out, expected)]
+    assert all(torch.allclose(ours, grad, atol=1e-11) for ours, grad in zip(*grads, strict=True))
+
+
+def test_a_map_smaller_than_the_neighborhood_is_padded():
+    torch.manual_seed(0)
+    op = create_op("neighborhood", 8, 2, kernel=3, dilation=(2, 1))
+    x = torch.randn(2, 4, 2, 8)
+    assert torch.equal(op(x), op(F.pad(x, (0, 0, 0, 1, 0, 2)))[:, :4, :2])
+
+
+def test_every_second_block_is_dilated_as_far_as_the_map_allows():
+    """As in DiNAT: 8, 4, 2 and 1 on the maps of an image of 224 pixels."""
+    near, far = (create_op("neighborhood", 8, 2, place=Place(block=block)) for block in (0, 1))
+    for side, dilation in ((56, 8), (28, 4), (14, 2), (7, 1), (5, 1), (58, 8)):
+        x = torch.randn(1, side, 7, 8)
+        for op, expected in ((near, 1), (far, dilation)):
+            same = create_op("neighborhood", 8, 2, dilation=(expected, 1))
+            same.load_state_dict(op.state_dict())
+            assert torch.equal(op(x), same(x))
+
+
+def test_only_pairs_that_are_seen_are_counted():
+    with torch.device("meta"):
+        op, x = create_op("neighborhood", 8, 2, kernel=(5, 3), dilation=(2, 1)), torch.empty(1, 20, 15, 8)
+    with FlopCounterMode(display=False) as counter:
+        op(x)
+    assert counter.get_total_flops() == 2 * 20 * 15 * (4 * 8**2 + 2 * 5 * 3 * 8)
+
+
+def test_table_of_another_kernel_is_interpolated():
+    small, large = (create_op("neighborhood", 8, 2, kernel=kernel) for kernel in (3, 5))
+    table = large.resize_table("relative_position_bias_table", torch.ones(2, 5, 5))
+    assert torch.allclose(table, torch.ones_like(large.relative_position_bias_table))
+    assert small.relative_position_bias_table.shape == (2, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kernel": 3, "stride": (1, 4)}, r"stride from 1 to kernel, not 3 and \(1, 4\)"),
+        ({"dilation": 0}, "dilation must be at least 1, not 0"),
+    ],
+)
+def test_wrong_values_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_op("neighborhood", 8, 2, **arguments)
