@@ -28,6 +28,9 @@ class MapOffsets(nn.Module):
 
     def __init__(self, stride: int, pool: int, pretrain_size: int, bias_size: int | None):
         super().__init__()
+        if min(pool, pretrain_size, 1 if bias_size is None else bias_size) < 1:
+            given = f"{pool}, {pretrain_size} and {bias_size}"
+            raise ValueError(f"pool, pretrain_size and bias_size must be at least 1, not {given}")
         self.pool = pool
         self.unit = max(pretrain_size // stride - 1, 1)
         self.side = None if bias_size is None else -(-bias_size // stride)

@@ -22,6 +22,8 @@ class DFCAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, kernel: int = 5):
         super().__init__()
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, not {kernel}")
         self.value = nn.Linear(dim, dim)
         self.gate = nn.Sequential(
             nn.Conv2d(dim, dim, 1),

@@ -31,6 +31,8 @@ class GatedConv(nn.Module):
         conv_ratio: float = 1.0,
     ):
         super().__init__()
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, not {kernel}")
         hidden, convolved = int(expansion * dim), int(conv_ratio * dim)
         if not 0 < convolved <= hidden:
             raise ValueError(f"conv_ratio must be positive and at most expansion, not {conv_ratio} and {expansion}")

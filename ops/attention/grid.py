@@ -24,6 +24,8 @@ class GridAttention(WindowAttention):
     renames = (*WindowAttention.renames, (r"^rel_pos\.", ""))
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, grid: int = 7):
+        if grid < 1:
+            raise ValueError(f"grid must be at least 1, not {grid}")
         super().__init__(dim, num_heads, place=place, window=grid, shift=0)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ class HaloAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, block: int = 8, halo: int = 3):
         super().__init__()
+        if block < 1 or halo < 0:
+            raise ValueError(f"block must be at least 1 and halo at least 0, not {block} and {halo}")
         self.num_heads, self.block, self.halo = num_heads, block, halo
         head_dim, window = dim // num_heads, block + 2 * halo
         self.q = nn.Linear(dim, dim, bias=False)

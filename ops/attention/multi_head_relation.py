@@ -27,7 +27,7 @@ class MultiHeadRelation(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, form: str | None = None, window: int = 0):
         super().__init__()
-        form = form or ("local" if place.stage < 2 else "global")
+        form = ("local" if place.stage < 2 else "global") if form is None else form
         if form not in ("local", "global") or window < 0:
             raise ValueError(f"form must be 'local' or 'global' and window at least 0, not {form!r} and {window}")
         self.num_heads, self.window, self.form = num_heads, window, form

@@ -43,7 +43,7 @@ class PolylinePathAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, form: str | None = None):
         super().__init__()
-        form = form or ("chunk" if place.stage < 2 else "whole")
+        form = ("chunk" if place.stage < 2 else "whole") if form is None else form
         if form not in ("chunk", "whole"):
             raise ValueError(f"form must be 'chunk' or 'whole', not {form!r}")
         self.num_heads, self.head_dim, self.form = num_heads, dim // num_heads, form

@@ -33,6 +33,8 @@ class VariedSizeWindowAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, window: int = 7, out_dim: int | None = None):
         super().__init__()
+        if window < 1:
+            raise ValueError(f"window must be at least 1, not {window}")
         out_dim = out_dim or dim
         self.num_heads, self.window_size = num_heads, (window, window)
         self.q_scale = (out_dim / dim) ** 0.5  # the paper's scores are scaled by the width of the input

@@ -44,3 +44,8 @@ def test_a_net_trains_all_its_queries_and_makes_none_for_local_blocks():
     assert [len(stage.contexts) for stage in net.stages] == [1, 0, 1, 0]
     net(torch.randn(2, 3, 64, 96)).square().sum().backward()
     assert not [key for key, weight in net.named_parameters() if weight.grad is None or not weight.grad.any()]
+
+
+def test_a_wrong_form_is_named():
+    with pytest.raises(ValueError, match="form must be 'local' or 'global', not 'shared'"):
+        create_op({"name": "global_query", "form": "shared"}, 8, 2)

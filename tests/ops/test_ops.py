@@ -1,7 +1,9 @@
 """Every registered op, whatever it is; and what the shifted windows and the routing of each are by definition."""
 
+import contextlib
 import copy
 import importlib
+import inspect
 import math
 
 import pytest
@@ -152,6 +154,16 @@ def test_routing_takes_four_times_as_many_windows_a_stage():
 def test_wrong_values_are_named(spec, message):
     with pytest.raises(ValueError, match=message):
         create_op(spec, 8, 2)
+
+
+def test_a_number_that_cannot_be_is_refused_or_works(name):
+    for argument, parameter in inspect.signature(_OPS[name]).parameters.items():
+        if parameter.annotation not in (int, int | None) or argument in ("dim", "num_heads", "out_dim"):
+            continue
+        for value in (-1, 0, 2):
+            with contextlib.suppress(ValueError):
+                op = create_op({"name": name, argument: value}, 16, 2, place=PLACES[1])
+                assert op(torch.randn(1, 13, 9, 16)).shape == (1, 13, 9, 16), (argument, value)
 
 
 def test_compiles_whole_unless_it_says_not(name):

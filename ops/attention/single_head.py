@@ -1,0 +1,52 @@
+"""Single-head attention on part of the channels, of SHViT (Yun and Ro, CVPR 2024, arXiv:2401.16456).
+
+Written after the paper and timm (Apache-2.0), which follows the authors' repository, ysj9909/SHViT (MIT).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ops.functional import map_attention
+from ops.registry import FIRST, Place, register_op
+
+
+@register_op("single_head")
+class SingleHeadAttention(nn.Module):
+    """The first channels attend over the whole map, in one head; a projection mixes them with the others.
+
+    The channels that attend are normalised together, as one group. Projections have biases in place of SHViT's batch
+    norms, which would mix images; in evaluation, batch norms fold into them. Cost is quadratic in H * W, for
+    `key_dim` + `partial_ratio` * dim channels.
+
+    Args:
+        dim: channels. `num_heads` has no effect.
+        partial_ratio: channels that attend, as a multiple of `dim`.
+        key_dim: channels of queries and keys.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        place: Place = FIRST,
+        partial_ratio: float = 3 / 14,
+        key_dim: int = 16,
+    ):
+        super().__init__()
+        partial = int(partial_ratio * dim)
+        if key_dim < 1:
+            raise ValueError(f"key_dim must be at least 1, not {key_dim}")
+        if not 0 < partial <= dim:
+            raise ValueError(f"partial_ratio must take from 1 to all of {dim} channels, which {partial_ratio} does not")
+        self.partial, self.widths = (partial, dim - partial), (key_dim, key_dim, partial)
+        self.pre_norm = nn.GroupNorm(1, partial)
+        self.qkv = nn.Linear(partial, sum(self.widths))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, rest = x.split(self.partial, dim=-1)
+        x = self.pre_norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        out = map_attention(*self.qkv(x).split(self.widths, dim=-1), num_heads=1)
+        return self.proj(F.relu(torch.cat((out, rest), dim=-1)))
