@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,11 +21,11 @@ from ops.registry import Spec, take_extra
 class Block(nn.Module):
     """Token mixing and MLP, each added to the tokens (B, E + H * W, C), of which E stand beside the map."""
 
-    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float = 4.0, drop_path: float = 0.0):
+    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float = 4.0, drop_path: float = 0.0, eps: float = 1e-6):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.mixer = mixer
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
         self.drop_path = DropPath(drop_path)
 
@@ -59,6 +60,8 @@ class TokenPool(nn.Module):
 class PlainBackbone(Backbone):
     """Patches, learned positions, blocks, a final norm and a linear classifier, with timm's interface.
 
+    A paper's file subclasses it and sets the attributes in which its net differs.
+
     The class token, which is there if all ops take it, is what the classifier reads; else that is the mean of the map.
     Images are zero-padded on the right and at the bottom to whole patches, and positions interpolated.
 
@@ -74,7 +77,13 @@ class PlainBackbone(Backbone):
         global_pool: "token", "avg" or "" in place of the above.
     """
 
+    block: type[nn.Module] = Block
+    positions = True
+    patch_norm = False
+    eps = 1e-6  # of all norms
+
     blocks: nn.Sequential
+    pos_embed: nn.Parameter | None
     out_indices = 3  # the last three, as of timm's
 
     def __init__(
@@ -100,27 +109,38 @@ class PlainBackbone(Backbone):
         self.extra = int(class_token and take_extra(specs))  # tokens beside the map
         self.in_chans, self.grad_checkpointing = in_chans, False
         self.num_features = self.head_hidden_size = self.embed_dim = dim
+        norm: Any = partial(nn.LayerNorm, eps=self.eps)
         self.patch_embed = PatchEmbed(
-            img_size, patch, in_chans, dim, output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True
+            img_size,
+            patch,
+            in_chans,
+            dim,
+            norm_layer=norm if self.patch_norm else None,
+            output_fmt="NHWC",
+            strict_img_size=False,
+            dynamic_img_pad=True,
         )
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if self.extra else None
-        self.pos_embed = nn.Parameter(torch.empty(1, self.extra + self.patch_embed.num_patches, dim))
+        tokens = self.extra + self.patch_embed.num_patches
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim)) if self.positions else None
 
         stage = max(round(math.log2(patch / 4)), 0)  # that of a pyramid with this stride: the third of 16
         ops, contexts = create_ops(specs, dim, heads, stage=stage, stride=patch, extra=self.extra)
         rates: Any = calculate_drop_path_rates(drop_path_rate, len(specs))
-        self.blocks = nn.Sequential(*(Block(dim, op, mlp_ratio, rate) for op, rate in zip(ops, rates, strict=True)))
+        self.blocks = nn.Sequential(
+            *(self.block(dim, op, mlp_ratio, rate, self.eps) for op, rate in zip(ops, rates, strict=True))
+        )
         self.contexts = nn.ModuleList(dict.fromkeys(module for module in contexts if module is not None))
         self.context_of = [None if module is None else list(self.contexts).index(module) for module in contexts]
 
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = norm(dim)
         self.feature_info = [{"num_chs": dim, "reduction": patch, "module": f"blocks.{i}"} for i in range(len(specs))]
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, ("token" if self.extra else "avg") if global_pool is None else global_pool)
         self.apply(init_weights)
-        trunc_normal_(self.pos_embed, std=0.02)
-        if self.cls_token is not None:
-            trunc_normal_(self.cls_token, std=0.02)
+        for table in (self.pos_embed, self.cls_token):
+            if table is not None:
+                trunc_normal_(table, std=0.02)
 
     def reset_pool(self, global_pool: str) -> None:
         self.global_pool = TokenPool(global_pool, self.extra)
@@ -136,7 +156,8 @@ class PlainBackbone(Backbone):
         }
 
     def no_weight_decay(self) -> set[str]:
-        return super().no_weight_decay() | {"pos_embed"} | ({"cls_token"} if self.extra else set())
+        own = {"pos_embed": self.pos_embed, "cls_token": self.cls_token}
+        return super().no_weight_decay() | {name for name, table in own.items() if table is not None}
 
     def resize_table(self, name: str, value: Tensor) -> Tensor:
         return fit_positions(value, self.patch_embed.grid_size, self.extra) if name == "pos_embed" else value
@@ -147,6 +168,8 @@ class PlainBackbone(Backbone):
         size, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        if self.pos_embed is None:
+            return x, size
         return x + resize_positions(self.pos_embed, self.patch_embed.grid_size, size, self.extra), size
 
     def forward_intermediates(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import timm
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_levit, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 from models.timm_nets import RENAMES, Renames
@@ -86,8 +86,8 @@ def load_weights(
         raise ValueError(f"{source} does not fit {type(model).__name__}: {_listed(problems)}; {advice}")
     model.load_state_dict(fits, strict=False)
     for module in model.modules():
-        if hasattr(module, "attention_bias_cache"):  # timm's nets keep their biases when they do not train
-            module.attention_bias_cache = {}
+        cache: Any = getattr(module, "attention_bias_cache", {})
+        cache.clear()  # timm's nets keep their biases when they do not train
     return Loaded(list(fits), missing, unexpected, tables, dropped)
 
 
@@ -112,9 +112,11 @@ def renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     own_filter: Any = getattr(model, "checkpoint_filter", None)
     if own_filter is not None:
         return own_filter(state)
-    state = _rename_all(state, RENAMES.get(type(model).__name__, ()))
+    renames = RENAMES.get(type(model).__name__)
     filter_fn = timm_filter(model)
-    if filter_fn is not None:
+    if renames is not None:
+        state = _rename_all(state, renames)
+    elif filter_fn is not None:
         # such a function may fail in any way on another net's weights, whose names then tell more
         with contextlib.suppress(Exception):
             return filter_fn(dict(state), model)
@@ -185,15 +187,19 @@ def resized(model: nn.Module, key: str, value: Tensor, own: Mapping[str, Tensor]
     module: Any = model.get_submodule(owner)
     if hasattr(module, "resize_table"):  # of a kind that only its owner knows
         return module.resize_table(leaf, value)
-    if value.shape[-1] != own[key].shape[-1]:
+    shape, bias = own[key].shape, leaf == "relative_position_bias_table"
+    heads = 0 if leaf == "attention_biases" or (bias and value.ndim == 3) else -1  # where the heads or channels are
+    if value.ndim != len(shape) or value.shape[heads] != shape[heads]:
         return value
-    if leaf == "relative_position_bias_table" and value.ndim == 2:
-        return resize_rel_pos_bias_table_simple(value, module.window_size, own[key].shape)
+    if leaf == "attention_biases":
+        return resize_rel_pos_bias_table_levit(value.T, shape[::-1]).T
+    if bias:
+        return resize_rel_pos_bias_table_simple(value, module.window_size, shape)
     if re.fullmatch(r"pos_embed(_\d)?", leaf) and value.ndim == 3 and hasattr(module, "patch_embed"):
         patches = module.patch_embed if leaf == "pos_embed" else module.patch_embed[int(leaf[-1])]  # CrossViT has two
         grid = [side // patch for side, patch in zip(patches.img_size, patches.patch_size, strict=True)]
         resample: Any = resample_abs_pos_embed  # its decorator hides its type
-        return resample(value, grid, num_prefix_tokens=own[key].shape[1] - patches.num_patches)
+        return resample(value, grid, num_prefix_tokens=shape[1] - patches.num_patches)
     return value
 
 

@@ -66,6 +66,22 @@ def test_names_do_not_hide_timms():
     assert model_entrypoint("swin_tiny_patch4_window7_224").__module__ == "timm.models.swin_transformer"
 
 
+PUBLISHED = """
+biformer_{tiny,small,base,stl,stl_nchw} swin_{tiny,small,base} cswin_{tiny,small,base,large} litv2_{small,medium,base}
+favit_{b0,b1,b2,b3} l2vit_{tiny,small,base} nat_{mini,tiny,small,base} dinat_{mini,tiny,small,base,large}
+vitaev2_vsa_{s,widepcm_s,widepcm_48m} swin_vsa_{tiny} transnext_{micro,micro_aaaa,tiny,small,base}
+uniformer_{small,small_plus,base} ppma_{tiny,small,base} pvt_{tiny,small,medium,large} deit_{tiny,small,base}
+agent_deit_{tiny,small} agent_pvt_{tiny,small,medium,large} agent_swin_{tiny,small,base} agent_cswin_{tiny,small,base}
+inline_deit_{tiny,small} inline_pvt_{tiny,small,medium,large} inline_swin_{tiny,small,base}
+inline_cswin_{tiny,small,base} gc_vit_{xxtiny,xtiny,tiny,tiny2,small,small2,base,large} focalnet_{tiny_iso,small_iso,base_iso}
+"""
+
+
+def test_every_published_size_is_there():
+    families = [entry.rstrip("}").split("{") for entry in PUBLISHED.split()]
+    assert {prefix + size for prefix, sizes in families for size in sizes.split(",")} <= set(NAMES)
+
+
 def test_scores_and_gradients(net):
     net = net.to(memory_format=torch.channels_last)  # as in training: fails on weights of five dimensions
     scores = net(torch.randn(2, 3, 64, 64))

@@ -9,9 +9,18 @@ import torch
 from models import DenseBackbone, load_weights
 from tests.models.test_backbones import EVERY, NAMES, few_blocks
 
-# two convolutional nets, one that takes any size; windows; one map of many blocks; multiples of 32
-TIMMS = ["resnet18", "swin_tiny_patch4_window7_224", "test_vit", "test_efficientnet", "test_convnext"]
-SMALL = {"swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 32, "num_heads": (1, 2, 4, 8)}}
+TIMMS = [
+    # two convolutional nets, one that takes any size; windows; one map of many blocks; multiples of 32
+    *("resnet18", "swin_tiny_patch4_window7_224", "test_vit", "test_efficientnet", "test_convnext"),
+    # those of papers
+    *("davit_tiny", "maxvit_tiny_tf_224", "focalnet_tiny_srf", "efficientvit_m0", "shvit_s1"),
+    *("mambaout_femto", "ghostnetv2_100", "halonet26t"),
+]
+SMALL = {
+    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 32, "num_heads": (1, 2, 4, 8)},
+    "maxvit_tiny_tf_224": {"depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64)},
+    **{name: {"depths": (1, 1, 1, 1)} for name in ("davit_tiny", "mambaout_femto")},
+}
 
 
 def build(name: str, **kwargs: Any) -> Any:
@@ -40,6 +49,13 @@ def test_an_image_is_padded_to_the_multiple_and_its_maps_cropped():
     assert [m.shape[2:] for m in whole] == [(17, 18), (9, 9), (5, 5), (3, 3)]
     for ours, theirs, stride in zip(net(x), whole, net.strides, strict=True):
         assert torch.equal(ours, theirs[..., : -(-65 // stride), : -(-70 // stride)])
+
+
+def test_focalnets_patches_are_completed_in_each_stage():
+    net, x = build("focalnet_tiny_srf").eval(), torch.randn(1, 3, 65, 70)
+    assert net.multiple == 1
+    for ours, whole in zip(net(x), net(torch.nn.functional.pad(x, (0, 2, 0, 3))), strict=True):
+        assert torch.equal(ours, whole)
 
 
 def test_chosen_maps_prune_later_stages():

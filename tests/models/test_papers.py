@@ -1,23 +1,33 @@
 """Parameters and multiply-accumulates against the papers' tables (conf/paper)."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
 import timm
+import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from timm.models import model_entrypoint
 
 from evaluation.tables import agrees, is_named, list_papers, model_choice, read_paper, tolerance
-from models import complexity, create_model
+from models import complexity, create_model, model_name
 from runs.config import CONF, register_resolvers
 
-ROWS = {
+ALL = {
     f"{row['net']} {row['input']} {paper} {i}": row
     for paper in list_papers()
     for i, row in enumerate(read_paper(paper)["variants"])
-    if "net" in row and model_entrypoint(row["net"]).__module__.startswith("models.")  # timm's are timm's to count
+    if "net" in row
 }
+ROWS = {name: row for name, row in ALL.items() if model_entrypoint(row["net"]).__module__.startswith("models.")}
 COUNTED: dict[tuple[str, ...], tuple[int, int]] = {}  # rows that differ in training only have one count
+
+
+def composed(choice: Sequence[str]) -> DictConfig:
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", [*choice, "run_dir=run"])
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -25,9 +35,7 @@ def test_the_papers_parameters_and_macs(name):
     row = ROWS[name]
     choice = (*model_choice(row["net"], row.get("args", {}), row["input"]), "data=imagenet")
     if choice not in COUNTED:
-        register_resolvers()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("train", [*choice, "run_dir=run"])
+        cfg = composed(choice)
         assert cfg.data.image_size == row["input"]
         COUNTED[choice] = complexity(partial(create_model, cfg.model, 1000, 3, row["input"]), row["input"])
     params, macs = COUNTED[choice]
@@ -37,6 +45,18 @@ def test_the_papers_parameters_and_macs(name):
             continue
         assert agrees(counted, table) == (reason is None), (counted, table, reason)
         assert reason is None or is_named(counted, reason), (counted, reason)
+
+
+@pytest.mark.parametrize("name", sorted(ALL.keys() - ROWS.keys()))
+def test_timms_nets_are_the_papers(name):  # their multiply-accumulates are timm's to count
+    row = ALL[name]
+    cfg = composed([*model_choice(row["net"], row.get("args", {}), row["input"]), "data=imagenet"])
+    assert model_name(cfg.model, cfg.data.image_size) == row["net"]
+    with torch.device("meta"):
+        net = timm.create_model(row["net"], num_classes=1000, **row.get("args", {}))
+    params = sum(parameter.numel() for parameter in net.parameters()) / 1e6
+    if row["params_m"] is not None:
+        assert agrees(params, row["params_m"]) != ("params_exception" in row), (params, row["params_m"])
 
 
 def test_the_tolerance_is_a_hundredth_or_half_of_the_last_digit():

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from models import DenseBackbone, backbones, load_weights, timm_nets
+from models import DenseBackbone, backbones, create_model, load_weights, timm_nets
 from models.weights import renamed
 from ops import attention, create_op
 from tests.reference import load_vector, make_input, official_state, relative_error
@@ -77,9 +77,7 @@ def test_matches_the_authors_code(path):
     outputs = run(model, vector, x)
     assert len(outputs) == len(vector["outputs"])
     errors = [relative_error(*pair) for pair in zip(vector["outputs"].values(), outputs, strict=True)]
-    if (
-        max(errors) >= 1e-5
-    ):  # nets whose scores under these weights are so large that softmax is nearly a step; all layers round
+    if max(errors) >= 1e-5:  # under these weights some nets' scores are so large that softmax is nearly a step
         bounds = [max(1e-5, 20 * moved) for moved in sensitivity(model.double(), vector, x.double())]
         assert all(error < bound for error, bound in zip(errors, bounds, strict=True)), (errors, bounds)
 
@@ -95,3 +93,27 @@ def sensitivity(model: nn.Module, vector: dict, x: Tensor) -> list[float]:
 def test_no_claim_is_made_twice():
     names = [name for module in (*NETS, *OPS) for name in claims(module)]
     assert len(names) == len(set(names))
+
+
+def classifiers() -> list[Any]:
+    """One vector of a classifier for each system."""
+    found: dict[str, Any] = {}
+    for param in VECTORS:
+        vector = load_vector(str(param.values[0]))
+        if param.id in claims(*NETS) and "logits" in vector["outputs"] and not param.marks:
+            found.setdefault(vector["system"], param)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("path", classifiers())
+def test_the_authors_file_loads_for_another_size(path, tmp_path):
+    vector = load_vector(path)
+    torch.save({"model": official_state(vector)}, tmp_path / "authors.pth")
+    claim = claims(*NETS)[path.name.removesuffix(".json.gz")][1]
+    name, arguments = (claim, {}) if isinstance(claim, str) else claim
+    side = {"crossvit": 480, "halonet": 512}.get(vector["system"], 256)
+    net = create_model({"name": name, **arguments}, 1000, 3, side).eval()
+    done = load_weights(net, tmp_path / "authors.pth")
+    assert not done.missing and not done.unexpected and not done.dropped
+    with torch.inference_mode():
+        assert net(torch.randn(1, 3, side, side)).isfinite().all()

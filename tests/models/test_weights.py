@@ -5,6 +5,7 @@ import collections
 import os
 import pathlib
 import pickle
+import re
 import zipfile
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import models  # noqa: F401  # registers our nets
+from models import DenseBackbone
 from models.unpickling import read_weights
 from models.weights import Loaded, load_weights
 from tests.reference import load_vector, official_state
@@ -258,6 +259,43 @@ def test_position_embeddings_are_interpolated():
     state = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32).state_dict()
     done = load_weights(net, state)
     assert done.resized == ["pos_embed"] and torch.equal(net.blocks[0].mlp.fc1.weight, state["blocks.0.mlp.fc1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("vector", "net", "img_size", "heads"),
+    [
+        ("maxvit__maxvit_tiny_tf_224", "maxvit_tiny_tf_224", 256, 0),
+        ("gcvit__gc_vit_xxtiny", "gcvit_xxtiny", 256, 1),
+        ("efficientvit__m0", "efficientvit_m0", 512, 0),
+        ("crossvit__9_224", "crossvit_9_240", 120, 2),
+    ],
+)
+def test_tables_of_timms_nets_are_interpolated(vector, net, img_size, heads):
+    state = official_state(load_vector(VECTORS / f"{vector}.json.gz"))
+    for key, table in state.items():  # each head's table is its number
+        if re.search(r"bias_table|attention_biases|pos_embed", key):
+            table.movedim(heads, -1)[:] = torch.arange(table.shape[heads])
+    net = timm.create_model(net, img_size=img_size)
+    done = load_weights(net, state)
+    assert done.resized
+    for key in done.resized:
+        table = net.state_dict()[key].movedim(heads, -1)
+        assert torch.allclose(table, torch.arange(table.shape[-1]).float(), atol=1e-3)
+
+
+def test_what_a_net_keeps_of_its_tables_follows_the_weights():
+    net, x = timm.create_model("efficientvit_m0").eval(), torch.randn(1, 3, 224, 224)
+    state = official_state(load_vector(VECTORS / "efficientvit__m0.json.gz"))
+    before = net(x)
+    load_weights(net, state)
+    after = net(x)
+    assert not torch.allclose(after, before) and torch.equal(after, net.train().eval()(x))
+
+
+def test_a_classifier_becomes_dense_features_of_larger_images():
+    net = DenseBackbone("efficientvit_m0", img_size=512)
+    done = load_weights(net, official_state(load_vector(VECTORS / "efficientvit__m0.json.gz")))
+    assert len(done.resized) == 3 and not done.missing and all(key.startswith("net.head.") for key in done.dropped)
 
 
 def test_batch_norms_need_no_counters(source):

@@ -47,6 +47,13 @@ def test_float32_and_bfloat16_follow_float64(name, place):
         assert op.float()(x).isfinite().all()
 
 
+def test_gradients_are_those_of_finite_differences(name):
+    torch.manual_seed(0)
+    op = create_op(name, dim=12, num_heads=2, place=PLACES[1]).double()
+    x = torch.randn(1, 9, 6, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(op, x, fast_mode=True)
+
+
 def test_does_not_mix_images(name):
     torch.manual_seed(0)
     op = create_op(name, dim=16, num_heads=2, place=PLACES[1])
