@@ -65,7 +65,7 @@ def accuracy_agrees(percent: float, printed: float, interval: tuple[float, float
     return abs(percent - printed) <= 0.1 + 1e-9 or (interval is not None and interval[0] <= printed <= interval[1])
 
 
-def model_choice(net: str, args: Mapping[str, Any], image_size: int) -> list[str]:
+def model_choice(net: str, args: Mapping[str, Any], image_size: int | None) -> list[str]:
     """How the command line of `train.py` and `eval.py` names a row's net.
 
     Returns:
@@ -79,7 +79,7 @@ def model_choice(net: str, args: Mapping[str, Any], image_size: int) -> list[str
             if settings["name"] == net and all(args.get(key) == value for key, value in own.items()):
                 found.append((own, [f"model={path.stem}", f"model.size={size}"]))
     own, choice = max(found, key=lambda each: len(each[0]), default=({}, ["model=timm", f"model.name={net}"]))
-    pixels = [] if image_size == 224 else [f"data.image_size={image_size}"]
+    pixels = [] if image_size in (224, None) else [f"data.image_size={image_size}"]
     return choice + pixels + [f"+model.args.{key}={_plain(value)}" for key, value in args.items() if key not in own]
 
 
@@ -91,19 +91,19 @@ def _plain(value: Any) -> str:
 def experiments(paper: str) -> dict[str, dict[str, Any]]:
     """The rows that a training from scratch on ImageNet-1k reproduces, by the names of their experiments.
 
-    Of each net the first row at its smallest images: larger ones and other data were for tuning. Rows trained by token
-    labelling or distillation are left out, and nets whose drop path rate no conf/model states. A row's `train`
+    Of each net and name the first row at the smallest images: larger ones and other data were for tuning. Rows trained
+    by token labelling or distillation are left out, and nets whose drop path rate no conf/model states. A row's `train`
     (overrides of train.py beyond the model's own recipe) makes it an experiment in any case.
     """
     rows = [row for row in read_paper(paper)["variants"] if "net" in row and row.get("input")]
     named: dict[str, dict[str, Any]] = {}
     for row in rows:
-        smallest = min(other["input"] for other in rows if other["net"] == row["net"])
+        smallest = min(other["input"] for other in rows if row["net"] == other["net"] or row["name"] == other["name"])
         choice = dict(part.split("=", 1) for part in model_choice(row["net"], row.get("args", {}), row["input"]))
         scratch = (
             row["input"] == smallest
             and row["top1"] is not None
-            and (row["pretrain"] or "ImageNet-1K").lower() == "imagenet-1k"
+            and re.fullmatch("(imagenet|in)-1k", row["pretrain"] or "ImageNet-1K", re.IGNORECASE)
             and not re.search("token label|distill", row["name"], re.IGNORECASE)
             and "model.size" in choice
             and row["net"] not in (other["net"] for other in named.values())

@@ -1,5 +1,6 @@
 """`--help`: what there is to choose from, read from the files that define it, without importing torch."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import yaml
 
 from runs.config import CONF
 from runs.errors import PROJECT
+
+GROUPS = ("model", "task", "data", "recipe", "trainer", "logger", "callbacks", "hydra/launcher", "experiment")
+WIDTH, INDENT = 120, 16  # of the help, in characters
 
 EXAMPLES = {
     "train": (
@@ -37,23 +41,30 @@ def write_help(program: str) -> None:
         print(f"  python {command:{width}}  # {what}")
     print()
     for title, choices in groups().items():
-        print(f"{title + ':':13}{', '.join(choices)}")
+        lines = choices if title in ("model", "experiment") else [", ".join(choices)]
+        for i, line in enumerate(lines):
+            first = f"{title + ':':{INDENT}}" if i == 0 else " " * INDENT
+            print(textwrap.fill(line, WIDTH, initial_indent=first, subsequent_indent=" " * (INDENT + 2)))
     print("\n--cfg job shows the composed config with every key; --hydra-help shows Hydra's own flags.")
 
 
 def groups() -> dict[str, list[str]]:
-    """Choices by group: models with their sizes, and the ops that `model.mixers=` takes."""
-    found = {group: _names(CONF / group, ".yaml") for group in
-             ("model", "task", "data", "recipe", "trainer", "logger", "callbacks", "experiment")}  # fmt: skip
+    """Choices by group: models with their sizes, experiments by paper, and the ops that `model.mixers=` takes."""
+    found = {group: _names(CONF / group, ".yaml") for group in GROUPS}
     found["data"] = [name for name in found["data"] if not name.startswith("default_")]
     found["model"] = [_with_sizes(name) for name in found["model"]]
+    papers: dict[str, list[str]] = {}
+    for name in found["experiment"]:
+        paper, _, row = name.rpartition("/")
+        papers.setdefault(paper, []).append(row)
+    found["experiment"] = [f"{paper}/{{{', '.join(rows)}}}" for paper, rows in papers.items()]
     found["mixers"] = [name for name in _names(PROJECT / "ops" / "attention", ".py") if name != "__init__"]
     return {title: choices for title, choices in found.items() if choices}
 
 
 def _with_sizes(model: str) -> str:
     sizes = yaml.safe_load((CONF / "model" / f"{model}.yaml").read_text()).get("sizes")
-    return f"{model} (size={'|'.join(sizes)})" if sizes else model
+    return f"{model} (size={' | '.join(sizes)})" if sizes else model
 
 
 def _names(folder: Path, suffix: str) -> list[str]:

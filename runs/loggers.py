@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,32 @@ class WandbRun(WandbLogger):
         self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
 
 
-def wandb(run_dir: str, from_step: int, project: str, entity: str | None, mode: str) -> WandbLogger:
+def wandb(
+    run_dir: str,
+    from_step: int,
+    project: str,
+    entity: str | None,
+    mode: str,
+    group: str | None,
+    tags: Sequence[str],
+) -> WandbRun:
     """A run whose id follows from the run folder, so that it goes on after a resume."""
     identity = hashlib.sha256(str(Path(run_dir)).encode()).hexdigest()[:16]
-    name = "/".join(Path(run_dir).parts[-3:])
-    return WandbRun(name=name, save_dir=run_dir, id=identity, project=project, entity=entity, mode=mode, resume="allow")
+    return WandbRun(
+        name="/".join(Path(run_dir).parts[-3:]),
+        save_dir=run_dir,
+        id=identity,
+        project=project,
+        entity=entity,
+        mode=mode,
+        group=group,
+        tags=list(tags),
+        resume="allow",
+    )
+
+
+def links(loggers: Iterable[Logger]) -> dict[str, str]:
+    """Where the run can be looked at, for `result.json`: `{"wandb": "https://..."}`; empty without one online."""
+    urls = (logger.experiment.url for logger in loggers if isinstance(logger, WandbRun))
+    url = next((url for url in urls if isinstance(url, str)), None)
+    return {"wandb": url} if url else {}

@@ -8,13 +8,12 @@ it is here. Checkpoints under its names load; none are released.
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.backbones.litv2 import DepthwiseMlp
-from models.backbones.transnext import NormedStage, init_conv
 from models.hierarchical import HierarchicalBackbone, imagenet_cfg
+from models.layers.pvt_v2 import RENAMES, DepthwiseMlp, NormedStage, init_conv
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
 
@@ -46,14 +45,7 @@ class FaViT(HierarchicalBackbone):
         mixers: token mixers, as `ops.parse_mixers` reads them; by default factorization.
     """
 
-    renames = (
-        (r"^patch_embed(\d)\.proj\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.0."),
-        (r"^patch_embed(\d)\.norm\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.1."),
-        (r"^block(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
-        (r"^norm(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.norm."),
-        (r"\.attn\.", ".mixer."),
-        (r"\.dwconv\.dwconv\.", ".dwconv."),
-    )
+    renames = RENAMES
 
     def __init__(
         self,
@@ -72,19 +64,11 @@ class FaViT(HierarchicalBackbone):
         strides = [4 * 2**i for i in range(len(depths))]
         stages = []
         for i, width in enumerate(dims):
-            side, stride = (3, 2) if i else (7, 4)
-            conv = nn.Conv2d(dims[i - 1] if i else in_chans, width, side, stride, padding=side // 2)
             ops, contexts = create_ops(specs[i], width, heads[i], stage=i, stride=strides[i])
             blocks = [Block(width, op, mlp_ratios[i], rate) for op, rate in zip(ops, rates[i], strict=True)]
-            stages.append(NormedStage(nn.Sequential(conv, LayerNorm2d(width, eps=1e-5)), blocks, contexts, width))
+            stages.append(NormedStage(dims[i - 1] if i else in_chans, width, i == 0, blocks, contexts))
         super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, **kwargs)
         self.apply(init_conv)
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        groups = super().group_matcher(coarse)
-        if not coarse:
-            groups["blocks"].insert(1, (r"^stages\.(\d+)\.norm\.", (99999,)))  # with the stage's last block
-        return groups
 
 
 VECTORS = {  # reference vectors -> registry names, or names and arguments

@@ -17,25 +17,9 @@ from torchvision.ops import deform_conv2d
 
 from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights
 from models.layers.downsample import patch_embed
+from models.layers.pvt_v2 import DepthwiseMlp
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
-
-
-class DepthwiseMlp(nn.Module):
-    """MLP of (B, H, W, C) with a depthwise convolution of the hidden map, the net's only sense of position."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
-        nn.init.normal_(self.dwconv.weight, std=(2 / 9) ** 0.5)
-        nn.init.zeros_(self.dwconv.get_parameter("bias"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(self.act(x))
 
 
 class Block(nn.Module):
@@ -108,7 +92,6 @@ class LITv2(HierarchicalBackbone):
         (r"\.dconv\.", ".0."),
         (r"\.norm_layer\.", ".1."),
         (r"\.attn\.", ".mixer."),
-        (r"\.dwconv\.dwconv\.", ".dwconv."),
     )
 
     def __init__(

@@ -4,16 +4,16 @@ Written after the paper and the author's repository, DaiShiResearch/TransNeXt (A
 its checkpoints load.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights
+from models.hierarchical import HierarchicalBackbone, imagenet_cfg
+from models.layers.pvt_v2 import RENAMES, NormedStage, init_conv
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
 
@@ -54,17 +54,6 @@ class Block(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class NormedStage(Stage):
-    """A stage whose map is normed, for the next stage as for a detector."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], contexts: Sequence, dim: int):
-        super().__init__(downsample, blocks, contexts)
-        self.norm = LayerNorm2d(dim, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(super().forward(x))
-
-
 class TransNeXt(HierarchicalBackbone):
     """Args:
     dim: channels of the first stage; each further one has twice as many.
@@ -76,13 +65,7 @@ class TransNeXt(HierarchicalBackbone):
     mixers: token mixers, as `ops.parse_mixers` reads them; by default the paper's.
     """
 
-    renames = (
-        (r"^patch_embed(\d)\.proj\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.0."),
-        (r"^patch_embed(\d)\.norm\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.1."),
-        (r"^block(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
-        (r"^norm(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.norm."),
-        (r"\.attn\.", ".mixer."),
-    )
+    renames = RENAMES
 
     def __init__(
         self,
@@ -107,29 +90,11 @@ class TransNeXt(HierarchicalBackbone):
         strides = [4 * 2**i for i in range(len(depths))]
         stages = []
         for i, width in enumerate(dims):
-            side, stride = (3, 2) if i else (7, 4)
-            conv = nn.Conv2d(dims[i - 1] if i else in_chans, width, side, stride, padding=side // 2)
             ops, contexts = create_ops(specs[i], width, heads[i], stage=i, stride=strides[i])
             blocks = [Block(width, op, 8 if i < 2 else 4, rate) for op, rate in zip(ops, rates[i], strict=True)]
-            stages.append(NormedStage(nn.Sequential(conv, LayerNorm2d(width, eps=1e-5)), blocks, contexts, width))
+            stages.append(NormedStage(dims[i - 1] if i else in_chans, width, i == 0, blocks, contexts))
         super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, **kwargs)
         self.apply(init_conv)
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        groups = super().group_matcher(coarse)
-        if not coarse:
-            groups["blocks"].insert(1, (r"^stages\.(\d+)\.norm\.", (99999,)))  # with the stage's last block
-        return groups
-
-
-def init_conv(module: nn.Module) -> None:
-    """As most papers do linear layers, and convolutions by what leaves them; for `nn.Module.apply`."""
-    init_weights(module)
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 VECTORS = {  # reference vectors -> registry names, or names and arguments

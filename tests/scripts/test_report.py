@@ -1,0 +1,266 @@
+"""The page as a reader meets it: in a browser, by mouse and by keyboard, on a desk and on a phone."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+from scripts import report
+from tests.scripts.run_folders import fail, make_run, write_result
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+EVIL = "größe_</script><script>document.title='taken'</script><b>&amp;"
+FLAGS = (
+    "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+    "disable-component-update", "disable-sync",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """Three nets by two seeds, one of two data sets, and runs that failed, stopped or left half a result."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    for seed in (0, 1):
+        make_run(outputs, "swin_nano", seed, 0.80 + seed / 100)
+        make_run(outputs, "biformer_nano", seed, 0.90 + seed / 100)  # the dearest and the best
+        make_run(outputs, "resnet10t_wide", seed, 0.70 + seed / 100)  # dearer than both and worse
+    fail(make_run(outputs, "swin_nano", 2), "OutOfMemoryError: <img src=x onerror=document.title='taken'> 2 GiB")
+    make_run(outputs, "swin_nano", 3)
+    (make_run(outputs, "swin_nano", 4) / "result.json").write_text('{"status"')
+    folder = make_run(outputs, "evil", 0)
+    write_result(folder, EVIL, 0, {"test/top1": 0.5, "test/loss": float("nan"), "test/miou": 0.25})
+    make_run(outputs, "swin_nano", 0, 0.6, data="cifar10")
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def page(outputs, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    report.main([str(outputs), "--title", "Swin & <others>", "--out", str(path)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def chrome(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="the browser test takes selenium")
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("the browser test takes chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in FLAGS:
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+class Reader:
+    """What a person does with the page."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def open(self, page, width=1280, scheme="light"):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.driver.get(page.as_uri())
+
+    def all(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
+    def one(self, selector):
+        return self.driver.find_element("css selector", selector)
+
+    def press(self, *keys):
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def tab_to(self, selector):
+        """Go on by the tabulator until the element has the focus."""
+        from selenium.webdriver import Keys
+
+        for _ in range(100):
+            if self.driver.execute_script("return document.activeElement.matches(arguments[0])", selector):
+                return
+            self.press(Keys.TAB)
+        raise AssertionError(f"the tabulator does not reach {selector}")
+
+    def names(self):
+        return [node.text for node in self.all("tbody .open")]
+
+    def style(self, selector, name):
+        return self.one(selector).value_of_css_property(name)
+
+    def width(self):
+        return self.driver.execute_script("return document.documentElement.scrollWidth")
+
+
+@pytest.fixture
+def reader(chrome, page):
+    reader = Reader(chrome)
+    reader.open(page)
+    for log in ("browser", "performance"):
+        chrome.get_log(log)  # of the test before
+    yield reader
+    assert [entry for entry in chrome.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
+
+def test_the_page_loads_nothing_and_takes_no_name_for_its_own_code(page, reader):
+    text = re.sub(r'(?s)<script type="application/json".*?</script>', "", page.read_text(encoding="utf-8"))
+    assert "<script" in text
+    assert not re.search(r"(?:src|href)=[\"']?(?!data:)[\w/]|@import|url\(|https?://(?!www\.w3\.org/2000/svg)", text)
+    reader.open(page)
+    assert reader.driver.title == "Swin & <others>"
+    assert EVIL in reader.names()
+    assert not reader.all("img, tbody b")
+    asked = [json.loads(entry["message"])["message"] for entry in reader.driver.get_log("performance")]
+    urls = {each["params"]["request"]["url"] for each in asked if each["method"] == "Network.requestWillBeSent"}
+    assert {url for url in urls if not url.startswith("data:")} == {page.as_uri()}
+
+
+def test_the_table_has_the_means_and_sorts_by_a_column(reader):
+    assert reader.names() == ["biformer_nano", "swin_nano", "resnet10t_wide", EVIL]  # the best first
+    row = reader.all("tbody tr")[1].text
+    assert "80.50 ± 6.35" in row and "2 + 1 failed + 1 unreadable + 1 unfinished" in row.replace("\n", " ")
+    button = reader.one("[data-sort='test/top1']")
+    button.click()
+    assert reader.names() == [EVIL, "resnet10t_wide", "swin_nano", "biformer_nano"]
+    assert reader.one("th[aria-sort='ascending']").text.startswith("top1")
+    reader.tab_to("[data-sort='test/loss']")
+    reader.press(" ")
+    assert reader.names() == ["biformer_nano", "swin_nano", "resnet10t_wide", EVIL]  # what has no loss is last
+    reader.press(" ")
+    assert reader.names() == ["resnet10t_wide", "swin_nano", "biformer_nano", EVIL]
+
+
+def test_the_filter_chooses_rows_points_and_curves(reader):
+    assert (len(reader.all("#costs .mark")), len(reader.all("#curves .curve"))) == (4, 10)
+    reader.one("#filter").send_keys("SWIN failed")
+    assert reader.names() == ["swin_nano"]
+    assert reader.one("#shown").text == "1 of 4 rows"
+    assert (len(reader.all("#costs .mark")), len(reader.all("#curves .curve"))) == (1, 5)
+    reader.one("input[value='runs'] + span").click()
+    assert reader.names() == ["swin_nano, seed 2"]
+    reader.one("#filter").clear()
+    reader.one("#filter").send_keys("no such net")
+    assert reader.names() == [] and "No finished run" in reader.one("#costs").text
+
+
+def test_only_runs_on_the_same_data_are_compared(reader):
+    reader.one("#set option:nth-child(2)").click()
+    assert reader.one("#set").text.splitlines() == ["digits (classification)", "cifar10 (classification)"]
+    assert reader.names() == ["swin_nano"]
+    assert "60.00" in reader.one("tbody tr").text
+
+
+def test_the_theme_is_the_systems_until_the_switch_says_otherwise(reader, page):
+    light = reader.style("body", "background-color")
+    reader.one("#theme").click()
+    dark = reader.style("body", "background-color")
+    assert dark != light and reader.one("#theme").get_attribute("aria-pressed") == "true"
+    reader.one("#theme").click()
+    assert reader.style("body", "background-color") == light
+    reader.open(page, scheme="dark")
+    assert reader.style("body", "background-color") == dark
+
+
+def test_points_tell_what_they_are_by_mouse_and_by_keyboard(reader):
+    from selenium.webdriver import ActionChains, Keys
+
+    best = {mark.get_attribute("data-entry") for mark in reader.all(".mark.best")}
+    assert best == {"swin_nano", "biformer_nano"}  # the front: one is cheaper, one is better
+    ActionChains(reader.driver).move_to_element(reader.one(".mark[data-entry='swin_nano'] .shape")).perform()
+    assert reader.one(".tip").text.splitlines() == ["swin_nano", "top1 80.50 ± 6.35 %", "MACs 27.00 M"]
+    reader.one("#x input[value='params'] + span").click()
+    reader.tab_to(".mark[data-entry='biformer_nano']")
+    assert reader.one(".tip").text.splitlines()[2] == "Parameters 13.00 M"
+    reader.press(Keys.ENTER)
+    assert reader.one("#details-title").text == "biformer_nano"
+
+
+def test_a_runs_details_open_and_close_by_keyboard(reader, outputs):
+    from selenium.webdriver import Keys
+
+    reader.tab_to("tbody tr:nth-child(2) .open")
+    reader.press(Keys.ENTER)
+    assert reader.one("#details").get_attribute("open") is not None
+    assert reader.one("#details-title").text == "swin_nano"
+    config = yaml.safe_load(reader.one("#config").text)
+    assert config["recipe"]["optimizer"]["lr"] == 0.001 and "seed" not in config
+    folder = outputs / "classification/digits/swin_nano/0a1b2c3d"
+    assert f"python eval.py run={folder}-s0" in reader.one("#details").text
+    assert len(reader.all("#details .curve")) == 10  # of five runs, loss and top-1
+    reader.tab_to("#run")
+    reader.press(Keys.DOWN, Keys.DOWN)
+    text = reader.one("#details").text
+    assert "OutOfMemoryError: <img src=x onerror=document.title='taken'> 2 GiB" in text
+    assert f"--config-dir {folder}-s2 --config-name config" in text
+    reader.press(Keys.ESCAPE)
+    assert reader.one("#details").get_attribute("open") is None
+    assert reader.driver.execute_script("return document.activeElement.textContent") == "swin_nano"
+
+
+def test_nothing_hangs_over_the_edge_of_a_phone(reader, page):
+    for scheme in ("light", "dark"):
+        reader.open(page, 375, scheme)
+        assert reader.width() == 375
+        for picture in reader.all(".chart svg"):
+            assert picture.rect["x"] >= 0 and picture.rect["x"] + picture.rect["width"] <= 375
+        reader.driver.execute_script("arguments[0].click()", reader.one("tbody .open"))
+        assert reader.one("#details").is_displayed() and reader.width() == 375
+        assert reader.one("#details").rect["width"] <= 375
+
+
+def test_a_command_of_a_folder_with_special_characters_is_the_shells_and_hydras(tmp_path):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from runs.results import find_runs
+
+    make_run(tmp_path / "a b's, c=d", "swin_nano", 0)
+    (run,) = find_runs(tmp_path)
+    ((title, command),) = report.commands(run)
+    assert title == "Go on with it"
+    shown = command.replace("python train.py", "printf '%s\\n'")
+    words = subprocess.run(["sh", "-c", shown], capture_output=True, text=True).stdout.splitlines()
+    assert words[:4] == ["--config-dir", str(run.folder), "--config-name", "config"]
+    overrides = {each.key_or_group: each.value() for each in OverridesParser.create().parse_overrides(words[4:])}
+    assert overrides == {"hydra.output_subdir": None, "hydra.run.dir": str(run.folder), "run_dir": str(run.folder)}
+
+
+def test_long_curves_are_thinned_and_keep_their_end():
+    points = [[i, i / 3] for i in range(1000)]
+    thinned = report.thin(points, 100)
+    assert len(thinned) == 100 and thinned[-1] == [999, 333.0]
+    assert report.thin(points[:3], 100) == [[0, 0.0], [1, 0.333333], [2, 0.666667]]
+
+
+def test_a_cut_line_of_the_curves_is_passed_over(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,epoch,val/top1,train/loss\n1,1,0.5,nan\n2,2,0.6,1.0\n3,3,0.")
+    curves = report.read_curves(tmp_path / "metrics.csv")
+    assert curves == {"val/top1": [[1, 0.5], [2, 0.6]], "train/loss": [[2, 1.0]]}
+    assert report.read_curves(tmp_path / "nowhere.csv") == {}
+
+
+def test_a_folder_without_runs_makes_no_page(tmp_path):
+    with pytest.raises(ValueError, match="no run lies below"):
+        report.main([str(tmp_path), "--out", str(tmp_path / "report.html")])
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_folder_without_any_result_still_makes_a_page(tmp_path, chrome):
+    fail(make_run(tmp_path, "swin_nano", 0), "no")
+    report.main([str(tmp_path), "--out", str(tmp_path / "report.html")])
+    reader = Reader(chrome)
+    chrome.get_log("browser")
+    reader.open(tmp_path / "report.html")
+    assert "No run is finished." in reader.one("#costs").text
+    assert "0 + 1 failed" in reader.one("tbody tr").text.replace("\n", " ")
+    assert chrome.get_log("browser") == []

@@ -1,0 +1,168 @@
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from runs.config import CONF, register_resolvers
+from scripts import search
+from tests.runs.cli import result, rows, start, stop_when
+
+QUICK = (
+    "model=swin", "model.size=nano", "+model.args.depths=[1,1,1,1]", "data.image_size=16", "recipe.epochs=3",
+    "recipe.batch_size=32", "recipe.schedule.warmup_epochs=0", "trainer.limit_train_batches=3",
+    "trainer.accelerator=cpu", "logger=none", "data.num_workers=0",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    register_resolvers()
+
+
+def trials(name):
+    return {row["what"]: row for row in rows(f"outputs/search/{name}/trials.csv")}
+
+
+def space_file(**space):
+    Path("space.yaml").write_text(yaml.safe_dump(space))
+    return "space.yaml"
+
+
+def test_trials_are_runs_and_the_same_command_goes_on(capsys):
+    search.main(["lr_wd", "--trials", "2", *QUICK])
+    first, folder = trials("lr_wd"), Path("outputs/search/lr_wd")
+    assert len(first) == 2
+    for name, row in first.items():
+        assert 1e-4 <= float(row["recipe.optimizer.lr"]) <= 1e-2 and row["state"] == "complete"
+        config = yaml.safe_load((folder / name / "config.yaml").read_text())
+        assert config["recipe"]["optimizer"]["weight_decay"] == float(row["recipe.optimizer.weight_decay"])
+        validations = [float(r["val/top1"]) for r in rows(folder / name / "metrics.csv") if r["val/top1"]]
+        assert float(row["val"]) == max(validations) and len(validations) == 3
+    out = capsys.readouterr().out
+    best = max(first.values(), key=lambda row: float(row["val"]))
+    assert f"recipe.optimizer.lr={best['recipe.optimizer.lr']}" in out.split("best: python train.py ")[1]
+
+    results = {name: (folder / name / "result.json").stat().st_mtime_ns for name in first}
+    search.main(["lr_wd", "--trials", "3", *QUICK])
+    again = trials("lr_wd")
+    assert len(again) == 3 and {name: again[name] for name in first} == first
+    assert {name: (folder / name / "result.json").stat().st_mtime_ns for name in first} == results
+    assert len({row["recipe.optimizer.lr"] for row in again.values()}) == 3
+
+
+def test_a_trial_below_the_median_is_ended_early():
+    space = {"recipe.optimizer.lr": FloatDistribution(1e-5, 2e-5)}
+    name = space_file(**{"recipe.optimizer.lr": {"low": 1e-5, "high": 2e-5}})
+    study = search.Search(Path("outputs/search/space").absolute(), space, QUICK, 0).study
+    for _ in range(5):
+        study.add_trial(
+            create_trial(
+                value=1.0,
+                params={"recipe.optimizer.lr": 1e-5},
+                distributions=space,  # pyright: ignore[reportArgumentType]
+                intermediate_values={1: 0.0, 2: 1.0, 3: 1.0},
+            )
+        )
+    search.main([name, "--trials", "6", *QUICK])
+    row = trials("space")["trial-5"]
+    assert (row["state"], row["epochs"]) == ("pruned", "2")
+    assert result(Path("outputs/search/space/trial-5"))["epochs"] == 2
+
+
+def test_a_killed_search_goes_on_with_the_trial_that_it_was_at(tmp_path):
+    command = ("scripts/search", "lr_wd", "--trials", "1", *QUICK, "checkpoint.every_steps=1", "recipe.epochs=4")
+    killed = start(*command, folder=tmp_path)
+    stop_when(killed, tmp_path / "outputs/search/lr_wd/trial-0/checkpoints/last.ckpt", signal.SIGKILL)
+    config = Path("outputs/search/lr_wd/trial-0/config.yaml").read_text()
+    again = start(*command, folder=tmp_path)
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    assert "going on from" in err and "trial 0: " in out
+    assert Path("outputs/search/lr_wd/trial-0/config.yaml").read_text() == config
+    assert {name: (row["state"], row["epochs"]) for name, row in trials("lr_wd").items()} == {
+        "trial-0": ("complete", "4")
+    }
+
+
+def test_the_trials_are_one_group_in_wandb():
+    def group(*overrides):
+        space = {"seed": IntDistribution(0, 9)}
+        return (
+            search.Search(Path("a").absolute(), space, ["logger=wandb", *overrides], 0).config(0, {}).logger.wandb.group
+        )
+
+    assert group() == "search/a"
+    Path("a").rename("b")
+    assert group("logger.wandb.group=mine") == "mine"
+
+
+def test_a_trial_that_another_process_is_at_is_left_to_it():
+    space = {"recipe.optimizer.lr": FloatDistribution(1e-4, 1e-3)}
+    here = search.Search(Path("search").absolute(), space, QUICK, 0)
+    there = search.Search(Path("search").absolute(), space, QUICK, 0)
+    number = there.study.ask({**space}).number
+    with there._claimed(number) as theirs:
+        assert theirs
+        here.run(1)  # nothing is left to do
+        assert here.study.trials[number].state == TrialState.RUNNING
+    with here._claimed(number) as mine:
+        assert mine
+
+
+def test_a_failed_trial_does_not_stop_the_others(capsys):
+    name = space_file(**{"model.mixers": ["windw", "window"]})
+    search.main([name, "--trials", "6", *QUICK[:4], "recipe.epochs=1", *QUICK[5:]])
+    found = list(trials("space").values())
+    assert {row["state"] for row in found} == {"complete", "fail"}
+    assert all(("windw" in row["failed"]) == (row["state"] == "fail") for row in found)
+
+
+def test_a_search_in_which_everything_fails_ends(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"the first 3 trials failed, the last one with .*recipe\.loss must be ce or bce"
+    ):
+        search.main(["lr_wd", "--trials", "9", *QUICK, "recipe.loss=cee"])
+    assert [row["state"] for row in trials("lr_wd").values()] == ["fail"] * 3
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"low": 1, "high": 5}, IntDistribution(1, 5)),
+        ({"low": 0.1, "high": 1, "log": True}, FloatDistribution(0.1, 1.0, log=True)),
+        (["adamw", "lamb", None], CategoricalDistribution(["adamw", "lamb", None])),
+        ([["agent", "window"], "window"], CategoricalDistribution(["[agent,window]", "window"])),
+    ],
+)
+def test_a_space_is_ranges_and_choices(values, expected):
+    assert search.read_space(space_file(**{"a.b": values})) == {"a.b": expected}
+
+
+@pytest.mark.parametrize(
+    "values", [{"low": 1}, {"low": 0.1, "high": 1, "lg": True}, {"low": 2, "high": 1}, [], "adamw"]
+)
+def test_what_is_neither_is_refused(values):
+    with pytest.raises(ValueError, match=r"^space\.yaml: a\.b"):
+        search.read_space(space_file(**{"a.b": values}))
+
+
+def test_unknown_spaces_keys_and_other_searches_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"no search space 'lr_w'\. Did you mean 'lr_wd'"):
+        search.main(["lr_w", *QUICK])
+    with pytest.raises(Exception, match="no_such_key"):
+        search.main(["lr_wd", *QUICK, "no_such_key=1"])
+    assert not list(tmp_path.iterdir())
+    search.Search(tmp_path / "outputs/search/lr_wd", search.read_space("lr_wd"), QUICK, 0)
+    with pytest.raises(ValueError, match="holds a search with other overrides"):
+        search.main(["lr_wd", *QUICK, "seed=1"])
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "search").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_keys_of_every_space_are_train_pys(path, tmp_path):
+    search.Search(tmp_path, search.read_space(path.stem), QUICK, 0)
+    with pytest.raises(Exception, match="no_such_key"):
+        search.Search(tmp_path, search.read_space(space_file(**{"recipe.no_such_key": [1]})), QUICK, 0)
