@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all lint format types bench docker clean
+.PHONY: help setup train test test-all paper lint format types bench docker clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ test: setup ## run the tests
 
 test-all: setup ## run the tests, with every size of every net
 	$(BIN)/python -m pytest -n 2
+
+paper: setup ## BiFormer's table, the paper's figures beside ours
+	$(BIN)/python scripts/reproduce.py paper=biformer
 
 lint: setup ## ruff and pyright
 	$(BIN)/ruff check .

@@ -23,24 +23,31 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         ValueError: weights, model and data do not fit.
     """
     from runs.evaluation import evaluate_here
-    from runs.launch import launch, needs_launch
+    from runs.launch import launch, needs_launch, rank
     from runs.result import read_result, show_result
     from runs.training import no_empty_folder
 
     folder = Path(cfg.run_dir)
     with no_empty_folder(folder):
         check(cfg)
-        launch(evaluate_here, cfg) if needs_launch(cfg) else evaluate_here(cfg)
-    result = read_result(folder)
+        if needs_launch(cfg):
+            launch(evaluate_here, cfg)
+            result = read_result(folder)
+        else:
+            result = evaluate_here(cfg)
     assert result is not None
-    show_result(result, folder)
+    if rank() == 0:
+        show_result(result, folder)
     return result["metrics"]
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
 def main(cfg: DictConfig) -> float:
+    from runs.slurm import refuse_without_multirun
+
     hydra_config = HydraConfig.get()
     with in_a_job():
+        refuse_without_multirun()
         cfg = with_run(cfg, hydra_config.overrides.task, hydra_config.runtime.choices)
         return evaluate(cfg)[f"test/{cfg.task.figure}"]
 

@@ -21,28 +21,36 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: the config asks for what cannot be.
     """
-    from runs.launch import launch, needs_launch
+    from runs.launch import launch, needs_launch, rank
     from runs.result import read_result, show_result
-    from runs.training import another_run, no_empty_folder, train_here
+    from runs.status import attempt
+    from runs.training import no_empty_folder, starts_anew, train_here
 
     folder = Path(cfg.run_dir)
     with no_empty_folder(folder):
-        result, other = read_result(folder), another_run(cfg, folder)
-        if other and not cfg.rerun:
-            raise ValueError(f"{folder} holds a run with {other}: choose another hydra.run.dir, or rerun=true")
-        cfg.rerun = bool(cfg.rerun and (result or other))  # an unfinished run goes on
-        if result is None or cfg.rerun:
-            check(cfg)
-            launch(train_here, cfg) if needs_launch(cfg) else train_here(cfg)
-            result = read_result(folder)
+        cfg.rerun = starts_anew(cfg, folder)
+        result = None if cfg.rerun else read_result(folder)
+        if result is None:
+            with attempt(folder):
+                check(cfg)
+                if needs_launch(cfg):
+                    launch(train_here, cfg)
+                    result = read_result(folder)
+                else:
+                    result = train_here(cfg)
     assert result is not None
-    show_result(result, folder)
+    if rank() == 0:
+        show_result(result, folder)
     return result["metrics"]
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float:
-    with in_a_job():
+    from runs.slurm import refuse_without_multirun
+    from runs.training import no_empty_folder
+
+    with in_a_job(), no_empty_folder(Path(cfg.run_dir)):
+        refuse_without_multirun()
         return train(cfg)[f"test/{cfg.task.figure}"]
 
 

@@ -52,16 +52,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Checkpoints(Checkpoint):
     """Keeps `last.ckpt`, the one before it as `previous.ckpt`, and `best.ckpt` by a validation figure.
 
-    Saves at the end of every epoch, every `every_steps` steps or `every_minutes` minutes within one, and when SIGTERM
-    or Ctrl-C asks the run to stop: then at the next optimiser step, or after a validation that is under way. A second
-    signal ends the process at once.
+    Saves at the end of every epoch, every `every_steps` steps or `every_minutes` minutes within one, and when SIGTERM,
+    Ctrl-C or SIGUSR2 (Slurm's time limit is near) asks the run to stop: then at the next optimiser step, or after a
+    validation that is under way. A second signal ends the process at once, but not in a job of Slurm, which sends
+    several and has SIGKILL for what takes too long.
 
     Args:
         folder: `<run>/checkpoints`.
         monitor: figure of which the highest is the best.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
     CHECK_EVERY = 20  # steps between two looks at the other ranks: each look waits for the GPU
 
     def __init__(self, folder: Path, monitor: str, every_minutes: float | None = None, every_steps: int | None = None):
@@ -84,11 +85,14 @@ class Checkpoints(Checkpoint):
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
+        in_slurm = "SLURM_JOB_ID" in os.environ
         log.warning(
-            "%s: saving at the next step, then stopping; a second one stops at once", signal.Signals(number).name
+            "%s: saving at the next step, then stopping%s",
+            signal.Signals(number).name,
+            "" if in_slurm else "; a second one stops at once",
         )
         for each in self.SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN if in_slurm else signal.SIG_DFL)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if trainer.fit_loop._should_accumulate() or trainer.is_last_batch:

@@ -1,7 +1,8 @@
-"""The processes of a run on several devices of one machine.
+"""The processes of a run: who starts them, and which of them this one is.
 
-They get the composed config, so that the command line is not run again in each: under `--multirun` that would start the
-whole sweep again in every rank. Under torchrun or Slurm, which start the processes themselves, nothing is started here.
+On several devices of one machine they are started here, with the composed config, so that the command line is not run
+again in each: under `--multirun` that would start the whole sweep again in every rank. Under torchrun, or srun with
+several tasks, which start the processes themselves, nothing is started here.
 """
 
 import os
@@ -14,12 +15,38 @@ from omegaconf import DictConfig, OmegaConf
 
 from runs.errors import Stopped
 
-EXTERNAL = ("LOCAL_RANK", "SLURM_PROCID")
+
+def rank() -> int:
+    """Of this process among those of its run."""
+    if "LOCAL_RANK" in os.environ:
+        return int(os.environ.get("RANK", os.environ["LOCAL_RANK"]))
+    return int(os.environ["SLURM_PROCID"]) if slurm_tasks() > 1 else 0
+
+
+def slurm_tasks() -> int:
+    """How many processes srun has started with this one; a batch script's own processes are none of srun's."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
 
 
 def needs_launch(cfg: DictConfig) -> bool:
-    """Whether the run wants more processes than this one and nobody else starts them."""
-    return cfg.trainer.devices > 1 and not any(name in os.environ for name in EXTERNAL)
+    """Whether the run wants more processes than this one and nobody else starts them.
+
+    Raises:
+        ValueError: somebody has started another number of them, or nobody can start them on several machines.
+    """
+    devices, nodes = cfg.trainer.devices, cfg.trainer.num_nodes
+    if "LOCAL_RANK" in os.environ:
+        return False
+    if slurm_tasks() > 1:
+        if slurm_tasks() != devices * nodes:
+            raise ValueError(
+                f"srun has started {slurm_tasks()} processes for trainer.devices={devices} x trainer.num_nodes={nodes}:"
+                f" it takes --nodes={nodes} --ntasks-per-node={devices}"
+            )
+        return False
+    if nodes > 1:
+        raise ValueError(f"trainer.num_nodes={nodes} needs hydra/launcher=slurm, srun or torchrun to start processes")
+    return devices > 1
 
 
 def launch(run: Callable[[DictConfig], object], cfg: DictConfig) -> None:
@@ -48,7 +75,7 @@ def launch(run: Callable[[DictConfig], object], cfg: DictConfig) -> None:
             if process.pid and process.is_alive():
                 os.kill(process.pid, number)
 
-    former = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    former = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     try:
         while not processes.join():
             pass

@@ -12,7 +12,7 @@ from typing import Any
 
 from runs.errors import PROJECT
 
-RESULT = "result.json"
+CONFIG, RESULT, FAILED = "config.yaml", "result.json", "failed.json"  # of a run: as it was composed, how it ended
 PACKAGES = ("torch", "torchvision", "timm", "pytorch-lightning", "numpy")
 
 

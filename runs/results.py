@@ -16,13 +16,12 @@ import yaml
 
 from evaluation.statistics import Summary, summarise
 from runs.config import NOT_RESULT
-from runs.result import RESULT
+from runs.result import CONFIG, FAILED, RESULT
 
 log = logging.getLogger(__name__)
 
 OWN_KEYS = re.compile(r"^(?:seed|run_dir):.*\n?(?: .*\n?)*", re.MULTILINE)  # in which the runs of a config differ
 OWN_NAME = re.compile(r"[0-9a-f]{8}-s(\d+)")  # of a run's folder, below <task>/<data>/<model>
-CONFIG, FAILED = "config.yaml", "failed.json"
 RATES = ("top1", "top5", "mean_class_accuracy", "ece", "miou", "box_ap", "mask_ap")  # fractions of 1, shown in %
 LESS_IS_BETTER = ("loss", "ece", "params", "macs", "seconds", "memory_mb", "peak_mb", "ms_per_image")
 

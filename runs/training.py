@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import shutil
 import time
 import warnings
@@ -12,6 +13,12 @@ from typing import Any
 import pytorch_lightning as pl
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -22,13 +29,14 @@ from runs.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints, find_r
 from runs.config import PRECISIONS, fingerprint, identity, per_device_batch, world_size
 from runs.ema import EMA
 from runs.files import replacing
-from runs.loggers import MetricsCSV
+from runs.launch import slurm_tasks
+from runs.loggers import MetricsCSV, links
 from runs.progress import TrainingLog
-from runs.result import RESULT, provenance, write_result
+from runs.result import CONFIG, FAILED, RESULT, provenance, read_result, write_result
 
 log = logging.getLogger(__name__)
 
-MADE_BY_A_RUN = (RESULT, "config.yaml", "metrics.csv", "curves.png", "checkpoints", "tensorboard", "wandb")
+MADE_BY_A_RUN = (RESULT, FAILED, CONFIG, "metrics.csv", "curves.png", "checkpoints", "tensorboard", "wandb")
 
 
 def train_here(cfg: DictConfig) -> dict[str, Any]:
@@ -83,6 +91,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
         "session_seconds": round(time.monotonic() - began, 2),
         "images_per_second": training_log.images_per_second,
         "precision": cfg.trainer.precision,
+        **links(loggers),
         **provenance(),
         "config_sha256": fingerprint(cfg),
     }
@@ -133,12 +142,24 @@ def build_trainer(cfg: DictConfig, **overrides: Any) -> pl.Trainer:
         max_epochs=cfg.recipe.epochs,
         gradient_clip_val=cfg.recipe.clip_grad,
         default_root_dir=cfg.run_dir,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *cluster_environment()],
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def cluster_environment() -> list[ClusterEnvironment]:
+    """Who has started the processes, where Lightning would take every process in a job of Slurm for one of srun's.
+
+    Without Lightning's own requeueing, which leaves `hpc_ckpt_*` that a later test would load instead of the best
+    weights: here a signal is `Checkpoints`' affair, and the queue that of `runs.slurm`.
+    """
+    if "SLURM_JOB_ID" not in os.environ or TorchElasticEnvironment.detect():
+        return []
+    by_srun = slurm_tasks() > 1 and "LOCAL_RANK" not in os.environ
+    return [SLURMEnvironment(auto_requeue=False) if by_srun else LightningEnvironment()]
 
 
 def _arguments(section: DictConfig, *labels: str) -> DictConfig:
@@ -159,14 +180,24 @@ def no_empty_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def another_run(cfg: DictConfig, folder: Path) -> str | None:
-    """In which key a run that lies in `folder` differs from `cfg`; None where there is none, or it is the same."""
-    config = folder / "config.yaml"
-    if not config.exists():
-        return None
-    there, here = (_flat(identity(c)) | {"seed": c.seed} for c in (OmegaConf.load(config), cfg))  # pyright: ignore
-    changed = [key for key in sorted(there | here) if there.get(key) != here.get(key)]
-    return f"{changed[0]}={there.get(changed[0])}, not {here.get(changed[0])}" if changed else None
+def starts_anew(cfg: DictConfig, folder: Path) -> bool:
+    """Whether what lies in `folder` is to be removed first: only with `rerun`, and not a run that can go on.
+
+    Raises:
+        ValueError: another run lies there, and `rerun` is not set.
+    """
+    config = folder / CONFIG
+    other = difference(OmegaConf.load(config), cfg) if config.exists() else None
+    if other and not cfg.rerun:
+        raise ValueError(f"{folder} holds a run with {other}: choose another hydra.run.dir, or rerun=true")
+    return bool(cfg.rerun and (other or read_result(folder)))
+
+
+def difference(there: Any, here: Any) -> str | None:
+    """The first key in which the results of two configs would differ: `key=<there>, not <here>`."""
+    one, other = (_flat(identity(cfg)) | {"seed": cfg.seed} for cfg in (there, here))
+    changed = [key for key in sorted(one | other) if one.get(key) != other.get(key)]
+    return f"{changed[0]}={one.get(changed[0])}, not {other.get(changed[0])}" if changed else None
 
 
 def clear(folder: Path) -> None:
@@ -177,7 +208,7 @@ def clear(folder: Path) -> None:
 
 
 def save_config(cfg: DictConfig, folder: Path) -> None:
-    with replacing(folder / "config.yaml") as path:
+    with replacing(folder / CONFIG) as path:
         OmegaConf.save(cfg, path, resolve=True)
 
 

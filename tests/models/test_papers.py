@@ -30,7 +30,16 @@ def composed(choice: Sequence[str]) -> DictConfig:
         return compose("train", [*choice, "run_dir=run"])
 
 
-@pytest.mark.parametrize("name", ROWS)
+LARGE = 40  # M parameters: small sizes show a net's layout, and large ones take a while to count
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if (row["params_m"] or 0) > LARGE or row["input"] > 224 else ())
+        for name, row in ROWS.items()
+    ],
+)
 def test_the_papers_parameters_and_macs(name):
     row = ROWS[name]
     choice = (*model_choice(row["net"], row.get("args", {}), row["input"]), "data=imagenet")

@@ -12,7 +12,7 @@ from tests.runs.cli import result
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model=bifromer"], "model=bifromer is not there. Did you mean 'biformer'? There are: biformer,"),
+        (["model=bifromer"], "model=bifromer is not there. Did you mean 'biformer'? There are: agent, biformer,"),
         (["data=digit"], "data=digit is not there. Did you mean 'digits'?"),
         (["recipe=diet"], "recipe=diet is not there. Did you mean 'deit'?"),
         (["task=classify"], "task=classify is not there. Did you mean 'classification'?"),
