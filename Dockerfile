@@ -17,7 +17,7 @@ WORKDIR /retinue
 
 COPY --chown=retinue pyproject.toml constraints.txt README.md LICENSE ./
 RUN python3.12 -m venv .venv \
-    && for name in datamodules evaluation models ops runs; do mkdir $name && touch $name/__init__.py; done \
+    && for name in datamodules evaluation models ops runs; do mkdir $name && touch $name/__init__.py; done && touch train.py \
     && pip install --no-cache-dir -c constraints.txt -e .
 COPY --chown=retinue . .
 
