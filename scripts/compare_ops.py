@@ -1,6 +1,6 @@
 """Every attention op in one backbone, with the same recipe and the same seeds: accuracy, size, speed and memory.
 
-    python scripts/compare_ops.py --small                              # all ops on the digits, minutes on a laptop
+    python scripts/compare_ops.py --small                          # all ops on the digits, in a quarter of an hour
     python scripts/compare_ops.py --ops window agent --seeds 0 1 2 data=cifar10 recipe.epochs=50
     python scripts/compare_ops.py --resolutions 224 512 model.size=tiny data=imagenet data.root=/data/in1k
 
@@ -33,7 +33,7 @@ from runs.files import replacing
 from runs.result import read_result
 from train import train
 
-SMALL = ("data.image_size=16", "recipe.epochs=5")
+SMALL = ("data.image_size=16", "recipe.epochs=3")
 
 
 def compare(
