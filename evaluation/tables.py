@@ -51,15 +51,6 @@ def agrees(counted: float, printed: float) -> bool:
     return abs(counted - printed) <= tolerance(printed) + 1e-9
 
 
-def is_named(counted: float, reason: str) -> bool:
-    """Whether the reason of an exception (`params_exception`, `flops_exception`) names the count, to its digits.
-
-    The count is the reason's first number before a unit: "we count 22.32 M", "19.7 G are counted".
-    """
-    number = re.search(r"\d+(?:\.(\d+))?(?= [MG]\b)", reason)
-    return number is not None and abs(counted - float(number[0])) <= 0.5 * 10 ** -len(number[1] or "") + 1e-9
-
-
 def accuracy_agrees(percent: float, printed: float, interval: tuple[float, float] | None = None) -> bool:
     """Whether an accuracy is within 0.1 points of a table's, or its 95 % interval (in per cent) holds the table's."""
     return abs(percent - printed) <= 0.1 + 1e-9 or (interval is not None and interval[0] <= printed <= interval[1])

@@ -8,32 +8,14 @@ it is here. Checkpoints under its names load; none are released.
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import nn
 
 from models.hierarchical import HierarchicalBackbone, imagenet_cfg
-from models.layers.pvt_v2 import RENAMES, DepthwiseMlp, NormedStage, init_conv
+from models.layers.pvt_v2 import RENAMES, Block, DepthwiseMlp, NormedStage, init_conv
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
-
-
-class Block(nn.Module):
-    """Token mixing and MLP with a depthwise convolution, each added to the map (B, C, H, W)."""
-
-    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: int, drop_path: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.mixer = mixer
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = DepthwiseMlp(dim, mlp_ratio * dim)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor, **context) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        x = x + self.drop_path(self.mixer(self.norm1(x), **context))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x.permute(0, 3, 1, 2)
 
 
 class FaViT(HierarchicalBackbone):
@@ -65,7 +47,10 @@ class FaViT(HierarchicalBackbone):
         stages = []
         for i, width in enumerate(dims):
             ops, contexts = create_ops(specs[i], width, heads[i], stage=i, stride=strides[i])
-            blocks = [Block(width, op, mlp_ratios[i], rate) for op, rate in zip(ops, rates[i], strict=True)]
+            blocks = [
+                Block(width, op, DepthwiseMlp(width, mlp_ratios[i] * width), rate)
+                for op, rate in zip(ops, rates[i], strict=True)
+            ]
             stages.append(NormedStage(dims[i - 1] if i else in_chans, width, i == 0, blocks, contexts))
         super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, **kwargs)
         self.apply(init_conv)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from models.hierarchical import HierarchicalBackbone, imagenet_cfg
-from models.layers.pvt_v2 import RENAMES, NormedStage, init_conv
+from models.layers.pvt_v2 import RENAMES, Block, NormedStage, init_conv
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
 
@@ -34,24 +34,6 @@ class ConvGLU(nn.Module):
         gate, value = self.fc1(x).chunk(2, dim=-1)
         gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.fc2(F.gelu(gate) * value)
-
-
-class Block(nn.Module):
-    """Token mixing and ConvGLU, each added to the map (B, C, H, W)."""
-
-    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: int, drop_path: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.mixer = mixer
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = ConvGLU(dim, mlp_ratio)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor, **context) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        x = x + self.drop_path(self.mixer(self.norm1(x), **context))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x.permute(0, 3, 1, 2)
 
 
 class TransNeXt(HierarchicalBackbone):
@@ -91,7 +73,10 @@ class TransNeXt(HierarchicalBackbone):
         stages = []
         for i, width in enumerate(dims):
             ops, contexts = create_ops(specs[i], width, heads[i], stage=i, stride=strides[i])
-            blocks = [Block(width, op, 8 if i < 2 else 4, rate) for op, rate in zip(ops, rates[i], strict=True)]
+            blocks = [
+                Block(width, op, ConvGLU(width, 8 if i < 2 else 4), rate)
+                for op, rate in zip(ops, rates[i], strict=True)
+            ]
             stages.append(NormedStage(dims[i - 1] if i else in_chans, width, i == 0, blocks, contexts))
         super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, **kwargs)
         self.apply(init_conv)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from timm.layers import LayerNorm2d
+from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
 from models.hierarchical import Stage, init_weights
@@ -32,6 +32,24 @@ class NormedStage(Stage):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(super().forward(x))
+
+
+class Block(nn.Module):
+    """Token mixing and an MLP that sees the map (B, H, W, C), each added to the map (B, C, H, W)."""
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, **context) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.mixer(self.norm1(x), **context))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x.permute(0, 3, 1, 2)
 
 
 class DepthwiseMlp(nn.Module):

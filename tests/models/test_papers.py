@@ -1,5 +1,6 @@
 """Parameters and multiply-accumulates against the papers' tables (conf/paper)."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from timm.models import model_entrypoint
 
-from evaluation.tables import agrees, is_named, list_papers, model_choice, read_paper, tolerance
+from evaluation.tables import agrees, list_papers, model_choice, read_paper, tolerance
 from models import complexity, create_model, model_name
 from runs.config import CONF, register_resolvers
 
@@ -28,6 +29,15 @@ def composed(choice: Sequence[str]) -> DictConfig:
     register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", [*choice, "run_dir=run"])
+
+
+def is_named(counted: float, reason: str) -> bool:
+    """Whether the reason of an exception (`params_exception`, `flops_exception`) names the count, to its digits.
+
+    The count is the reason's first number before a unit: "we count 22.32 M", "19.7 G are counted".
+    """
+    number = re.search(r"\d+(?:\.(\d+))?(?= [MG]\b)", reason)
+    return number is not None and abs(counted - float(number[0])) <= 0.5 * 10 ** -len(number[1] or "") + 1e-9
 
 
 LARGE = 40  # M parameters: small sizes show a net's layout, and large ones take a while to count
