@@ -1,0 +1,198 @@
+"""VWFormer: Multi-Scale Representations by Varying Window Attention for Semantic Segmentation (Yan et al., ICLR 2024,
+arXiv:2404.16573).
+
+Written after the paper and the authors' repository, yan-hao-tian/VW (MIT); its checkpoints load.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ops.functional import merge_heads, split_heads
+from ops.windows import from_windows, to_windows
+
+GRID = (8, 8)  # windows of a map, whatever its size
+RATIOS = (2, 4, 8)  # of the side of a window's context to its own
+
+
+def conv_bn_relu(in_dim: int, dim: int, kernel: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(in_dim, dim, kernel, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(dim), nn.ReLU())
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens (N, T, D) to as many of a context (N, T, D)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))
+        self.proj = nn.Linear(dim, dim, bias=False)
+        for layer in (self.q, self.k, self.v):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = (split_heads(t, self.num_heads) for t in (self.q(x), self.k(context), self.v(context)))
+        return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+
+
+class VaryingWindowAttention(nn.Module):
+    """Attention of each window of a map (B, D, h, w) to a context around it that is `ratio` times as wide and high.
+
+    There are 8 x 8 windows, so h and w are multiples of 8. For a context of no more tokens than a window has, each
+    ratio x ratio of its places are one token, and a convolution leaves D / ratio² channels of each place. Beyond its
+    borders the map goes on with places of its own (the paper's copy-shift padding).
+    """
+
+    def __init__(self, dim: int, num_heads: int, ratio: int, city: bool = False):
+        super().__init__()
+        self.ratio = ratio
+        self.scale = conv_bn_relu(dim, dim // ratio**2, ratio)
+        if city:
+            self.attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+            self.norm = nn.Identity()
+        else:
+            self.attn = CrossAttention(dim, num_heads)
+            self.norm = nn.BatchNorm2d(dim)
+            nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[2:]
+        before, after = self.ratio // 2 - 1, self.ratio // 2
+        scaled = self.scale(F.pad(x, (before, after, before, after)))
+        windows = to_windows(x.permute(0, 2, 3, 1), GRID)  # (B, 64, T, D)
+        query, context = windows.flatten(0, 1), contexts(scaled, self.ratio).flatten(0, 1)
+        if isinstance(self.attn, nn.MultiheadAttention):
+            out, _ = self.attn(query, context, context, need_weights=False)
+        else:
+            out = self.attn(query, context)
+        return self.norm(from_windows(out.view_as(windows), GRID, size).permute(0, 3, 1, 2))
+
+
+def contexts(x: Tensor, ratio: int) -> Tensor:
+    """The contexts of the windows of a map (B, C, h, w): (B, 64, tokens of a window, ratio² C)."""
+    for dim, windows in zip((2, 3), GRID, strict=True):
+        x = extend(x, ratio, dim)
+        window = x.shape[dim] // (windows + ratio - 1)
+        x = x.unfold(dim, ratio * window, window)  # its windows in its place, their content at the end
+    x = x.unflatten(5, (-1, ratio)).unflatten(4, (-1, ratio))  # (B, C, 8, 8, rows, ratio, columns, ratio)
+    x = x.permute(0, 2, 3, 4, 6, 5, 7, 1)
+    return x.flatten(5).flatten(3, 4).flatten(1, 2)
+
+
+def extend(x: Tensor, ratio: int, dim: int) -> Tensor:
+    """Lengthen dimension `dim`, of 2 or 3, by the (ratio - 1) windows that the contexts reach over its ends.
+
+    What is added at an end is what lies up to `ratio` windows from it: for ratio 8, the map's other half.
+    """
+    length = x.shape[dim]
+    window = length // GRID[dim - 2]
+    added, reach = (ratio - 1) * window, ratio * window
+    before, after = added - added // 2, added // 2
+    first, last = x.narrow(dim, reach - before, before), x.narrow(dim, length - reach, after)
+    return torch.cat((first, x, last), dim)
+
+
+class VWHead(nn.Module):
+    """Four maps (B, in_channels[i], ⌈H / 4 / 2^i⌉, ⌈W / 4 / 2^i⌉) to logits (B, num_classes, ⌈H / 4⌉, ⌈W / 4⌉).
+
+    The authors' form takes images whose sides are multiples of 64. For others, the map at stride 8 is replicated
+    beyond its right and bottom borders to multiples of 8 for the attention, and what is attended there is cropped.
+
+    In training, batch norm needs at least two images on a device, for one branch is the mean of each.
+
+    Args:
+        in_channels: of the maps of strides 4, 8, 16 and 32.
+        channels: of the decoder, a multiple of 64 and of `num_heads`.
+        short_cut: add each attention's input to its output. The authors' nets for Cityscapes do not.
+        dropout: rate of whole channels before the classifier.
+        city: the authors' form for Cityscapes: the maps pass convolution, batch norm and ReLU in place of a linear
+            layer, and are upsampled by repetition; attention is PyTorch's, without a norm; no branch of the mean.
+
+    Raises:
+        ValueError: not four maps, or `channels` does not divide.
+    """
+
+    renames = (
+        (r"^linear_c(\d)\.(proj\.)?", lambda match: f"laterals.{int(match[1]) - 1}."),
+        (r"^linear_fuse\.", "fuse."),
+        (r"^ds\.(\d)\.", r"attention.\1.scale."),
+        (r"^attn\.(\d)\.theta\.conv\.", r"attention.\1.attn.q."),
+        (r"^attn\.(\d)\.phi\.conv\.", r"attention.\1.attn.k."),
+        (r"^attn\.(\d)\.g\.conv\.", r"attention.\1.attn.v."),
+        (r"^attn\.(\d)\.conv_out\.conv\.", r"attention.\1.attn.proj."),
+        (r"^attn\.(\d)\.conv_out\.bn\.", r"attention.\1.norm."),
+        (r"^attn\.(\d)\.", r"attention.\1.attn."),
+        (r"^short_path\.", "local."),
+        (r"^image_pool\.", "mean."),
+        (r"^cat\.", "merge."),
+        (r"^low_level_fuse\.", "refine."),
+        (r"^conv_seg\.", "classifier."),
+        (r"\.conv\.", ".0."),
+        (r"\.bn\.", ".1."),
+    )
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        *,
+        channels: int = 512,
+        num_heads: int = 1,
+        short_cut: bool = True,
+        dropout: float = 0.1,
+        city: bool = False,
+    ):
+        super().__init__()
+        if len(in_channels) != 4:
+            raise ValueError(f"VWHead reads four maps, of strides 4, 8, 16 and 32, not {len(in_channels)}")
+        multiple = max(RATIOS) ** 2
+        if channels % multiple or channels % num_heads:
+            raise ValueError(
+                f"VWHead's channels must be a multiple of {multiple} and of its {num_heads} heads, not {channels}"
+            )
+        self.upsampling = "nearest" if city else "bilinear"
+        self.short_cut = short_cut
+        widths = (48, channels, channels, channels)
+        self.laterals = nn.ModuleList(
+            conv_bn_relu(theirs, ours) if city else nn.Conv2d(theirs, ours, 1)
+            for theirs, ours in zip(in_channels, widths, strict=True)
+        )
+        self.fuse = conv_bn_relu(3 * channels, channels)
+        self.local = conv_bn_relu(channels, channels)
+        self.mean = None if city else nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_bn_relu(channels, channels))
+        self.attention = nn.ModuleList(VaryingWindowAttention(channels, num_heads, ratio, city) for ratio in RATIOS)
+        self.merge = conv_bn_relu((4 if city else 5) * channels, channels)
+        self.refine = conv_bn_relu(channels + widths[0], channels)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.get_parameter("bias"))
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        low, *maps = (lateral(x) for lateral, x in zip(self.laterals, maps, strict=True))
+        h, w = maps[0].shape[2:]
+        maps = [maps[0], *(F.interpolate(x, (h, w), mode=self.upsampling) for x in maps[1:])]
+        x = self.fuse(torch.cat(maps[::-1], dim=1))
+
+        branches = [self.local(x)]
+        if self.mean is not None:
+            branches.append(self.mean(x).expand_as(x))
+        padded = F.pad(x, (0, -w % GRID[1], 0, -h % GRID[0]), mode="replicate")
+        for attention in self.attention:
+            attended = attention(padded)[..., :h, :w]
+            branches.append(attended + x if self.short_cut else attended)
+        x = self.merge(torch.cat(branches, dim=1))
+
+        x = F.interpolate(x, low.shape[2:], mode="bilinear")
+        return self.classifier(self.dropout(self.refine(torch.cat((x, low), dim=1))))
+
+
+VECTORS = {  # reference vectors -> what is built
+    "vwformer__vwhead_c64_h4_s256": lambda: VWHead((96, 192, 384, 768), 19, channels=64, num_heads=4),
+    "vwformer__vwcityhead_c64_s512": lambda: VWHead((96, 192, 384, 768), 19, channels=64, short_cut=False, city=True),
+}

@@ -1,0 +1,55 @@
+"""What the tests of heads and necks share."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import load_weights
+from tests.reference import load_vector, make_input, official_state, relative_error
+
+VECTORS = Path(__file__).parent.parent.parent / "vectors"
+
+
+def sides(H: int, W: int, levels: int) -> list[tuple[int, int]]:
+    """Of a pyramid whose finest map is H x W."""
+    return [(-(-H // 2**i), -(-W // 2**i)) for i in range(levels)]
+
+
+def pyramid(channels: Sequence[int], H: int, W: int, batch: int = 2) -> list[Tensor]:
+    """Random maps, each half as large as the one before."""
+    return [torch.randn(batch, c, *side) for c, side in zip(channels, sides(H, W, len(channels)), strict=True)]
+
+
+def assert_matches(name: str, build: Callable[[], nn.Module]) -> None:
+    """With the authors' weights, loaded as any released file is, the module gives what the authors' code gave."""
+    vector = load_vector(VECTORS / f"{name}.json.gz")
+    model = build().eval()
+    done = load_weights(model, official_state(vector))
+    assert not done.unexpected and not done.dropped and not done.resized
+    assert sum(parameter.numel() for parameter in model.parameters()) == vector["num_params"]
+
+    _, width, H, W = vector["input_shape"]
+    channels = vector["kwargs"].get("in_channels") or [width] * vector["kwargs"]["levels"]
+    maps = [make_input([1, c, *side]) for c, side in zip(channels, sides(H, W, len(channels)), strict=True)]
+    with torch.inference_mode():
+        outputs = model(maps)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    errors = [relative_error(*pair) for pair in zip(vector["outputs"].values(), outputs, strict=True)]
+    assert max(errors) < 1e-5, errors
+
+
+def stir(model: Any) -> Any:
+    """Move weights away from initial zeros, which hide what stands behind them."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def without_gradient(model: nn.Module, output: Tensor) -> set[str]:
+    """Names of the parameters that the output does not depend on."""
+    output.backward()
+    return {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
