@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops.functional import map_attention
+from ops.functional import window_attention
 from ops.registry import FIRST, Place, register_op
 from ops.windows import from_windows, to_windows
 
@@ -54,18 +54,19 @@ class CrossShapedWindowAttention(nn.Module):
         strips = ((H, self.split), (self.split, W)) if self.split else ((H, W),)
         parts = self.qkv(x).unflatten(-1, (3, -1)).split(self.dims, dim=-1)  # (B, H, W, 3, C of a direction)
         branches = zip(parts, strips, self.heads, self.lepe, strict=True)
-        out = [strip_attention(part.flatten(3), strip, heads, lepe) for part, strip, heads, lepe in branches]
-        return self.proj(torch.cat(out, dim=-1))
+        return self.proj(torch.cat([strip_attention(*branch) for branch in branches], dim=-1))
 
 
 def strip_attention(qkv: Tensor, strip: tuple[int, int], num_heads: int, lepe: nn.Module) -> Tensor:
-    """Attention, and convolution of the values, inside strips of `strip` tokens: (B, H, W, 3C) to (B, H, W, C)."""
-    (B, H, W, _), (h, w) = qkv.shape, strip
+    """Attention, and convolution of the values, inside strips of `strip` tokens: (B, H, W, 3, C) to (B, H, W, C)."""
+    (H, W), (h, w) = qkv.shape[1:3], strip
     top, left = -H % h // 2, -W % w // 2
-    qkv = F.pad(qkv, (0, 0, left, -W % w - left, top, -H % h - top))
+    if H % h or W % w:
+        qkv = F.pad(qkv, (0, 0, 0, 0, left, -W % w - left, top, -H % h - top))
     size = qkv.shape[1:3]
     grid = (size[0] // h, size[1] // w)
-    q, k, v = to_windows(qkv, grid).flatten(0, 1).unflatten(1, strip).chunk(3, dim=-1)  # (B * strips, h, w, C)
-    out = map_attention(q, k, v, num_heads) + lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    out = from_windows(out.flatten(1, 2).unflatten(0, (B, -1)), grid, size)
+    v = to_windows(qkv[:, :, :, 2], grid)
+    maps = v.flatten(0, 1).unflatten(1, strip).permute(0, 3, 1, 2)  # (B * strips, C, h, w)
+    position = from_windows(lepe(maps).permute(0, 2, 3, 1).reshape(v.shape), grid, size)
+    out = window_attention(qkv, None, num_heads, strip) + position
     return out[:, top : top + H, left : left + W]

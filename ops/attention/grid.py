@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ops.attention.window import WindowAttention
-from ops.functional import biased_attention
+from ops.functional import window_attention
 from ops.registry import FIRST, Place, register_op
 from ops.windows import pad_to_multiple
 
@@ -33,9 +33,6 @@ class GridAttention(WindowAttention):
         steps = (-(-H // self.window_size[0]), -(-W // self.window_size[1]))
         x = pad_to_multiple(x, steps)
         grid = (x.shape[1] // steps[0], x.shape[2] // steps[1])
-
-        x = x.unflatten(2, (grid[1], steps[1])).unflatten(1, (grid[0], steps[0]))
-        groups = x.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)  # (B, groups, tokens, C)
-        out = biased_attention(self.qkv(groups), self.bias(grid), self.num_heads)
-        out = out.unflatten(2, grid).unflatten(1, steps).permute(0, 3, 1, 4, 2, 5)
-        return self.proj(out.flatten(3, 4).flatten(1, 2)[:, :H, :W])
+        qkv = self.qkv(x).unflatten(-1, (3, -1))
+        out = window_attention(qkv, self.bias(grid), self.num_heads, grid, pattern="grid")
+        return self.proj(out[:, :H, :W])

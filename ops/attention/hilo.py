@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ops.functional import map_attention
+from ops.functional import map_attention, window_attention
 from ops.registry import FIRST, Place, register_op
-from ops.windows import from_windows, pad_to_multiple, to_windows, window_means
+from ops.windows import pad_to_multiple, window_means
 
 
 @register_op("hilo")
@@ -57,12 +57,8 @@ class HiLoAttention(nn.Module):
         return torch.cat((self.high(padded)[:, : x.shape[1], : x.shape[2]], low), dim=-1)
 
     def high(self, x: Tensor) -> Tensor:
-        B, H, W, _ = x.shape
-        grid = (H // self.window, W // self.window)
-        windows = to_windows(self.high_qkv(x), grid).flatten(0, 1).unsqueeze(1)  # (B * windows, 1, tokens, 3C)
-        q, k, v = windows.chunk(3, dim=-1)
-        out = map_attention(q, k, v, self.high_heads)
-        return self.high_proj(from_windows(out.squeeze(1).unflatten(0, (B, -1)), grid, (H, W)))
+        qkv = self.high_qkv(x).unflatten(-1, (3, -1))
+        return self.high_proj(window_attention(qkv, None, self.high_heads, (self.window, self.window)))
 
     def low(self, x: Tensor, padded: Tensor) -> Tensor:
         means = window_means(padded, (self.window, self.window)).unsqueeze(1)  # (B, 1, windows, C)

@@ -1,11 +1,10 @@
 """Window attention of DaViT (Ding et al., ECCV 2022, arXiv:2204.03645), without positions."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops.functional import merge_heads, split_heads
+from ops.functional import window_attention
 from ops.registry import FIRST, Place, register_op
-from ops.windows import from_windows, pad_to_multiple, to_windows
+from ops.windows import pad_to_multiple
 
 
 @register_op("plain_window")
@@ -29,12 +28,7 @@ class PlainWindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, H, W, _ = x.shape
-        x = pad_to_multiple(x, (self.window, self.window))
-        size = x.shape[1:3]
-        grid = (size[0] // self.window, size[1] // self.window)
-        qkv = self.qkv(to_windows(x, grid).flatten(0, 1))  # (B * windows, tokens, 3C)
-        q, k, v = (split_heads(t, self.num_heads) for t in qkv.chunk(3, dim=-1))
-        out = merge_heads(F.scaled_dot_product_attention(q, k, v))
-        out = from_windows(out.unflatten(0, (B, -1)), grid, size)
-        return self.proj(out[:, :H, :W])
+        window = (self.window, self.window)
+        qkv = self.qkv(pad_to_multiple(x, window)).unflatten(-1, (3, -1))
+        out = window_attention(qkv, None, self.num_heads, window)
+        return self.proj(out[:, : x.shape[1], : x.shape[2]])

@@ -4,9 +4,9 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ops.functional import biased_attention
+from ops.functional import window_attention
 from ops.registry import FIRST, Place, register_op
-from ops.windows import from_windows, pad_to_multiple, to_windows
+from ops.windows import pad_to_multiple
 
 
 @register_op("window")
@@ -54,26 +54,16 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[1:3]
         window = (min(self.window_size[0], H), min(self.window_size[1], W))
-        shift = tuple(self.shift if window[i] < side else 0 for i, side in enumerate((H, W)))
-        x = pad_to_multiple(x, window)
-        size = x.shape[1:3]
-        grid = (size[0] // window[0], size[1] // window[1])
-
-        bias = self.bias(window)
-        if any(shift):
-            x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
-            bias = bias + shift_mask(size, grid, shift, bias)
-        out = biased_attention(self.qkv(to_windows(x, grid)), bias, self.num_heads)
-        out = from_windows(out, grid, size)
-        if any(shift):
-            out = out.roll(shift, dims=(1, 2))
+        shift = (self.shift if window[0] < H else 0, self.shift if window[1] < W else 0)
+        qkv = self.qkv(pad_to_multiple(x, window)).unflatten(-1, (3, -1))
+        out = window_attention(qkv, self.bias(window), self.num_heads, window, shift)
         return self.proj(out[:, :H, :W])
 
     def bias(self, window: tuple[int, int]) -> Tensor:
-        """The bias between the tokens of a window: (1, heads, tokens, tokens)."""
+        """The bias between the tokens of a window: (heads, tokens, tokens)."""
         (h, w), side = window, self.window_size[0]
         index = self.relative_position_index.view(side, side, side, side)[:h, :w, :h, :w].reshape(h * w, h * w)
-        return self.relative_position_bias_table[index].permute(2, 0, 1).unsqueeze(0)
+        return self.relative_position_bias_table[index].permute(2, 0, 1)
 
 
 def relative_position_index(window: int) -> Tensor:
@@ -81,16 +71,3 @@ def relative_position_index(window: int) -> Tensor:
     side = torch.arange(window)
     offset = side[:, None] - side + window - 1  # from 0 to 2 * window - 2
     return (offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]).reshape(window**2, window**2)
-
-
-def shift_mask(size: torch.Size, grid: tuple[int, int], shift: tuple[int, ...], like: Tensor) -> Tensor:
-    """-inf between tokens of a window that the shift brought together from opposite sides of the map, 0 elsewhere.
-
-    (windows, 1, tokens, tokens). The authors add -100: exp(-100) is a denormal number, which makes the CPU several
-    times slower and differs from 0 by nothing that is seen.
-    """
-    rows, columns = (torch.arange(n, device=like.device) >= n - s for n, s in zip(size, shift, strict=True))
-    region = (2 * rows[:, None] + columns).view(1, *size, 1)
-    region = to_windows(region, grid).view(grid[0] * grid[1], 1, -1)
-    apart = region.unsqueeze(-1) != region.unsqueeze(-2)
-    return torch.zeros_like(apart, dtype=like.dtype).masked_fill_(apart, -torch.inf)

@@ -20,10 +20,10 @@ from ops.functional import (
 from ops.windows import from_windows, to_windows, window_means
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, num_heads: int, scale: float) -> Tensor:
-    """Attention of (B, H, W, C), each query (B, N) only over the keys that `allowed` (B, N, N) names, head by head."""
-    B, H, W, C = q.shape
-    q, k, v = (t.reshape(B, H * W, C) for t in (q, k, v))
+def dense_attention(qkv: Tensor, allowed: Tensor, num_heads: int, scale: float) -> Tensor:
+    """Attention of (B, H, W, 3C), each query (B, N) only over the keys that `allowed` (B, N, N) names, head by head."""
+    B, H, W, C = *qkv.shape[:3], qkv.shape[3] // 3
+    q, k, v = (t.reshape(B, H * W, C) for t in qkv.chunk(3, -1))
     D, heads = C // num_heads, []
     for h in range(num_heads):
         part = slice(h * D, (h + 1) * D)
@@ -57,37 +57,45 @@ def test_routed_attention_and_its_gradients(case, formulation):
     size, grid, topk = CASES[case]
     heads, scale, windows = 2, 0.3, grid[0] * grid[1]
     torch.manual_seed(0)
-    inputs = [torch.randn(2, *size, 8) for _ in range(3)]
-    upstream = torch.randn(2, *size, 8)
+    qkv, upstream = torch.randn(2, *size, 24), torch.randn(2, *size, 8)
     index = torch.rand(2, windows, windows).topk(topk).indices
 
-    def run(dtype: torch.dtype, attend: Any) -> list[Tensor]:
-        q, k, v = (t.to(dtype).requires_grad_() for t in inputs)
-        out = attend(q, k, v)
-        return [out.detach(), *torch.autograd.grad(out, (q, k, v), upstream.to(dtype))]
+    def run(dtype: torch.dtype, attend: Any) -> tuple[Tensor, Tensor]:
+        own = qkv.to(dtype).requires_grad_()
+        out = attend(own)
+        return out.detach(), torch.autograd.grad(out, own, upstream.to(dtype))[0]
 
-    def attend(q, k, v):
+    def attend(qkv):
         if formulation == "masked":
+            q, k, v = qkv.chunk(3, -1)
             return map_attention(q, k, v, heads, scale, routing_mask(index, grid, size, q.dtype))
-        return getattr(functional, formulation)(q, k, v, index, grid, heads, scale)
+        return getattr(functional, formulation)(qkv, index, grid, heads, scale)
 
     allowed = allowed_by(index, grid, size)
-    reference = run(torch.float64, lambda q, k, v: dense_attention(q, k, v, allowed, heads, scale))
-    for name, ours, truth in zip(("out", "dq", "dk", "dv"), run(torch.float32, attend), reference, strict=True):
-        assert (ours - truth).abs().max() < 2e-6 * truth.abs().max(), name
-    for name, ours, truth in zip(("out", "dq", "dk", "dv"), run(torch.float64, attend), reference, strict=True):
+    reference = run(torch.float64, lambda qkv: dense_attention(qkv, allowed, heads, scale))
+    for name, ours, truth in zip(("out", "dqkv"), run(torch.float32, attend), reference, strict=True):
+        for a, b in zip(ours.split(8, -1), truth.split(8, -1), strict=True):  # of the gradient: q's, k's, v's
+            assert (a - b).abs().max() < 2e-6 * b.abs().max(), name
+    for name, ours, truth in zip(("out", "dqkv"), run(torch.float64, attend), reference, strict=True):
         assert (ours - truth).abs().max() < 1e-12, name
+
+
+def test_a_grid_has_to_fit():
+    with pytest.raises(ValueError, match="a grid of 2 x 2 for 4 windows does not fit 5 x 4 tokens"):
+        routed_attention(torch.zeros(1, 5, 4, 3), torch.zeros(1, 4, 1, dtype=torch.long), (2, 2), 1, 1.0)
 
 
 def test_small_maps_are_masked_and_large_ones_gathered(monkeypatch):
     seen = []
     monkeypatch.setattr(functional, "gathered_attention", lambda *args: seen.append("gathered"))
-    monkeypatch.setattr(functional, "map_attention", lambda *args: seen.append("masked" if len(args) > 5 else "plain"))
+    monkeypatch.setattr(
+        functional, "map_attention", lambda *args: seen.append("plain" if args[5] is None else "masked")
+    )
     index = torch.zeros(1, 4, 1, dtype=torch.long)
     for side, idx, device in ((14, index, "cpu"), (16, index, "cpu"), (14, index.to("meta"), "meta")):
-        q = torch.empty(1, side, side, 4, device=device)
-        routed_attention(q, q, q, idx, (2, 2), 1, 1.0)
-    routed_attention(q, q, q, torch.zeros(1, 4, 4, dtype=torch.long), (2, 2), 1, 1.0)
+        qkv = torch.empty(1, side, side, 12, device=device)
+        routed_attention(qkv, idx, (2, 2), 1, 1.0)
+    routed_attention(qkv, torch.zeros(1, 4, 4, dtype=torch.long), (2, 2), 1, 1.0)
     assert seen == ["masked", "gathered", "gathered", "plain"]
 
 
@@ -134,8 +142,7 @@ def test_window_means_leave_out_what_is_beyond_the_map():
 
 
 def test_gathering_takes_strided_inputs():
-    qkv = torch.randn(1, 4, 6, 12)
+    qkv = torch.randn(1, 12, 4, 6).permute(0, 2, 3, 1)
     index = torch.tensor([[[1], [0], [3], [2]]])
-    q, k, v = qkv.chunk(3, -1)
-    apart = gathered_attention(q.clone(), k.clone(), v.clone(), index, (2, 2), 2, 1.0)
-    assert torch.equal(gathered_attention(q, k, v, index, (2, 2), 2, 1.0), apart)
+    dense = gathered_attention(qkv.contiguous(), index, (2, 2), 2, 1.0)
+    assert torch.equal(gathered_attention(qkv, index, (2, 2), 2, 1.0), dense)

@@ -1,0 +1,337 @@
+"""The kernels of window attention against plain PyTorch in float64, and compiled for GPUs that are not there."""
+
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from ops import Place, backend, create_op
+from ops.functional import window_attention
+from ops.kernels import launch
+from tests.ops.kernels.ahead_of_time import Launch, assert_fits, launches_of, written_when_compiled
+from tests.ops.kernels.interpreter import run_interpreted
+from tests.ops.kernels.numerics import assert_within_budget, poisoned
+
+interpreted = pytest.mark.interpreted
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Case(NamedTuple):
+    size: tuple[int, int]
+    window: tuple[int, int]
+    shift: tuple[int, int] = (0, 0)
+    pattern: str = "window"
+    biased: bool = True
+    batch: int = 1
+    heads: int = 1
+    D: int = 8
+
+
+CASES = {
+    "windows": Case((3, 8), (3, 4), batch=2, heads=2),
+    "shifted": Case((6, 8), (3, 4), (1, 2), heads=2, D=24),
+    "shifted along a side": Case((7, 14), (7, 7), (0, 3), D=32),
+    "no bias": Case((4, 4), (2, 2), biased=False, D=3),
+    "shifted, no bias": Case((4, 6), (4, 3), (0, 1), biased=False),
+    "grid": Case((6, 4), (3, 2), pattern="grid", heads=2),
+    "shifted grid": Case((6, 8), (3, 4), (2, 1), pattern="grid"),
+    "wide heads": Case((3, 6), (3, 3), (1, 1), D=33),
+    "more than a tile": Case((9, 18), (9, 9), (4, 4)),
+    "grid, more than a tile": Case((18, 9), (9, 9), pattern="grid", D=24),
+    "stripes, more than a tile": Case((20, 8), (20, 4), biased=False, heads=2, D=16),
+}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels, and no other form, run, with nothing left by chance in what they write."""
+    monkeypatch.setitem(backend._state, "backend", "triton")
+    with poisoned():
+        yield
+
+
+def make(case: str, device: str = "cpu") -> tuple[Tensor, Tensor | None, Tensor]:
+    """Input (B, H, W, 3, C), bias and the output's gradient."""
+    c = CASES[case]
+    torch.manual_seed(0)
+    tokens, C = c.window[0] * c.window[1], c.heads * c.D
+    qkv, dout = torch.randn(c.batch, *c.size, 3, C), torch.randn(c.batch, *c.size, C)
+    bias = torch.randn(c.heads, tokens, tokens).to(device) if c.biased else None
+    return qkv.to(device), bias, dout.to(device)
+
+
+def run(attend, case: str, qkv: Tensor, bias: Tensor | None, dout: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Output, and gradients of queries, keys, values and the bias."""
+    c = CASES[case]
+    inputs = [t.to(dtype).requires_grad_() for t in (qkv, bias) if t is not None]
+    out = attend(inputs[0], inputs[1] if c.biased else None, c.heads, c.window, c.shift, 0.4, c.pattern)
+    dqkv, *dbias = torch.autograd.grad(out, inputs, dout.to(dtype))
+    return [out.detach(), *dqkv.unbind(3), *dbias]
+
+
+def plain(*args) -> Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backend._state, "backend", "torch")
+        return window_attention(*args)
+
+
+def by_definition(qkv, bias, num_heads, window, shift, scale, pattern) -> Tensor:
+    """Token by token: those of the same window see each other, if the shift wrapped both around the map or neither."""
+    (H, W), (h, w) = qkv.shape[1:3], window
+    steps = (H // h, W // w)
+    windows, places = [], []
+    for y in range(H):
+        for x in range(W):
+            rolled = ((y - shift[0]) % H, (x - shift[1]) % W)
+            inner, outer = zip(*(divmod(t, n) for t, n in zip(rolled, steps, strict=True)), strict=True)
+            if pattern == "window":
+                outer, inner = zip(*(divmod(t, n) for t, n in zip(rolled, window, strict=True)), strict=True)
+            windows.append((outer, y < shift[0], x < shift[1]))
+            places.append(inner[0] * w + inner[1])
+    seen = torch.tensor([[a == b for b in windows] for a in windows])
+    q, k, v = qkv.flatten(1, 2).unflatten(-1, (num_heads, -1)).unbind(2)  # (B, H * W, heads, D)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    if bias is not None:
+        scores = scores + bias[:, places][:, :, places]
+    weights = scores.exp() * seen
+    out = torch.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True), v)
+    return out.flatten(2).unflatten(1, (H, W))
+
+
+def assert_exact(case: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    qkv, bias, dout = make(case, device)
+    inputs = (qkv.to(dtype), None if bias is None else bias.to(dtype), dout.to(dtype))
+    ours = run(window_attention, case, *inputs, dtype)
+    assert_within_budget(ours, run(plain, case, *inputs, dtype), run(plain, case, *inputs, torch.float64))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plain_form_is_as_defined(case):
+    inputs = make(case)
+    ours = run(plain, case, *inputs, torch.float64)
+    for a, b in zip(ours, run(by_definition, case, *inputs, torch.float64), strict=True):
+        assert torch.allclose(a, b, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"window": (4, 4)}, "windows of 4 x 4 do not fit a map of 6 x 8"),
+        ({"shift": (0, 8)}, "shift must be at least 0 and less than the map of 6 x 8, not 0 x 8"),
+        ({"pattern": "gird"}, "pattern must be window or grid, not 'gird'"),
+    ],
+)
+def test_what_does_not_fit_is_said(change, message):
+    with pytest.raises(ValueError, match=message):
+        window_attention(torch.zeros(1, 6, 8, 3, 4), None, 1, **({"window": (3, 4)} | change))
+
+
+def test_in_the_interpreter(request):
+    run_interpreted(request.config, __file__)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_gradients(kernels, case, dtype):
+    assert_exact(case, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("own, other", [(16, 32), (64, 16)])
+def test_every_tile_means_the_same(kernels, monkeypatch, own, other):
+    def tuned(kernel, x, width, tokens, default):
+        return launch.Tiles(own, other, 1, 1)
+
+    monkeypatch.setattr("ops.kernels.window_attention.tiles", tuned)
+    assert_exact("more than a tile", torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("case", ["windows", "more than a tile"])
+def test_few_programs_walk_many_windows(kernels, monkeypatch, case):
+    monkeypatch.setattr("ops.kernels.window_attention.STRIPED_PROGRAMS", 1)
+    assert_exact(case, torch.float16)
+
+
+@interpreted
+def test_a_slice_of_channels_is_not_copied(kernels):
+    from ops.kernels.window_attention import _in_rows
+
+    qkv, bias, dout = make("windows")
+    expected = run(window_attention, "windows", qkv, bias, dout, qkv.dtype)
+    wide = torch.full((*qkv.shape[:-1], 3 * qkv.shape[-1]), torch.nan)
+    part = wide[..., 8 : 8 + qkv.shape[-1]].copy_(qkv)
+    assert _in_rows(part).data_ptr() == part.data_ptr()
+    turned = qkv.permute(0, 2, 1, 3, 4).contiguous().permute(0, 2, 1, 3, 4)
+    for strided in (part, turned):
+        ours = run(window_attention, "windows", strided, bias, dout.flip(1).contiguous().flip(1), qkv.dtype)
+        for a, b in zip(ours, expected, strict=True):
+            assert torch.equal(a, b)
+    qkv.requires_grad_()
+    (dqkv,) = torch.autograd.grad(window_attention(qkv, bias, 2, (3, 4)).sum(), qkv)  # an expanded gradient
+    (theirs,) = torch.autograd.grad(plain(qkv, bias, 2, (3, 4)).sum(), qkv)
+    assert torch.allclose(dqkv, theirs, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("case", ["no bias", "more than a tile"])
+def test_the_operators_keep_their_contracts(case):
+    from ops.kernels.window_attention import window_attention_and_lse
+
+    (qkv, bias, _), c = make(case), CASES[case]
+    inputs = [None if t is None else t.half().requires_grad_() for t in (qkv, bias)]
+    torch.library.opcheck(window_attention_and_lse, (*inputs, c.heads, c.window, c.shift, 0.4, False))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("window", {"window": 3}),
+        ("grid", {"grid": 3}),
+        ("plain_window", {"window": 3}),
+        ("cross_shaped_window", {"split": 3}),
+        ("hilo", {"alpha": 0.5}),
+    ],
+)
+def test_ops_in_half_precision_and_recomputed(kernels, name, arguments):
+    torch.manual_seed(0)
+    op: nn.Module = create_op(name, dim=16, num_heads=2, place=Place(block=1), **arguments)
+    x = torch.randn(1, 5, 6, 16)
+
+    def step(forward) -> list[Tensor]:
+        op.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            out = forward(x)
+        assert out.dtype == torch.float16
+        out.float().square().sum().backward()
+        return [out.detach(), *(p.grad.clone() for p in op.parameters() if p.grad is not None)]
+
+    plainly = step(op)
+    for ours, theirs in zip(step(partial(checkpoint, op, use_reentrant=False)), plainly, strict=True):
+        assert torch.equal(ours, theirs)
+    backend._state["backend"] = "torch"
+    for ours, theirs in zip(step(op), plainly, strict=True):
+        assert (ours - theirs).abs().max() < 4e-3 * theirs.abs().max() and theirs.abs().max() > 0
+
+
+@interpreted
+def test_no_second_derivative(kernels):
+    qkv, *_ = make("no bias")
+    qkv.requires_grad_()
+    (dqkv,) = torch.autograd.grad(window_attention(qkv, None, 1, (2, 2)).sum(), qkv, create_graph=True)
+    with pytest.raises(ValueError, match=r"no second derivative: choose ops.backend=torch"):
+        dqkv.sum().backward()
+
+
+@interpreted
+@pytest.mark.parametrize("case", ["shifted", "no bias"])
+def test_flops_are_those_of_the_plain_form(kernels, case):
+    counts = []
+    for attend, device in ((window_attention, "cpu"), (plain, "meta")):
+        inputs = make(case, device)
+        with FlopCounterMode(display=False) as forward:
+            attend(*inputs[:2], CASES[case].heads, CASES[case].window)
+        with FlopCounterMode(display=False) as both:
+            run(attend, case, *inputs, torch.float32)
+        counts.append((forward.get_total_flops(), both.get_total_flops()))
+    assert counts[0] == counts[1] and 0 < counts[0][0] < counts[0][1]
+
+
+def launches(c: Case, dtype: torch.dtype) -> list[Launch]:
+    """Of all kernels for a case."""
+    from ops.kernels import window_attention as module
+
+    new = partial(torch.empty, device="meta", dtype=dtype)
+    tokens, dout = c.window[0] * c.window[1], new(c.batch, *c.size, c.heads * c.D)
+    qkv = new(c.batch, *c.size, 3, c.heads * c.D)
+    bias = new(c.heads, tokens, tokens, dtype=torch.float32) if c.biased else None
+    rest = (c.heads, c.window, c.shift, 0.1, c.pattern == "grid")
+
+    def call() -> None:
+        out, lse = module.window_attention_and_lse._init_fn(qkv, bias, *rest)
+        kept = (out, lse) if lse.numel() else (None, None)
+        module.window_attention_backward._init_fn(qkv, bias, dout, *kept, *rest)
+
+    return launches_of(module, call)
+
+
+NETS = {
+    "Swin": Case((56, 56), (7, 7), (3, 3), heads=3, D=32),
+    "Swin, 384 pixels": Case((96, 96), (12, 12), (6, 6), heads=3, D=32),
+    "CSWin": Case((56, 56), (56, 1), biased=False, heads=2, D=32),
+    "CSWin, third stage": Case((14, 14), (14, 7), biased=False, heads=2, D=32),
+    "MaxViT": Case((56, 56), (7, 7), pattern="grid", heads=2, D=32),
+    "GCViT": Case((14, 14), (14, 14), heads=8, D=32),
+    "LITv2": Case((56, 56), (2, 2), biased=False, heads=1, D=32),
+    "small windows": Case((20, 20), (5, 5), (2, 2), heads=3, D=24),
+}
+
+
+@pytest.mark.parametrize("capability, net", [(80, "Swin"), (90, "Swin"), (80, "Swin, 384 pixels"), (90, "CSWin")])
+def test_nets_fit_the_gpu(capability, net):
+    recorded = launches(NETS[net], torch.bfloat16)
+    assert len(recorded) == (4 if "384" in net else 2)
+    for each in recorded:
+        assert_fits(capability, each)
+
+
+SIZES = [(net, torch.bfloat16) for net in NETS] + [("Swin", torch.float32), ("Swin, 384 pixels", torch.float32)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("D", [16, 32, 64])
+@pytest.mark.parametrize("net, dtype", SIZES)
+def test_every_size_fits_the_gpu(net, dtype, D, capability):
+    for each in launches(NETS[net]._replace(D=D), dtype):
+        assert_fits(capability, each)
+
+
+def test_torch_compile_sees_the_kernels(monkeypatch):
+    from ops.kernels.window_attention import window_attention_backward
+
+    monkeypatch.setitem(backend._state, "backend", "triton")
+    half = torch.bfloat16
+
+    def shapes(side: int) -> list:
+        out = ((2, 2 * side, 2 * side, 32), half)
+        return [((2, 2 * side, 2 * side, 3, 32), half), ((1, side**2, side**2), torch.float), out]
+
+    for side, forward, backward in (
+        (7, [["out"]], [["dqkv", "dbias"]]),
+        (9, [["out", "lse"]], [["delta", "dqkv"], ["dqkv"], ["dbias"]]),
+    ):
+        qkv, bias, out = shapes(side)
+        kept = [out, ((2, 2 * side, 2 * side, 1), torch.float)] if side == 9 else []
+        rest = (1, (side, side), (3, 3), 0.1)
+        assert written_when_compiled(lambda q, b, r=rest: window_attention(q, b, *r), qkv, bias) == forward
+
+        def gradients(q, b, dout, out=None, lse=None, r=rest):
+            return window_attention_backward(q, b, dout, out, lse, *r, False)
+
+        assert written_when_compiled(gradients, qkv, bias, out, *kept) == backward
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_on_the_gpu(monkeypatch, case, dtype):
+    monkeypatch.setitem(backend._state, "backend", "triton")
+    assert_exact(case, dtype, "cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("case", ["shifted", "more than a tile"])
+def test_the_same_bits_each_time_and_compiled(monkeypatch, case):
+    monkeypatch.setitem(backend._state, "backend", "triton")
+    inputs = make(case, "cuda")
+    expected = run(window_attention, case, *inputs, torch.bfloat16)
+    for attend in (window_attention, torch.compile(window_attention, fullgraph=True)):
+        for ours, theirs in zip(run(attend, case, *inputs, torch.bfloat16), expected, strict=True):
+            assert torch.equal(ours, theirs)
