@@ -13,6 +13,7 @@ from ops.registry import nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PAPERS, MODELS = CONF / "paper", CONF / "model"
+DENSE = {"detection": "coco", "segmentation": "ade20k"}  # tables beside the classifiers', and their data
 NOT_ARCHITECTURE = ("name", "drop_path_rate", "images_up_to")  # keys of a size in conf/model
 
 
@@ -104,4 +105,22 @@ def experiments(paper: str) -> dict[str, dict[str, Any]]:
             said = row["input"] == smallest or str(row["input"]) in size
             suffix = "" if said else f"_{row['input']}"
             named[f"{paper}/{size}{suffix}_in1k"] = row
+    return named
+
+
+def dense_experiments(paper: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The rows of a paper's detectors and segmentors that have a `train`, each with its table, by their experiments'
+    names; such a row gets the `net` and `args` of the variant that its `backbone` names."""
+    facts = read_paper(paper)
+    variants = {row["name"]: row for row in reversed(facts["variants"]) if "net" in row}
+    named: dict[str, tuple[str, dict[str, Any]]] = {}
+    for table in DENSE:
+        for row in facts.get(table, []):
+            if "train" not in row:
+                continue
+            variant = variants[row["backbone"]]
+            row = row | {key: variant[key] for key in ("net", "args") if key in variant}
+            size = model_choice(row["net"], row.get("args", {}), None)[1].partition("=")[2]
+            head = row["train"][0].partition("=")[2]
+            named[f"{paper}/{size}_{head}_{row['schedule'].lower()}"] = (table, row)
     return named

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ from timm.layers import LayerNorm2d, to_2tuple
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from models.factory import build
+from models.factory import build, resolve, size_pixels
 from models.hierarchical import HierarchicalBackbone
 from models.timm_nets import take_any_size
 from models.weights import renamed
@@ -21,6 +21,16 @@ MULTIPLES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 192, 224, 256, 384
 
 # The norms of maps in the authors' dense checkpoints: norm0 to norm3, norm1 to norm4, outnorm0, extra_norms.0.
 MAP_NORM = re.compile(r"(?:extra_norms\.|outnorm|norm)(\d)\.(weight|bias)")
+
+
+def create_backbone(model_cfg: Mapping, data_cfg: Mapping, in_chans: int, min_stride: int = 4) -> "DenseBackbone":
+    """The stage maps of the net of a `conf/model/*.yaml`, with the norms that its paper's dense code has.
+
+    Raises:
+        ValueError: the size, the name or an argument is unknown, or the net has no pyramid of maps.
+    """
+    name, args = resolve(model_cfg, size_pixels(data_cfg), dense=True)
+    return DenseBackbone(name, **{"norms": None, "min_stride": min_stride, "in_chans": in_chans} | args)
 
 
 class DenseBackbone(nn.Module):
@@ -32,7 +42,9 @@ class DenseBackbone(nn.Module):
     Args:
         name: of a net in timm's registry, where ours are too.
         out_indices: the maps to give, by the net's `feature_info`; by default the last of each stride, at most four.
-        norms: put a LayerNorm on each map, as many papers' dense code does.
+        norms: put a LayerNorm on each map, as many papers' dense code does; None: where that of the net's paper does
+            (`map_norms` of its class).
+        min_stride: of the maps to give by default; none of a lower stride is among them.
         kwargs: arguments of the net; `img_size` is passed only to nets that have it.
 
     Raises:
@@ -40,12 +52,20 @@ class DenseBackbone(nn.Module):
             raises one where the net takes images of one size only, and these have another.
     """
 
-    def __init__(self, name: str, out_indices: Sequence[int] | None = None, norms: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        name: str,
+        out_indices: Sequence[int] | None = None,
+        norms: bool | None = False,
+        min_stride: int = 1,
+        **kwargs: Any,
+    ):
         super().__init__()
         self.net: Any = build_size_free(name, kwargs)
         info = list(self.net.feature_info)
-        wanted = pyramid(name, [level["reduction"] for level in info])
+        wanted = pyramid(name, [level["reduction"] for level in info], min_stride)
         wanted = wanted if out_indices is None else list(out_indices)
+        norms = getattr(self.net, "map_norms", False) if norms is None else norms
         if not wanted or any(not -len(info) <= i < len(info) for i in wanted):
             raise ValueError(f"{name} has maps 0 to {len(info) - 1}, so out_indices cannot be {wanted}")
         self.levels = len(info)
@@ -134,9 +154,9 @@ def build_size_free(name: str, kwargs: dict[str, Any]) -> nn.Module:
     return net
 
 
-def pyramid(name: str, strides: Sequence[int]) -> list[int]:
-    """The last map of each stride, at most four."""
+def pyramid(name: str, strides: Sequence[int], min_stride: int = 1) -> list[int]:
+    """The last map of each stride from `min_stride` on, at most four."""
     last = [i for i, stride in enumerate(strides) if stride not in strides[i + 1 :]]
     if any(strides[j] % strides[i] for i, j in pairwise(last)):
         raise ValueError(f"{name} has no pyramid of maps: its strides are {sorted(set(strides))}")
-    return last[-4:]
+    return [i for i in last if strides[i] >= min_stride][-4:]

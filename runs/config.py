@@ -13,7 +13,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 # Sections and keys that change how a run is carried out or shown, not what comes out of it.
 NOT_RESULT = {
-    "": ("hydra", "run_dir", "rerun", "seed", "checkpoint", "logger"),
+    "": ("hydra", "run_dir", "rerun", "seed", "checkpoint", "logger", "ops", "save_images"),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
     "data": ("num_workers",),
 }
@@ -26,16 +26,18 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("evaluation_folder", lambda *, _root_: evaluation_folder(_root_), replace=True)
 
 
-def recipe_for(data: str, model: str) -> str:
-    """The default recipe: the model's own on data of ImageNet's kind, `small_data` elsewhere."""
+def recipe_for(task: str, data: str, model: str, head: str) -> str:
+    """The default recipe: on small data that for small data, elsewhere the head's own, or a classifier's own."""
 
     def read(group: str, name: str) -> dict:
         path = CONF / group / f"{name}.yaml"
         return (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}  # Hydra reports a wrong name
 
-    if read("data", data).get("data", {}).get("kind") != "imagenet":
-        return "small_data"
-    return read("model", model).get("recipe", "deit")
+    kind = read("data", data).get("data", {}).get("kind", "small")
+    if task == "classification":
+        return "small_data" if kind == "small" else read("model", model).get("recipe", "deit")
+    head = read("head", f"default_{task}").get("defaults", [head])[0] if head == "none" else head
+    return f"small_{task}" if kind == "small" else read("head", head).get("recipe", f"small_{task}")
 
 
 def identity(cfg: DictConfig) -> dict:
@@ -59,8 +61,9 @@ def fingerprint(cfg: DictConfig) -> str:
 def run_folder(cfg: DictConfig) -> str:
     """`<task>/<data>/<model>/<8 hex of the identity>-s<seed>`: the same for the same experiment, anywhere."""
     from models import model_name
+    from models.factory import size_pixels
 
-    names = (cfg.task.name, cfg.data.name, model_name(cfg.model, cfg.data.image_size))
+    names = (cfg.task.name, cfg.data.name, model_name(cfg.model, size_pixels(cfg.data)))
     digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:8]
     return "/".join([*(re.sub(r"[^\w.-]+", "_", name) for name in names), f"{digest}-s{cfg.seed}"])
 
@@ -95,6 +98,10 @@ def check(cfg: DictConfig) -> None:
 
     if cfg.data.task != cfg.task.name:
         raise ValueError(f"data={cfg.data.name} is for task={cfg.data.task}, not task={cfg.task.name}")
+    if cfg.head.get("task", cfg.task.name) != cfg.task.name:
+        others = [path.stem for path in sorted((CONF / "head").glob("*.yaml")) if _is_for(path, cfg.task.name)]
+        takes = f"which has {', '.join(others)}" if others else "which takes none"
+        raise ValueError(f"head={cfg.head.name} is for task={cfg.head.task}, not task={cfg.task.name}, {takes}")
     devices, accelerator = cfg.trainer.devices, cfg.trainer.accelerator
     if not isinstance(devices, int) or devices < 1:
         raise ValueError(f"trainer.devices must be a number of devices, 1 or more, not {devices!r}")
@@ -109,17 +116,22 @@ def check(cfg: DictConfig) -> None:
     per_device_batch(cfg)
 
 
+def _is_for(head: Path, task: str) -> bool:
+    return not head.stem.startswith("default_") and yaml.safe_load(head.read_text())["task"] == task
+
+
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # ours -> Lightning's
 
 
 def evaluation_folder(cfg: DictConfig) -> str:
     """Where `eval.py` writes: below the run that it evaluates, or `outputs/evaluation/<data>/<model>/<8 hex>`."""
     from models import model_name
+    from models.factory import size_pixels
 
     digest = fingerprint(cfg)[:8]
     if cfg.run is not None:
         return f"{_run_config(cfg.run).parent}/evaluation/{digest}"
-    return f"outputs/evaluation/{cfg.data.name}/{model_name(cfg.model, cfg.data.image_size)}/{digest}"
+    return f"outputs/evaluation/{cfg.data.name}/{model_name(cfg.model, size_pixels(cfg.data))}/{digest}"
 
 
 def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -> DictConfig:
@@ -134,7 +146,7 @@ def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -
         given = [override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides]
         if not {"trainer", "trainer.precision"} & set(given):
             cfg.trainer.precision = there.trainer.precision
-        for key in {"trainer", "batch_size", "run_dir", *given} - {"run"}:
+        for key in {"trainer", "batch_size", "save_images", "ops", "run_dir", *given} - {"run"}:
             section = key.split(".")[0] if key in groups else key
             OmegaConf.update(there, section, OmegaConf.select(cfg, section), force_add=True)
         best = [path for name in ("best.ckpt", "last.ckpt") if (path := run / "checkpoints" / name).exists()]
@@ -144,7 +156,7 @@ def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -
             there.weights = str(best[0])
         cfg = there
     cfg.trainer.accumulate_grad_batches = 1
-    cfg.recipe.batch_size = cfg.batch_size * world_size(cfg)
+    cfg.recipe.batch_size = (cfg.batch_size or cfg.task.eval_batch) * world_size(cfg)
     return cfg
 
 

@@ -1,6 +1,7 @@
 """Errors as a user sees them: one line on stderr and exit code 2, without a traceback."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -91,13 +92,25 @@ def _one_line(error: Exception, config_dir: Path | None, config_name: str) -> st
         return " ".join(text.split("\nSet the environment")[0].split())
     if isinstance(error, ValueError) and _ours(error):
         return " ".join(str(error).split())
-    return None
+    return _from_worker(error)
 
 
 def _ours(error: Exception) -> bool:
     """Whether our own code raised it; an error from inside a library keeps its traceback."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return raised_in.is_relative_to(PROJECT) and "site-packages" not in raised_in.parts
+    return _is_ours(Path(traceback.extract_tb(error.__traceback__)[-1].filename))
+
+
+def _is_ours(file: Path) -> bool:
+    return file.is_relative_to(PROJECT) and "site-packages" not in file.parts
+
+
+def _from_worker(error: Exception) -> str | None:
+    """The message of a ValueError of our own code in a loader's worker, which torch wraps in its traceback."""
+    text = str(error)
+    files = [Path(name) for name in re.findall(r'^  File "(.+?)", line', text, re.MULTILINE)]
+    if not (text.startswith("Caught ValueError in DataLoader worker") and files and _is_ours(files[-1])):
+        return None
+    return " ".join(text.rpartition("\nValueError: ")[2].split())
 
 
 def _known_keys(config_dir: Path, config_name: str, arguments: list[str]) -> list[str]:

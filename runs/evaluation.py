@@ -6,10 +6,11 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
-from models import load_weights, model_name
+from models import load_weights
+from ops.backend import set_backend
 from runs.config import fingerprint
 from runs.result import provenance, write_result
-from runs.training import build_data, build_task, quiet_libraries, test
+from runs.training import build_data, build_task, names, quiet_libraries, test
 
 
 def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
@@ -20,20 +21,20 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
     """
     folder = Path(cfg.run_dir)
     quiet_libraries()
+    set_backend(cfg.ops.backend)
     pl.seed_everything(cfg.seed, verbose=False)
     if not cfg.weights and not cfg.model.get("pretrained"):
         raise ValueError("nothing to evaluate: give run=DIR, weights=FILE, or model=timm model.pretrained=true")
     datamodule = build_data(cfg)
     task = build_task(cfg, datamodule)
+    task.save_images = cfg.save_images
     if cfg.weights:
         load_weights(task.model, cfg.weights)
     metrics = test(cfg, task, datamodule)
     params, macs = task.complexity(datamodule)
     result = {
         "status": "finished",
-        "task": cfg.task.name,
-        "model": model_name(cfg.model, datamodule.image_size),
-        "data": cfg.data.name,
+        **names(cfg),
         "weights": cfg.weights,
         "metrics": metrics,
         "params": params,

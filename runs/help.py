@@ -9,7 +9,7 @@ import yaml
 from runs.config import CONF
 from runs.errors import PROJECT
 
-GROUPS = ("model", "task", "data", "recipe", "trainer", "logger", "callbacks", "hydra/launcher", "experiment")
+GROUPS = ("model", "task", "head", "data", "recipe", "trainer", "logger", "callbacks", "hydra/launcher", "experiment")
 WIDTH, INDENT = 120, 16  # of the help, in characters
 
 EXAMPLES = {
@@ -18,12 +18,15 @@ EXAMPLES = {
         ("train.py model=biformer data=imagenet data.root=/data/in1k", "the paper's recipe"),
         ("train.py model=swin model.mixers=bilevel_routing data=cifar10", "another op in Swin's layout"),
         ("train.py model=timm model.name=resnet50 data=imagenet data.root=...", "any timm model"),
+        ("train.py task=detection head=mask_rcnn", "on the embedded scenes; task=segmentation head=upernet"),
+        ("train.py data=coco data.root=... head=retinanet model=swin model.size=tiny", "a detector"),
         ("train.py trainer=ddp trainer.devices=8 trainer.precision=bf16 ...", "eight GPUs"),
         ("train.py -m model=biformer,swin seed=0,1,2", "a sweep"),
     ),
     "eval": (
         ("eval.py run=outputs/classification/digits/...", "a finished run, its own config"),
         ("eval.py model=biformer weights=biformer_tiny_best.pth data=imagenet data.root=...", "released weights"),
+        ("eval.py run=outputs/detection/... save_images=20", "with pictures of what was found"),
         ("eval.py model=timm model.name=resnet50 model.pretrained=true data=imagenet ...", "timm's weights"),
     ),
 }
@@ -51,7 +54,8 @@ def write_help(program: str) -> None:
 def groups() -> dict[str, list[str]]:
     """Choices by group: models with their sizes, experiments by paper, and the ops that `model.mixers=` takes."""
     found = {group: _names(CONF / group, ".yaml") for group in GROUPS}
-    found["data"] = [name for name in found["data"] if not name.startswith("default_")]
+    for group in ("data", "head"):
+        found[group] = [name for name in found[group] if not name.startswith("default_")]
     found["model"] = [_with_sizes(name) for name in found["model"]]
     papers: dict[str, list[str]] = {}
     for name in found["experiment"]:

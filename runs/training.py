@@ -24,7 +24,10 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from evaluation.plots import plot_curves
 from models import load_weights, model_name
+from models.factory import size_pixels
 from models.tasks.base import Task
+from models.tasks.optimization import total_epochs
+from ops.backend import set_backend
 from runs.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints, find_resume
 from runs.config import PRECISIONS, fingerprint, identity, per_device_batch, world_size
 from runs.ema import EMA
@@ -46,13 +49,14 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     """
     folder, began = Path(cfg.run_dir), time.monotonic()
     quiet_libraries()
+    set_backend(cfg.ops.backend)
     pl.seed_everything(cfg.seed, verbose=False)
     datamodule = build_data(cfg)
     task = build_task(cfg, datamodule)
     checkpoints = folder / "checkpoints"
     resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints)
     if resume is None and cfg.weights:
-        load_weights(task.model, cfg.weights, drop_classifier=cfg.drop_classifier)
+        task.start_from(cfg.weights, cfg.drop_classifier)
     if rank_zero_only.rank == 0:  # from here on something is written
         if cfg.rerun:
             clear(folder)
@@ -67,7 +71,9 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     callbacks += [training_log, Checkpoints(checkpoints, f"val/{cfg.task.figure}", **cfg.checkpoint)]
     loggers = [MetricsCSV(folder / "metrics.csv", step)]
     loggers += [instantiate(spec, from_step=step) for spec in cfg.logger.values()]
-    trainer = build_trainer(cfg, callbacks=callbacks, logger=loggers)
+    steps_per_epoch = len(datamodule.images("train")) // cfg.recipe.batch_size
+    epochs = total_epochs(cfg.recipe, steps_per_epoch)
+    trainer = build_trainer(cfg, max_epochs=epochs, callbacks=callbacks, logger=loggers)
     trainer.fit(task, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     epochs, steps = trainer.current_epoch, trainer.global_step
 
@@ -78,9 +84,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     params, macs = task.complexity(datamodule)
     result = {
         "status": "finished",
-        "task": cfg.task.name,
-        "model": model_name(cfg.model, datamodule.image_size),
-        "data": cfg.data.name,
+        **names(cfg),
         "seed": cfg.seed,
         "metrics": metrics,
         "params": params,
@@ -99,6 +103,12 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
         plot_curves(folder / "curves.png", folder / "metrics.csv")
         write_result(folder, result)
     return result
+
+
+def names(cfg: DictConfig) -> dict[str, str]:
+    """What a result says it is of: `task`, `model`, `data`, and a detector's or segmentor's `head`."""
+    head = {"head": cfg.head.name} if cfg.head.name else {}
+    return {"task": cfg.task.name, "model": model_name(cfg.model, size_pixels(cfg.data)), **head, "data": cfg.data.name}
 
 
 def test(cfg: DictConfig, task: Task, datamodule: pl.LightningDataModule) -> dict[str, Any]:
@@ -122,7 +132,7 @@ def build_data(cfg: DictConfig) -> Any:
 def build_task(cfg: DictConfig, datamodule: Any) -> Any:
     """The LightningModule of `cfg.task` around its net."""
     return instantiate(
-        _arguments(cfg.task, "name", "figure"),
+        _arguments(cfg.task, "name", "figure", "eval_batch"),
         model=get_class(cfg.task._target_).build_net(cfg, datamodule),
         recipe=OmegaConf.to_container(cfg.recipe, resolve=True),
         num_classes=datamodule.num_classes,
@@ -139,7 +149,6 @@ def build_trainer(cfg: DictConfig, **overrides: Any) -> pl.Trainer:
     settings |= overrides
     return pl.Trainer(
         **settings,
-        max_epochs=cfg.recipe.epochs,
         gradient_clip_val=cfg.recipe.clip_grad,
         default_root_dir=cfg.run_dir,
         plugins=[AtomicCheckpointIO(), *cluster_environment()],

@@ -2,7 +2,8 @@
 
     python scripts/papers.py            # after a change of conf/paper or conf/model
 
-conf/experiment/<paper>/<size>_in1k.yaml is written for the rows that a training from scratch reproduces.
+conf/experiment/<paper>/<size>_in1k.yaml is written for the rows that a training from scratch reproduces, and
+<size>_<head>_<schedule>.yaml for the detectors and segmentors whose rows have a `train`.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from evaluation.tables import CONF, experiments, list_papers, model_choice, read_paper
+from evaluation.tables import CONF, DENSE, dense_experiments, experiments, list_papers, model_choice, read_paper
 from runs.errors import PROJECT
 from runs.files import replacing
 
@@ -92,13 +93,36 @@ def experiment(name: str, row: dict[str, Any]) -> str:
         f"({arxiv}repository's {paper['source']['variants'].removesuffix('.md')})."
     )
     choices = model_choice(row["net"], row.get("args", {}), row["input"]) + row.get("train", [])
+    return _yaml(what, name, "data.root=/data/in1k", [*choices, "data=imagenet"])
+
+
+def dense_experiment(name: str, table: str, row: dict[str, Any]) -> str:
+    """The same for a detector or segmentor, which starts from the weights of a classifier."""
+    paper = read_paper(name.partition("/")[0])
+    units = {
+        "params_m": "{:g} M parameters", "flops_g": "{:g} GFLOPs",
+        "box_ap": "box AP {:g} %", "mask_ap": "mask AP {:g} %",
+        "miou_ss": "mIoU {:g} %", "miou_ms": "{:g} % at several scales, with flips",
+    }  # fmt: skip
+    figures = ", ".join(text.format(row[key]) for key, text in units.items() if row.get(key))
+    data = DENSE[table]
+    what = (
+        f"{row.get('detector') or row['head']} with {row['backbone']} on {data.upper()}, {row['schedule']}: {figures} "
+        f"(arXiv:{paper['arxiv']}, repository's {paper['source'][table].removesuffix('.md')})."
+    )
+    choices = model_choice(row["net"], row.get("args", {}), None) + row["train"]
+    return _yaml(what, name, f"weights=CLASSIFIER.pth data.root=/data/{data}", [*choices, f"data={data}"])
+
+
+def _yaml(what: str, name: str, given: str, choices: Sequence[str]) -> str:
+    """An experiment that makes these choices, and what it is."""
     groups = [choice.split("=", 1) for choice in choices if "." not in choice.split("=", 1)[0]]
     keys = OmegaConf.from_dotlist([choice.lstrip("+") for choice in choices if "." in choice.split("=", 1)[0]])
-    defaults = [f"  - override /{group}: {chosen}\n" for group, chosen in [*groups, ["data", "imagenet"]]]
+    defaults = [f"  - override /{group}: {chosen}\n" for group, chosen in groups]
     return (
         "# @package _global_\n"
         + textwrap.indent(textwrap.fill(what, 118), "# ")
-        + f"\n# python train.py experiment={name} data.root=/data/in1k trainer=ddp trainer.devices=8\ndefaults:\n"
+        + f"\n# python train.py experiment={name} {given} trainer=ddp trainer.devices=8\ndefaults:\n"
         + "".join(defaults)
         + yaml.dump(OmegaConf.to_container(keys), sort_keys=False, default_flow_style=None)
     )
@@ -107,9 +131,10 @@ def experiment(name: str, row: dict[str, Any]) -> str:
 def files() -> dict[Path, str]:
     """Every file that this script writes, and its text."""
     rows = {name: row for paper in list_papers() for name, row in experiments(paper).items()}
-    return {OVERVIEW: overview()} | {
-        CONF / f"experiment/{name}.yaml": experiment(name, row) for name, row in rows.items()
-    }
+    dense = {name: row for paper in list_papers() for name, row in dense_experiments(paper).items()}
+    texts = {name: experiment(name, row) for name, row in rows.items()}
+    texts |= {name: dense_experiment(name, table, row) for name, (table, row) in dense.items()}
+    return {OVERVIEW: overview()} | {CONF / f"experiment/{name}.yaml": text for name, text in texts.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

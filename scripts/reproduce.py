@@ -30,7 +30,16 @@ from rich.table import Table
 
 from benchmarking import Row, describe_device, pick_device, write_csv
 from evaluation.statistics import mean_ci95
-from evaluation.tables import CONF, accuracy_agrees, agrees, experiments, model_choice, read_paper
+from evaluation.tables import (
+    CONF,
+    DENSE,
+    accuracy_agrees,
+    agrees,
+    dense_experiments,
+    experiments,
+    model_choice,
+    read_paper,
+)
 from models import complexity
 from ops.registry import nearest
 from runs.config import check, register_resolvers, with_run
@@ -45,7 +54,7 @@ FIGURES = {  # of each table: key -> heading and, where a run measures it, the r
     "segmentation": {"miou_ss": ("mIoU (%)", "test/miou")},
 }
 TASKS = {"variants": "classification", "detection": "detection", "segmentation": "segmentation"}
-DATA = {"variants": "imagenet", "detection": "coco", "segmentation": "ade20k"}
+DATA = {"variants": "imagenet", **DENSE}
 IMAGES = 50_000  # of ImageNet's validation set
 
 
@@ -199,10 +208,18 @@ def _is_of(line: Line, table: str, result: Mapping[str, Any], settings: Mapping[
     if table == "variants":
         return True
     schedule = re.fullmatch(r"(\d+)([xk])", str(line.row["schedule"]).lower())
-    length = {"x": ("epochs", 12), "k": ("steps", 1000)}  # a schedule of 1x is 12 epochs
-    if schedule and result[length[schedule[2]][0]] != int(schedule[1]) * length[schedule[2]][1]:
+    length = {"x": ("recipe.epochs", 12), "k": ("recipe.steps", 1000)}  # a schedule of 1x is 12 epochs
+    if schedule and settings.get(length[schedule[2]][0]) != int(schedule[1]) * length[schedule[2]][1]:
         return False
-    return _plain(settings["head.name"]) == _plain(line.row.get("detector") or line.row["head"])
+    return settings["head.name"] == head_of(line.row)
+
+
+def head_of(row: Mapping[str, Any]) -> str | None:
+    """The choice in conf/head that a row of a detector or segmentor is about."""
+    if "train" in row:
+        return row["train"][0].partition("=")[2]
+    heads = {_plain(path.stem): path.stem for path in (CONF / "head").glob("*.yaml")}
+    return heads.get(_plain(row.get("detector") or row["head"]))
 
 
 def evaluate(line: Line, weights: str, data: Mapping[str, Any], batch_size: int) -> None:
@@ -262,17 +279,15 @@ def missing(paper: str, table: str, rows: Sequence[Line]) -> Iterator[str]:
                 )
         if any(line.figures["top1"].ours is None for line in wanted):
             yield f"or from the authors' checkpoints (conf/paper/{paper}.yaml): weights.<net>=FILE data.root=DIR"
-    elif wanted and not (CONF / f"task/{TASKS[table]}.yaml").exists():
-        yield f"missing, all figures of ours: there is no task={TASKS[table]} here yet"
     else:
-        heads = {_plain(path.stem): path.stem for path in (CONF / "head").glob("*.yaml")}
+        trained = {id(row["train"]): name for name, (_, row) in dense_experiments(paper).items()}
         for line in wanted:
-            head = heads.get(_plain(line.row.get("detector") or line.row["head"]))
-            choice = " ".join(model_choice(line.label, {}, 224))
+            head, choice = head_of(line.row), " ".join(model_choice(line.label, {}, None))
+            how = f"head={head} {choice} data={DATA[table]}"
+            if "train" in line.row:
+                how = f"experiment={trained[id(line.row['train'])]}"
             yield f"missing, {line.name}: " + (
-                f"python train.py task={TASKS[table]} head={head} {choice} data={DATA[table]} data.root=DIR"
-                if head
-                else "its head is not here"
+                f"python train.py {how} weights=CLASSIFIER.pth data.root=DIR" if head else "its head is not here"
             )
 
 

@@ -38,6 +38,7 @@ class CSWin(HierarchicalBackbone):
     """
 
     block: type[nn.Module] = Block
+    map_norms = True
     renames = (
         (r"^stage1_conv_embed\.0\.", "stages.0.downsample.0."),
         (r"^stage1_conv_embed\.2\.", "stages.0.downsample.1."),

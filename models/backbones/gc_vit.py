@@ -54,6 +54,7 @@ class GCViT(HierarchicalBackbone):
         mixers: token mixers, as `ops.parse_mixers` reads them; by default windows of local and of global queries.
     """
 
+    map_norms = True
     renames = (
         (r"^levels\.(\d)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample."),
         (r"^levels\.", "stages."),

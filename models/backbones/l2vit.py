@@ -71,6 +71,7 @@ class L2ViT(HierarchicalBackbone):
         mixers: token mixers, as `ops.parse_mixers` reads them; by default windows and linear attention in turns.
     """
 
+    map_norms = True
     renames = (
         (r"^downsample_layers\.0\.proj\.proj\.", "stages.0.downsample."),
         (r"^downsample_layers\.0\.norm\.", "stages.0.downsample.5."),

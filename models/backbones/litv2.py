@@ -83,6 +83,7 @@ class LITv2(HierarchicalBackbone):
             that maps are of ⌊H / 2⌋; by default zeros pad it.
     """
 
+    map_norms = True
     renames = (
         (r"^patch_embed\.proj\.", "stages.0.downsample.0."),
         (r"^patch_embed\.norm\.", "stages.0.downsample.1."),

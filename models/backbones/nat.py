@@ -45,6 +45,7 @@ class NAT(HierarchicalBackbone):
     mixers: token mixers, as `ops.parse_mixers` reads them; by default neighbourhood attention.
     """
 
+    map_norms = True
     renames = (
         (r"^patch_embed\.proj\.", "stages.0.downsample."),
         (r"^patch_embed\.norm\.", "stages.0.downsample.2."),

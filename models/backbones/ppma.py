@@ -87,6 +87,7 @@ class PPMA(HierarchicalBackbone):
         (r"\.gamma_(\d)$", r".scale\1.gamma"),
         (r"^proj\.", "norm.proj."),
     )
+    map_norms = True
     map_norm_eps = 1e-5  # of the authors' norms on dense features
 
     def __init__(

@@ -45,6 +45,7 @@ class Swin(HierarchicalBackbone):
 
     block: type[nn.Module] = Block
     op = "window"
+    map_norms = True
     renames = (
         (r"\.attn_mask$", None),
         (r"^layers\.(\d)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample."),

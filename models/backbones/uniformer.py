@@ -66,6 +66,7 @@ class UniFormer(HierarchicalBackbone):
         (r"\.attn\.", ".mixer."),
         (r"\.gamma_(\d)$", r".scale\1.gamma"),
     )
+    map_norms = True
     map_norm_eps = 1e-6  # of the authors' norms on dense features
 
     def __init__(

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from models.complexity import complexity
 from models.tasks.optimization import check_optimizer, create_optimizer, create_schedule
+from models.weights import load_weights
 
 
 class Task(pl.LightningModule):
@@ -50,11 +51,16 @@ class Task(pl.LightningModule):
         self._sums: dict[str, Tensor] = {}  # of figure x images, and `images`, since the last row of the log
         self._first_bad_step: Tensor | None = None
         self.val_figures: dict[str, float] = {}  # of the last validation, as `val/loss`, ...
+        self.save_images = 0  # pictures of predictions in a report
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
         """The net of a run's config for the data's classes and images."""
         raise NotImplementedError
+
+    def start_from(self, weights: str, drop_classifier: bool) -> None:
+        """Load what training begins with: weights of the whole net."""
+        load_weights(self.model, weights, drop_classifier=drop_classifier)
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
         """Figures of the test that has just been run, on all ranks."""

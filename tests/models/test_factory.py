@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from models import create_model, model_name
-from models.factory import build, pick_size
+from models.factory import build, pick_size, resolve, size_pixels
 
 CONF = Path(__file__).parents[2] / "conf/model"
 
@@ -44,10 +44,21 @@ def test_arguments_come_from_the_size_and_from_the_command_line():
 def test_every_size_is_registered_and_has_a_recipe(path):
     cfg: Any = OmegaConf.load(path)
     assert (CONF.parent / f"recipe/{cfg.recipe}.yaml").exists()
-    for args in (cfg.get("sizes") or {}).values():
-        with torch.device("meta"):
-            net: Any = build(num_classes=10, **{key: value for key, value in args.items() if key != "images_up_to"})
-        assert net.num_classes == 10
+    for size in cfg.get("sizes") or {}:
+        for dense in (False, True):
+            name, args = resolve(config(path.stem, size=size), 224, dense)
+            with torch.device("meta"):
+                net: Any = build(name, num_classes=10, **args)
+            assert net.num_classes == 10
+
+
+def test_small_data_take_the_smallest_size_under_a_head():
+    scenes = {"task": "detection", "kind": "small", "image_size": [256, 320]}
+    assert model_name(config("swin"), size_pixels(scenes)) == "swin_nano"
+    assert resolve(config("swin"), size_pixels(scenes), dense=True)[1]["patch"] == 4
+    assert "patch" not in resolve(config("swin"), size_pixels(scenes))[1]
+    for data in (scenes | {"kind": "coco"}, scenes | {"task": "classification"}):
+        assert size_pixels(data) == 320 and model_name(config("swin"), size_pixels(data)) == "swin_tiny"
 
 
 def test_timms_nets_are_built_for_the_images():

@@ -26,6 +26,12 @@ def composed(*overrides: str, program: str = "train") -> DictConfig:
         (("data=imagenet", "model=swin"), "swin", "imagenet", "classification"),
         (("data=webdataset", "model=timm"), "deit", "webdataset", "classification"),
         (("data=imagenet", "recipe=small_data"), "small_data", "imagenet", "classification"),
+        (("task=detection",), "small_detection", "scenes", "detection"),
+        (("task=segmentation", "head=semantic_fpn"), "small_segmentation", "scenes", "segmentation"),
+        (("data=coco", "model=swin"), "coco_1x", "coco", "detection"),
+        (("data=coco", "head=dino"), "dino_1x", "coco", "detection"),
+        (("data=ade20k",), "ade20k_160k", "ade20k", "segmentation"),
+        (("data=ade20k", "head=semantic_fpn"), "ade20k_80k", "ade20k", "segmentation"),
     ],
 )
 def test_the_recipe_goes_with_the_data(overrides, recipe, data, task):
@@ -35,9 +41,12 @@ def test_the_recipe_goes_with_the_data(overrides, recipe, data, task):
 
 
 def test_recipe_for_reads_the_files_that_say_it():
-    assert recipe_for("digits", "swin") == "small_data"
-    assert recipe_for("imagenet", "swin") == "swin"
-    assert recipe_for("imagenet", "not_there") == "deit"
+    assert recipe_for("classification", "digits", "swin", "none") == "small_data"
+    assert recipe_for("classification", "imagenet", "swin", "none") == "swin"
+    assert recipe_for("classification", "imagenet", "not_there", "none") == "deit"
+    assert recipe_for("detection", "coco", "swin", "none") == "coco_1x"  # of mask_rcnn, the task's default
+    assert recipe_for("detection", "none", "swin", "mask_rcnn") == "small_detection"
+    assert recipe_for("detection", "coco", "swin", "dino") == "dino_1x"
 
 
 def test_biformer_recipe_is_the_papers():
@@ -93,7 +102,22 @@ def test_data_of_another_task_is_refused():
         check(cfg)
 
 
-@pytest.mark.parametrize("group", ["model", "data", "recipe", "trainer", "logger", "callbacks"])
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("head=mask_rcnn",), "head=mask_rcnn is for task=detection, not task=classification, which takes none"),
+        (
+            ("task=segmentation", "head=dino"),
+            "head=dino is for task=detection, not task=segmentation, which has .*upernet",
+        ),
+    ],
+)
+def test_a_head_of_another_task_is_refused(overrides, says):
+    with pytest.raises(ValueError, match=says):
+        check(composed(*overrides))
+
+
+@pytest.mark.parametrize("group", ["model", "head", "data", "recipe", "trainer", "logger", "callbacks"])
 def test_every_choice_composes_and_is_in_the_help(group):
     for path in sorted((CONF / group).glob("*.yaml")):
         assert composed(f"{group}={path.stem}")[group] is not None

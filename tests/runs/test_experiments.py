@@ -4,12 +4,13 @@ import re
 
 import pytest
 
-from evaluation.tables import CONF, experiments, list_papers, model_choice
+from evaluation.tables import CONF, DENSE, dense_experiments, experiments, list_papers, model_choice
 from runs.errors import PROJECT
 from runs.help import groups
 from scripts import papers
 from tests.runs.test_config import composed
 
+DETECTORS = {name: row for paper in list_papers() for name, row in dense_experiments(paper).items()}
 ROWS = {name: row for paper in list_papers() for name, row in experiments(paper).items()}
 
 
@@ -25,6 +26,27 @@ def test_an_experiment_is_its_row_on_imagenet(name):  # tests/models/test_papers
     row = ROWS[name]
     choices = (*model_choice(row["net"], row.get("args", {}), row["input"]), "data=imagenet", *row.get("train", []))
     assert composed(f"experiment={name}") == composed(*choices)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_detectors_experiment_is_its_row(name):  # tests/models/test_dense_papers.py builds the nets
+    table, row = DETECTORS[name]
+    cfg = composed(f"experiment={name}")
+    assert cfg == composed(*model_choice(row["net"], row.get("args", {}), None), *row["train"], f"data={DENSE[table]}")
+    assert cfg.head.task == cfg.task.name == table
+    assert (
+        (CONF / f"experiment/{name}.yaml")
+        .read_text()
+        .splitlines()[1]
+        .startswith(f"# {row.get('detector') or row['head']} with")
+    )
+
+
+def test_biformers_and_swins_detectors_and_segmentors_have_experiments():
+    heads = ("mask_rcnn_1x", "retinanet_1x", "semantic_fpn_80k", "upernet_160k")
+    asked = {f"biformer/{size}_{head}" for size in ("small", "base") for head in heads}
+    asked |= {f"swin/{size}_{head}" for size in ("tiny", "small") for head in ("mask_rcnn_3x", "cascade_mask_rcnn_3x")}
+    assert asked | {"swin/tiny_upernet_160k", "swin/base_cascade_mask_rcnn_3x"} <= set(DETECTORS)
 
 
 def test_rows_that_no_training_from_scratch_reproduces_are_no_experiments():

@@ -1,0 +1,48 @@
+"""ADE20K's scene parsing benchmark of 150 classes (Zhou et al., "Semantic Understanding of Scenes through the ADE20K
+Dataset", arXiv:1608.05442)."""
+
+from collections.abc import Sequence
+
+from datamodules.dense_transforms import IGNORED
+from datamodules.segmentation import MaskedImages, SegmentationData, pair_files
+
+# By label; the first name of each line of objectInfo150.txt.
+CLASS_NAMES = (
+    """
+wall; building; sky; floor; tree; ceiling; road; bed; windowpane; grass; cabinet; sidewalk; person; earth; door; table;
+mountain; plant; curtain; chair; car; water; painting; sofa; shelf; house; sea; mirror; rug; field; armchair; seat;
+fence; desk; rock; wardrobe; lamp; bathtub; railing; cushion; base; box; column; signboard; chest of drawers; counter;
+sand; sink; skyscraper; fireplace; refrigerator; grandstand; path; stairs; runway; case; pool table; pillow;
+screen door; stairway; river; bridge; bookcase; blind; coffee table; toilet; flower; book; hill; bench; countertop;
+stove; palm; kitchen island; computer; swivel chair; boat; bar; arcade machine; hovel; bus; towel; light; truck; tower;
+chandelier; awning; streetlight; booth; television receiver; airplane; dirt track; apparel; pole; land; bannister;
+escalator; ottoman; bottle; buffet; poster; stage; van; ship; fountain; conveyer belt; canopy; washer; plaything;
+swimming pool; stool; barrel; basket; waterfall; tent; bag; minibike; cradle; oven; ball; food; step; tank; trade name;
+microwave; pot; animal; bicycle; lake; dishwasher; screen; blanket; sculpture; hood; sconce; vase; traffic light; tray;
+ashcan; fan; pier; crt screen; plate; monitor; bulletin board; shower; radiator; glass; clock; flag
+""".replace("\n", " ")
+    .strip()
+    .split("; ")
+)
+
+FOLDERS = {"train": "training", "val": "validation"}
+
+
+class ADE20K(SegmentationData):
+    """`root` as ADEChallengeData2016.zip unpacks: images/{training,validation}, annotations/{training,validation}.
+
+    In the masks 1..150 are the classes and 0, what is none of them, is ignored. The test split is the validation split:
+    the test set's labels are not public.
+    """
+
+    class_names = CLASS_NAMES
+    values = {label + 1: label for label in range(len(CLASS_NAMES))} | {0: IGNORED}
+
+    @property
+    def splits(self) -> Sequence[str]:
+        return tuple(FOLDERS)
+
+    def load(self, split: str) -> MaskedImages:
+        assert self.root is not None
+        folders = self.root / "images" / FOLDERS[split], self.root / "annotations" / FOLDERS[split]
+        return MaskedImages(*folders, pair_files(*folders), self.values)

@@ -1,0 +1,56 @@
+"""Any folder of images and one of PNG masks."""
+
+from collections.abc import Sequence
+
+from datamodules.base import SPLITS
+from datamodules.dense_transforms import IGNORED
+from datamodules.segmentation import MaskedImages, SegmentationData, pair_files
+
+
+class MaskFolder(SegmentationData):
+    """`root`/images/{train,val[,test]}/** and `root`/masks/{train,val[,test]}/**; an image and its mask have one name.
+
+    A mask is a PNG of one channel or with a palette, whose values are the classes 0..K-1; 255 is always ignored.
+    Without a test folder the test split is the validation split.
+
+    Args:
+        classes: their names by value, or how many there are.
+        ignore: further values that are ignored.
+        background_ignored: 0 is ignored and the classes are 1..K.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int | Sequence[str] | None = None,
+        ignore: Sequence[int] = (),
+        background_ignored: bool = False,
+        **common,
+    ):
+        super().__init__(**common)
+        if classes is None:
+            raise ValueError("the masks' classes are needed: data.classes=[NAME, ...] or data.classes=COUNT")
+        names = [str(i) for i in range(classes)] if isinstance(classes, int) else [str(name) for name in classes]
+        first = int(background_ignored)
+        if not 1 <= len(names) <= IGNORED - first:
+            raise ValueError(f"data.classes must be 1 to {IGNORED - first} classes, not {len(names)}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.classes names {max(names, key=names.count)!r} twice")
+        self.class_names = names
+        self.values = {first + label: label for label in range(len(names))}
+        for value in [0, *ignore] if background_ignored else ignore:
+            if value in self.values:
+                raise ValueError(f"data.ignore has {value}, the mask value of class {names[self.values[value]]!r}")
+            if not 0 <= value <= 255:
+                raise ValueError(f"data.ignore takes mask values from 0 to 255, not {value}")
+            self.values[value] = IGNORED
+
+    @property
+    def splits(self) -> Sequence[str]:
+        assert self.root is not None
+        return SPLITS if (self.root / "masks" / "test").is_dir() else SPLITS[:2]
+
+    def load(self, split: str) -> MaskedImages:
+        assert self.root is not None
+        folders = self.root / "images" / split, self.root / "masks" / split
+        return MaskedImages(*folders, pair_files(*folders), self.values)

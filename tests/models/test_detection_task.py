@@ -1,0 +1,329 @@
+"""The detection task around detectors that only need to be asked for what they are told to find."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mmdet
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import timm
+import torch
+from mmengine.config import Config
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from datamodules.scenes import write_scenes
+from models.complexity import complexity
+from models.mm import Detections
+from models.tasks.detection import Detection
+from runs.training import build_data, build_task
+from tests.evaluation.test_detection import CATEGORIES, IMAGES, NAMES, ONE, make_truth, predictions
+from tests.runs.test_config import composed
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+
+SHIFTS = [0, 2, 0, 3, 1, 0]  # pixels by which an image's detections are off, where they are to be imperfect
+
+
+def recipe(name: str) -> dict[str, Any]:
+    config: Any = OmegaConf.to_container(composed("task=detection", f"recipe={name}").recipe, resolve=True)
+    return config
+
+
+class Oracle(nn.Module):
+    """A detector that reads an image's position off its first pixel and finds its true objects, `shifts` pixels off."""
+
+    def __init__(self, truth: dict[str, Any], shifts: list[int], masks: bool = True):
+        super().__init__()
+        self.truth, self.shifts, self.masks = truth, shifts, masks
+        self.backbone = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.backbone(image)
+
+    def loss(self, image, sizes, boxes, labels, masks, ignored) -> dict[str, Tensor]:
+        assert len(boxes) == len(labels) == len(ignored) == len(image) == len(sizes) == len(masks)
+        maps = self(image)
+        return {"loss_cls": maps.square().mean(), "loss_bbox": maps.abs().mean() + sum(map(len, boxes))}
+
+    def predict(self, image, sizes, original_sizes) -> list[Detections]:
+        found = []
+        for pixel, size in zip(image[:, 0, 0, 0].tolist(), original_sizes.tolist(), strict=True):
+            each = predictions(self.truth, round(pixel), self.shifts[round(pixel)])
+            assert tuple(size) == each.pop("size")
+            masks = each["masks"] if self.masks else None
+            found.append(Detections(each["boxes"], each["scores"], each["labels"], masks))
+        return found
+
+
+class Images:
+    """The truth's images, as grey pictures."""
+
+    ids = np.array(IMAGES)
+
+    def __init__(self, truth: dict[str, Any]):
+        self.truth = truth
+
+    def __len__(self) -> int:
+        return len(IMAGES)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        info = self.truth["images"][i]
+        return {"image": np.full((info["height"], info["width"], 3), 40 * i, np.uint8)}
+
+    def name(self, i: int) -> str:
+        return f"val/{IMAGES[i]}.jpg"
+
+
+class Data(pl.LightningDataModule):
+    """Batches of two for each rank; what is missing in the last ones is padding, and one image is broken."""
+
+    category_ids, class_names, has_masks, in_chans, num_classes = CATEGORIES, NAMES, True, 3, 3
+    image_size = (33, 64)
+
+    def __init__(self, truth: dict[str, Any], broken: int | None = None):
+        super().__init__()
+        self.split, self.broken = Images(truth), broken
+
+    def images(self, split: str) -> Images:
+        return self.split
+
+    def eval_batch(self, positions: list[int]) -> dict[str, Any]:
+        image = torch.zeros(len(positions), 3, 32, 32) + torch.tensor(positions).clamp(min=0)[:, None, None, None]
+        sizes = [(i["height"], i["width"]) for i in (self.split.truth["images"][max(p, 0)] for p in positions)]
+        index = [-1 if position == self.broken else position for position in positions]
+        return {
+            "image": image, "sizes": torch.tensor([[32, 32]] * len(positions)), "index": torch.tensor(index),
+            "original_sizes": torch.tensor(sizes),
+        }  # fmt: skip
+
+    def loader(self) -> DataLoader:
+        trainer: Any = self.trainer
+        world, rank = trainer.world_size, trainer.global_rank
+        order = [*range(len(IMAGES)), *[-1] * (-len(IMAGES) % (2 * world))][rank::world]
+        return DataLoader([self.eval_batch(order[i : i + 2]) for i in range(0, len(order), 2)], batch_size=None)  # pyright: ignore[reportArgumentType]
+
+    val_dataloader = test_dataloader = loader
+
+    def train_dataloader(self) -> DataLoader:
+        batch = self.eval_batch([0, 1])
+        boxes = [torch.rand(n, 4) for n in (3, 0)]
+        labels = [torch.zeros(len(each), dtype=torch.int64) for each in boxes]
+        masks = [torch.zeros(len(each), 32, 32, dtype=torch.uint8) for each in boxes]
+        batch |= {"boxes": boxes, "labels": labels, "masks": masks, "ignored": [each[:0] for each in boxes], "seed": 5}
+        return DataLoader([batch] * 4, batch_size=None)  # pyright: ignore[reportArgumentType]
+
+
+def trainer(**settings: Any) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, **settings,
+    )  # fmt: skip
+
+
+def run_test(data: Data, shifts: list[int] = SHIFTS, masks: bool = True, **settings: Any) -> Detection:
+    task = Detection(Oracle(data.split.truth, shifts, masks), recipe("coco_1x"), num_classes=3)
+    trainer(**settings).test(task, datamodule=data, verbose=False)
+    return task
+
+
+def test_the_truth_itself_scores_one():
+    data = Data(make_truth())
+    figures = run_test(data, [0] * 6).test_figures(data)
+    assert figures["n"] == 6
+    for kind in ("box", "mask"):
+        names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar10", "ar100", "ar_small", "ar_large")
+        assert [figures[f"{kind}_{name}"] for name in names] == [ONE] * len(names)
+        assert figures[f"{kind}_ar1"] < 1
+    assert [list(each.values())[1:] for each in figures["per_class"].values()] == [[ONE, ONE]] * 3
+    assert list(figures["per_class"]) == NAMES
+    json.dumps(figures, allow_nan=False)
+
+
+def test_a_validation_is_measured_as_a_test_is():
+    data = Data(make_truth())
+    task = run_test(data)
+    trainer().validate(task, datamodule=data, verbose=False)
+    figures = task.test_figures(data)
+    assert 0.1 < figures["mask_ap"] < 0.9
+    names = [f"{kind}_{name}" for kind in ("box", "mask") for name in ("ap", "ap50", "ap75")]
+    assert task.val_figures == {f"val/{name}": figures[name] for name in names}
+    again = task.val_figures
+    trainer().validate(task, datamodule=data, verbose=False)  # nothing is left over from the one before
+    assert task.val_figures == again
+
+
+def test_a_broken_image_does_not_count():
+    data = Data(make_truth(), broken=3)
+    figures = run_test(data, [0, 0, 0, 50, 0, 0]).test_figures(data)
+    assert (figures["n"], figures["box_ap"]) == (5, ONE)
+
+
+@pytest.mark.parametrize("where", ["data", "detector"])
+def test_without_masks_boxes_alone_are_measured(where, monkeypatch):
+    monkeypatch.setattr(Data, "has_masks", where != "data")
+    data = Data(make_truth())
+    figures = run_test(data, masks=where != "detector").test_figures(data)
+    assert "box_ap" in figures and not [name for name in figures if "mask" in name]
+    assert set(figures["per_class"]["two"]) == {"n", "box_ap"}
+
+
+def test_nothing_to_find_is_no_number():
+    truth = make_truth() | {"annotations": []}
+    task = run_test(Data(truth))
+    trainer().validate(task, datamodule=Data(truth), verbose=False)
+    assert math.isnan(task.val_figures["val/box_ap"])
+    figures = task.test_figures(Data(truth))
+    assert figures["box_ap"] is None and figures["per_class"]["two"]["mask_ap"] is None
+
+
+class Keep(pl.Callback):
+    """Writes what a rank has measured, and the first one's report."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(pl_module.test_figures(data)))
+        if trainer.is_global_zero:
+            pl_module.write_report(self.folder / "report", data)
+
+
+def test_two_processes_equal_one(tmp_path):
+    data = Data(make_truth())
+    task = run_test(data)
+    task.write_report(tmp_path / "one", data)
+    run_test(data, devices=2, strategy="ddp_fork", callbacks=[Keep(tmp_path)])
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == task.test_figures(data)
+    for name in ("detections.json", "pr_curves.png", "per_class.png"):
+        assert (tmp_path / "report" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_the_report_draws_as_many_images_as_asked_for_evenly_spread(tmp_path):
+    data = Data(make_truth())
+    task = run_test(data)
+    task.save_images = 2
+    task.write_report(tmp_path, data)
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["val_11.png", "val_300.png"]
+    first, second = (np.asarray(Image.open(tmp_path / "images" / f"val_{i}.png")) for i in (300, 11))
+    assert min(first.shape[:2]) > 300 and first.shape != second.shape
+    results = json.loads((tmp_path / "detections.json").read_text())
+    assert {each["image_id"] for each in results} == set(IMAGES[:-1])
+    assert {each["category_id"] for each in results} == set(CATEGORIES)
+    assert set(results[0]) == {"image_id", "category_id", "bbox", "score", "segmentation"}
+
+
+def test_training_sums_the_losses_and_tells_each():
+    data = Data(make_truth())
+    task = Detection(Oracle(data.split.truth, SHIFTS), recipe("coco_1x"), num_classes=3)
+    before = [weight.clone() for weight in task.model.parameters()]
+    trainer(max_epochs=1, limit_train_batches=3).fit(task, datamodule=data)
+    figures = task.running_figures()
+    assert set(figures) == {"train/loss", "train/loss_cls", "train/loss_bbox"}
+    assert figures["train/loss"] == pytest.approx(figures["train/loss_cls"] + figures["train/loss_bbox"])
+    assert figures["train/loss_bbox"] > 3
+    assert not any(torch.equal(*pair) for pair in zip(before, task.model.parameters(), strict=True))
+    assert 0.1 < task.val_figures["val/box_ap"] < 0.9
+    assert task.trainer.callback_metrics["val/box_ap"] == pytest.approx(task.val_figures["val/box_ap"])
+
+
+def test_complexity_is_that_of_a_padded_image():
+    data = Data(make_truth())
+    task = Detection(Oracle(data.split.truth, SHIFTS), recipe("coco_1x"), num_classes=3)
+    assert task.complexity(data) == complexity(task.model, (64, 64)) == (4 * 28, 64 * 64 * 4 * 27)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(folder, {"train": 4, "val": 1, "test": 2})
+    return folder
+
+
+def real(scenes: Path) -> tuple[Detection, Any]:
+    small = ("model.size=nano", "recipe.batch_size=2", "data.num_workers=0", f"data.root={scenes}")
+    cfg = composed("task=detection", "head=mask_rcnn", *small)
+    torch.manual_seed(0)
+    data = build_data(cfg)
+    return build_task(cfg, data), data
+
+
+def test_mask_rcnn_is_trained_and_tested_on_scenes(scenes, tmp_path):
+    task, data = real(scenes)
+    before = {name: weight.clone() for name, weight in task.model.named_parameters()}
+    trainer(max_epochs=1).fit(task, datamodule=data)
+    losses = {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"}
+    figures = task.running_figures()
+    assert set(figures) == {f"train/{name}" for name in ("loss", *losses)}
+    assert all(math.isfinite(value) and value > 0 for value in figures.values())
+    assert not [name for name, weight in task.model.named_parameters() if torch.equal(weight, before[name])]
+
+    trainer().test(task, datamodule=data, verbose=False)
+    assert task.test_figures(data)["n"] == 2
+    task.save_images = 1
+    task.write_report(tmp_path, data)
+    results = json.loads((tmp_path / "detections.json").read_text())
+    assert {tuple(each["segmentation"]["size"]) for each in results} == {(256, 320)}
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["00000.png"]
+
+
+def test_the_backbone_starts_from_a_classifier_or_a_detector(scenes, tmp_path):
+    classifier = timm.create_model("biformer_nano", num_classes=10)
+    torch.save(
+        {"state_dict": {f"model.{key}": value for key, value in classifier.state_dict().items()}}, tmp_path / "c"
+    )
+    task, _ = real(scenes)
+    head = task.model.state_dict()
+    task.start_from(str(tmp_path / "c"), drop_classifier=False)
+    net, theirs = task.model.backbone.net.state_dict(), classifier.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in net.items())
+    assert all(torch.equal(value, head[key]) for key, value in task.model.state_dict().items() if "head" in key)
+
+    torch.save({"state_dict": task.state_dict()}, tmp_path / "d")
+    another, _ = real(scenes)
+    another.start_from(str(tmp_path / "d"), drop_classifier=False)
+    assert all(torch.equal(value, theirs[key]) for key, value in another.model.backbone.net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("coco_1x", "swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco"),
+        ("coco_3x", "swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco"),
+        ("dino_1x", "dino/dino-4scale_r50_8xb2-12e_coco"),
+    ],
+)
+def test_recipes_are_those_of_mmdetections_configs(name, config):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = Config.fromfile(Path(mmdet.__file__).parent / ".mim/configs" / f"{config}.py")
+    ours, optimizer = recipe(name), theirs.optim_wrapper.optimizer
+    settings = ours["optimizer"]
+    assert (ours["epochs"], ours["batch_size"], settings["lr_batch_size"]) == (theirs.train_cfg.max_epochs, 16, 16)
+    assert settings["name"] == optimizer.type.lower()
+    assert (settings["lr"], settings["weight_decay"]) == (optimizer.lr, optimizer.weight_decay)
+    assert settings["betas"] == list(optimizer.get("betas", (0.9, 0.999)))
+    keys = theirs.optim_wrapper.paramwise_cfg.custom_keys
+    assert settings["backbone_factor"] == keys.get("backbone", {}).get("lr_mult")
+    assert ours["clip_grad"] == theirs.optim_wrapper.get("clip_grad", {}).get("max_norm")
+    *warm_up, steps = theirs.param_scheduler
+    assert (ours["schedule"]["milestones"], ours["schedule"]["gamma"]) == (steps.milestones, steps.gamma)
+    if warm_up:
+        assert ours["schedule"]["warmup_lr"] == pytest.approx(settings["lr"] * warm_up[0].start_factor)
+    else:
+        assert ours["schedule"]["warmup_steps"] == 0
+    choices = next((step.transforms for step in theirs.train_pipeline if step.type == "RandomChoice"), None)
+    assert ours["augment"]["detr_crop"] == (choices is not None)
+    if choices is not None:
+        assert ours["augment"]["sizes"] == [list(scale) for scale in choices[0][0].scales]

@@ -1,0 +1,233 @@
+"""The stand-in for mmcv's compiled extension, through mmcv's own operators, against definitions in float64."""
+
+import importlib.util
+import math
+import sys
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.ops as vision
+from torch import Tensor
+
+from models import mmcv_ext
+
+mmcv_ext.install()
+
+from mmcv.ops import RoIAlign, batched_nms, deform_conv2d, modulated_deform_conv2d, nms, sigmoid_focal_loss, soft_nms  # noqa: E402
+from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention, MultiScaleDeformableAttnFunction  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def random(*shape: int) -> Any:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def random_boxes(number: int) -> tuple[Tensor, Tensor]:
+    corner = 50 * torch.rand(number, 2)
+    return torch.cat([corner, corner + 5 + 30 * torch.rand(number, 2)], 1), torch.rand(number)
+
+
+def overlap(a: Tensor, b: Tensor, offset: int) -> float:
+    w = min(a[2], b[2]) - max(a[0], b[0]) + offset
+    h = min(a[3], b[3]) - max(a[1], b[1]) + offset
+    shared = max(float(w), 0) * max(float(h), 0)
+    areas = [float((c[2] - c[0] + offset) * (c[3] - c[1] + offset)) for c in (a, b)]
+    return shared / (sum(areas) - shared)
+
+
+def suppress(boxes: Tensor, scores: Tensor, offset: int, factor: Any, min_score: float) -> list[tuple[int, float]]:
+    """The definition: take the best box, weigh down the others by their overlap with it, go on."""
+    left, kept = {i: float(score) for i, score in enumerate(scores)}, []
+    while left:
+        best = max(left, key=lambda i: left[i])
+        kept.append((best, left.pop(best)))
+        left = {i: score * factor(overlap(boxes[best], boxes[i], offset)) for i, score in left.items()}
+        left = {i: score for i, score in left.items() if score >= min_score and score > 0}
+    return kept
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_nms(offset):
+    boxes, scores = random_boxes(60)
+    dets, kept = map(torch.as_tensor, nms(boxes, scores, 0.5, offset))
+    expected = suppress(boxes, scores, offset, lambda iou: iou <= 0.5, 0)
+    assert kept.tolist() == [i for i, _ in expected] and 5 < len(kept) < 60
+    assert torch.equal(dets, torch.cat([boxes, scores[:, None]], 1)[kept])
+
+
+def test_nms_of_classes_apart():
+    boxes, scores = random_boxes(60)
+    classes = torch.randint(0, 3, (60,))
+    _, kept = batched_nms(boxes, scores, classes, {"type": "nms", "iou_threshold": 0.5})
+    assert set(kept.tolist()) == {
+        int(own[i])
+        for own in ((classes == c).nonzero()[:, 0] for c in range(3))
+        for i, _ in suppress(boxes[own], scores[own], 0, lambda iou: iou <= 0.5, 0)
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "factor"),
+    [
+        ("naive", lambda iou: iou < 0.3),
+        ("linear", lambda iou: 1.0 if iou < 0.3 else 1 - iou),
+        ("gaussian", lambda iou: math.exp(-(iou**2) / 0.5)),
+    ],
+)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_soft_nms(method, factor, offset):
+    boxes, scores = random_boxes(40)
+    dets, kept = map(torch.as_tensor, soft_nms(boxes, scores, 0.3, 0.5, 0.05, method, offset))
+    expected = suppress(boxes, scores, offset, factor, 0.05)
+    assert kept.tolist() == [i for i, _ in expected]
+    assert torch.allclose(dets, torch.tensor([[*boxes[i], score] for i, score in expected]), atol=1e-6)
+
+
+def test_roi_align_of_a_slope_is_its_value_in_the_middle_of_each_bin():
+    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(50.0), indexing="ij")
+    maps = torch.stack([2 * x + 3 * y, x - y])[None].repeat(2, 1, 1, 1)
+    maps[1] += 7
+    rois = torch.tensor([[0, 8.0, 12.0, 72.0, 60.0], [1, 20.0, 10.0, 60.0, 50.0]])
+    out = RoIAlign((3, 4), spatial_scale=0.5, sampling_ratio=2, aligned=True)(maps, rois)
+    for roi, bins in zip(rois, out, strict=True):
+        left, top, right, bottom = roi[1:] * 0.5 - 0.5
+        middle = [
+            [top + (i + 0.5) * (bottom - top) / 3, left + (j + 0.5) * (right - left) / 4]
+            for i, j in product(range(3), range(4))
+        ]
+        v, u = torch.tensor(middle).T
+        expected = torch.stack([2 * u + 3 * v, u - v]) + 7 * roi[0]
+        assert torch.allclose(bins.flatten(1), expected, atol=1e-4)
+
+
+def test_roi_align_gradients():
+    maps, rois = random(2, 3, 9, 11), torch.tensor([[0, 2, 3, 30, 20], [1, 0, 0, 40, 33]], dtype=torch.float64)
+    layer = RoIAlign((2, 3), spatial_scale=0.25, sampling_ratio=0, aligned=True)
+    assert torch.autograd.gradcheck(lambda x: layer(x, rois), maps)
+    half = layer(maps.detach().bfloat16(), rois.bfloat16())
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.double(), layer(maps, rois), atol=0.05)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_focal_loss(weighted):
+    logits, target = random(20, 5), torch.randint(0, 6, (20,))  # 5 is the background
+    weight = torch.rand(5, dtype=torch.float64) if weighted else None
+    hot = F.one_hot(target, 6)[:, :5].double()
+    expected = vision.sigmoid_focal_loss(logits, hot, alpha=0.25, gamma=2.0)
+    expected = (expected * (1 if weight is None else weight)).sum()
+    loss = sigmoid_focal_loss(logits, target, 2.0, 0.25, weight, "sum")
+    assert torch.allclose(loss, expected)
+    got, want = (torch.autograd.grad(each, logits)[0] for each in (loss, expected))
+    assert torch.allclose(got, want)
+
+
+GEOMETRY = [
+    # stride, padding, dilation, groups, groups of offsets
+    ((1, 1), (1, 1), (1, 1), 1, 1),
+    ((2, 1), (0, 1), (1, 2), 2, 2),
+]
+
+
+@pytest.mark.parametrize(("stride", "padding", "dilation", "groups", "offset_groups"), GEOMETRY)
+@pytest.mark.parametrize("masked", [False, True])
+def test_deformable_convolution(stride, padding, dilation, groups, offset_groups, masked):
+    x, weight, bias = random(2, 4, 9, 10), random(6, 4 // groups, 3, 3), random(6)
+    H, W = ((n + 2 * p - d * 2 - 1) // s + 1 for n, p, d, s in zip((9, 10), padding, dilation, stride, strict=True))
+    offset, mask = random(2, offset_groups * 18, H, W), random(2, offset_groups * 9, H, W)
+    how = (stride, padding, dilation)
+
+    def ours(offset: Tensor, mask: Tensor) -> Tensor:
+        if masked:
+            return modulated_deform_conv2d(x, offset, mask, weight, bias, *how, groups, offset_groups)
+        return deform_conv2d(x, offset, weight, *how, groups, offset_groups, False, 2)
+
+    plain = F.conv2d(x, weight, bias if masked else None, *how, groups)
+    assert torch.allclose(ours(torch.zeros_like(offset), torch.ones_like(mask)), plain)
+    wanted = vision.deform_conv2d(x, offset, weight, bias if masked else None, *how, mask if masked else None)
+    out, up = ours(offset, mask), torch.randn_like(plain)
+    assert torch.allclose(out, wanted)
+    inputs = [x, offset, weight, *([mask, bias] if masked else [])]
+    for got, want in zip(*(torch.autograd.grad(each, inputs, up) for each in (out, wanted)), strict=True):
+        assert torch.allclose(got, want)
+
+
+def sampled(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """The definition, by loops: bilinear between the four tokens around each place, zeros outside the map."""
+    B, Q, heads, levels, points, _ = locations.shape
+    starts = np.cumsum([0, *(h * w for h, w in shapes)])
+    out = []
+    for b, q, head in product(range(B), range(Q), range(heads)):
+        total = value.new_zeros(value.shape[-1])
+        for level, point in product(range(levels), range(points)):
+            h, w = shapes[level]
+            x, y = locations[b, q, head, level, point] * torch.tensor([w, h]) - 0.5
+            for i, j in product((int(y.floor()), int(y.floor()) + 1), (int(x.floor()), int(x.floor()) + 1)):
+                if 0 <= i < h and 0 <= j < w:
+                    share = (1 - (y - i).abs()) * (1 - (x - j).abs()) * weights[b, q, head, level, point]
+                    total = total + share * value[b, starts[level] + i * w + j, head]
+        out.append(total)
+    return torch.stack(out).view(B, Q, -1)
+
+
+def attention_inputs() -> tuple[Any, ...]:
+    shapes = [(4, 5), (2, 3)]
+    value, weights = random(2, 26, 2, 3), torch.rand(2, 4, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    locations = (1.2 * torch.rand(2, 4, 2, 2, 3, 2, dtype=torch.float64) - 0.1).requires_grad_()
+    return shapes, value, locations, weights
+
+
+def test_deformable_attention_and_its_gradients():
+    shapes, value, locations, weights = attention_inputs()
+    sizes, starts = torch.tensor(shapes), torch.tensor([0, 20])
+    out = MultiScaleDeformableAttnFunction.apply(value, sizes, starts, locations, weights, 64)
+    expected, up = sampled(value, shapes, locations, weights), torch.randn(2, 4, 6, dtype=torch.float64)
+    assert torch.allclose(out, expected)
+    inputs = (value, locations, weights)
+    for got, want in zip(*(torch.autograd.grad(each, inputs, up) for each in (out, expected)), strict=True):
+        assert torch.allclose(got, want)
+    half = [t.detach().bfloat16() for t in inputs]
+    low = MultiScaleDeformableAttnFunction.apply(half[0], sizes, starts, *half[1:], 64)
+    assert low.dtype == torch.bfloat16 and torch.allclose(low.double(), out, atol=0.2)
+
+
+def test_the_module_takes_the_extension_for_tensors_on_cuda():
+    """On the CPU mmcv's module takes its plain path; what it calls on CUDA gives the same."""
+    module = MultiScaleDeformableAttention(8, num_heads=2, num_levels=2, num_points=3, batch_first=True).eval()
+    torch.nn.init.normal_(module.sampling_offsets.weight, std=0.1)
+    query, value, points = torch.randn(2, 4, 8), torch.randn(2, 26, 8), torch.rand(2, 4, 2, 2)
+    sizes, starts = torch.tensor([(4, 5), (2, 3)]), torch.tensor([0, 20])
+    seen = {}
+
+    def on_cuda(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        seen["called"] = True
+        return MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights, 64)
+
+    how: Any = {"reference_points": points, "spatial_shapes": sizes, "level_start_index": starts}
+    plain = module(query, value=value, **how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmcv.ops.multi_scale_deform_attn.multi_scale_deformable_attn_pytorch", on_cuda)
+        assert torch.allclose(module(query, value=value, **how), plain, atol=1e-6) and seen
+
+
+def test_an_operator_that_is_not_there_says_so():
+    from mmcv.ops import box_iou_rotated
+
+    if mmcv_ext.install():
+        with pytest.raises(ValueError, match=r"operator box_iou_rotated needs a compiled mmcv: only mmcv-lite is"):
+            box_iou_rotated(torch.rand(1, 5), torch.rand(1, 5))
+
+
+def test_a_compiled_extension_stays(monkeypatch):
+    monkeypatch.delitem(sys.modules, mmcv_ext.NAME)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert not mmcv_ext.install() and mmcv_ext.NAME not in sys.modules
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert mmcv_ext.install() and sys.modules[mmcv_ext.NAME] is mmcv_ext

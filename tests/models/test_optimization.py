@@ -1,0 +1,97 @@
+import pytest
+import torch
+from torch import nn
+
+from models.tasks.optimization import check_optimizer, create_optimizer, create_schedule, total_epochs
+
+STEPS = 10  # of an epoch
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Linear(2, 2), nn.Linear(2, 2)
+
+
+def recipe(schedule, epochs: int | None = 12, steps=None, **optimizer):
+    settings = {"name": "sgd", "lr": 1.0, "lr_batch_size": 8, "weight_decay": 0.1, "momentum": 0.9, **optimizer}
+    common = {"warmup_epochs": 0, "warmup_lr": 0.0, "min_lr": 0.0}
+    return {
+        "epochs": epochs, "steps": steps, "batch_size": 8, "optimizer": settings, "schedule": common | schedule,
+    }  # fmt: skip
+
+
+def rates(settings, steps):
+    """The learning rate of each optimiser step, as the tasks set it: after each step, for the next."""
+    optimizer = create_optimizer(Net(), settings)
+    schedule = create_schedule(optimizer, settings, STEPS)
+    found = []
+    for step in range(steps):
+        found.append(max(group["lr"] for group in optimizer.param_groups))
+        schedule.step_update(step + 1)
+    return found
+
+
+def test_steps_fall_after_their_epochs():
+    found = rates(recipe({"kind": "step", "milestones": [8, 11], "gamma": 0.1}), 120)
+    assert found[:80] == [1.0] * 80
+    assert found[80:110] == pytest.approx([0.1] * 30)
+    assert found[110:] == pytest.approx([0.01] * 10)
+
+
+def test_milestones_do_not_move_with_the_warm_up():
+    settings = recipe({"kind": "step", "milestones": [8, 11], "gamma": 0.1, "warmup_steps": 5, "warmup_lr": 0.001})
+    found = rates(settings, 120)
+    assert found[:5] == pytest.approx([0.001 + 0.999 * i / 5 for i in range(5)])
+    assert found[5:80] == [1.0] * 75 and found[80] == pytest.approx(0.1)
+
+
+def test_poly_is_that_of_its_formula():
+    found = rates(recipe({"kind": "poly", "power": 0.9, "min_lr": 0.01}, epochs=4), 40)
+    assert found == pytest.approx([0.01 + 0.99 * (1 - i / 40) ** 0.9 for i in range(40)])
+
+
+def test_steps_are_rounded_up_to_whole_epochs():
+    settings = recipe({"kind": "poly", "power": 1.0}, epochs=None, steps=95)
+    assert total_epochs(settings, STEPS) == 10
+    assert rates(settings, 100)[-1] == pytest.approx(0.01)  # falls over all 100
+
+
+@pytest.mark.parametrize("kind", ["cosine", "step", "poly"])
+def test_the_backbone_learns_by_a_fraction_of_the_rate(kind):
+    settings = recipe({"kind": kind, "milestones": [8], "gamma": 0.1, "power": 1.0}, backbone_factor=0.1)
+    net = Net()
+    optimizer = create_optimizer(net, settings)
+    schedule = create_schedule(optimizer, settings, STEPS)
+    schedule.step_update(85)
+    rate = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    for name in ("weight", "bias"):
+        slow, fast = rate[id(getattr(net.backbone, name))], rate[id(getattr(net.head, name))]
+        assert slow[0] == pytest.approx(0.1 * fast[0]) and slow[1] == fast[1] == (0.1 if name == "weight" else 0.0)
+    assert len(rate) == 4
+
+
+def test_a_first_step_is_slow_too():
+    settings = recipe({"kind": "poly", "power": 1.0}, backbone_factor=0.1, weight_decay=0.0)
+    net = Net()
+    optimizer = create_optimizer(net, settings)
+    create_schedule(optimizer, settings, STEPS)
+    before = [p.detach().clone() for p in (net.backbone.weight, net.head.weight)]
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    after = (p.detach() for p in (net.backbone.weight, net.head.weight))
+    slow, fast = (float((old - new).mean()) for old, new in zip(before, after, strict=True))
+    assert slow == pytest.approx(0.1 * fast) and fast > 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "says"),
+    [
+        ({"kind": "linear"}, "recipe.schedule.kind must be cosine, step, poly, not 'linear'"),
+        ({"kind": "step"}, r"recipe.schedule.kind=step needs recipe.schedule.milestones, such as \[8, 11\]"),
+    ],
+)
+def test_wrong_schedules_are_refused(schedule, says):
+    with pytest.raises(ValueError, match=says):
+        check_optimizer(recipe(schedule))

@@ -1,0 +1,302 @@
+"""The segmentation task around a net and data that are made up: what it computes of them is known."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from evaluation.segmentation import areas, confusion_matrix, figures
+from models.tasks.optimization import create_optimizer, create_schedule, total_epochs
+from models.tasks.segmentation import Inference, Segmentation, windows
+from runs.config import CONF
+
+K = 4
+NAMES = ("wall", "sky", "tree", "road")
+
+
+class Truthful(nn.Module):
+    """A segmentor of images whose first channel is the mask: its logits are 5 for that class, 0 for the others; they
+    are noisy by `noise`, which follows from the image alone."""
+
+    def __init__(self, noise: float = 0.0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(5.0))
+        self.noise = noise
+        self.shapes: list[tuple[int, ...]] = []  # of what went through
+
+    def logits(self, image: Tensor) -> Tensor:
+        self.shapes.append(tuple(image.shape))
+        scores = self.scale * F.one_hot(image[:, 0].round().clamp(0, K - 1).long(), K).permute(0, 3, 1, 2)
+        return scores + self.noise * torch.stack([torch.sin(7 * (i + 1) * image[:, 1]) for i in range(K)], 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.logits(image)
+
+    def loss(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        logits = self.logits(image)
+        entropy = F.cross_entropy(logits, mask, ignore_index=255)
+        return {"decode.loss_ce": entropy, "aux.loss_ce": 0.4 * entropy}
+
+
+class Images:
+    """Striped masks of two sizes, the upper rows ignored; the images are the whole masks, smaller by `shrink`, and a
+    channel of noise."""
+
+    def __init__(self, count: int, shrink: int = 1):
+        rng = np.random.default_rng(0)
+        self.masks, self.images = [], []
+        for i in range(count):
+            stripes = rng.integers(0, K, (1, 8 if i % 2 else 5)).astype(np.uint8)
+            self.masks.append(stripes.repeat(48, 0).repeat(8, 1))
+            small = self.masks[-1][::shrink, ::shrink].astype(np.float32)
+            self.images.append(np.stack([small, rng.random(small.shape, np.float32), small]))
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def name(self, index: int) -> str:
+        return f"park/{index:03d}.jpg"
+
+    def __getitem__(self, index: int) -> dict:
+        mask = self.masks[index].copy()
+        mask[:3] = 255
+        return {"image": np.full((*mask.shape, 3), 60, np.uint8), "mask": mask}
+
+    def batch(self, positions: list[int]) -> dict[str, Any]:
+        """An evaluation batch; a position of -1 is padding, an image of one class."""
+        samples = [(self.images[i], self[i]["mask"]) for i in positions]
+        return {
+            "image": [torch.from_numpy(image) for image, _ in samples],
+            "mask": [torch.from_numpy(mask).long() for _, mask in samples],
+            "original_sizes": torch.tensor([mask.shape for _, mask in samples]),
+            "index": torch.tensor(positions),
+        }
+
+
+class Data(pl.LightningDataModule):
+    class_names, num_classes, image_size, in_chans = NAMES, K, (48, 64), 3
+
+    def __init__(self, count: int, batch_size: int, shrink: int = 1, padding: int = 0):
+        super().__init__()
+        self.set = Images(count, shrink)
+        order = [*range(count), *[-1] * padding]
+        self.batches = [self.set.batch(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
+
+    def images(self, split: str) -> Images:
+        return self.set
+
+    def val_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        mine = self.batches[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(mine, batch_size=None)  # pyright: ignore[reportArgumentType]
+
+    test_dataloader = val_dataloader
+
+
+def make_task(net: nn.Module | None = None, **test: Any) -> Segmentation:
+    config: Any = OmegaConf.to_container(OmegaConf.load(CONF / "task/segmentation.yaml"))
+    recipe = {"optimizer": {"name": "adamw"}, "schedule": {"kind": "cosine"}}
+    return Segmentation(net or Truthful(), recipe, num_classes=K, test=config["test"] | test)
+
+
+def evaluated(task: Segmentation, data: Data, devices: int = 1) -> dict[str, Any]:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    strategy = "ddp" if devices > 1 else "auto"
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        **quiet,
+    )
+    trainer.validate(task, datamodule=data, verbose=False)
+    trainer.test(task, datamodule=data, verbose=False)
+    return task.test_figures(data)
+
+
+@pytest.mark.parametrize("shrink", [1, 4])
+@pytest.mark.parametrize("test", [{}, {"mode": "slide", "crop": [8, 8], "stride": [4, 6]}, {"flip": True}])
+def test_predictions_of_the_truth_are_perfect_at_the_original_size(test, shrink):
+    task = make_task(**test)
+    summary = evaluated(task, Data(5, 2, shrink))
+    assert summary["miou"] == summary["pixel_accuracy"] == summary["mean_accuracy"] == 1
+    assert summary["n"] == 5
+    assert task.val_figures == {"val/miou": 1.0, "val/pixel_accuracy": 1.0, "val/mean_accuracy": 1.0}
+
+
+def test_figures_are_those_of_all_pixels_together():
+    net, data = Truthful(noise=8.0), Data(6, 4)
+    task = make_task(net)
+    summary = evaluated(task, data)
+    confusion = np.zeros((K, K), np.int64)
+    for i, image in enumerate(data.set.images):
+        prediction = net.logits(torch.from_numpy(image)[None])[0].argmax(0)
+        confusion += confusion_matrix(prediction, torch.from_numpy(data.set[i]["mask"]), K).numpy()
+    expected = figures(areas(confusion))
+    assert 0.2 < expected["miou"] < 0.9
+    assert {name: summary[name] for name in expected} == pytest.approx(expected)
+    assert task.val_figures == pytest.approx({f"val/{name}": value for name, value in expected.items()})
+
+
+@pytest.mark.parametrize("test", [{}, {"mode": "slide", "crop": [32, 32], "stride": [16, 16], "flip": True}])
+def test_neither_the_batch_nor_padding_changes_the_figures(test):
+    one = evaluated(make_task(Truthful(8.0), **test), Data(5, 1))
+    assert one["miou"] < 0.9
+    assert (
+        one
+        == evaluated(make_task(Truthful(8.0), **test), Data(5, 4))
+        == evaluated(make_task(Truthful(8.0), **test), Data(5, 4, padding=3))
+    )
+
+
+def rank(rank: int, folder: Path, port: int) -> None:
+    """One of two processes: what it makes of its images, and has been told of the other's."""
+    torch.set_num_threads(1)  # after a fork, OpenMP would hang
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    task = make_task(Truthful(8.0))
+    task.save_images = 5
+    summary = evaluated(task, Data(5, 1, padding=1), devices=2)
+    (folder / f"{rank}.json").write_text(json.dumps([summary, task.val_figures, sorted(task.pictures)]))
+
+
+def test_two_processes_equal_one(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(rank, (tmp_path, port), nprocs=2, start_method="fork")
+    task = make_task(Truthful(8.0))
+    summary = evaluated(task, Data(5, 1))
+    for number in range(2):
+        assert json.loads((tmp_path / f"{number}.json").read_text()) == [summary, task.val_figures, [0, 1, 2, 3, 4]]
+
+
+def test_losses_are_summed_and_tracked_by_name():
+    task, data = make_task(), Images(4)
+    task.trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    images = torch.stack([torch.from_numpy(data.images[i]) for i in (1, 3)])
+    masks = torch.stack([torch.from_numpy(data.masks[i]).long() for i in (1, 3)])
+    loss = task.training_step({"image": images, "mask": masks}, 0)
+    tracked = task.running_figures()
+    assert tracked["train/loss"] == pytest.approx(float(loss.detach()))
+    assert tracked["train/aux.loss_ce"] == pytest.approx(0.4 * tracked["train/decode.loss_ce"])
+    assert tracked["train/loss"] == pytest.approx(1.4 * tracked["train/decode.loss_ce"])
+    loss.backward()
+    assert float(task.model.scale.grad) < 0  # pyright: ignore[reportArgumentType]  # surer is better
+
+
+def test_windows_cover_a_side_and_end_with_it():
+    assert windows(10, 4, 3) == [(0, 4), (3, 7), (6, 10)]
+    assert windows(11, 4, 3) == [(0, 4), (3, 7), (6, 10), (7, 11)]
+    assert windows(4, 4, 3) == windows(4, 9, 3) == [(0, 4)]
+    assert windows(2048, 512, 341) == [(start, start + 512) for start in (0, 341, 682, 1023, 1364, 1536)]
+
+
+def test_a_sliding_average_by_hand():
+    """Each window's logits are the number of the window: 1, 2, 3, ...; overlaps have the mean."""
+    seen = []
+
+    def logits(image: Tensor) -> Tensor:
+        seen.append(image[0, 0].clone())
+        return torch.full((1, 1, *image.shape[2:]), float(len(seen)))
+
+    image = torch.arange(15.0).view(1, 3, 5)
+    scores = Inference(mode="slide", crop=(2, 3), stride=(2, 2))(logits, image, (3, 5))
+    # rows 0-1 and 1-2, columns 0-2 and 2-4: windows 1 2 / 3 4
+    assert scores[0].tolist() == [[1, 1, 1.5, 2, 2], [2, 2, 2.5, 3, 3], [3, 3, 3.5, 4, 4]]
+    assert seen[3].tolist() == [[7, 8, 9], [12, 13, 14]]
+
+
+def test_one_window_or_one_view_is_the_whole():
+    net = Truthful(noise=3.0)
+    image = torch.from_numpy(Images(1).images[0])
+    whole = Inference()(net.logits, image, (50, 70))
+    assert torch.equal(Inference(mode="slide", crop=(48, 40), stride=(10, 10))(net.logits, image, (50, 70)), whole)
+    assert torch.equal(Inference(mode="slide", crop=(90, 90), stride=(90, 90))(net.logits, image, (50, 70)), whole)
+    assert torch.equal(Inference(scales=[1.0])(net.logits, image, (50, 70)), whole)
+    expected = F.interpolate(net.logits(image[None]), (50, 70), mode="bilinear", align_corners=False)[0]
+    assert torch.equal(whole, expected)
+
+
+def test_views_are_averaged_after_the_softmax():
+    """A net that sees the left edge, and the size: mirrored views are mirrored back."""
+
+    def logits(image: Tensor) -> Tensor:
+        ramp = torch.linspace(0, 1, image.shape[3]).expand(image.shape[2], -1)
+        return torch.stack([ramp * image.shape[2], image[0, 0]])[None]
+
+    image = torch.rand(3, 10, 16, generator=torch.Generator().manual_seed(0))
+    scores = Inference(scales=[1.0, 1.5], flip=True)(logits, image, (10, 16))
+    expected = torch.zeros(2, 10, 16)
+    for scale in (1.0, 1.5):
+        size = (int(10 * scale), int(16 * scale))
+        view = F.interpolate(image[None], size, mode="bilinear", align_corners=False)
+        for turned in (False, True):
+            out = logits(view.flip(3)).flip(3) if turned else logits(view)
+            expected += F.interpolate(out, (10, 16), mode="bilinear", align_corners=False)[0].softmax(0)
+    torch.testing.assert_close(scores, expected)
+    assert torch.allclose(scores.sum(0), torch.full((10, 16), 4.0))
+
+
+def test_sides_become_multiples():
+    net, image = Truthful(), torch.from_numpy(Images(1).images[0])  # 48 x 40
+    Inference(multiple=32, scales=[1.0, 0.5])(net.logits, image, (48, 40))
+    assert [shape[2:] for shape in net.shapes] == [(64, 64), (32, 32)]
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        ({"mode": "silde"}, r"task.test.mode must be whole or slide, not 'silde'.*slide"),
+        ({"stride": [600, 341]}, r"a stride from 1 to the crop's side; not \[512, 512\] and \[600, 341\]"),
+        ({"crop": [512]}, r"are \[height, width\]"),
+        ({"scales": []}, "must be factors above 0"),
+        ({"multiple": 0}, "must be null or a number of pixels, not 0"),
+    ],
+)
+def test_wrong_rules_are_refused(test, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(**test)
+
+
+def test_the_report_has_tables_and_pictures(tmp_path: Path):
+    task, data = make_task(Truthful(noise=8.0)), Data(9, 2, padding=1)
+    task.save_images = 3
+    evaluated(task, data)
+    task.write_report(tmp_path, data)
+    written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
+    pictures = [f"images/park_{index:03d}.png" for index in (0, 3, 6)]
+    assert written == ["confusion.png", *pictures, "iou.csv", "per_class.png"]
+
+
+RECIPES = ("ade20k_80k", "ade20k_160k", "mask2former_160k", "vwformer_160k", "small_segmentation")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_compose_and_drive_optimiser_and_schedule(name):
+    with initialize_config_dir(str(CONF / "recipe"), version_base=None):
+        recipe: Any = OmegaConf.to_container(compose(name))
+    assert (recipe["steps"] is None) != (recipe["epochs"] is None)
+    net = nn.Module()
+    net.backbone, net.head = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = create_optimizer(net, recipe)
+    schedule = create_schedule(optimizer, recipe, steps_per_epoch=1000)
+    total = 1000 * total_epochs(recipe, 1000)
+    rates = []
+    for step in (0, recipe["schedule"]["warmup_steps"], total // 2, total - 1):
+        schedule.step_update(step)
+        rates.append(max(group["lr"] for group in optimizer.param_groups))
+    assert rates[1] == pytest.approx(recipe["optimizer"]["lr"], rel=0.02)
+    assert rates[1] > rates[2] > rates[3]
+    assert rates[3] < 0.02 * rates[1]
