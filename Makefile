@@ -42,6 +42,7 @@ format: setup ## put the code into its form
 
 bench: setup ## the benchmarks, as ratios against named peers
 	$(BIN)/python scripts/benchmark_ops.py
+	$(BIN)/python scripts/benchmark_heads.py
 	$(BIN)/python scripts/benchmark_pipeline.py
 	$(BIN)/python scripts/benchmark_trainer.py
 	$(BIN)/python scripts/benchmark_models.py --models biformer_tiny swin_tiny resnet50

@@ -14,7 +14,7 @@ from ops.registry import nearest
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PAPERS, MODELS = CONF / "paper", CONF / "model"
 DENSE = {"detection": "coco", "segmentation": "ade20k"}  # tables beside the classifiers', and their data
-NOT_ARCHITECTURE = ("name", "drop_path_rate", "images_up_to")  # keys of a size in conf/model
+NOT_ARCHITECTURE = ("name", "drop_path_rate", "images_up_to", "dense")  # keys of a size in conf/model
 
 
 def list_papers() -> list[str]:

@@ -17,6 +17,7 @@ class Backbone(nn.Module):
     """
 
     renames: Renames = ()  # from the names in the authors' checkpoints to ours; an op's own are with the op
+    map_norms = False  # whether the authors' code for dense features has a LayerNorm on each map
     out_indices: Any = (0, 1, 2, 3)  # of the maps that `features_only=True` gives
     num_features: int
     global_pool: nn.Module

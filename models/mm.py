@@ -341,7 +341,9 @@ def own_neck(head: Any, fpn: dict, build: Callable[[dict], nn.Module]) -> nn.Mod
     width, levels = fpn["out_channels"], fpn["num_outs"]
     if head.neck == "rcnet":
         return RCNet(fpn["in_channels"], width, levels)
-    return nn.Sequential(build(fpn), SelectiveDenseAttention(width, levels))
+    from mmengine.model import Sequential  # it passes on the call that initialises the pyramid
+
+    return Sequential(build(fpn), SelectiveDenseAttention(width, levels))
 
 
 def summed(losses: Mapping[str, Any]) -> dict[str, Tensor]:

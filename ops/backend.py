@@ -26,6 +26,11 @@ def set_backend(name: str) -> None:
     _state["backend"] = name
 
 
+def automatic() -> bool:
+    """Whether the quickest form may be chosen, from another library too."""
+    return _state["backend"] == "auto"
+
+
 def use_triton(primitive: str, obstacle: str | None) -> bool:
     """Whether `primitive` runs as its kernel, which `obstacle` keeps it from, if anything does.
 

@@ -5,27 +5,30 @@ attention (Hassani et al., arXiv:2504.16922). Written after the papers and the d
 SHI-Labs/NATTEN (MIT).
 """
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ops.functional import biased_sdpa, merge_heads, split_heads
+from ops.backend import automatic, obstacle_to_kernels, use_triton
+from ops.functional import biased_scores_attention, merge_heads, split_heads
 from ops.windows import from_windows, to_windows
 
 Pair = tuple[int, int]  # along H and along W
 
+NATTEN_INSTALLED = find_spec("natten") is not None
+
 
 def neighborhood_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
     num_heads: int,
     kernel: Pair,
     dilation: Pair = (1, 1),
     stride: Pair = (1, 1),
     causal: tuple[bool, bool] = (False, False),
-    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention from each token of a map to a neighbourhood of kernel[0] x kernel[1] tokens.
 
@@ -35,26 +38,69 @@ def neighborhood_attention(
     Along a causal side, it ends with the last of those that share it, is cut off at the start of the map, and a token
     sees none after itself in it. A token sees another if it does along both sides.
 
-    Queries are taken together in tiles and the box around what a tile sees is masked: up to four times as many pairs
-    are multiplied as are seen, and yet several times quicker than each query's neighbourhood is copied; the copies
-    are a small multiple of the map. On the meta device, on which operations are counted, a tile is no larger than a
-    stride, which leaves the pairs that are seen.
+    On a GPU, `ops.backend=auto` leaves it to NATTEN, where that is installed and there is no bias, which it lacks; the
+    Triton kernels have no strides and no causal sides.
 
     Args:
-        q, k, v: (B, H, W, C); each side has at least kernel * dilation tokens.
-        stride: from 1 to the kernel.
+        qkv: (B, H, W, 3C): queries, keys and values; each side has at least kernel * dilation tokens.
         bias: (heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1), added to the scores by the offset from query to key.
+        stride: from 1 to the kernel.
 
     Returns:
         (B, H, W, C).
     """
-    at_once = stride if q.is_meta else kernel
+    if bias is None and (na2d := natten_na2d(qkv, num_heads, kernel)):
+        q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)  # (B, H, W, heads, D)
+        return na2d(q, k, v, kernel_size=kernel, stride=stride, dilation=dilation, is_causal=causal).flatten(-2)
+    if use_triton("neighborhood_attention", obstacle(qkv, num_heads, stride, causal)):
+        from ops.kernels.neighborhood_attention import neighborhood_attention as kernels
+
+        return kernels(qkv, bias, num_heads, kernel, dilation)
+    return tiled_attention(qkv, bias, num_heads, kernel, dilation, stride, causal)
+
+
+def obstacle(qkv: Tensor, num_heads: int, stride: Pair, causal: tuple[bool, bool]) -> str | None:
+    """What keeps the Triton kernels from running; None: nothing does."""
+    if reason := obstacle_to_kernels(qkv, qkv.shape[-1] // (3 * num_heads)):
+        return reason
+    if max(stride) > 1:
+        return f"it takes strides of 1, not {stride[0]} x {stride[1]}"
+    return "it takes no causal sides" if any(causal) else None
+
+
+def natten_na2d(qkv: Tensor, num_heads: int, kernel: Pair) -> Callable[..., Tensor] | None:
+    """NATTEN's attention without a bias, where it is to be used: it is installed with its own kernels, and they fit."""
+    fits = qkv.shape[-1] // (3 * num_heads) % 8 == 0 and min(kernel) > 1
+    if not NATTEN_INSTALLED or not automatic() or not qkv.is_cuda or not fits:
+        return None
+    import natten  # pyright: ignore[reportMissingImports]
+
+    return natten.na2d if natten.HAS_LIBNATTEN else None
+
+
+def tiled_attention(
+    qkv: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    kernel: Pair,
+    dilation: Pair,
+    stride: Pair,
+    causal: tuple[bool, bool],
+) -> Tensor:
+    """`neighborhood_attention` in plain PyTorch.
+
+    Queries are taken together in tiles and the box around what a tile sees is masked: up to four times as many pairs
+    are multiplied as are seen, and yet several times quicker than each query's neighbourhood is copied; the copies
+    are a small multiple of the map. On the meta device, on which operations are counted, a tile is no larger than a
+    stride, which leaves the pairs that are seen.
+    """
+    at_once = stride if qkv.is_meta else kernel
     rows, columns = (
-        tiles_of_side(n, kernel[i], dilation[i], stride[i], causal[i], at_once[i], q.device)
-        for i, n in enumerate(q.shape[1:3])
+        tiles_of_side(n, kernel[i], dilation[i], stride[i], causal[i], at_once[i], qkv.device)
+        for i, n in enumerate(qkv.shape[1:3])
     )
     seen = rows.seen[:, None, :, None, :, None] & columns.seen[:, None, :, None]  # (tiles, tiles, T, T, K, K)
-    mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+    mask = torch.zeros_like(seen, dtype=qkv.dtype).masked_fill_(~seen, -torch.inf)
     mask = mask.flatten(4).flatten(2, 3).flatten(0, 1).unsqueeze(1)  # (P, 1, T * T, K * K)
     if bias is not None:
         table = bias.index_select(2, columns.offsets.flatten() + kernel[1] - 1)
@@ -62,12 +108,10 @@ def neighborhood_attention(
         table = table.unflatten(2, columns.offsets.shape).unflatten(1, rows.offsets.shape)
         mask = mask + table.permute(1, 4, 0, 2, 5, 3, 6).flatten(5).flatten(3, 4).flatten(0, 1)
 
+    q, k, v = qkv.chunk(3, dim=-1)
     q = split_heads(tiled(q, rows.queries, columns.queries), num_heads)  # (B, P, heads, T * T, D)
     k, v = (split_heads(tiled(t, rows.keys, columns.keys), num_heads) for t in (k, v))
-    if q.device.type != "cpu":
-        out = biased_sdpa(q, k, v, mask)
-    else:
-        out = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + mask).softmax(-1) @ v
+    out = biased_scores_attention(q, k, v, mask, q.shape[-1] ** -0.5)
     grid, size = (len(rows.queries), len(columns.queries)), (rows.queries.numel(), columns.queries.numel())
     return from_windows(merge_heads(out), grid, size).index_select(1, rows.order).index_select(2, columns.order)
 

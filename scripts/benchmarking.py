@@ -24,12 +24,20 @@ from runs.files import replacing
 
 Row = dict[str, str | int | float | None]
 
+FLUSHED_BYTES = 2**29  # several times the cache of any GPU
+QUEUEING_CYCLES = 5_000_000  # some milliseconds, in which the kernels of a call are queued
+
 
 @dataclass(frozen=True)
 class Timing:
     """Seconds a call, one figure a round."""
 
     seconds: tuple[float, ...]
+
+    @classmethod
+    def sum(cls, parts: Sequence[tuple[int, "Timing"]]) -> "Timing":
+        """Of calls one after another: how many of each."""
+        return cls(tuple(np.sum([count * np.array(timing.seconds) for count, timing in parts], axis=0).tolist()))
 
     @property
     def median(self) -> float:
@@ -52,13 +60,19 @@ class Timing:
 
 
 def interleave(
-    callables: Mapping[str, Callable[[], object]], rounds: int = 7, warmup: int = 2, min_seconds: float = 0.0
+    callables: Mapping[str, Callable[[], object]],
+    rounds: int = 7,
+    warmup: int = 2,
+    min_seconds: float = 0.0,
+    on_gpu: bool = False,
 ) -> dict[str, Timing]:
     """Time the callables in turn, round by round, the order reversed in every second round.
 
     A call is finished when the GPU, if one is in use, is. A callable quicker than `min_seconds` is called as many
-    times in a round as fill them, and the mean counts.
+    times in a round as fill them, and the mean counts. With `on_gpu` a round is one call, of which the GPU's own time
+    between two events counts, with other data in its cache before.
     """
+    cache = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda") if on_gpu else None
     calls = {}
     for name, call in callables.items():
         for _ in range(warmup):
@@ -67,8 +81,24 @@ def interleave(
     samples: dict[str, list[float]] = {name: [] for name in callables}
     for i in range(rounds):
         for name in list(callables)[:: -1 if i % 2 else 1]:
-            samples[name].append(_seconds(callables[name], max(1, calls[name])))
+            if cache is None:
+                samples[name].append(_seconds(callables[name], max(1, calls[name])))
+            else:
+                samples[name].append(_gpu_seconds(callables[name], cache))
     return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
+
+
+def _gpu_seconds(call: Callable[[], object], cache: torch.Tensor) -> float:
+    """Seconds from the start of a call's first kernel to the end of its last."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    cache.zero_()
+    torch.cuda._sleep(QUEUEING_CYCLES)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def _seconds(call: Callable[[], object], calls: int) -> float:

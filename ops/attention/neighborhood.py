@@ -68,9 +68,9 @@ class NeighborhoodAttention(nn.Module):
         H, W = x.shape[1:3]
         dilation = self.dilation or (max(H // self.kernel[0], 1), max(W // self.kernel[1], 1))
         pad_h, pad_w = (max(k * d - n, 0) for k, d, n in zip(self.kernel, dilation, (H, W), strict=True))
-        q, k, v = self.qkv(F.pad(x, (0, 0, 0, pad_w, 0, pad_h))).chunk(3, dim=-1)
+        qkv = self.qkv(F.pad(x, (0, 0, 0, pad_w, 0, pad_h)))
         bias = self.relative_position_bias_table
-        out = neighborhood_attention(q, k, v, self.num_heads, self.kernel, dilation, self.stride, self.causal, bias)
+        out = neighborhood_attention(qkv, bias, self.num_heads, self.kernel, dilation, self.stride, self.causal)
         return self.proj(out[:, :H, :W])
 
     def resize_table(self, name: str, table: Tensor) -> Tensor:

@@ -182,6 +182,8 @@ def test_a_few_steps_on_one_batch_lower_the_loss(head, key):
 def test_necks_of_ours(head, neck):
     model = build(head, head__neck=neck)
     assert without_gradient(model, losses(model)) == []
+    biases = [bias for name, bias in build(head, head__neck=neck).named_parameters() if "lateral_convs" in name]
+    assert all(not bias.any() for bias in biases if bias.ndim == 1)  # a pyramid behind it is initialised as ever
     plain = build(head)
     assert sum(p.numel() for p in model.parameters()) != sum(p.numel() for p in plain.parameters())
 

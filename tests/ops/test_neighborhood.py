@@ -1,15 +1,18 @@
 """Neighbourhood attention by its definition, token by token."""
 
 import math
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ops import Place, create_op
-from ops.neighborhood import neighborhood_attention
+from ops import Place, backend, create_op, neighborhood
+from ops.neighborhood import natten_na2d, neighborhood_attention
 
 CASES = {  # size, kernel, dilation, stride, causal
     "plain": ((9, 8), (5, 3), (1, 1), (1, 1), (False, False)),
@@ -60,11 +63,59 @@ def test_each_token_attends_to_its_neighborhood(case):
                 values = torch.stack([v[:, a, b, part] for a, b, *_ in places], 1)
                 parts.append((torch.stack(scores, 1).softmax(1).unsqueeze(-1) * values).sum(1))
             expected = expected.index_put((torch.arange(2), torch.tensor(y), torch.tensor(x)), torch.cat(parts, -1))
-    out = neighborhood_attention(q, k, v, heads, *rule, bias=bias)
+    out = neighborhood_attention(torch.cat((q, k, v), -1), bias, heads, *rule)
     assert torch.allclose(out, expected, atol=1e-12)
     weights = torch.randn_like(out)
     grads = [torch.autograd.grad((t * weights).sum(), (q, k, v, bias), retain_graph=True) for t in (out, expected)]
     assert all(torch.allclose(ours, grad, atol=1e-11) for ours, grad in zip(*grads, strict=True))
+
+
+@pytest.fixture
+def natten(monkeypatch):
+    """NATTEN, whose attention is the definition of ours."""
+
+    def na2d(query, key, value, kernel_size, stride, dilation, is_causal):
+        qkv = torch.cat([t.flatten(-2) for t in (query, key, value)], -1)
+        rule = (kernel_size, dilation, stride, is_causal)
+        return neighborhood.tiled_attention(qkv, None, query.shape[-2], *rule).unflatten(-1, query.shape[-2:])
+
+    module = SimpleNamespace(na2d=na2d, HAS_LIBNATTEN=True)
+    monkeypatch.setitem(sys.modules, "natten", module)
+    monkeypatch.setattr(neighborhood, "NATTEN_INSTALLED", True)
+    return module
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_natten_is_told_the_same(natten, monkeypatch, case):
+    (H, W), *values = CASES[case]
+    rule: Any = values
+    torch.manual_seed(0)
+    qkv = torch.randn(2, H, W, 3 * 16)
+    expected = neighborhood_attention(qkv, None, 2, *rule)
+    monkeypatch.setattr(neighborhood, "natten_na2d", lambda *args: natten.na2d)
+    monkeypatch.setattr(neighborhood, "use_triton", None)
+    assert torch.equal(neighborhood_attention(qkv, None, 2, *rule), expected)
+
+
+def test_natten_is_taken_where_it_serves(natten, monkeypatch):
+    with FakeTensorMode():
+        on_gpu = torch.empty(1, 7, 7, 3 * 16, device="cuda")
+    assert natten_na2d(on_gpu, 2, (3, 3)) is natten.na2d
+    assert natten_na2d(torch.empty(1, 7, 7, 3 * 16), 2, (3, 3)) is None
+    assert natten_na2d(on_gpu, 4, (3, 3)) is None  # heads of 4 channels
+    assert natten_na2d(on_gpu, 2, (3, 1)) is None
+    for name in ("torch", "triton"):
+        monkeypatch.setitem(backend._state, "backend", name)
+        assert natten_na2d(on_gpu, 2, (3, 3)) is None
+    monkeypatch.setitem(backend._state, "backend", "auto")
+    natten.HAS_LIBNATTEN = False
+    assert natten_na2d(on_gpu, 2, (3, 3)) is None
+
+
+def test_a_bias_keeps_natten_away(natten, monkeypatch):
+    monkeypatch.setattr(neighborhood, "natten_na2d", None)
+    qkv, bias = torch.randn(1, 7, 7, 3 * 16), torch.randn(2, 5, 5)
+    assert neighborhood_attention(qkv, bias, 2, (3, 3)).shape == (1, 7, 7, 16)
 
 
 def test_a_map_smaller_than_the_neighborhood_is_padded():
