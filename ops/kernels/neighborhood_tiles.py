@@ -11,7 +11,8 @@ a kernel is compiled once for all maps, neighbourhoods and dilations.
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is the GPU's own instruction
+from ops.kernels.rows import LOG2E, load_rows, store_rows
+
 LOWEST = tl.constexpr(-1e30)  # below all scores, and finite: a query may see none of a block
 
 
@@ -70,20 +71,6 @@ def _mask(bias, query_y, query_x, key_y, key_x, length_y, length_x, kernel_y, ke
 
 
 @triton.jit
-def _load(start, row, stride, there, D: tl.constexpr, LANES: tl.constexpr):
-    """The rows that are `there`, and zeros for others and beyond D channels: (rows, LANES)."""
-    d = tl.arange(0, LANES)
-    return tl.load(start + row[:, None] * stride + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(start, row, stride, there, values, D: tl.constexpr, LANES: tl.constexpr):
-    d = tl.arange(0, LANES)
-    values = values.to(start.dtype.element_ty)
-    tl.store(start + row[:, None] * stride + d[None, :], values, mask=there[:, None] & (d < D)[None, :])
-
-
-@triton.jit
 def forward(
     qkv, bias, out, lse, scale, heads, H, W, tiles_y, tiles_x, size_y, size_x, kernel_y, kernel_x, dilation_y,
     dilation_x, D: tl.constexpr, LANES: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
@@ -99,7 +86,7 @@ def forward(
     own = tl.arange(0, OWN)
     y, x, row, there = _tokens(own, first_y, first_x, last_y, last_x, size_x, corner, step_y, step_x)
     y, x = tl.minimum(y, last_y), tl.minimum(x, last_x)
-    q = _load(qkv, row, 3 * C, there, D, LANES)
+    q = load_rows(qkv, row, 3 * C, there, D, LANES)
 
     first_y, last_y = _keys(first_y, last_y, length_y, kernel_y)
     first_x, last_x = _keys(first_x, last_x, length_x, kernel_x)
@@ -110,8 +97,8 @@ def forward(
     for first in range(0, (last_y - first_y + 1) * width, OTHER):
         other = first + tl.arange(0, OTHER)
         key_y, key_x, key, seen = _tokens(other, first_y, first_x, last_y, last_x, width, corner, step_y, step_x)
-        k = _load(qkv + C, key, 3 * C, seen, D, LANES)
-        v = _load(qkv + 2 * C, key, 3 * C, seen, D, LANES)
+        k = load_rows(qkv + C, key, 3 * C, seen, D, LANES)
+        v = load_rows(qkv + 2 * C, key, 3 * C, seen, D, LANES)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         scores += _mask(
             bias, y[:, None], x[:, None], key_y[None, :], key_x[None, :], length_y, length_x, kernel_y, kernel_x
@@ -123,7 +110,7 @@ def forward(
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         highest = higher
 
-    _store(out + head * D, row, C, there, acc / total[:, None], D, LANES)
+    store_rows(out + head * D, row, C, there, acc / total[:, None], D, LANES)
     tl.store(lse + row * heads + head, highest + tl.log2(total), mask=there)
 
 
@@ -144,9 +131,9 @@ def backward_queries(
     own = tl.arange(0, OWN)
     y, x, row, there = _tokens(own, first_y, first_x, last_y, last_x, size_x, corner, step_y, step_x)
     y, x = tl.minimum(y, last_y), tl.minimum(x, last_x)
-    q = _load(qkv, row, 3 * C, there, D, LANES)
-    do = _load(dout + head * D, row, C, there, D, LANES)
-    o = _load(out + head * D, row, C, there, D, LANES)
+    q = load_rows(qkv, row, 3 * C, there, D, LANES)
+    do = load_rows(dout + head * D, row, C, there, D, LANES)
+    o = load_rows(out + head * D, row, C, there, D, LANES)
     own_lse = tl.load(lse + row * heads + head, mask=there, other=float("inf"))
     own_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + row * heads + head, own_delta, mask=there)
@@ -158,8 +145,8 @@ def backward_queries(
     for first in range(0, (last_y - first_y + 1) * width, OTHER):
         other = first + tl.arange(0, OTHER)
         key_y, key_x, key, seen = _tokens(other, first_y, first_x, last_y, last_x, width, corner, step_y, step_x)
-        k = _load(qkv + C, key, 3 * C, seen, D, LANES)
-        v = _load(qkv + 2 * C, key, 3 * C, seen, D, LANES)
+        k = load_rows(qkv + C, key, 3 * C, seen, D, LANES)
+        v = load_rows(qkv + 2 * C, key, 3 * C, seen, D, LANES)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         scores += _mask(
             bias, y[:, None], x[:, None], key_y[None, :], key_x[None, :], length_y, length_x, kernel_y, kernel_x
@@ -168,7 +155,7 @@ def backward_queries(
         dscores = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - own_delta[:, None])
         dq += tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION)
 
-    _store(dqkv + head * D, row, 3 * C, there, dq * scale, D, LANES)
+    store_rows(dqkv + head * D, row, 3 * C, there, dq * scale, D, LANES)
 
 
 @triton.jit
@@ -188,8 +175,8 @@ def backward_keys(
     step_y, step_x = dilation_y * W, dilation_x
     own = tl.arange(0, OWN)
     y, x, row, there = _tokens(own, first_y, first_x, last_y, last_x, size_x, corner, step_y, step_x)
-    k = _load(qkv + C, row, 3 * C, there, D, LANES)
-    v = _load(qkv + 2 * C, row, 3 * C, there, D, LANES)
+    k = load_rows(qkv + C, row, 3 * C, there, D, LANES)
+    v = load_rows(qkv + 2 * C, row, 3 * C, there, D, LANES)
 
     first_y, last_y = _queries(first_y, last_y, length_y, kernel_y)
     first_x, last_x = _queries(first_x, last_x, length_x, kernel_x)
@@ -200,8 +187,8 @@ def backward_keys(
         other = first + tl.arange(0, OTHER)
         query_y, query_x, query, sees = _tokens(other, first_y, first_x, last_y, last_x, width, corner, step_y, step_x)  # pyright: ignore[reportGeneralTypeIssues]
         query_y = tl.minimum(query_y, last_y)
-        q = _load(qkv, query, 3 * C, sees, D, LANES)
-        do = _load(dout + head * D, query, C, sees, D, LANES)
+        q = load_rows(qkv, query, 3 * C, sees, D, LANES)
+        do = load_rows(dout + head * D, query, C, sees, D, LANES)
         other_lse = tl.load(lse + query * heads + head, mask=sees, other=float("inf"))
         other_delta = tl.load(delta + query * heads + head, mask=sees, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
@@ -213,8 +200,8 @@ def backward_keys(
         dscores = weights * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - other_delta[None, :])
         dk += tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION)
 
-    _store(dqkv + C, row, 3 * C, there, dk * scale, D, LANES)
-    _store(dqkv + 2 * C, row, 3 * C, there, dv, D, LANES)
+    store_rows(dqkv + C, row, 3 * C, there, dk * scale, D, LANES)
+    store_rows(dqkv + 2 * C, row, 3 * C, there, dv, D, LANES)
 
 
 @triton.jit
@@ -240,15 +227,15 @@ def backward_bias(
         )
         y, x, row, there = _tokens(own, first_y, first_x, last_y, last_x, size_x, corner, step_y, step_x)
         y, x = tl.minimum(y, last_y), tl.minimum(x, last_x)
-        q = _load(qkv, row, 3 * C, there, D, LANES)
-        do = _load(dout + head * D, row, C, there, D, LANES)
+        q = load_rows(qkv, row, 3 * C, there, D, LANES)
+        do = load_rows(dout + head * D, row, C, there, D, LANES)
         own_lse = tl.load(lse + row * heads + head, mask=there, other=float("inf"))
         own_delta = tl.load(delta + row * heads + head, mask=there, other=0.0)
         first_y, first_x = first_y - before_y, first_x - before_x
         last_y, last_x = tl.minimum(first_y + frame_y, length_y) - 1, tl.minimum(first_x + frame_x, length_x) - 1
         key_y, key_x, key, seen = _tokens(other, first_y, first_x, last_y, last_x, frame_x, corner, step_y, step_x)
-        k = _load(qkv + C, key, 3 * C, seen, D, LANES)
-        v = _load(qkv + 2 * C, key, 3 * C, seen, D, LANES)
+        k = load_rows(qkv + C, key, 3 * C, seen, D, LANES)
+        v = load_rows(qkv + 2 * C, key, 3 * C, seen, D, LANES)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         scores += _mask(
             bias, y[:, None], x[:, None], key_y[None, :], key_x[None, :], length_y, length_x, kernel_y, kernel_x

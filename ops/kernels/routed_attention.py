@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ops.kernels.launch import Tiles, dot_precision, forbid_second_derivative, kernel_op, padded, tiles, wrap_triton
+from ops.kernels.rows import LOG2E, load_rows, store_rows
 
 FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS = (  # keys of `TUNED`
     f"routed_attention.{kernel}" for kernel in ("forward", "backward_queries", "backward_keys")
 )
 CHUNK = tl.constexpr(16)  # windows, and routes of each, that are searched at a time
-LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is the GPU's own instruction
 
 
 @triton.jit
@@ -46,22 +46,7 @@ def _rows(window, token, grid_width, window_height, window_width):
     """Where the tokens of windows lie in the map, row by row."""
     y = window // grid_width * window_height + token // window_width
     x = window % grid_width * window_width + token % window_width
-    return y * (grid_width * window_width) + x
-
-
-@triton.jit
-def _load(start, row, stride, there, D: tl.constexpr, WIDTH: tl.constexpr):
-    """The rows that are `there`, and zeros for others and beyond D channels: (rows, WIDTH)."""
-    d = tl.arange(0, WIDTH)
-    place = row[:, None].to(tl.int64) * stride + d[None, :]
-    return tl.load(start + place, mask=there[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(start, row, stride, there, values, D: tl.constexpr, WIDTH: tl.constexpr):
-    d = tl.arange(0, WIDTH)
-    place = row[:, None].to(tl.int64) * stride + d[None, :]
-    tl.store(start + place, values.to(start.dtype.element_ty), mask=there[:, None] & (d < D)[None, :])
+    return (y * (grid_width * window_width) + x).to(tl.int64)
 
 
 @triton.jit
@@ -77,7 +62,7 @@ def _forward(
     token = block * OWN + tl.arange(0, OWN)
     own = token < tokens
     row = _rows(window, token, grid_width, window_height, window_width)
-    q = _load(start, row, 3 * C, own, D, WIDTH)
+    q = load_rows(start, row, 3 * C, own, D, WIDTH)
     routes = index + (image * windows + window) * topk
 
     highest = tl.full((OWN,), float("-inf"), tl.float32)
@@ -88,8 +73,8 @@ def _forward(
         other = j < topk * tokens
         chosen = tl.load(routes + j // tokens, mask=other, other=0).to(tl.int32)
         key = _rows(chosen, j % tokens, grid_width, window_height, window_width)
-        k = _load(start + C, key, 3 * C, other, D, WIDTH)
-        v = _load(start + 2 * C, key, 3 * C, other, D, WIDTH)
+        k = load_rows(start + C, key, 3 * C, other, D, WIDTH)
+        v = load_rows(start + 2 * C, key, 3 * C, other, D, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         scores = tl.where(other[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
@@ -99,7 +84,7 @@ def _forward(
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         highest = higher
 
-    _store(out + image * windows * tokens * C + head * D, row, C, own, acc / total[:, None], D, WIDTH)
+    store_rows(out + image * windows * tokens * C + head * D, row, C, own, acc / total[:, None], D, WIDTH)
     tl.store(lse + ((image * windows + window) * heads + head) * tokens + token, highest + tl.log2(total), mask=own)
 
 
@@ -138,9 +123,9 @@ def _backward_queries(
     token = block * OWN + tl.arange(0, OWN)
     own = token < tokens
     row = _rows(window, token, grid_width, window_height, window_width)
-    q = _load(start, row, 3 * C, own, D, WIDTH)
-    do = _load(dout + start_out, row, C, own, D, WIDTH)
-    o = _load(out + start_out, row, C, own, D, WIDTH)
+    q = load_rows(start, row, 3 * C, own, D, WIDTH)
+    do = load_rows(dout + start_out, row, C, own, D, WIDTH)
+    o = load_rows(out + start_out, row, C, own, D, WIDTH)
     statistic = (place * heads + head) * tokens + token
     own_lse = tl.load(lse + statistic, mask=own, other=0.0)
     own_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
@@ -153,14 +138,14 @@ def _backward_queries(
         other = j < topk * tokens
         chosen = tl.load(routes + j // tokens, mask=other, other=0).to(tl.int32)
         key = _rows(chosen, j % tokens, grid_width, window_height, window_width)
-        k = _load(start + C, key, 3 * C, other, D, WIDTH)
-        v = _load(start + 2 * C, key, 3 * C, other, D, WIDTH)
+        k = load_rows(start + C, key, 3 * C, other, D, WIDTH)
+        v = load_rows(start + 2 * C, key, 3 * C, other, D, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         weights = tl.where(other[None, :], tl.exp2(scores - own_lse[:, None]), 0.0)
         dscores = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - own_delta[:, None])
         dq += tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION)
 
-    _store(dqkv + image * windows * tokens * 3 * C + head * D, row, 3 * C, own, dq * scale, D, WIDTH)
+    store_rows(dqkv + image * windows * tokens * 3 * C + head * D, row, 3 * C, own, dq * scale, D, WIDTH)
 
 
 @triton.jit
@@ -179,8 +164,8 @@ def _backward_keys(
     token = block * OWN + tl.arange(0, OWN)
     own = token < tokens
     row = _rows(window, token, grid_width, window_height, window_width)
-    k = _load(start + C, row, 3 * C, own, D, WIDTH)
-    v = _load(start + 2 * C, row, 3 * C, own, D, WIDTH)
+    k = load_rows(start + C, row, 3 * C, own, D, WIDTH)
+    v = load_rows(start + 2 * C, row, 3 * C, own, D, WIDTH)
 
     dk = tl.zeros((OWN, WIDTH), tl.float32)
     dv = tl.zeros((OWN, WIDTH), tl.float32)
@@ -190,8 +175,8 @@ def _backward_keys(
         other = i < queries
         chooser = tl.load(choosers + place * windows + i // tokens, mask=other, other=0)
         query = _rows(chooser, i % tokens, grid_width, window_height, window_width)
-        q = _load(start, query, 3 * C, other, D, WIDTH)
-        do = _load(start_out, query, C, other, D, WIDTH)
+        q = load_rows(start, query, 3 * C, other, D, WIDTH)
+        do = load_rows(start_out, query, C, other, D, WIDTH)
         statistic = ((image * windows + chooser) * heads + head) * tokens + i % tokens
         other_lse = tl.load(lse + statistic, mask=other, other=0.0)
         other_delta = tl.load(delta + statistic, mask=other, other=0.0)
@@ -202,8 +187,8 @@ def _backward_keys(
         dk += tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION)
 
     start_grad = dqkv + image * windows * tokens * 3 * C + head * D
-    _store(start_grad + C, row, 3 * C, own, dk * scale, D, WIDTH)
-    _store(start_grad + 2 * C, row, 3 * C, own, dv, D, WIDTH)
+    store_rows(start_grad + C, row, 3 * C, own, dk * scale, D, WIDTH)
+    store_rows(start_grad + 2 * C, row, 3 * C, own, dv, D, WIDTH)
 
 
 def configs(tokens: int) -> list[Tiles]:

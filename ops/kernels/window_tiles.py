@@ -8,7 +8,8 @@ channels, padded to LANES; a head's bias is stored as PADDED x PADDED; statistic
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is the GPU's own instruction
+from ops.kernels.rows import LOG2E, load_rows, store_rows
+
 LOWEST = tl.constexpr(-1e30)  # below all scores, and finite: a tile may be masked whole
 
 
@@ -41,20 +42,6 @@ def _rows(
         side = (y >= H - shift_y).to(tl.int32) * 2 + (x >= W - shift_x).to(tl.int32)
         y, x = (y + shift_y) % H, (x + shift_x) % W
     return (image * (H * W) + y * W + x).to(tl.int64), side
-
-
-@triton.jit
-def _load(start, row, stride, there, D: tl.constexpr, LANES: tl.constexpr):
-    """The rows that are `there`, and zeros for others and beyond D channels: (rows, LANES)."""
-    d = tl.arange(0, LANES)
-    return tl.load(start + row[:, None] * stride + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(start, row, stride, there, values, D: tl.constexpr, LANES: tl.constexpr):
-    d = tl.arange(0, LANES)
-    values = values.to(start.dtype.element_ty)
-    tl.store(start + row[:, None] * stride + d[None, :], values, mask=there[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -91,7 +78,7 @@ def forward(
     query = block * OWN + tl.arange(0, OWN)
     own = query < N
     row, side = _rows(window, query, H, W, shift_y, shift_x, HEIGHT, WIDTH, GRID, SHIFTED)
-    q = _load(qkv, row, stride, own, D, LANES)
+    q = load_rows(qkv, row, stride, own, D, LANES)
 
     highest = tl.full((OWN,), LOWEST, tl.float32)
     total = tl.zeros((OWN,), tl.float32)
@@ -99,8 +86,8 @@ def forward(
     for first in range(0, N, OTHER):
         key = first + tl.arange(0, OTHER)
         key_row, key_side = _rows(window, key, H, W, shift_y, shift_x, HEIGHT, WIDTH, GRID, SHIFTED)
-        k = _load(qkv + part, key_row, stride, key < N, D, LANES)
-        v = _load(qkv + 2 * part, key_row, stride, key < N, D, LANES)
+        k = load_rows(qkv + part, key_row, stride, key < N, D, LANES)
+        v = load_rows(qkv + 2 * part, key_row, stride, key < N, D, LANES)
         between = _bias_between(bias, query, key, PADDED, BIASED)
         scores = _scores(q, k, between, side, key, key_side, scale, N, SHIFTED, PRECISION)
         higher = tl.maximum(highest, tl.max(scores, 1))
@@ -110,7 +97,7 @@ def forward(
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         highest = higher
 
-    _store(out + head * D, row, heads * D, own, acc / total[:, None], D, LANES)
+    store_rows(out + head * D, row, heads * D, own, acc / total[:, None], D, LANES)
     if KEEP_LSE:
         tl.store(lse + row * heads + head, highest + tl.log2(total), mask=own)
 
@@ -137,24 +124,24 @@ def backward_tile(
     dbias_sum = tl.zeros((PADDED, PADDED), tl.float32)
     for window in range(index * strip, tl.minimum(index * strip + strip, windows)):
         row, side = _rows(window, token, H, W, shift_y, shift_x, HEIGHT, WIDTH, GRID, SHIFTED)
-        q = _load(qkv, row, stride, there, D, LANES)
-        k = _load(qkv + part, row, stride, there, D, LANES)
-        v = _load(qkv + 2 * part, row, stride, there, D, LANES)
-        do = _load(dout, row, dout_stride, there, D, LANES)
+        q = load_rows(qkv, row, stride, there, D, LANES)
+        k = load_rows(qkv + part, row, stride, there, D, LANES)
+        v = load_rows(qkv + 2 * part, row, stride, there, D, LANES)
+        do = load_rows(dout, row, dout_stride, there, D, LANES)
         scores = _scores(q, k, between, side, token, side, scale, N, SHIFTED, PRECISION)
         weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
         weights = weights / tl.sum(weights, 1)[:, None]
         dv = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
-        _store(dqkv + 2 * C, row, 3 * C, there, dv, D, LANES)
+        store_rows(dqkv + 2 * C, row, 3 * C, there, dv, D, LANES)
         dweights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         dscores = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])
         if BIASED:
             dbias_sum += dscores
         dscores = dscores.to(q.dtype)
         dq = tl.dot(dscores, k, input_precision=PRECISION) * scale
-        _store(dqkv, row, 3 * C, there, dq, D, LANES)
+        store_rows(dqkv, row, 3 * C, there, dq, D, LANES)
         dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION) * scale
-        _store(dqkv + C, row, 3 * C, there, dk, D, LANES)
+        store_rows(dqkv + C, row, 3 * C, there, dk, D, LANES)
     if BIASED:
         place = (index * heads + head).to(tl.int64) * PADDED * PADDED
         tl.store(dbias + place + token[:, None] * PADDED + token[None, :], dbias_sum)
@@ -176,9 +163,9 @@ def backward_queries(
     query = block * OWN + tl.arange(0, OWN)
     own = query < N
     row, side = _rows(window, query, H, W, shift_y, shift_x, HEIGHT, WIDTH, GRID, SHIFTED)
-    q = _load(qkv, row, stride, own, D, LANES)
-    do = _load(dout + head * D, row, dout_stride, own, D, LANES)
-    o = _load(out + head * D, row, C, own, D, LANES)
+    q = load_rows(qkv, row, stride, own, D, LANES)
+    do = load_rows(dout + head * D, row, dout_stride, own, D, LANES)
+    o = load_rows(out + head * D, row, C, own, D, LANES)
     own_lse = tl.load(lse + row * heads + head)
     own_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + row * heads + head, own_delta, mask=own)
@@ -187,14 +174,14 @@ def backward_queries(
     for first in range(0, N, OTHER):
         key = first + tl.arange(0, OTHER)
         key_row, key_side = _rows(window, key, H, W, shift_y, shift_x, HEIGHT, WIDTH, GRID, SHIFTED)
-        k = _load(qkv + part, key_row, stride, key < N, D, LANES)
-        v = _load(qkv + 2 * part, key_row, stride, key < N, D, LANES)
+        k = load_rows(qkv + part, key_row, stride, key < N, D, LANES)
+        v = load_rows(qkv + 2 * part, key_row, stride, key < N, D, LANES)
         between = _bias_between(bias, query, key, PADDED, BIASED)
         scores = _scores(q, k, between, side, key, key_side, scale, N, SHIFTED, PRECISION)
         weights = tl.exp2(scores - own_lse[:, None])
         dscores = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - own_delta[:, None])
         dq += tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION)
-    _store(dqkv + head * D, row, 3 * C, own, dq * scale, D, LANES)
+    store_rows(dqkv + head * D, row, 3 * C, own, dq * scale, D, LANES)
 
 
 @triton.jit
@@ -214,8 +201,8 @@ def backward_keys(
     key = block * OWN + tl.arange(0, OWN)
     own = key < N
     row, side = _rows(window, key, H, W, shift_y, shift_x, HEIGHT, WIDTH, GRID, SHIFTED)
-    k = _load(qkv + part, row, stride, own, D, LANES)
-    v = _load(qkv + 2 * part, row, stride, own, D, LANES)
+    k = load_rows(qkv + part, row, stride, own, D, LANES)
+    v = load_rows(qkv + 2 * part, row, stride, own, D, LANES)
 
     dk = tl.zeros((OWN, LANES), tl.float32)
     dv = tl.zeros((OWN, LANES), tl.float32)
@@ -223,8 +210,8 @@ def backward_keys(
         query = first + tl.arange(0, OTHER)
         there = query < N
         query_row, query_side = _rows(window, query, H, W, shift_y, shift_x, HEIGHT, WIDTH, GRID, SHIFTED)  # pyright: ignore[reportGeneralTypeIssues]
-        q = _load(qkv, query_row, stride, there, D, LANES)
-        do = _load(dout, query_row, dout_stride, there, D, LANES)
+        q = load_rows(qkv, query_row, stride, there, D, LANES)
+        do = load_rows(dout, query_row, dout_stride, there, D, LANES)
         query_lse = tl.load(lse + query_row * heads + head, mask=there, other=float("inf"))  # weights of 0
         query_delta = tl.load(delta + query_row * heads + head, mask=there, other=0.0)
         between = _bias_between(bias, query, key, PADDED, BIASED)
@@ -233,8 +220,8 @@ def backward_keys(
         dv += tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
         dscores = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - query_delta[:, None])
         dk += tl.dot(tl.trans(dscores.to(q.dtype)), q, input_precision=PRECISION)
-    _store(dqkv + C + head * D, row, 3 * C, own, dk * scale, D, LANES)
-    _store(dqkv + 2 * C + head * D, row, 3 * C, own, dv, D, LANES)
+    store_rows(dqkv + C + head * D, row, 3 * C, own, dk * scale, D, LANES)
+    store_rows(dqkv + 2 * C + head * D, row, 3 * C, own, dv, D, LANES)
 
 
 @triton.jit
@@ -259,10 +246,10 @@ def backward_bias(
     for window in range(index * strip, tl.minimum(index * strip + strip, windows)):
         row, side = _rows(window, query, H, W, shift_y, shift_x, HEIGHT, WIDTH, GRID, SHIFTED)
         key_row, key_side = _rows(window, key, H, W, shift_y, shift_x, HEIGHT, WIDTH, GRID, SHIFTED)
-        q = _load(qkv, row, stride, there, D, LANES)
-        do = _load(dout, row, dout_stride, there, D, LANES)
-        k = _load(qkv + part, key_row, stride, key < N, D, LANES)
-        v = _load(qkv + 2 * part, key_row, stride, key < N, D, LANES)
+        q = load_rows(qkv, row, stride, there, D, LANES)
+        do = load_rows(dout, row, dout_stride, there, D, LANES)
+        k = load_rows(qkv + part, key_row, stride, key < N, D, LANES)
+        v = load_rows(qkv + 2 * part, key_row, stride, key < N, D, LANES)
         query_lse = tl.load(lse + row * heads + head)
         query_delta = tl.load(delta + row * heads + head)
         scores = _scores(q, k, between, side, key, key_side, scale, N, SHIFTED, PRECISION)

@@ -43,7 +43,7 @@ def test_what_a_run_leaves(whole):
     task, run = whole
     found = result(run)
     assert (found["task"], found["data"], found["model"]) == (task, "scenes", "swin_nano")
-    assert found["head"] == {"detection": "mask_rcnn", "segmentation": "upernet"}[task]
+    assert found["head"] == {"detection": "mask_rcnn", "segmentation": "semantic_fpn"}[task]
     assert found["params"] > 1e5 and found["macs"] > 1e7
     assert found["metrics"]["test/n"] == 7
     for name in FIGURES[task]:
