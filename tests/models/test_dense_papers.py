@@ -13,10 +13,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from evaluation.tables import CONF, agrees, model_choice, read_paper
+from evaluation.tables import CONF, agrees, dense_experiments, list_papers, model_choice, read_paper
 from models import complexity
 from models.mm import build_detector, build_segmentor
-from runs.config import register_resolvers
+from runs.config import check, register_resolvers
 from tests.models.test_papers import is_named
 
 PAPERS = ("swin", "cswin", "nat", "dinat", "transnext")  # whose dense nets are the classifiers' with no other arguments
@@ -49,14 +49,23 @@ def rows() -> list[Any]:
 
 def count(head: str, model: Sequence[str], size: tuple[int, int], detector: bool) -> tuple[float, float]:
     """Parameters in M and multiply-accumulates in G, for the classes of COCO or ADE20K."""
-    register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [f"data={'coco' if detector else 'ade20k'}", f"head={head}", *model, "run_dir=run"])
-    data = SimpleNamespace(num_classes=80 if detector else 150, in_chans=3, has_masks=True)
-    with torch.device("meta"):
-        net = (build_detector if detector else build_segmentor)(cfg, data)
+    net = on_meta(composed(f"data={'coco' if detector else 'ade20k'}", f"head={head}", *model))
     params, macs = complexity(net, size)
     return params / 1e6, macs / 1e9
+
+
+def composed(*overrides: str) -> Any:
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", [*overrides, "run_dir=run"])
+
+
+def on_meta(cfg: Any) -> Any:
+    """The net of a config for COCO's or ADE20K's classes."""
+    detector = cfg.task.name == "detection"
+    data = SimpleNamespace(num_classes=80 if detector else 150, in_chans=3, has_masks=True)
+    with torch.device("meta"):
+        return (build_detector if detector else build_segmentor)(cfg, data)
 
 
 @pytest.mark.parametrize(("head", "variant", "row"), rows())
@@ -69,6 +78,28 @@ def test_the_papers_parameters_and_macs(head, variant, row):
         if table is not None:
             assert agrees(counted, table) == (reason is None), (counted, table, reason)
             assert reason is None or is_named(counted, reason), (counted, reason)
+
+
+EXPERIMENTS = [name for paper in list_papers() for name in dense_experiments(paper)]
+BIFORMER = {  # M parameters and G multiply-accumulates of the small net as docs/heads.md tells; its tables have none
+    "biformer/small_retinanet_1x": (35.3, 275),
+    "biformer/small_mask_rcnn_1x": (45.2, 293),
+    "biformer/small_semantic_fpn_80k": (29.3, 267),
+    "biformer/small_upernet_160k": (55.3, 1024),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in BIFORMER else pytest.mark.slow) for name in EXPERIMENTS]
+)
+def test_every_experiment_is_a_net(name):
+    cfg = composed(f"experiment={name}")
+    check(cfg)
+    net = on_meta(cfg)
+    assert net.backbone.strides == ([8, 16, 32] if "retinanet" in name else [4, 8, 16, 32])
+    if name in BIFORMER:
+        params, macs = complexity(net, (800, 1280) if cfg.task.name == "detection" else (512, 2048))
+        assert agrees(params / 1e6, BIFORMER[name][0]) and agrees(macs / 1e9, BIFORMER[name][1])
 
 
 @pytest.mark.parametrize(

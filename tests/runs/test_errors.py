@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from ops import backend
 from tests.imagenet_folder import make_imagenet_folder
 from tests.runs.cli import result
 
@@ -40,6 +41,7 @@ from tests.runs.cli import result
             "takes no images of 225 x 225 pixels",
         ),
         (["model=timm"], "model.name=resnet50"),
+        (["ops.backend=tritn"], "ops.backend must be auto, torch, triton, not 'tritn'. Did you mean 'triton'?"),
         (["seed=0", "seed"], "seed"),
     ],
 )
@@ -49,6 +51,13 @@ def test_one_line_and_nothing_left(cli, arguments, message, tmp_path_factory, mo
     assert message in outcome.error
     assert cli.files() == []
     assert list(cli.folder.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
+def test_kernels_that_cannot_run(cli, monkeypatch):
+    monkeypatch.setitem(backend._state, "backend", "auto")  # which is put back when the test ends
+    error = cli.train("ops.backend=triton").error
+    assert "ops.backend=triton, but window_attention cannot run as a kernel: it needs a CUDA device, not cpu" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
