@@ -11,7 +11,7 @@ it stands for what would be cut from the scaled one, so that an image is resized
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.batch import normalise
-from datamodules.transforms import resize
-from ops.registry import nearest
+from datamodules.transforms import known_fields, resize
 
 IGNORED = 255  # in a mask of classes
 DETR_SIZES = ((400, 4200), (500, 4200), (600, 4200))  # before DETR's crop; its longer side has no limit
@@ -58,11 +57,7 @@ class DenseAugment:
     @classmethod
     def from_config(cls, config: Mapping | None) -> "DenseAugment":
         """Raises: ValueError: a key is unknown or a value out of its range."""
-        names = [field.name for field in fields(cls)]
-        values = {str(key): value for key, value in (config or {}).items()}
-        for key in values:
-            if key not in names:
-                raise ValueError(f"augment has no {key!r}.{nearest(key, names)} It takes: {', '.join(names)}")
+        values = known_fields(cls, config)
         if (sizes := values.get("sizes")) is not None:
             what = "one or more pairs [short, long]"
             sizes = sizes if isinstance(sizes, Sequence) else [sizes]

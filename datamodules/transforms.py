@@ -6,6 +6,7 @@ What is cheaper or only possible in batches (normalising, erasing, mixing) is in
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,11 +67,7 @@ class Augment:
     @classmethod
     def from_config(cls, config: Mapping | None) -> "Augment":
         """Raises: ValueError: a key is unknown or a value out of its range."""
-        names = [field.name for field in fields(cls)]
-        values = {str(key): value for key, value in (config or {}).items()}
-        for key in values:
-            if key not in names:
-                raise ValueError(f"augment has no {key!r}.{nearest(key, names)} It takes: {', '.join(names)}")
+        values = known_fields(cls, config)
         for key in ("scale", "ratio"):
             if values.get(key) is not None:
                 values[key] = tuple(values[key])
@@ -95,6 +92,16 @@ class Augment:
         expect(isinstance(self.repeats, int) and self.repeats >= 1, "repeats", "a whole number from 1 up")
         expect(self.interpolation in ("bilinear", "bicubic", "random"), "interpolation", "bilinear, bicubic or random")
         expect(self.erasing_mode in ("pixel", "rand", "const"), "erasing_mode", "pixel, rand or const")
+
+
+def known_fields(augment: type, config: Mapping | None) -> dict[str, Any]:
+    """A recipe's `augment` section; a ValueError where it names what the dataclass `augment` does not have."""
+    names = [field.name for field in fields(augment)]
+    values = {str(key): value for key, value in (config or {}).items()}
+    for key in values:
+        if key not in names:
+            raise ValueError(f"augment has no {key!r}.{nearest(key, names)} It takes: {', '.join(names)}")
+    return values
 
 
 def resize(image: np.ndarray, size: tuple[int, int], mode: str, antialias: bool = True) -> np.ndarray:

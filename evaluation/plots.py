@@ -26,12 +26,23 @@ MOST_NUMBERED, MOST_NAMED = 20, 60  # classes up to which a confusion matrix is 
 
 
 def plot_confusion(path: str | Path, predictions: Predictions, class_names: Sequence[str]) -> None:
-    """The confusion matrix: row by row, the share of a class's images that went to each class."""
+    """The confusion matrix of a classifier's images."""
+    k = len(class_names)
+    pairs = np.bincount(predictions.label * k + predictions.topk[:, 0], minlength=k * k).reshape(k, k)
+    draw_confusion(path, pairs, class_names, "images")
+
+
+def draw_confusion(path: str | Path, pairs: np.ndarray, class_names: Sequence[str], unit: str) -> None:
+    """Row by row, the share of a class's images or pixels that went to each class.
+
+    Args:
+        pairs: (K, K), at [t, p] how many of class t were taken for p.
+        unit: what was counted.
+    """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     k = len(class_names)
-    pairs = np.bincount(predictions.label * k + predictions.topk[:, 0], minlength=k * k).reshape(k, k)
     shares = pairs / np.maximum(pairs.sum(1, keepdims=True), 1)
 
     side = 4 + 0.4 * min(k, MOST_NUMBERED) if k <= MOST_NUMBERED else 12
@@ -40,8 +51,8 @@ def plot_confusion(path: str | Path, predictions: Predictions, class_names: Sequ
     # The root brings out what is seldom confused, which is most of what a good net confuses.
     cmap = "Blues" if k <= MOST_NAMED else "viridis"  # single pixels stand out from a dark ground
     image = axes.imshow(shares, cmap=cmap, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-    figure.colorbar(image, ax=axes, aspect=40, label="share of the class's images")
-    axes.set(xlabel="predicted class", ylabel="true class", title=f"Confusion matrix, {len(predictions):,} images")
+    figure.colorbar(image, ax=axes, aspect=40, label=f"share of the class's {unit}")
+    axes.set(xlabel="predicted class", ylabel="true class", title=f"Confusion matrix, {pairs.sum():,} {unit}")
     if k <= MOST_NAMED:
         size = 9 if k <= MOST_NUMBERED else 6
         long = max(map(len, class_names)) > 2

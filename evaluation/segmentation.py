@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datamodules.segmentation import IGNORED
+from datamodules.dense_transforms import IGNORED
 from runs.files import replacing
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Pictures of a segmentor's test: IoU of the classes, their confusion, predictions beside the truth.
+"""Pictures of a segmentor's test: IoU of the classes, predictions beside the truth.
 
 matplotlib is imported when something is drawn, and used through its objects alone, without a global state or display.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datamodules.segmentation import IGNORED
+from datamodules.dense_transforms import IGNORED
 from evaluation.plots import BLUE, ORANGE
 from evaluation.segmentation import PixelCounts, areas, class_iou
 from runs.files import replacing
@@ -20,7 +20,6 @@ from runs.files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_NAMED = 60  # classes up to which a confusion matrix is legible with names
 MOST_IN_LEGEND = 24  # classes of one picture, the largest
 OPACITY = 0.6  # of classes over their image
 
@@ -42,26 +41,6 @@ def plot_class_iou(path: str | Path, counts: PixelCounts, class_names: Sequence[
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper right", frameon=False)
-    _save(figure, path)
-
-
-def plot_confusion(path: str | Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
-    """Row by row, the share of a class's pixels that went to each class."""
-    from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
-
-    k = len(class_names)
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    side = 4 + 0.15 * min(k, MOST_NAMED)
-    figure = Figure((side + 1, side), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    # The root brings out what is seldom confused.
-    image = axes.imshow(shares, cmap="viridis", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-    figure.colorbar(image, ax=axes, aspect=40, label="share of the class's pixels")
-    axes.set(xlabel="predicted class", ylabel="true class", title=f"Confusion of {confusion.sum():,} pixels")
-    if k <= MOST_NAMED:
-        axes.set_xticks(range(k), class_names, fontsize=6, rotation=90)
-        axes.set_yticks(range(k), class_names, fontsize=6)
     _save(figure, path)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from datamodules.dense_transforms import IGNORED
 from models.dense import DenseBackbone, create_backbone
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
@@ -31,7 +32,6 @@ from ops.registry import nearest
 
 DECODERS: dict[str, Callable[..., nn.Module]] = {"vwformer": VWHead}  # of ours: (in_channels, num_classes, **args)
 NECKS = ("rcnet", "sda")  # of ours, for detectors with a feature pyramid
-IGNORED = 255  # in masks
 BACKBONE = "model.backbone.net."  # before the names of the net's parameters
 
 

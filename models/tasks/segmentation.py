@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaluation.plots import draw_confusion
 from evaluation.segmentation import PixelCounts, areas, confusion_matrix, figures, summarize, write_iou_csv
-from evaluation.segmentation_plots import draw_prediction, plot_class_iou, plot_confusion
+from evaluation.segmentation_plots import draw_prediction, plot_class_iou
 from models.mm import Segmentor, build_segmentor
 from models.tasks.dense import DenseTask
 from ops.registry import nearest
@@ -140,7 +141,7 @@ class Segmentation(DenseTask):
         classes, images = datamodule.class_names, datamodule.images("test")
         write_iou_csv(folder / "iou.csv", self.counts, classes)
         plot_class_iou(folder / "per_class.png", self.counts, classes)
-        plot_confusion(folder / "confusion.png", self.counts.confusion, classes)
+        draw_confusion(folder / "confusion.png", self.counts.confusion, classes, "pixels")
         for index, prediction in sorted(self.pictures.items()):
             sample = images[index]
             name = re.sub(r"[^\w.-]+", "_", str(Path(images.name(index)).with_suffix("")))
