@@ -144,6 +144,7 @@ def build_task(cfg: DictConfig, datamodule: Any) -> Any:
 def build_trainer(cfg: DictConfig, **overrides: Any) -> pl.Trainer:
     """Lightning's Trainer from `cfg.trainer` and the recipe."""
     settings: dict[str, Any] = dict(cfg.trainer) | {"precision": PRECISIONS[cfg.trainer.precision]}
+    settings["max_epochs"] = cfg.recipe.epochs
     if cfg.trainer.strategy == "fsdp":
         settings["strategy"] = ModelParallelStrategy(world_size(cfg), 1, save_distributed_checkpoint=False)
     settings |= overrides

@@ -30,8 +30,8 @@ def composed(*overrides: str, program: str = "train") -> DictConfig:
         (("task=segmentation", "head=semantic_fpn"), "small_segmentation", "scenes", "segmentation"),
         (("data=coco", "model=swin"), "coco_1x", "coco", "detection"),
         (("data=coco", "head=dino"), "dino_1x", "coco", "detection"),
-        (("data=ade20k",), "ade20k_160k", "ade20k", "segmentation"),
-        (("data=ade20k", "head=semantic_fpn"), "ade20k_80k", "ade20k", "segmentation"),
+        (("data=ade20k",), "ade20k_80k", "ade20k", "segmentation"),
+        (("data=ade20k", "head=upernet"), "ade20k_160k", "ade20k", "segmentation"),
     ],
 )
 def test_the_recipe_goes_with_the_data(overrides, recipe, data, task):

@@ -170,6 +170,7 @@ def test_labels_are_smoothed_once_whether_mixed_or_not(kind):
         "bce_target_threshold": None,
         "augment": {"label_smoothing": 0.1},
         "optimizer": {"name": "adamw"},
+        "schedule": {"kind": "cosine"},
     }
     task = Classification(
         torch.nn.Linear(1, 1), recipe, num_classes=4, distillation={"teacher": None}, channels_last=False
