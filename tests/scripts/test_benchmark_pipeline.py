@@ -8,8 +8,9 @@ def test_both_sides_end_with_the_same_kind_of_batch(tmp_path):
     """Else their times could not be compared: the same shape and type, normalised values of the same spread."""
     pl.seed_everything(0, verbose=False)  # timm's side draws from the global generators
     benchmark_pipeline.make_photos(tmp_path, 48)
-    one, other = (next(make(tmp_path, 32, 48)) for make in (benchmark_pipeline.ours, benchmark_pipeline.timms))
-    assert one.shape == other.shape == (48, 3, 32, 32)
+    sides = (make(tmp_path, 32, 48) for make in (benchmark_pipeline.ours, benchmark_pipeline.timms))
+    one, other = (torch.stack([next(side) for _ in range(8)]) for side in sides)  # a batch is mixed by one share
+    assert one.shape == other.shape == (8, 48, 3, 32, 32)
     assert one.dtype == other.dtype == torch.float32
     assert abs(one.mean() - other.mean()) < 0.4
     assert 0.7 < one.std() / other.std() < 1.4
