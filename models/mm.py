@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ from ops.registry import nearest
 
 DECODERS: dict[str, Callable[..., nn.Module]] = {"vwformer": VWHead}  # of ours: (in_channels, num_classes, **args)
 NECKS = ("rcnet", "sda")  # of ours, for detectors with a feature pyramid
-BACKBONE = "model.backbone.net."  # before the names of the net's parameters
+BACKBONE = "backbone.net."  # before the names of the net's parameters
 
 
 class Detections(NamedTuple):
@@ -47,34 +47,22 @@ class Detections(NamedTuple):
 class DenseNet(nn.Module):
     """A backbone under a head, with what timm's optimisers ask of a net.
 
-    In its state dict, weights have the names that they have in the packages' checkpoints, without ours for `model`.
+    Its parts are those of `model`, so that parameters and weights have the names of the packages' checkpoints.
     """
 
+    model: Any
     masks: bool  # whether it predicts masks
+    backbone: DenseBackbone
     undecayed = re.compile(r"decode_head\.(query_embed|query_feat|level_embed)\.")  # Mask2Former's
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model: Any = model
-        self.register_state_dict_post_hook(self._without_model)
-        self.register_load_state_dict_pre_hook(self._with_model)
+        self.__dict__["model"] = model  # not a part itself, which would stand before every name
+        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
 
-    @staticmethod
-    def _without_model(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-        for key in [key for key in state if key.startswith(f"{prefix}model.")]:
-            state[prefix + key.removeprefix(f"{prefix}model.")] = state.pop(key)
-
-    @staticmethod
-    def _with_model(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for key in [key for key in state if key.startswith(prefix)]:
-            state[f"{prefix}model.{key.removeprefix(prefix)}"] = state.pop(key)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        return self.model.get_submodule(target) if target else self
-
-    @property
-    def backbone(self) -> DenseBackbone:
-        return self.model.backbone
+    def train(self, mode: bool = True) -> Self:
+        self.model.training = mode
+        return super().train(mode)
 
     @property
     def unused_weights(self) -> set[str]:

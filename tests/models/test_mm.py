@@ -1,5 +1,6 @@
 """Heads of mmdetection, mmsegmentation and ours over backbones of ours and timm's."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -240,9 +241,9 @@ def test_layer_decay_slows_the_backbone_from_its_stem_on(net):
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
     scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     named = {name: scales[id(p)] for name, p in model.named_parameters()}
-    stem = next(scale for name, scale in named.items() if name.startswith("model.backbone"))
-    assert all(scale == 1 for name, scale in named.items() if not name.startswith("model.backbone.net"))
-    inside = [scale for name, scale in named.items() if name.startswith("model.backbone.net")]
+    stem = next(scale for name, scale in named.items() if name.startswith("backbone"))
+    assert all(scale == 1 for name, scale in named.items() if not name.startswith("backbone.net"))
+    inside = [scale for name, scale in named.items() if name.startswith("backbone.net")]
     assert stem == min(inside) and max(inside) == 0.5 and len(set(inside)) > 4
 
 
@@ -251,6 +252,15 @@ def test_what_does_not_decay_is_named():
     undecayed = build("mask2former", "swin").no_weight_decay()
     assert undecayed < names and any("query_feat" in name for name in undecayed)
     assert any("backbone.net" in name for name in undecayed)
+
+
+def test_a_copy_is_whole_and_its_own():
+    model = build("dino", "swin")  # which has a weight and a mode of its own beside its parts'
+    copied = copy.deepcopy(model).eval()
+    assert not copied.model.training and model.model.training
+    ours, theirs = ({id(p) for p in each.parameters()} for each in (model, copied))
+    assert ours.isdisjoint(theirs) and theirs == {id(p) for p in copied.model.parameters()}
+    assert "level_embed" in model.state_dict() and model.state_dict().keys() == model.model.state_dict().keys()
 
 
 def test_checkpointing_gives_the_same_loss():

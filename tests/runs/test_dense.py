@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 
 from datamodules.scenes import write_scenes
 from tests.runs.cli import SWIN, result, rows, start, stop_when
@@ -85,6 +86,27 @@ def test_two_processes_count_each_image_once(whole, tmp_path):
     wanted = {"detection": {"detections.json", "pr_curves.png"}, "segmentation": {"iou.csv", "confusion.png"}}[task]
     assert wanted | {"per_class.png", "images"} <= files
     assert len(list((tmp_path / "evaluation/images").glob("*.png"))) == 3
+
+
+def test_a_sharded_run_leaves_the_weights_of_a_whole_net(whole, scenes, tmp_path):
+    task, run = whole
+    sharded = start(
+        "train", *command(task, scenes), "trainer.devices=2", "trainer.strategy=fsdp", "recipe.ema.decay=null",
+        folder=tmp_path,
+    )  # fmt: skip
+    _, err = sharded.communicate(timeout=400)
+    assert sharded.returncode == 0, err
+    states = [torch.load(each / "checkpoints/last.ckpt", weights_only=True) for each in (run, tmp_path / "run")]
+    theirs, ours = (
+        {key: value.shape for key, value in each["state_dict"].items() if key.startswith("model.")} for each in states
+    )
+    assert ours == theirs
+    evaluation = start("eval", "run=run", "trainer=cpu", "hydra.run.dir=evaluation", folder=tmp_path)
+    _, err = evaluation.communicate(timeout=400)
+    assert evaluation.returncode == 0, err
+    again, once = result(tmp_path / "evaluation")["metrics"], result(tmp_path / "run")["metrics"]
+    for name in FIGURES[task]:
+        assert again[f"test/{name}"] == pytest.approx(once[f"test/{name}"], abs=1e-6), name
 
 
 @pytest.mark.parametrize(
