@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 
 from datamodules.batch import BatchTransform
@@ -105,6 +106,10 @@ class ImageData(pl.LightningDataModule, ABC):
             self._sets[split] = self.load(split)
         return self._sets[split]
 
+    def groups(self, images: Any) -> np.ndarray | None:
+        """A group for each training image, where batches are better of one."""
+        return None
+
     def names(self, split: str) -> list[str]:
         """Names of a split's images, by position."""
         images = self.images(split)
@@ -112,7 +117,9 @@ class ImageData(pl.LightningDataModule, ABC):
 
     def train_dataloader(self) -> TrainLoader:
         images = self.images("train")
-        sampler = TrainSampler(len(images), self.batch_size, seed=self.seed, repeats=self.repeats, **self._ranks)
+        groups = self.groups(images)
+        order = {"seed": self.seed, "repeats": self.repeats, **self._ranks}
+        sampler = TrainSampler(len(images), self.batch_size, groups=groups, **order)
         return TrainLoader(Fetch(images, self.train_transform, self.collate), sampler, **self._loading("train"))
 
     def val_dataloader(self) -> Loader:

@@ -166,6 +166,11 @@ class DetectionData(ImageData):
             index = index.select(used)
         return DetectionImages(index, folder, training=True, masks=self.has_masks)
 
+    def groups(self, images: DetectionImages) -> np.ndarray:
+        """Upright images or not: a batch of both would be padded to the height of one and the width of the other."""
+        height, width = images.index.sizes.T
+        return height > width
+
     @property
     def _val(self) -> CocoIndex:
         return self.images("val").index

@@ -33,15 +33,26 @@ class TrainSampler(Sampler[Plan]):
     Args:
         length: samples in the set.
         batch_size: samples a rank takes in one step.
+        groups: (length,) the group of each sample; those of a global batch are of one, but for an epoch's last ones.
 
     Raises:
         ValueError: there are fewer samples than ranks.
     """
 
-    def __init__(self, length: int, batch_size: int, *, seed=0, repeats=1, rank=0, world_size=1):
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        repeats: int = 1,
+        groups: np.ndarray | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         if length < world_size:
             raise ValueError(f"{length} training images cannot be shared among {world_size} processes")
-        self.length, self.seed, self.repeats = length, seed, repeats
+        self.length, self.seed, self.repeats, self.groups = length, seed, repeats, groups
         self.batch_size = min(batch_size, length // world_size)
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
@@ -53,9 +64,10 @@ class TrainSampler(Sampler[Plan]):
 
     def __iter__(self) -> Iterator[Plan]:
         start, self.start = self.start, 0
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        order, copy = order.repeat(self.repeats)[: self.length], np.arange(self.length) % self.repeats
         size = self.batch_size * self.world_size
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        order = order if self.groups is None else in_groups(order, self.groups, size)
+        order, copy = order.repeat(self.repeats)[: self.length], np.arange(self.length) % self.repeats
         for step in range(start, len(self)):
             mine = slice(step * size + self.rank, (step + 1) * size, self.world_size)
             draw = random.Random(repr((self.seed, self.epoch, step, self.rank)))
@@ -72,6 +84,18 @@ class TrainSampler(Sampler[Plan]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch = state["epoch"]
         self.start = self.consumed = state["batches"]
+
+
+def in_groups(order: np.ndarray, groups: np.ndarray, size: int) -> np.ndarray:
+    """`order` with samples of one group in each run of `size`, as the runs fill up; what fills none comes last."""
+    runs, rest = [], []
+    for group in np.unique(groups):
+        places = np.flatnonzero(groups[order] == group)
+        whole = len(places) // size * size
+        runs += [*places[:whole].reshape(-1, size)]
+        rest.append(places[whole:])
+    runs.sort(key=lambda run: run[-1])
+    return order[np.concatenate([*runs, np.sort(np.concatenate(rest))])]
 
 
 class EvalSampler(Sampler[Plan]):

@@ -202,6 +202,18 @@ def test_batches_do_not_depend_on_workers(root):
     assert same(fetched["masks"], loader.dataset[plan]["masks"])
 
 
+def test_upright_images_are_batched_with_upright_ones(tmp_path):
+    truth = content()
+    truth["annotations"] = [annotation(i, i, 7, (3, 4, 20, 30), polygon(3, 4, 20, 30)) for i in range(12)]
+    sizes = [(WIDTH, HEIGHT) if i % 3 == 0 else (HEIGHT, WIDTH) for i in range(12)]
+    truth["images"] = [{"id": i, "file_name": f"{i}.png", "height": h, "width": w} for i, (h, w) in enumerate(sizes)]
+    write(tmp_path, truth)
+    for i, size in enumerate(sizes):
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / f"train2017/{i}.png")
+    loader = make_data(tmp_path, image_size=[60, 120]).train_dataloader()
+    assert sorted(tuple(batch["image"].shape[2:]) for batch in loader) == [(64, 96)] * 4 + [(96, 64)] * 2
+
+
 def test_evaluation_batches(root):
     data = make_data(root, image_size=[90, 200], batch_size=3)
     batches = [data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()]

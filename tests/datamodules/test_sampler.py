@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 
 from datamodules.sampler import EvalSampler, TrainSampler
@@ -34,6 +35,22 @@ def test_order_follows_from_seed_and_epoch():
     first, seeds = order(3, 1)
     assert sorted(itertools.chain(*first)) == list(range(50))
     assert len(set(seeds)) == 5
+
+
+def test_a_global_batch_is_of_one_group_but_for_the_last_ones():
+    groups = np.random.default_rng(0).random(203) < 0.3
+    plain, grouped = TrainSampler(203, 10), TrainSampler(203, 10, groups=groups)
+    mixed = [len({bool(groups[i]) for i in index}) == 2 for index in indices(grouped)]
+    assert len(mixed) == len(plain) == 20 and not any(mixed[:-1])
+    assert sum(len({bool(groups[i]) for i in index}) == 2 for index in indices(plain)) > 10
+    seen = list(itertools.chain(*indices(grouped)))
+    assert len(set(seen)) == len(seen) == 200
+    kinds = [bool(groups[index[0]]) for index in indices(grouped)[:-1]]
+    assert len(set(kinds[:8])) == len(set(kinds[-8:])) == 2  # both all the time, not one after the other
+    ranks = [TrainSampler(203, 5, groups=groups, rank=rank, world_size=2) for rank in range(2)]
+    for whole, *parts in zip(indices(grouped), *map(indices, ranks), strict=True):
+        assert sorted(whole) == sorted(itertools.chain(*parts))
+    assert indices(TrainSampler(203, 10, groups=np.zeros(203))) == indices(plain)
 
 
 def test_repeats_keep_the_number_of_steps_and_go_to_different_ranks():
