@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from torch.nn import BatchNorm2d
 
 from evaluation.tables import CONF, agrees, dense_experiments, list_papers, model_choice, read_paper
 from models import complexity
@@ -97,6 +98,8 @@ def test_every_experiment_is_a_net(name):
     check(cfg)
     net = on_meta(cfg)
     assert net.backbone.strides == ([8, 16, 32] if "retinanet" in name else [4, 8, 16, 32])
+    of_batches = (isinstance(m, BatchNorm2d) for part, m in net.named_modules() if not part.startswith("backbone"))
+    assert cfg.trainer.sync_batchnorm == any(of_batches)  # as the packages' configs have them
     if name in BIFORMER:
         params, macs = complexity(net, (800, 1280) if cfg.task.name == "detection" else (512, 2048))
         assert agrees(params / 1e6, BIFORMER[name][0]) and agrees(macs / 1e9, BIFORMER[name][1])
