@@ -19,7 +19,7 @@ def decode(data: bytes) -> np.ndarray:
     what is broken.
 
     Raises:
-        BrokenImage: the data are truncated or no image.
+        BrokenImage: the data are truncated or no image, or have more than 8 bits a channel.
     """
     if data[:2] == b"\xff\xd8":
         try:
@@ -29,6 +29,8 @@ def decode(data: bytes) -> np.ndarray:
             pass  # Pillow has the last word
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.mode[0] in "IF":  # Pillow would cut values off at 255, and leave white
+                raise ValueError(f"expected 8 bits a channel, and it has more (Pillow's mode {image.mode})")
             return np.array(image.convert("RGB"))
     except (
         Exception

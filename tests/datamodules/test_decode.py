@@ -52,3 +52,11 @@ def test_bytes_too_many_are_no_harm():
 def test_garbage_is_broken(data):
     with pytest.raises(BrokenImage, match=r".+"):
         decode(data)
+
+
+@pytest.mark.parametrize(("kind", "form"), [(np.uint16, "PNG"), (np.int32, "TIFF"), (np.float32, "TIFF")])
+def test_more_than_8_bits_are_not_cut_off(kind, form):
+    file = io.BytesIO()
+    Image.fromarray(np.array(PHOTO.convert("L")).astype(kind) * 256).save(file, form)
+    with pytest.raises(BrokenImage, match="expected 8 bits a channel, and it has more"):
+        decode(file.getvalue())
