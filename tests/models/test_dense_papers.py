@@ -100,6 +100,8 @@ def test_every_experiment_is_a_net(name):
     assert net.backbone.strides == ([8, 16, 32] if "retinanet" in name else [4, 8, 16, 32])
     of_batches = (isinstance(m, BatchNorm2d) for part, m in net.named_modules() if not part.startswith("backbone"))
     assert cfg.trainer.sync_batchnorm == any(of_batches)  # as the packages' configs have them
+    if cfg.head.name == "semantic_fpn":
+        assert cfg.task.test.multiple == 32  # AlignResize of UniFormer's and BiFormer's configs
     if name in BIFORMER:
         params, macs = complexity(net, (800, 1280) if cfg.task.name == "detection" else (512, 2048))
         assert agrees(params / 1e6, BIFORMER[name][0]) and agrees(macs / 1e9, BIFORMER[name][1])
