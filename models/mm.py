@@ -33,6 +33,11 @@ from ops.registry import nearest
 DECODERS: dict[str, Callable[..., nn.Module]] = {"vwformer": VWHead}  # of ours: (in_channels, num_classes, **args)
 NECKS = ("rcnet", "sda")  # of ours, for detectors with a feature pyramid
 BACKBONE = "backbone.net."  # before the names of the net's parameters
+# Parts that give or take float32 in mixed precision: the packages' heads compute coordinates and resize logits in the
+# type of their maps, and half precision puts pixels of a large image on a grid of up to 8. (mmdetection 2 and
+# mmsegmentation 0 had `force_fp32` at these places.)
+SINGLE_OUTPUT = re.compile(r"(rpn|bbox|mask|decode)_head(\.\d+)?$|(cls|reg)_branches\.\d+$|\.(value_proj|conv_seg)$")
+SINGLE_INPUT = re.compile(r"_roi_extractor(\.\d+)?$")
 
 
 class Detections(NamedTuple):
@@ -59,6 +64,11 @@ class DenseNet(nn.Module):
         super().__init__()
         self.__dict__["model"] = model  # not a part itself, which would stand before every name
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        for name, module in model.named_modules():
+            if SINGLE_OUTPUT.search(name):
+                module.register_forward_hook(lambda _, args, output: single(output))
+            elif SINGLE_INPUT.search(name):
+                module.register_forward_pre_hook(lambda _, args: single(args))
 
     def train(self, mode: bool = True) -> Self:
         self.model.training = mode
@@ -332,6 +342,11 @@ def own_neck(head: Any, fpn: dict, build: Callable[[dict], nn.Module]) -> nn.Mod
     from mmengine.model import Sequential  # it passes on the call that initialises the pyramid
 
     return Sequential(build(fpn), SelectiveDenseAttention(width, levels))
+
+
+def single(values: Any) -> Any:
+    """Tensors, in tuples and lists, in float32 where they were in half precision."""
+    return tree_map_only(Tensor, lambda t: t.float() if t.dtype in (torch.half, torch.bfloat16) else t, values)
 
 
 def summed(losses: Mapping[str, Any]) -> dict[str, Tensor]:

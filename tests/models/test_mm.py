@@ -171,6 +171,30 @@ def test_half_precision(head):
     assert without_gradient(model, loss) == []
 
 
+@pytest.mark.parametrize("head", DETECTORS)
+def test_boxes_of_half_precision_are_not_on_a_grid(head):
+    model = build(head, "swin").eval()
+    if head == "retinanet":
+        model.model.bbox_head.retina_cls.bias.data.zero_()  # else nothing is found
+    found_in = []
+    for name, part in model.named_modules():
+        if "roi_extractor" in name or name.endswith("value_proj"):
+            part.register_forward_hook(lambda _, args, output: found_in.append(output.dtype))
+    size = torch.tensor([[64, 1303]])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.predict(torch.randn(1, 3, 64, 1312), size, size)[0]
+    x = found.boxes[:, [0, 2]][(found.boxes[:, [0, 2]] > 0) & (found.boxes[:, [0, 2]] < 1303)]
+    assert len(x) > 10 and (x == x.bfloat16()).float().mean() < 0.5
+    assert {*found_in} <= {torch.float32}
+
+
+@pytest.mark.parametrize("head", ["semantic_fpn", "upernet", "vwformer"])
+def test_logits_of_half_precision_are_resized_in_float32(head):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = build(head).eval().logits(torch.randn(1, 3, 64, 96))
+    assert logits.dtype == torch.float32 and (logits == logits.bfloat16()).float().mean() < 0.5
+
+
 @pytest.mark.parametrize(("head", "key"), [("semantic_fpn", "decode.loss_ce"), ("mask_rcnn", "loss_mask")])
 def test_a_few_steps_on_one_batch_lower_the_loss(head, key):
     model = build(head)
