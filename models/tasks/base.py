@@ -152,4 +152,5 @@ class Task(pl.LightningModule):
         checkpoint["train_sums"] = {name: value.clone() for name, value in self._sums.items()}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self._sums = {name: value.to(self.device) for name, value in checkpoint.get("train_sums", {}).items()}
+        device = self.trainer.strategy.root_device  # where the net may not be yet
+        self._sums = {name: value.to(device) for name, value in checkpoint.get("train_sums", {}).items()}

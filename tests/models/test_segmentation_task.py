@@ -4,6 +4,7 @@ import json
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,15 @@ def test_predictions_of_the_truth_are_perfect_at_the_original_size(test, shrink)
     assert summary["miou"] == summary["pixel_accuracy"] == summary["mean_accuracy"] == 1
     assert summary["n"] == 5
     assert task.val_figures == {"val/miou": 1.0, "val/pixel_accuracy": 1.0, "val/mean_accuracy": 1.0}
+
+
+def test_sums_of_a_checkpoint_go_to_the_device_that_trains(monkeypatch):
+    """NCCL sums up nothing that lies on the CPU, where the net still is when a checkpoint is read."""
+    task = make_task()
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    monkeypatch.setattr(Segmentation, "trainer", trainer)
+    task.on_load_checkpoint({"train_sums": {"loss": torch.tensor(3.0), "images": torch.tensor(4.0)}})
+    assert {name: value.device.type for name, value in task._sums.items()} == {"loss": "meta", "images": "meta"}
 
 
 def test_figures_are_those_of_all_pixels_together():
