@@ -172,7 +172,7 @@ def window_attention_backward(
             )
     if bias is None:
         return dqkv, qkv.new_empty(0)
-    return dqkv, dbias.sum(0)[:, :tokens, :tokens].to(bias.dtype, memory_format=torch.contiguous_format)
+    return dqkv, dbias.sum(0)[:, :tokens, :tokens].to(bias.dtype).contiguous()
 
 
 def _setup_context(ctx, inputs, output) -> None:

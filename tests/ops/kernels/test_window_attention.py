@@ -189,6 +189,20 @@ def test_the_operators_keep_their_contracts(case):
 
 
 @interpreted
+@pytest.mark.parametrize("case", ["windows", "more than a tile"])
+def test_gradients_lie_as_the_operator_says(case):
+    """Of a bias in float32 as well, which autocast leaves so."""
+    from ops.kernels.window_attention import window_attention_and_lse, window_attention_backward
+
+    (qkv, bias, dout), c = make(case), CASES[case]
+    rest = (c.heads, c.window, c.shift, 0.4, False)
+    out, lse = window_attention_and_lse(qkv.half(), bias, *rest)
+    kept = (out, lse) if lse.numel() else (None, None)
+    for gradient in window_attention_backward(qkv.half(), bias, dout.half(), *kept, *rest):
+        assert gradient.is_contiguous()
+
+
+@interpreted
 @pytest.mark.parametrize(
     "name, arguments",
     [
