@@ -345,7 +345,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.tune and not cuda:
         raise ValueError("tune=true needs a CUDA device")
     if cuda:
-        torch.cuda.set_device(device.index or 0)
         dynamo.config.recompile_limit = 64  # beyond it, FlexAttention would run unfused in the many layers of a net
         bandwidth, rate = op_layers.device_rates(device, dtype)
         setting = replace(setting, rates=(bandwidth, rate))

@@ -240,7 +240,7 @@ def describe_device(device: str | torch.device) -> str:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is the GPU where there is one.
+    """`auto` is the GPU where there is one; a GPU becomes the current one, for which alone `synchronize` waits.
 
     Raises:
         ValueError: a GPU is asked for that is not there, or something else.
@@ -250,4 +250,7 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if gpus else "cpu"
     if name not in ("cpu", *gpus, *["cuda"] * bool(gpus)):
         raise ValueError(f"device must be auto, cpu or one of the {len(gpus)} GPUs (cuda:N), not {name!r}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+    return device

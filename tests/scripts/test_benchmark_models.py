@@ -51,6 +51,15 @@ def test_a_device_that_is_not_there_is_an_error():
         benchmarking.pick_device("cuda:99")
 
 
+@pytest.mark.parametrize("name, number", [("auto", 0), ("cuda:1", 1)])
+def test_the_gpu_that_is_picked_is_the_one_that_is_waited_for(monkeypatch, name, number):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert benchmarking.pick_device(name).type == "cuda"
+    assert current == [number]
+
+
 def test_models_are_compared_in_rows_with_csv_and_plot(tmp_path, capsys):
     arguments = ["--models", "resnet18", "resnet10t", "--img-size", "64", "--batch-size", "2", "--rounds", "2"]
     arguments += ["--threads", "1", "--device", "cpu", "--against", "resnet18"]
