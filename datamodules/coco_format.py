@@ -93,14 +93,14 @@ class CocoIndex:
         height, width = self.sizes[image].tolist()
         if not len(annotations):
             return np.zeros((0, height, width), np.uint8)
-        runs: Any = []
+        masks: list[np.ndarray] = []
         for annotation in annotations:
             try:
-                runs.append(run_lengths(self.segmentation(annotation), height, width))
+                masks.append(coco_mask.decode(run_lengths(self.segmentation(annotation), height, width)))
             except (KeyError, TypeError, ValueError) as error:
                 where = f"{self.source}: annotation {self.annotation_ids[annotation]}"
                 raise ValueError(f"{where} has a mask that cannot be read: {error}") from error
-        return np.ascontiguousarray(coco_mask.decode(runs).transpose(2, 0, 1))  # (H, W, M) → (M, H, W)
+        return np.stack(masks)
 
     def to_coco(self) -> dict[str, list[dict]]:
         """All of it in COCO's format again."""

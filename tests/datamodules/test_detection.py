@@ -330,6 +330,11 @@ def test_what_does_not_fit_its_image_is_named_when_read(root, tmp_path):
     truth["images"][1]["width"] = WIDTH + 1
     write(tmp_path, truth, truth)
     images = make_data(tmp_path).images("train")
+    garbage = content()
+    garbage["annotations"][1]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": "garbage"}
+    with pytest.raises(ValueError, match=r"set: annotation 11 has a mask that cannot be read: Invalid RLE"):
+        index = index_coco(garbage, "set")
+        index.masks(0, np.flatnonzero(index.image == 0))
     with pytest.raises(ValueError, match=r"annotation 11 has a mask that cannot be read: its size is \[90, 60\]"):
         images[0]
     with pytest.raises(ValueError, match=r"000005\.png is 90 x 60 px, but 91 x 60 in"):
