@@ -28,8 +28,11 @@ class MaskFolder(SegmentationData):
         **common,
     ):
         super().__init__(**common)
-        if classes is None:
-            raise ValueError("the masks' classes are needed: data.classes=[NAME, ...] or data.classes=COUNT")
+        if not isinstance(classes, int | list | tuple):
+            given = "" if classes is None else f", not {classes!r}"
+            raise ValueError(f"the masks' classes are needed: data.classes=[NAME, ...] or data.classes=COUNT{given}")
+        if not (isinstance(ignore, list | tuple) and all(isinstance(value, int) for value in ignore)):
+            raise ValueError(f"data.ignore must be a list of mask values, like [3], not {ignore!r}")
         names = [str(i) for i in range(classes)] if isinstance(classes, int) else [str(name) for name in classes]
         first = int(background_ignored)
         if not 1 <= len(names) <= IGNORED - first:

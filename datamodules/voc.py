@@ -43,6 +43,8 @@ class VOC(DetectionData):
         for split, sets in self.sets.items():
             if isinstance(sets, str):
                 raise ValueError(f"data.{split} must be a list of sets, like [{sets}], not {sets!r}")
+        if isinstance(classes, str):
+            raise ValueError(f"data.classes must be a list of names, like [{classes}], not {classes!r}")
         self.classes = classes
 
     @property

@@ -234,6 +234,9 @@ def test_wrong_folders(folder, harm, message):
     "args, message",
     [
         ({"classes": None}, r"data.classes=\[NAME, ...\] or data.classes=COUNT"),
+        ({"classes": "cat"}, r"data.classes=\[NAME, ...\] or data.classes=COUNT, not 'cat'"),
+        ({"ignore": 3}, r"data.ignore must be a list of mask values, like \[3\], not 3"),
+        ({"ignore": ["cat"]}, "data.ignore must be a list of mask values"),
         ({"classes": 0}, "must be 1 to 255 classes, not 0"),
         ({"classes": ["a", "b", "a"]}, "names 'a' twice"),
         ({"ignore": [256]}, "from 0 to 255, not 256"),

@@ -83,6 +83,7 @@ def replace_xml(text):
         (None, {"val": ["VOC2007/tset"]}, "no set is called 'tset' in"),
         (None, {"val": ["VOC2009/test"]}, "VOC2009"),
         (None, {"val": "test"}, "data.val must be a list of sets, like [test], not 'test'"),
+        (None, {"classes": "cat"}, "data.classes must be a list of names, like [cat], not 'cat'"),
         (None, {"val": ["VOC2012/empty"]}, "empty.txt is empty"),
         (None, {"val": ["VOC2012/gap"]}, "5 of"),
         (lambda root: (root / "VOC2007/Annotations/000002.xml").unlink(), {}, "000002.xml is missing"),
