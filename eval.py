@@ -8,7 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from runs.config import CONF, check, register_resolvers, with_run
+from runs.config import CONF, beside_a_run, check, register_resolvers, with_run
 from runs.errors import in_a_job, user_errors
 from runs.help import wants_help, write_help
 
@@ -58,4 +58,5 @@ if __name__ == "__main__":
         if wants_help(sys.argv[1:]):
             write_help("eval")
         else:
+            sys.argv[1:] = beside_a_run(sys.argv[1:])
             main()

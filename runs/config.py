@@ -134,11 +134,23 @@ def evaluation_folder(cfg: DictConfig) -> str:
     return f"outputs/evaluation/{cfg.data.name}/{model_name(cfg.model, size_pixels(cfg.data))}/{digest}"
 
 
+def beside_a_run(arguments: Sequence[str]) -> list[str]:
+    """A command line on which keys of the run's config, which the command's own need not have, are Hydra's `++`."""
+    names = {argument.split("=")[0] for argument in arguments}
+    if "run" not in names:
+        return list(arguments)
+    # a group that is named brings its own keys
+    groups = "|".join({"data", "head", "model", "recipe", "task"} - names)
+    return [f"++{one}" if re.match(rf"({groups})\.[\w.]+=", one) else one for one in arguments]
+
+
 def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -> DictConfig:
     """What `eval.py` evaluates: with `run=DIR` that run's config and best weights, under the keys given in `overrides`.
 
     The trainer is the command's, since a run from eight GPUs may be evaluated on a laptop; its precision is the run's.
     """
+    from ops.registry import nearest
+
     if cfg.run is not None:
         run = _run_config(cfg.run).parent
         there = OmegaConf.load(run / "config.yaml")
@@ -146,6 +158,12 @@ def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -
         given = [override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides]
         if not {"trainer", "trainer.precision"} & set(given):
             cfg.trainer.precision = there.trainer.precision
+        for key in (override[2:].split("=")[0] for override in overrides if override.startswith("++")):
+            section, _, name = key.rpartition(".")
+            known = OmegaConf.select(there, section)
+            if name not in (known or {}):
+                hint = nearest(name, map(str, known or ()))
+                raise ValueError(f"there is no key {key!r} in {run}/config.yaml.{hint}")
         for key in {"trainer", "batch_size", "save_images", "ops", "run_dir", *given} - {"run"}:
             section = key.split(".")[0] if key in groups else key
             OmegaConf.update(there, section, OmegaConf.select(cfg, section), force_add=True)

@@ -1,10 +1,21 @@
 import pytest
 import timm
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from datamodules.dense_transforms import DenseAugment
 from models import model_name
-from runs.config import CONF, check, fingerprint, per_device_batch, recipe_for, register_resolvers, run_folder
+from runs.config import (
+    CONF,
+    beside_a_run,
+    check,
+    fingerprint,
+    per_device_batch,
+    recipe_for,
+    register_resolvers,
+    run_folder,
+    with_run,
+)
 from runs.help import groups
 
 IMAGENET = ("data=imagenet", "data.root=/data/in1k")
@@ -115,6 +126,38 @@ def test_data_of_another_task_is_refused():
 def test_a_head_of_another_task_is_refused(overrides, says):
     with pytest.raises(ValueError, match=says):
         check(composed(*overrides))
+
+
+@pytest.mark.parametrize("data", ["coco", "ade20k"])
+def test_an_evaluation_has_the_augmentation_of_its_task(data):
+    DenseAugment.from_config(dict(composed(f"data={data}", program="eval").recipe.augment))
+
+
+def evaluated(tmp_path, *arguments: str) -> DictConfig:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/best.ckpt").touch()
+    OmegaConf.save(composed("data=ade20k", "data.root=/data/ade"), tmp_path / "config.yaml")
+    overrides = beside_a_run([f"run={tmp_path}", *arguments])
+    return with_run(composed(*overrides, program="eval"), overrides, ["data", "task", "recipe"])
+
+
+def test_keys_beside_a_run_are_those_of_its_config(tmp_path):
+    cfg = evaluated(tmp_path, "task.test.mode=slide", "data.root=/elsewhere", "trainer.precision=bf16")
+    assert (cfg.task.test.mode, cfg.task.test.flip, cfg.data.root) == ("slide", False, "/elsewhere")
+    assert (cfg.data.name, cfg.trainer.precision) == ("ade20k", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("task.test.mod=slide", "no key 'task.test.mod' in .*yaml. Did you mean 'mode'"),
+        ("data.rot=/data", "no key 'data.rot' in .*yaml. Did you mean 'root'"),
+        ("model.nam.x=1", "no key 'model.nam.x' in"),
+    ],
+)
+def test_keys_that_a_run_does_not_have_are_refused(tmp_path, argument, says):
+    with pytest.raises(ValueError, match=says):
+        evaluated(tmp_path, argument)
 
 
 @pytest.mark.parametrize("group", ["model", "head", "data", "recipe", "trainer", "logger", "callbacks"])
