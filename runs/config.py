@@ -113,6 +113,13 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, not {cfg.trainer.precision!r}")
     if cfg.trainer.strategy == "fsdp" and cfg.recipe.ema.decay is not None:
         raise ValueError("trainer.strategy=fsdp has no average of the weights: recipe.ema.decay=null, or trainer=ddp")
+    epochs, steps = cfg.recipe.epochs, cfg.recipe.get("steps")
+    if (epochs is None) == (steps is None):
+        given = f"recipe.epochs={epochs} and recipe.steps={steps}".replace("None", "null")
+        raise ValueError(f"a recipe has a number of epochs or of steps, and the other is null; not {given}")
+    name, length = ("epochs", epochs) if steps is None else ("steps", steps)
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"recipe.{name} must be a whole number, 1 or more, not {length!r}")
     per_device_batch(cfg)
 
 

@@ -160,6 +160,20 @@ def test_keys_that_a_run_does_not_have_are_refused(tmp_path, argument, says):
         evaluated(tmp_path, argument)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("data=ade20k", "recipe.epochs=1"), "not recipe.epochs=1 and recipe.steps=80000"),
+        (("recipe.epochs=null",), "not recipe.epochs=null and recipe.steps=null"),
+        (("recipe.epochs=0",), "recipe.epochs must be a whole number, 1 or more, not 0"),
+        (("data=ade20k", "recipe.steps=1.5"), "recipe.steps must be a whole number, 1 or more, not 1.5"),
+    ],
+)
+def test_a_recipe_has_one_length(overrides, says):
+    with pytest.raises(ValueError, match=says):
+        check(composed(*overrides))
+
+
 @pytest.mark.parametrize("group", ["model", "head", "data", "recipe", "trainer", "logger", "callbacks"])
 def test_every_choice_composes_and_is_in_the_help(group):
     for path in sorted((CONF / group).glob("*.yaml")):
