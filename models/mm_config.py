@@ -59,12 +59,16 @@ def changes(head: Any, small: bool) -> dict[str, Any]:
     """What a head's size and the command line change in it.
 
     Raises:
-        ValueError: the size is unknown.
+        ValueError: the size is unknown, or `args` is no mapping.
     """
     settings: Any = OmegaConf.to_container(head, resolve=True)
     size, sizes = settings["size"] or ("small" if small else "full"), settings["sizes"]
     if size not in sizes:
         raise ValueError(f"head.size {size!r} is unknown.{nearest(size, sizes)} There are: {', '.join(sizes)}")
+    if not isinstance(settings["args"], dict):
+        raise ValueError(
+            f"head.args must be a mapping, like {{rpn_head: {{feat_channels: 128}}}}, not {settings['args']!r}"
+        )
     return merge(sizes[size], settings["args"])
 
 

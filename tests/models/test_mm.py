@@ -323,6 +323,7 @@ def test_what_does_not_fit_is_refused_in_one_line():
         "head__size": r"head\.size 'smal' is unknown\. Did you mean 'small'\? There are: small, full",
         "head__neck": r"head\.neck 'smal' is unknown\.",
         "head__args__rpn_head__smal": r"head=mask_rcnn cannot be built so: AnchorHead takes no argument 'smal'",
+        "head__args": r"head\.args must be a mapping, like \{rpn_head: \{feat_channels: 128\}\}, not 'smal'",
         "head__config": r"mmdet has no config 'smal'",
     }.items():
         with pytest.raises(ValueError, match=said) as error:
