@@ -30,20 +30,22 @@ class Pruning(Callback):
         folder: the search's.
         trial: number of the trial in it.
         monitor: the figure, of which the highest is the best.
-        warmup: epochs after which nothing is ended yet.
+        warmup, warmup_steps: epochs, and optimiser steps, after which nothing is ended yet.
     """
 
-    def __init__(self, folder: str, trial: int, monitor: str, warmup: int):
-        self.folder, self.number, self.monitor, self.warmup = Path(folder), trial, monitor, warmup
+    def __init__(self, folder: str, trial: int, monitor: str, warmup: int, warmup_steps: int = 0):
+        self.folder, self.number, self.monitor = Path(folder), trial, monitor
+        self.warmup, self.warmup_steps = warmup, warmup_steps
         self._trial: optuna.Trial | None = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         epoch = trainer.current_epoch + 1
-        stop = trainer.is_global_zero and self._is_worse(epoch, pl_module.val_figures[self.monitor])
+        warming = trainer.global_step < self.warmup_steps
+        stop = trainer.is_global_zero and self._is_worse(epoch, pl_module.val_figures[self.monitor], warming)
         if trainer.strategy.reduce_boolean_decision(stop, all=False):
             trainer.should_stop = True
 
-    def _is_worse(self, epoch: int, value: float) -> bool:
+    def _is_worse(self, epoch: int, value: float, warming: bool) -> bool:
         if self._trial is None:  # opened in the process that trains, which need not be the search's
             pruner = optuna.pruners.MedianPruner(n_warmup_steps=self.warmup)
             study = optuna.load_study(study_name=STUDY, storage=open_storage(self.folder), pruner=pruner)
@@ -53,7 +55,7 @@ class Pruning(Callback):
             return True
         if epoch not in trial.study.trials[self.number].intermediate_values:  # a resumed run repeats an epoch
             trial.report(value, epoch)
-        if not trial.should_prune():
+        if warming or not trial.should_prune():
             return False
         trial.set_user_attr(PRUNED, epoch)
         return True

@@ -124,7 +124,8 @@ class Search:
             "folder": str(self.folder),
             "trial": number,
             "monitor": f"val/{cfg.task.figure}",
-            "warmup": int(cfg.recipe.schedule.warmup_epochs),
+            "warmup": int(cfg.recipe.schedule.get("warmup_epochs", 0)),
+            "warmup_steps": cfg.recipe.schedule.get("warmup_steps") or 0,
         }
         OmegaConf.update(cfg, "callbacks.pruning", pruning, force_add=True)
         if "wandb" in cfg.logger and not any(each.startswith("logger.wandb.group=") for each in self.overrides):

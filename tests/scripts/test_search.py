@@ -54,10 +54,19 @@ def test_trials_are_runs_and_the_same_command_goes_on(capsys):
     assert len({row["recipe.optimizer.lr"] for row in again.values()}) == 3
 
 
-def test_a_trial_below_the_median_is_ended_early():
+def test_a_recipe_that_warms_up_by_steps():
+    for task, steps in (("detection", 150), ("classification", 0)):
+        lr = {"recipe.optimizer.lr": FloatDistribution(1e-5, 2e-5)}
+        pruning = search.Search(Path(task).absolute(), lr, [f"task={task}"], 0).config(0, {}).callbacks.pruning
+        assert (pruning.warmup_steps, pruning.warmup) == (steps, 0 if steps else 2)
+
+
+@pytest.mark.parametrize(("steps", "state", "epochs"), [(0, "pruned", "2"), (100, "complete", "3")])
+def test_a_trial_below_the_median_is_ended_early(steps, state, epochs):
     space = {"recipe.optimizer.lr": FloatDistribution(1e-5, 2e-5)}
     name = space_file(**{"recipe.optimizer.lr": {"low": 1e-5, "high": 2e-5}})
-    study = search.Search(Path("outputs/search/space").absolute(), space, QUICK, 0).study
+    quick = (*QUICK, f"+recipe.schedule.warmup_steps={steps}") if steps else QUICK
+    study = search.Search(Path("outputs/search/space").absolute(), space, quick, 0).study
     for _ in range(5):
         study.add_trial(
             create_trial(
@@ -67,10 +76,10 @@ def test_a_trial_below_the_median_is_ended_early():
                 intermediate_values={1: 0.0, 2: 1.0, 3: 1.0},
             )
         )
-    search.main([name, "--trials", "6", *QUICK])
+    search.main([name, "--trials", "6", *quick])
     row = trials("space")["trial-5"]
-    assert (row["state"], row["epochs"]) == ("pruned", "2")
-    assert result(Path("outputs/search/space/trial-5"))["epochs"] == 2
+    assert (row["state"], row["epochs"]) == (state, epochs)
+    assert result(Path("outputs/search/space/trial-5"))["epochs"] == int(epochs)
 
 
 def test_a_killed_search_goes_on_with_the_trial_that_it_was_at(tmp_path):
