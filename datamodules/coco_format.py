@@ -193,7 +193,7 @@ def index_coco(content: Any, source: str) -> CocoIndex:
     rows = annotations.entries
     boxes = annotations.boxes()[order]
     iscrowd = np.array([bool(row.get("iscrowd", 0)) for row in rows])
-    areas = np.array([np.nan if row.get("area") is None else row["area"] for row in rows], np.float64)[order]
+    areas = annotations.areas()[order]
     segmentations = [rows[row].get("segmentation") for row in order.tolist()]
     if any(segmentations) and not all(segmentations):
         without = f"{sum(not one for one in segmentations)} of {len(rows)} annotations have none"
@@ -271,6 +271,13 @@ class _Entries:
             one = f"{self.name}[{bad}] (id {self.entries[bad].get('id')})"
             raise ValueError(f"{one} has the bbox {values[bad]!r}: expected [x, y, width, height]")
         return boxes
+
+    def areas(self) -> np.ndarray:
+        """float64 (A,), NaN for an annotation without one."""
+        values = [entry.get("area") for entry in self.entries]
+        if wrong := [value for value in values if not isinstance(value, int | float | None)]:
+            raise ValueError(f"{self.name}: 'area' must be a number, not {wrong[0]!r}")
+        return np.array([np.nan if value is None else value for value in values], np.float64)
 
 
 def _is_box(value: Any) -> bool:

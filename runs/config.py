@@ -102,6 +102,8 @@ def check(cfg: DictConfig) -> None:
         others = [path.stem for path in sorted((CONF / "head").glob("*.yaml")) if _is_for(path, cfg.task.name)]
         takes = f"which has {', '.join(others)}" if others else "which takes none"
         raise ValueError(f"head={cfg.head.name} is for task={cfg.head.task}, not task={cfg.task.name}, {takes}")
+    if cfg.recipe.get("task", cfg.task.name) != cfg.task.name:
+        raise ValueError(f"this recipe is for task={cfg.recipe.task}, not task={cfg.task.name}, which has its own")
     devices, accelerator = cfg.trainer.devices, cfg.trainer.accelerator
     if not isinstance(devices, int) or devices < 1:
         raise ValueError(f"trainer.devices must be a number of devices, 1 or more, not {devices!r}")

@@ -282,6 +282,7 @@ def all_crowds(truth):
         (edit("annotations", 3, image_id=99), "annotations[3] (id 12) has 'image_id' 99, which is not an image"),
         (edit("annotations", 1, bbox=[1, 2, 3]), "annotations[1] (id 11) has the bbox [1, 2, 3]: expected [x, y, w"),
         (edit("annotations", 1, bbox=[1, 2, 3, float("nan")]), "(id 11) has the bbox [1, 2, 3, nan]"),
+        (edit("annotations", 1, area="big"), "annotations: 'area' must be a number, not 'big'"),
         (edit("annotations", 1, id=12), "annotations: 'id' 12 occurs 2 times"),
         (edit("images", 1, id=12), "images: 'id' 12 occurs 2 times"),
         (edit("images", 1, id="5"), "images: 'id' must be a whole number, not '5'"),

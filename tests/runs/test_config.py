@@ -128,6 +128,19 @@ def test_a_head_of_another_task_is_refused(overrides, says):
         check(composed(*overrides))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("data=ade20k", "recipe=coco_3x"), "recipe is for task=detection, not task=segmentation"),
+        (("data=coco", "recipe=swin"), "recipe is for task=classification, not task=detection"),
+        (("recipe=small_segmentation",), "recipe is for task=segmentation, not task=classification"),
+    ],
+)
+def test_a_recipe_of_another_task_is_refused(overrides, says):
+    with pytest.raises(ValueError, match=says):
+        check(composed(*overrides))
+
+
 @pytest.mark.parametrize("data", ["coco", "ade20k"])
 def test_an_evaluation_has_the_augmentation_of_its_task(data):
     DenseAugment.from_config(dict(composed(f"data={data}", program="eval").recipe.augment))
