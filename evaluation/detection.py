@@ -25,7 +25,6 @@ from runs.files import replacing
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST = 100  # detections an image, over all classes: COCO's limit
 KINDS: dict[str, Any] = {"box": "bbox", "mask": "segm"}  # ours -> pycocotools'
 FIGURES = (
     "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
@@ -49,21 +48,21 @@ class ImageDetections:
     def from_tensors(
         index: int, boxes: Tensor, scores: Tensor, labels: Tensor, masks: Tensor | None, size: Sequence[int]
     ) -> ImageDetections:
-        """Of the `MOST` likeliest; `masks` is bool (N, H, W), `size` the image's (H, W)."""
-        kept = scores.float().argsort(descending=True, stable=True)[:MOST]
+        """`masks` is bool (N, H, W), `size` the image's (H, W)."""
+        order = scores.float().argsort(descending=True, stable=True)
         height, width = (int(side) for side in size)
         counts = None
         if masks is not None:
             # pycocotools reads columns: (N, H, W) → (N, W, H) in memory, seen as (H, W, N) in Fortran's order
-            columns = masks[kept].transpose(1, 2).contiguous().byte().cpu().numpy()
+            columns = masks[order].transpose(1, 2).contiguous().byte().cpu().numpy()
             encoded: Any = rle.encode(columns.transpose(2, 1, 0))
             counts = [each["counts"] for each in encoded]
         return ImageDetections(
             index,
             (height, width),
-            boxes[kept].float().cpu().numpy(),
-            scores[kept].float().cpu().numpy(),
-            labels[kept].cpu().numpy(),
+            boxes[order].float().cpu().numpy(),
+            scores[order].float().cpu().numpy(),
+            labels[order].cpu().numpy(),
             counts,
         )
 
@@ -159,7 +158,7 @@ def evaluate(
         evaluator.accumulate()
         evaluator.summarize()
     figures = {name: None if value < 0 else float(value) for name, value in zip(FIGURES, evaluator.stats, strict=True)}
-    precision = evaluator.eval["precision"][..., 0, -1]  # of all areas and `MOST` detections, by ascending category id
+    precision = evaluator.eval["precision"][..., 0, -1]  # of all areas and 100 detections, by ascending category id
     precision = precision[..., np.argsort(np.argsort(category_ids))]
     return Accuracy(figures, np.where(precision < 0, np.nan, precision))
 
