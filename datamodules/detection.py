@@ -108,8 +108,8 @@ class DetectionData(ImageData):
     A batch has `image`, float32 (B, 3, H, W), normalised once it is on the device and padded with zeros at the right
     and the bottom to multiples of 32, and `sizes`, int64 (B, 2), heights and widths without the padding. In training it
     has lists with one tensor an image: `boxes`, float32 (N, 4), x1, y1, x2, y2 in pixels of the resized image; `labels`
-    (N,); `ignored`, float32 (M, 4), boxes of crowds; and, where the data have masks, `masks`, uint8 (N, h, w). In
-    evaluation it has `original_sizes`, int64 (B, 2), those of the files.
+    (N,); `ignored`, float32 (M, 4), boxes of crowds; and, where the data have masks that are read, `masks`, uint8
+    (N, h, w). In evaluation it has `original_sizes`, int64 (B, 2), those of the files.
 
     Args:
         image_size: [short, long]: images are resized with their ratio kept, so that neither side is longer than that.
@@ -120,6 +120,7 @@ class DetectionData(ImageData):
     """
 
     collate = staticmethod(collate)
+    reads_masks = True  # in training, where there are any; for a detector of boxes alone they would only cost time
 
     def __init__(
         self,
@@ -164,7 +165,7 @@ class DetectionData(ImageData):
         if not (self.keep_empty or used.all()):
             logger.info("%s: %d of %d images have no objects", index.source, (~used).sum(), len(used))
             index = index.select(used)
-        return DetectionImages(index, folder, training=True, masks=self.has_masks)
+        return DetectionImages(index, folder, training=True, masks=self.has_masks and self.reads_masks)
 
     def groups(self, images: DetectionImages) -> np.ndarray:
         """Upright images or not: a batch of both would be padded to the height of one and the width of the other."""

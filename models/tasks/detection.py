@@ -36,7 +36,9 @@ class Detection(DenseTask):
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
-        return build_detector(cfg, datamodule)
+        detector = build_detector(cfg, datamodule)
+        datamodule.reads_masks = detector.masks
+        return detector
 
     def complexity(self, datamodule: Any) -> tuple[int, int]:
         """Parameters, and multiply-accumulates for one image of the data's size, padded as a batch is."""

@@ -251,9 +251,9 @@ def scenes(tmp_path_factory) -> Path:
     return folder
 
 
-def real(scenes: Path) -> tuple[Detection, Any]:
+def real(scenes: Path, head: str = "mask_rcnn") -> tuple[Detection, Any]:
     small = ("model.size=nano", "recipe.batch_size=2", "data.num_workers=0", f"data.root={scenes}")
-    cfg = composed("task=detection", "head=mask_rcnn", *small)
+    cfg = composed("task=detection", f"head={head}", *small)
     torch.manual_seed(0)
     data = build_data(cfg)
     return build_task(cfg, data), data
@@ -276,6 +276,15 @@ def test_mask_rcnn_is_trained_and_tested_on_scenes(scenes, tmp_path):
     results = json.loads((tmp_path / "detections.json").read_text())
     assert {tuple(each["segmentation"]["size"]) for each in results} == {(256, 320)}
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["00000.png"]
+
+
+def test_a_detector_of_boxes_alone_reads_no_masks(scenes):
+    for head, there in (("retinanet", False), ("mask_rcnn", True)):
+        task, data = real(scenes, head)
+        batch = next(iter(data.train_dataloader()))
+        assert ("masks" in batch) == there and len(batch["boxes"][0]) == len(batch["labels"][0]) > 0
+        trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(task, datamodule=data)
+        assert task.running_figures()["train/loss"] > 0
 
 
 def test_the_backbone_starts_from_a_classifier_or_a_detector(scenes, tmp_path):
