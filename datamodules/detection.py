@@ -3,7 +3,7 @@
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from datamodules.base import ImageData
 from datamodules.coco_format import CocoIndex
-from datamodules.dense_transforms import (
-    DenseAugment,
-    DenseEvalTransform,
-    DenseTrainTransform,
-    check_limits,
-    normalise_padded,
-    pad_images,
-)
+from datamodules.dense import DenseData
+from datamodules.dense_transforms import normalise_padded, pad_images
 from datamodules.images import EncodedImages
 
 logger = logging.getLogger(__name__)
@@ -102,7 +95,7 @@ def collate(samples: Sequence[dict]) -> dict:
     return batch
 
 
-class DetectionData(ImageData):
+class DetectionData(DenseData):
     """Images with boxes and perhaps masks; labels are from 0 up in the order of `class_names`.
 
     A batch has `image`, float32 (B, 3, H, W), normalised once it is on the device and padded with zeros at the right
@@ -112,34 +105,16 @@ class DetectionData(ImageData):
     (N, h, w). In evaluation it has `original_sizes`, int64 (B, 2), those of the files.
 
     Args:
-        image_size: [short, long]: images are resized with their ratio kept, so that neither side is longer than that.
         keep_empty: train on images without objects too.
-        flip: whether a mirrored object keeps its label; if not, the recipe's hflip is not applied.
-        augment: the recipe's augmentation, the fields of `datamodules.dense_transforms.DenseAugment`; None: none.
-        common: arguments of `ImageData`.
+        common: arguments of `DenseData`.
     """
 
     collate = staticmethod(collate)
     reads_masks = True  # in training, where there are any; for a detector of boxes alone they would only cost time
 
-    def __init__(
-        self,
-        *,
-        image_size: Sequence[int],
-        keep_empty: bool = False,
-        flip: bool = True,
-        augment: Mapping | None = None,
-        batch_size: int = 2,
-        **common: Any,
-    ):
-        super().__init__(image_size=check_limits(image_size), batch_size=batch_size, **common)
-        if self.in_chans != 3:
-            raise ValueError(f"data.in_chans must be 3 for detection, not {self.in_chans}")
-        short, long = image_size
+    def __init__(self, *, keep_empty: bool = False, **common: Any):
+        super().__init__(**common)
         self.keep_empty = keep_empty
-        self.augment = DenseAugment.from_config(dict(augment or {}) | ({} if flip else {"hflip": 0.0}))
-        self.train_transform = DenseTrainTransform(self.augment, (short, long))
-        self.eval_transform = DenseEvalTransform((short, long))
 
     @abstractmethod
     def read(self, split: str) -> tuple[CocoIndex, Path]:

@@ -65,13 +65,11 @@ def make_scene(split: str, index: int, seed: int = 0) -> Scene:
     instances, whole = np.zeros(SIZE, np.uint8), np.empty(len(chosen))
     for i, digit in enumerate(digits[chosen]):
         shape = _sprite(rng, digit)
-        h, w = shape.shape
-        top, left = (int(rng.integers(max(1, side - length))) for side, length in zip(SIZE, (h, w), strict=True))
-        inside = slice(max(top, 0), top + h), slice(max(left, 0), left + w)
+        top, left = (int(rng.integers(side - length)) for side, length in zip(SIZE, shape.shape, strict=True))
+        inside = slice(top, top + shape.shape[0]), slice(left, left + shape.shape[1])
         under = image[inside]  # a view, as is instances[inside]
-        shown = shape[max(-top, 0) :, max(-left, 0) :][: under.shape[0], : under.shape[1]]
-        under += shown[..., None] * (_paint(rng, under) - under)
-        instances[inside][shown > 0.5] = i + 1
+        under += shape[..., None] * (_paint(rng, under) - under)
+        instances[inside][shape > 0.5] = i + 1
         whole[i] = (shape > 0.5).sum()
     seen = np.bincount(instances.ravel(), minlength=len(chosen) + 1)[1:]
     unclear = (seen < LEAST_PIXELS) | (seen < LEAST_SHARE * whole)

@@ -11,19 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datamodules.base import ImageData
 from datamodules.batch import normalise
 from datamodules.decode import BrokenImage
-from datamodules.dense_transforms import (
-    IGNORED,
-    DenseAugment,
-    DenseEvalTransform,
-    DenseTrainTransform,
-    Size,
-    check_limits,
-    normalise_padded,
-    pad_images,
-)
+from datamodules.dense import DenseData
+from datamodules.dense_transforms import IGNORED, Size, normalise_padded, pad_images
 from datamodules.images import EXTENSIONS, EncodedImages, list_images
 
 
@@ -133,7 +124,7 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...], end: str) -> dict[str, str
     return files
 
 
-class SegmentationData(ImageData):
+class SegmentationData(DenseData):
     """Images with a class for each pixel.
 
     A training batch has `image` (float32 (B, 3, H, W), normalised and then padded with zeros once it is on the device)
@@ -142,29 +133,11 @@ class SegmentationData(ImageData):
     (B, 2), those sizes.
 
     Args:
-        image_size: (short, long): evaluation resizes an image, its ratio kept, to be as large as it can be with a
-            shorter side of at most `short` and a longer side of at most `long`.
-        flip: whether a mirrored image keeps its classes; if not, the recipe's hflip is not applied.
-        augment: the recipe's augmentation, the fields of `datamodules.dense_transforms.DenseAugment`; None: none.
-        common: arguments of `ImageData`.
+        common: arguments of `DenseData`.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size: Sequence[int] = (512, 2048),
-        flip: bool = True,
-        augment: Mapping | None = None,
-        batch_size: int = 16,
-        **common: Any,
-    ):
-        super().__init__(image_size=check_limits(image_size), batch_size=batch_size, **common)
-        if self.in_chans != 3:
-            raise ValueError(f"data.in_chans must be 3 for segmentation, not {self.in_chans}")
-        short, long = image_size
-        self.augment = DenseAugment.from_config(dict(augment or {}) | ({} if flip else {"hflip": 0.0}))
-        self.train_transform = DenseTrainTransform(self.augment, (short, long))
-        self.eval_transform = DenseEvalTransform((short, long))
+    def __init__(self, **common: Any):
+        super().__init__(**common)
         self.collate = partial(collate, crop=self.augment.crop)
 
     @abstractmethod

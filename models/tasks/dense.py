@@ -1,6 +1,8 @@
 """What detection and segmentation share: a backbone under a head."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,12 @@ class DenseTask(Task):
         if isinstance(self.model, FSDPModule):  # which gathers the weights for `forward` alone
             for method in self.methods:
                 register_fsdp_forward_method(self.model, method)
+
+    @staticmethod
+    def picture(folder: Path, images: Any, index: int) -> Path:
+        """Where the report's picture of an image goes."""
+        name = re.sub(r"[^\w.-]+", "_", str(Path(images.name(index)).with_suffix("")))
+        return folder / "images" / f"{name}.png"
 
     def summed(self, losses: dict[str, Tensor], images: int) -> Tensor:
         """The sum of a batch's losses, each of which is tracked under its name."""

@@ -1,7 +1,6 @@
 """Object detection and instance segmentation."""
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -118,6 +117,5 @@ class Detection(DenseTask):
             if each["image_id"] in objects:
                 objects[each["image_id"]].append(each)
         for found in drawn:
-            name = re.sub(r"[^\w.-]+", "_", str(Path(images.name(found.index)).with_suffix("")))
             image, truth = images[found.index]["image"], objects[ids[found.index]]
-            plot_detections(folder / "images" / f"{name}.png", image, found, truth, categories, names)
+            plot_detections(self.picture(folder, images, found.index), image, found, truth, categories, names)

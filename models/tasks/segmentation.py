@@ -1,6 +1,5 @@
 """Semantic segmentation."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,8 +143,7 @@ class Segmentation(DenseTask):
         draw_confusion(folder / "confusion.png", self.counts.confusion, classes, "pixels")
         for index, prediction in sorted(self.pictures.items()):
             sample = images[index]
-            name = re.sub(r"[^\w.-]+", "_", str(Path(images.name(index)).with_suffix("")))
-            draw_prediction(folder / "images" / f"{name}.png", sample["image"], sample["mask"], prediction, classes)
+            draw_prediction(self.picture(folder, images, index), sample["image"], sample["mask"], prediction, classes)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         return self.summed(self.model.loss(batch["image"], batch["mask"]), len(batch["image"]))

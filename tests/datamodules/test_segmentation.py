@@ -85,7 +85,7 @@ def test_ade20k(tmp_path):
     for split, name in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
         write(tmp_path / f"images/{split}/{name}.jpg", image)
         write(tmp_path / f"annotations/{split}/{name}.png", mask)
-    data = ADE20K(root=str(tmp_path))
+    data = ADE20K(root=str(tmp_path), image_size=[512, 2048])
     assert (data.num_classes, data.class_names[0], data.class_names[-1], data.class_names[44]) == (
         150,
         "wall",
@@ -106,7 +106,7 @@ def test_cityscapes(tmp_path):
         write(tmp_path / f"gtFine/{name}gtFine_{what}.png", mask)
         write(tmp_path / f"gtFine/{name}gtFine_color.png", mask)
         write(tmp_path / f"gtFine/{name}gtFine_instanceIds.png", mask)
-    data = Cityscapes(root=str(tmp_path))
+    data = Cityscapes(root=str(tmp_path), image_size=[512, 1024])
     mask = data.images("train")[0]["mask"][0].tolist()
     assert {i: data.class_names[label] for i, label in enumerate(mask) if label != 255} == CLASSES
     assert (CLASSES[7], CLASSES[26], CLASSES[33], len(CLASSES)) == ("road", "car", "bicycle", 19)
@@ -242,7 +242,7 @@ def test_wrong_folders(folder, harm, message):
         ({"ignore": [256]}, "from 0 to 255, not 256"),
         ({"ignore": [2]}, "data.ignore has 2, the mask value of class 'dog'"),
         ({"image_size": (64, 32)}, r"must be \[short, long\] with 0 < short <= long, not \(64, 32\)"),
-        ({"in_chans": 1, "mean": [0.5], "std": [0.5]}, "data.in_chans must be 3 for segmentation, not 1"),
+        ({"in_chans": 1, "mean": [0.5], "std": [0.5]}, "data.in_chans must be 3 for detection and segmentation, not 1"),
         ({"augment": {"hflp": 0.5}}, "augment has no 'hflp'. Did you mean 'hflip'"),
     ],
 )
