@@ -100,55 +100,17 @@ def compiled_flex() -> Callable[..., Any]:
 # window attention
 
 
-def authors_window(
-    qkv: Tensor,
-    bias: Tensor | None,
-    num_heads: int,
-    window: Pair,
-    shift: Pair = (0, 0),
-    scale: float | None = None,
-    pattern: str = "window",
-) -> Tensor:
-    """As microsoft/Swin-Transformer computes it: roll, cut, matrix products and softmax, put together, roll back."""
-    return cut_attention(_products, qkv, bias, num_heads, window, shift, scale, pattern)
-
-
-def masked_window(
-    qkv: Tensor,
-    bias: Tensor | None,
-    num_heads: int,
-    window: Pair,
-    shift: Pair = (0, 0),
-    scale: float | None = None,
-    pattern: str = "window",
-) -> Tensor:
-    """The same with SDPA, to which bias and shift are one mask."""
-    return cut_attention(_sdpa, qkv, bias, num_heads, window, shift, scale, pattern)
-
-
-def flex_window(
-    qkv: Tensor,
-    bias: Tensor | None,
-    num_heads: int,
-    window: Pair,
-    shift: Pair = (0, 0),
-    scale: float | None = None,
-    pattern: str = "window",
-) -> Tensor:
-    """The same with FlexAttention, windows as a batch."""
-    return cut_attention(_flex, qkv, bias, num_heads, window, shift, scale, pattern)
-
-
 def cut_attention(
     attend: Callable[..., Tensor],
     qkv: Tensor,
     bias: Tensor | None,
     num_heads: int,
     window: Pair,
-    shift: Pair,
-    scale: float | None,
-    pattern: str,
+    shift: Pair = (0, 0),
+    scale: float | None = None,
+    pattern: str = "window",
 ) -> Tensor:
+    """Roll, cut into windows, `attend` in each, put together, roll back."""
     size = qkv.shape[1:3]
     if any(shift):
         qkv = qkv.roll((-shift[0], -shift[1]), dims=(1, 2))
@@ -185,6 +147,11 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | N
     attend = compiled_flex() if q.is_cuda else flex_attention
     out: Any = attend(*(t.flatten(0, 1) for t in (q, k, v)), score_mod=modified, scale=scale)
     return out.unflatten(0, q.shape[:2])
+
+
+authors_window = functools.partial(cut_attention, _products)  # as microsoft/Swin-Transformer computes it
+masked_window = functools.partial(cut_attention, _sdpa)  # to which bias and shift are one mask
+flex_window = functools.partial(cut_attention, _flex)  # windows as a batch
 
 
 # neighbourhood attention
