@@ -15,11 +15,14 @@ RUN useradd --create-home retinue && mkdir -p /retinue /data /weights && chown r
 USER retinue
 WORKDIR /retinue
 
-COPY --chown=retinue pyproject.toml constraints.txt README.md LICENSE ./
+# The dependencies first, in a layer that a change of the code leaves as it is.
+COPY --chown=retinue pyproject.toml constraints.txt ./
 RUN python3.12 -m venv .venv \
-    && for name in datamodules evaluation models ops runs; do mkdir $name && touch $name/__init__.py; done && touch train.py \
-    && pip install --no-cache-dir -c constraints.txt -e .
+    && python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+        > /tmp/dependencies.txt \
+    && pip install --no-cache-dir -c constraints.txt -r /tmp/dependencies.txt
 COPY --chown=retinue . .
+RUN pip install --no-cache-dir --no-deps -e .
 
 RUN mkdir -p outputs
 VOLUME ["/data", "/weights", "/retinue/outputs"]

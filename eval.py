@@ -8,9 +8,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from runs.config import CONF, beside_a_run, check, register_resolvers, with_run
-from runs.errors import in_a_job, user_errors
-from runs.help import wants_help, write_help
+from retinue.runs.config import beside_a_run, check, register_resolvers, with_run
+from retinue.runs.help import wants_help, write_help
+from retinue.utils.errors import in_a_job, user_errors
+from retinue.utils.paths import CONF
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -22,10 +23,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: weights, model and data do not fit.
     """
-    from runs.evaluation import evaluate_here
-    from runs.launch import launch, needs_launch, rank
-    from runs.result import read_result, show_result
-    from runs.training import no_empty_folder
+    from retinue.runs.evaluation import evaluate_here
+    from retinue.runs.launch import launch, needs_launch, rank
+    from retinue.runs.result import read_result, show_result
+    from retinue.runs.training import no_empty_folder
 
     folder = Path(cfg.run_dir)
     with no_empty_folder(folder):
@@ -41,9 +42,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     return result["metrics"]
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="eval")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="eval")
 def main(cfg: DictConfig) -> float:
-    from runs.slurm import refuse_without_multirun
+    from retinue.runs.slurm import refuse_without_multirun
 
     hydra_config = HydraConfig.get()
     with in_a_job():

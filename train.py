@@ -7,9 +7,10 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from runs.config import CONF, check, register_resolvers
-from runs.errors import in_a_job, user_errors
-from runs.help import wants_help, write_help
+from retinue.runs.config import check, register_resolvers
+from retinue.runs.help import wants_help, write_help
+from retinue.utils.errors import in_a_job, user_errors
+from retinue.utils.paths import CONF
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -21,10 +22,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: the config asks for what cannot be.
     """
-    from runs.launch import launch, needs_launch, rank
-    from runs.result import read_result, show_result
-    from runs.status import attempt
-    from runs.training import no_empty_folder, starts_anew, train_here
+    from retinue.runs.launch import launch, needs_launch, rank
+    from retinue.runs.result import read_result, show_result
+    from retinue.runs.status import attempt
+    from retinue.runs.training import no_empty_folder, starts_anew, train_here
 
     folder = Path(cfg.run_dir)
     with no_empty_folder(folder):
@@ -44,10 +45,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     return result["metrics"]
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(cfg: DictConfig) -> float:
-    from runs.slurm import refuse_without_multirun
-    from runs.training import no_empty_folder
+    from retinue.runs.slurm import refuse_without_multirun
+    from retinue.runs.training import no_empty_folder
 
     with in_a_job(), no_empty_folder(Path(cfg.run_dir)):
         refuse_without_multirun()

@@ -3,8 +3,8 @@ Dataset", arXiv:1608.05442)."""
 
 from collections.abc import Sequence
 
-from datamodules.dense_transforms import IGNORED
 from datamodules.segmentation import MaskedImages, SegmentationData, pair_files
+from retinue.utils.masks import IGNORED
 
 # By label; the first name of each line of objectInfo150.txt.
 CLASS_NAMES = (

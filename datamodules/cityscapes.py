@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from datamodules.dense_transforms import IGNORED
 from datamodules.images import list_images
 from datamodules.segmentation import MaskedImages, SegmentationData, pair_files
+from retinue.utils.masks import IGNORED
 
 # The classes that are evaluated, in label order, by the ids of *_labelIds.png (github.com/mcordts/cityscapesScripts).
 CLASSES = {

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from retinue.utils.masks import run_lengths
+
 logger = logging.getLogger(__name__)
 
 PARTS = ("images", "annotations", "categories")
@@ -126,24 +128,6 @@ class CocoIndex:
                 annotation["segmentation"] = self.segmentation(row)
         categories = [{"id": id, "name": name} for id, name in self.categories.items()]
         return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def run_lengths(segmentation: Any, height: int, width: int) -> Any:
-    """A mask of COCO's format as pycocotools takes it: compressed run lengths.
-
-    Raises:
-        ValueError: it is not one, or not of an image of this size.
-    """
-    if isinstance(segmentation, list):
-        rings = [ring for ring in segmentation if len(ring) >= 6]  # fewer than three corners enclose nothing
-        if not rings:
-            return coco_mask.encode(np.zeros((height, width), np.uint8, order="F"))
-        return coco_mask.merge(coco_mask.frPyObjects(rings, height, width))
-    if list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"its size is {list(segmentation['size'])}, the image's [{height}, {width}]")
-    if isinstance(segmentation["counts"], list):
-        return coco_mask.frPyObjects(segmentation, height, width)
-    return segmentation
 
 
 def read_coco(path: Path) -> CocoIndex:

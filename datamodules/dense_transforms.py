@@ -21,8 +21,8 @@ from torch import Tensor
 
 from datamodules.batch import normalise
 from datamodules.transforms import known_fields, resize
+from retinue.utils.masks import IGNORED
 
-IGNORED = 255  # in a mask of classes
 DETR_SIZES = ((400, 4200), (500, 4200), (600, 4200))  # before DETR's crop; its longer side has no limit
 DETR_CROP = (384, 600)  # least and most of its sides
 CROP_TRIES = 10  # for one that is not of one class

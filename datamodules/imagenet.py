@@ -13,7 +13,7 @@ from timm.data import ImageNetInfo
 from datamodules.base import ClassificationData
 from datamodules.image_folder import same_classes
 from datamodules.images import FileImages, class_folders, list_classes, list_images
-from ops.registry import nearest
+from retinue.utils.suggestions import nearest
 
 WNID = re.compile(r"n\d{8}")
 LABEL_FILES = ("val.txt", "val_labels.txt", "val_labels.csv", "LOC_val_solution.csv")

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from datamodules.base import SPLITS
-from datamodules.dense_transforms import IGNORED
 from datamodules.segmentation import MaskedImages, SegmentationData, pair_files
+from retinue.utils.masks import IGNORED
 
 
 class MaskFolder(SegmentationData):

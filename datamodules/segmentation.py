@@ -14,8 +14,9 @@ from PIL import Image
 from datamodules.batch import normalise
 from datamodules.decode import BrokenImage
 from datamodules.dense import DenseData
-from datamodules.dense_transforms import IGNORED, Size, normalise_padded, pad_images
+from datamodules.dense_transforms import Size, normalise_padded, pad_images
 from datamodules.images import EXTENSIONS, EncodedImages, list_images
+from retinue.utils.masks import IGNORED
 
 
 class MaskedImages(EncodedImages):

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import Compose
 
 from datamodules.auto_augment import quicken
-from ops.registry import nearest
+from retinue.utils.suggestions import nearest
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")

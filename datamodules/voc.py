@@ -11,7 +11,7 @@ from datamodules.base import SPLITS
 from datamodules.coco_format import CocoIndex, index_coco
 from datamodules.detection import DetectionData
 from datamodules.images import EXTENSIONS
-from ops.registry import nearest
+from retinue.utils.suggestions import nearest
 
 SETS, ANNOTATIONS, IMAGES = Path("ImageSets/Main"), "Annotations", "JPEGImages"
 

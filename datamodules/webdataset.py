@@ -12,7 +12,7 @@ import numpy as np
 
 from datamodules.base import SPLITS, ClassificationData
 from datamodules.images import EXTENSIONS, EncodedImages
-from runs.files import replacing
+from retinue.utils.files import replacing
 
 COLUMNS = ("shard", "offset", "size", "label", "name")
 

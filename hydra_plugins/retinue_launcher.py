@@ -23,7 +23,7 @@ from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from runs.errors import Stopped
+from retinue.utils.errors import Stopped
 
 ASK_SLURM_EVERY = 15  # seconds; the folders are looked at every second
 
@@ -57,7 +57,7 @@ class SlurmSweep(SlurmLauncher):
                 "hydra/launcher=slurm needs Slurm's sbatch, which is not here; "
                 "scripts/local_slurm/start starts a Slurm on this machine"
             )
-        from runs.slurm import queue
+        from retinue.runs.slurm import queue
 
         runs = [self._compose(list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
         by_folder = {run.folder: run for run in runs}  # two lines of the grid may mean the same run
@@ -93,10 +93,11 @@ class SlurmSweep(SlurmLauncher):
         import submitit
         from submitit.core.utils import FailedJobError
 
-        from runs.config import fingerprint
-        from runs.result import git_commit, write_atomic
-        from runs.slurm import Submission, run_submitted
-        from runs.status import SUBMITTED
+        from retinue.runs.config import fingerprint
+        from retinue.runs.result import git_commit
+        from retinue.runs.slurm import Submission, run_submitted
+        from retinue.runs.status import SUBMITTED
+        from retinue.utils.files import write_text
 
         assert self.config is not None and self.hydra_context is not None and self.task_function is not None
         now, commit = time.time(), git_commit()
@@ -113,7 +114,7 @@ class SlurmSweep(SlurmLauncher):
             run.job, run.log = job.job_id, job.paths.stderr
             run.folder.mkdir(parents=True, exist_ok=True)
             record = {"job": job.job_id, **stamp, "config_sha256": fingerprint(run.config)}
-            write_atomic(run.folder / SUBMITTED, json.dumps(record, indent=2) + "\n")
+            write_text(run.folder / SUBMITTED, json.dumps(record, indent=2) + "\n")
             _say(f"job {job.job_id}: {_shown(run.folder)}")
 
 
@@ -132,8 +133,8 @@ def _resources(config: DictConfig) -> dict[str, Any]:
 
 def _to_submit(run: Run, queue: frozenset[str] | None) -> bool:
     """Whether the run needs a job; its folder is then ready for one."""
-    from runs.status import FAILED, SUBMITTED, attempt, status
-    from runs.training import clear, starts_anew
+    from retinue.runs.status import FAILED, SUBMITTED, attempt, status
+    from retinue.runs.training import clear, starts_anew
 
     state = status(run.folder, queue).state
     if (run.folder / SUBMITTED).exists():
@@ -155,8 +156,8 @@ def _to_submit(run: Run, queue: frozenset[str] | None) -> bool:
 
 def _wait(runs: list[Run]) -> int:
     """Until all runs have ended; tells how each went, and returns how many did not finish."""
-    from runs.slurm import queue
-    from runs.status import FAILED, record_failure, status
+    from retinue.runs.slurm import queue
+    from retinue.runs.status import FAILED, record_failure, status
 
     waiting, unfinished = list(runs), 0
     asked = time.monotonic()

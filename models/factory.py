@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from ops.registry import nearest
+from retinue.utils.suggestions import nearest
 
 
 def create_model(model_cfg: Mapping, num_classes: int, in_chans: int, img_size: int | Sequence[int]) -> nn.Module:

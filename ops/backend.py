@@ -6,7 +6,7 @@ import os
 import torch
 from torch import Tensor
 
-from ops.registry import nearest
+from retinue.utils.suggestions import nearest
 
 logger = logging.getLogger(__name__)
 

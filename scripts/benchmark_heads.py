@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarking import Row, interleave, make_row, peak_memory_mb, pick_device, print_rows, write_csv
-from models import mmcv_ext
-from runs.errors import user_errors
+from models.openmmlab import mmcv_ext
+from retinue.benchmarks.timing import Row, interleave, make_row, peak_memory_mb, pick_device, print_rows, write_csv
+from retinue.utils.errors import user_errors
 
 HEADS, WIDTH, POINTS, STRIDES, QUERIES = 8, 32, 4, (8, 16, 32, 64), 900
 STAND_IN = "stand-in"

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarking import Row, interleave, make_row, peak_memory_mb, pick_device, print_rows, write_csv
 from models import complexity, create_model
-from ops.registry import nearest
-from runs.errors import user_errors
-from runs.files import replacing
+from retinue.benchmarks.timing import Row, interleave, make_row, peak_memory_mb, pick_device, print_rows, write_csv
+from retinue.utils.errors import user_errors
+from retinue.utils.files import replacing
+from retinue.utils.suggestions import nearest
 
 NUM_CLASSES, IN_CHANS = 1000, 3
 

@@ -23,23 +23,29 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import op_costs
-import op_layers
-import op_nets
 import timm
 import torch
 import torch._dynamo as dynamo
-import tune_kernels
 from omegaconf import OmegaConf
-from op_layers import MEANT, Layer, first_line
-from op_nets import Subject
-from op_peers import PRIMITIVES, Pair
 
-from benchmarking import Row, Timing, interleave, make_row, peak_memory_mb, pick_device, print_rows, write_csv
 from ops import list_ops
 from ops.neighborhood import NATTEN_INSTALLED
-from ops.registry import nearest
-from runs.errors import user_errors
+from retinue.benchmarks import growth, layers, nets, tuning
+from retinue.benchmarks.layers import MEANT, Layer, first_line
+from retinue.benchmarks.nets import Subject
+from retinue.benchmarks.peers import PRIMITIVES, Pair
+from retinue.benchmarks.timing import (
+    Row,
+    Timing,
+    interleave,
+    make_row,
+    peak_memory_mb,
+    pick_device,
+    print_rows,
+    write_csv,
+)
+from retinue.utils.errors import user_errors
+from retinue.utils.suggestions import nearest
 
 GPU_SIZES, CPU_SIZES = (224, 512, "800x1333", 1024, 2048), (224,)
 GPU_NETS, CPU_NETS = ("biformer_small", "swin_tiny", "nat_mini"), ("biformer_tiny",)
@@ -147,16 +153,16 @@ def bench_layer(layer: Layer, batch: int, setting: Setting, compiling: bool) -> 
     torch.compiler.reset()  # or each layer would add to what is compiled
     call, of, names = layer.call(batch, setting.device), PRIMITIVES[layer.primitive], []
     for name, formulation in of.items():
-        if (reason := formulation.obstacle(call)) is None and (compiling or name != op_nets.COMPILED):
+        if (reason := formulation.obstacle(call)) is None and (compiling or name != nets.COMPILED):
             names.append(name)
         elif reason and setting.is_cuda:
             print(f"{name} is left out of {layer.describe(batch)}: {reason}")
-    inputs = op_layers.make_inputs(layer, batch, getattr(torch, setting.dtype), setting.device)
-    errors = op_layers.check(layer, names, inputs)
+    inputs = layers.make_inputs(layer, batch, getattr(torch, setting.dtype), setting.device)
+    errors = layers.check(layer, names, inputs)
     names = exact_enough(errors, layer.describe(batch))
     found = {}
     for train in DIRECTIONS:
-        steps = {name: op_layers.make_step(layer, name, inputs, train) for name in names}
+        steps = {name: layers.make_step(layer, name, inputs, train) for name in names}
         timings = measure(steps, setting, [name for name in names if of[name].foreign], setting.is_cuda)
         floor = setting.floor(*layer.floor(batch, inputs.qkv.element_size(), train))
         for name, timing in timings.items():
@@ -194,16 +200,16 @@ def bench_subject(subject: Subject, setting: Setting, compiling: bool) -> Found:
     """
     torch.compiler.reset()
     names = subject.formulations()
-    optional = [op_nets.COMPILED, *(name for of in PRIMITIVES.values() for name, f in of.items() if f.foreign)]
+    optional = [nets.COMPILED, *(name for of in PRIMITIVES.values() for name, f in of.items() if f.foreign)]
     if len(names) > 1 and subject.is_op and setting.is_cuda and compiling:
-        names.append(op_nets.COMPILED)
+        names.append(nets.COMPILED)
     errors: Mapping[str, float] = {}
     if len(names) > 1:  # otherwise it is itself the plain form
-        errors = op_nets.check(subject, names, optional)
+        errors = nets.check(subject, names, optional)
         names = exact_enough(errors, subject.name)
     found = {}
     for train in DIRECTIONS:
-        makers = {name: partial(op_nets.make_step, subject, name, train) for name in names}
+        makers = {name: partial(nets.make_step, subject, name, train) for name in names}
         timings = measure(
             {name: make() for name, make in makers.items()}, setting, optional, subject.is_op and setting.is_cuda
         )
@@ -249,7 +255,7 @@ def bench_primitive(
 ) -> tuple[list[Row], list[Row]]:
     """A row for each layer, formulation and direction, and one for their sums over a net's layers."""
     rows, sums, variants, pixels = [], [], {}, resolution[0] * resolution[1]
-    for layer in op_layers.layers(primitive, resolution, unbiased=NATTEN_INSTALLED):
+    for layer in layers.layers(primitive, resolution, unbiased=NATTEN_INSTALLED):
         try:
             found = bench_layer(layer, batch, setting, compiling)
         except torch.OutOfMemoryError:
@@ -306,7 +312,7 @@ def plan(options: Options, cuda: bool) -> Plan:
 def tables(what: Plan, setting: Setting) -> Iterator[tuple[str, list[Row]]]:
     """What was measured together, and what it is called."""
     for name in what.nets:
-        subject = op_nets.make_subject(name, (224, 224), what.net_batch, str(setting.device), setting.dtype)
+        subject = nets.make_subject(name, (224, 224), what.net_batch, str(setting.device), setting.dtype)
         found = bench_subject(subject, setting, compiling=False)
         rows = make_rows(found, setting, subject.describe(), name, what.net_batch, 224**2, name)
         yield f"{name}, in which only the attention differs", rows
@@ -318,7 +324,7 @@ def tables(what: Plan, setting: Setting) -> Iterator[tuple[str, list[Row]]]:
             yield f"{primitive}, summed over the layers of a net, {images}", of_nets
         rows = []
         for name in what.ops:
-            subject = op_nets.make_subject(name, size, batch, str(setting.device), setting.dtype)
+            subject = nets.make_subject(name, size, batch, str(setting.device), setting.dtype)
             try:
                 found = bench_subject(subject, setting, compiling=i == 0 and what.compile_ops)
             except torch.OutOfMemoryError:
@@ -346,13 +352,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("tune=true needs a CUDA device")
     if cuda:
         dynamo.config.recompile_limit = 64  # beyond it, FlexAttention would run unfused in the many layers of a net
-        bandwidth, rate = op_layers.device_rates(device, dtype)
+        bandwidth, rate = layers.device_rates(device, dtype)
         setting = replace(setting, rates=(bandwidth, rate))
         print(f"{bandwidth / 1e9:.4g} GB/s in copying, {rate / 1e12:.4g} TFLOP/s in multiplying {setting.dtype}")
     else:
         print("No CUDA device: Triton kernels, FlexAttention, NATTEN and torch.compile are left out.")
     if options.tune:
-        tune_kernels.tune_all(what.primitives, what.batches, dtype, device)
+        tuning.tune_all(what.primitives, what.batches, dtype, device)
         return
     rows: list[Row] = []
     try:
@@ -361,12 +367,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print_rows([{key: value for key, value in row.items() if key not in HIDDEN} for row in table], title)
             rows += table
     finally:  # an error does not take along what was measured before it
-        if fitted := op_costs.exponents(rows):
+        if fitted := growth.exponents(rows):
             print_rows(fitted, "cost as a power of the number of tokens")
         if options.csv and rows:
             write_csv(options.csv, rows)
         if options.plot and rows:
-            op_costs.plot(options.plot, rows)
+            growth.plot(options.plot, rows)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from timm.data import Mixup, create_loader
 from timm.data.auto_augment import RandAugment, posterize
 from timm.data.dataset import ImageDataset
 
-from benchmarking import interleave, make_row, print_rows, write_csv
 from datamodules.image_folder import ImageFolder
-from runs.errors import user_errors
+from retinue.benchmarks.timing import interleave, make_row, print_rows, write_csv
+from retinue.utils.errors import user_errors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"

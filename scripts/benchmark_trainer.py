@@ -21,14 +21,15 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
-from benchmarking import Row, Timing, make_row, pick_device, print_rows, synchronize, write_csv
-from models.tasks.optimization import create_optimizer, create_schedule
-from runs.checkpoints import Checkpoints
-from runs.config import CONF, register_resolvers
-from runs.errors import user_errors
-from runs.loggers import MetricsCSV
-from runs.progress import TrainingLog
-from runs.training import build_task, build_trainer, quiet_libraries
+from retinue.benchmarks.timing import Row, Timing, make_row, pick_device, print_rows, synchronize, write_csv
+from retinue.runs.checkpoints import Checkpoints
+from retinue.runs.config import register_resolvers
+from retinue.runs.loggers import MetricsCSV
+from retinue.runs.progress import TrainingLog
+from retinue.runs.training import build_task, build_trainer, quiet_libraries
+from retinue.tasks.optimization import create_optimizer, create_schedule
+from retinue.utils.errors import user_errors
+from retinue.utils.paths import CONF
 
 
 class RandomBatches(pl.LightningDataModule):

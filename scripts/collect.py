@@ -18,10 +18,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from evaluation.statistics import Summary
-from runs.errors import user_errors
-from runs.files import replacing
-from runs.results import (
+from retinue.evaluation.statistics import Summary
+from retinue.results.collection import (
     Group,
     Run,
     check_name,
@@ -34,6 +32,8 @@ from runs.results import (
     show,
     unit,
 )
+from retinue.utils.errors import user_errors
+from retinue.utils.files import replacing
 
 Cell = str | Summary | None
 FORMATS = (".csv", ".md", ".tex")

@@ -17,20 +17,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_models import Setting, benchmark
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from timm.layers import to_2tuple
 
-from benchmarking import Row, describe_device, pick_device, print_rows, write_csv
-from evaluation.statistics import mean_ci95
 from models import model_name
 from ops import list_ops
-from ops.registry import nearest
-from runs.config import CONF, register_resolvers
-from runs.errors import user_errors
-from runs.files import replacing
-from runs.result import read_result
+from retinue.benchmarks.timing import Row, describe_device, pick_device, print_rows, write_csv
+from retinue.evaluation.statistics import mean_ci95
+from retinue.runs.config import register_resolvers
+from retinue.runs.result import read_result
+from retinue.utils.errors import user_errors
+from retinue.utils.files import replacing
+from retinue.utils.paths import CONF
+from retinue.utils.suggestions import nearest
+from scripts.benchmark_models import Setting, benchmark
 from train import train
 
 SMALL = ("data.image_size=16", "recipe.epochs=3")

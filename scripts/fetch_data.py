@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from runs.errors import user_errors
+from retinue.utils.errors import user_errors
 
 # SHA-256 of each file, of what is in it where it is gzipped
 CIFAR10 = {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datamodules.scenes import COUNTS, write_scenes
-from runs.errors import user_errors
+from retinue.utils.errors import user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from datamodules.base import ClassificationData
 from datamodules.image_folder import ImageFolder
 from datamodules.imagenet import ImageNet
 from datamodules.images import FileImages
-from runs.errors import user_errors
+from retinue.utils.errors import user_errors
 
 LAYOUTS: dict[str, type[ClassificationData]] = {"image_folder": ImageFolder, "imagenet": ImageNet}
 

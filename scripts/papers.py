@@ -1,6 +1,6 @@
-"""What follows from the papers' tables in conf/paper: the overview docs/papers.md, and an experiment for each row.
+"""What follows from the papers' tables in papers: the overview docs/papers.md, and an experiment for each row.
 
-    python scripts/papers.py            # after a change of conf/paper or conf/model
+    python scripts/papers.py            # after a change of papers or conf/model
 
 conf/experiment/<paper>/<size>_in1k.yaml is written for the rows that a training from scratch reproduces, and
 <size>_<head>_<schedule>.yaml for the detectors and segmentors whose rows have a `train`.
@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from evaluation.tables import CONF, DENSE, dense_experiments, experiments, list_papers, model_choice, read_paper
-from runs.errors import PROJECT
-from runs.files import replacing
+from retinue.results.papers import DENSE, dense_experiments, experiments, list_papers, model_choice, read_paper
+from retinue.utils.files import replacing
+from retinue.utils.paths import CONF, PROJECT
 
 OVERVIEW = PROJECT / "docs/papers.md"
 HEAD = """\
@@ -35,10 +35,10 @@ of the weights that are named. What is off by more than 1 % and half of the last
 0.1 points, and outside the runs' interval) is marked ✗, or * where the reason is known; what is missing is named, with
 the command that produces it.
 
-The tables are `conf/paper/<name>.yaml`: facts, with the authors' files that they were read from. Each row that a
+The tables are `papers/<name>.yaml`: facts, with the authors' files that they were read from. Each row that a
 training from scratch on ImageNet-1k reproduces has an experiment, `conf/experiment/<name>/`: the model's recipe, of
 which `conf/model/` says how near to the paper's it is, and what the row's `train` adds to it. This page and the
-experiments are written by `python scripts/papers.py`; run it after a change of `conf/paper` or `conf/model`.
+experiments are written by `python scripts/papers.py`; run it after a change of `papers` or `conf/model`.
 
 Parameters and top-1 below are the papers' own, over all image sizes; – where the files that were read give none. Nets
 are registry names, ours or timm's.

@@ -21,9 +21,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from runs.errors import user_errors
-from runs.files import replacing
-from runs.results import OWN_KEYS, Group, Run, choose, figures, find_runs, group, join_benchmarks, less_is_better, unit
+from retinue.results.collection import (
+    OWN_KEYS,
+    Group,
+    Run,
+    choose,
+    figures,
+    find_runs,
+    group,
+    join_benchmarks,
+    less_is_better,
+    unit,
+)
+from retinue.utils.errors import user_errors
+from retinue.utils.files import replacing
 
 PARTS = Path(__file__).resolve().parent / "report"
 SCRIPTS = ("charts.js", "details.js", "report.js")

@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from benchmark_models import Setting, benchmark
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from benchmarking import Row, describe_device, pick_device, write_csv
-from evaluation.statistics import mean_ci95
-from evaluation.tables import (
-    CONF,
+from models import complexity
+from retinue.benchmarks.timing import Row, describe_device, pick_device, write_csv
+from retinue.evaluation.statistics import mean_ci95
+from retinue.results.collection import Run, find_runs
+from retinue.results.papers import (
     DENSE,
     accuracy_agrees,
     agrees,
@@ -40,13 +40,13 @@ from evaluation.tables import (
     model_choice,
     read_paper,
 )
-from models import complexity
-from ops.registry import nearest
-from runs.config import check, register_resolvers, with_run
-from runs.errors import user_errors
-from runs.evaluation import evaluate_here
-from runs.files import replacing
-from runs.results import Run, find_runs
+from retinue.runs.config import check, register_resolvers, with_run
+from retinue.runs.evaluation import evaluate_here
+from retinue.utils.errors import user_errors
+from retinue.utils.files import replacing
+from retinue.utils.paths import CONF
+from retinue.utils.suggestions import nearest
+from scripts.benchmark_models import Setting, benchmark
 
 FIGURES = {  # of each table: key -> heading and, where a run measures it, the run's metric
     "variants": {"params_m": ("params (M)", ""), "flops_g": ("MACs (G)", ""), "top1": ("top-1 (%)", "test/top1")},
@@ -62,7 +62,7 @@ IMAGES = 50_000  # of ImageNet's validation set
 class Options:
     """What the command line takes, as key=value."""
 
-    paper: str | None = None  # of conf/paper
+    paper: str | None = None  # of papers
     table: str = "variants"  # or detection, segmentation
     weights: dict[str, str] = field(default_factory=dict)  # weights.<net>=FILE: the authors' checkpoint
     data: dict[str, Any] = field(default_factory=dict)  # data.root=DIR and other keys of conf/data/imagenet.yaml
@@ -278,7 +278,7 @@ def missing(paper: str, table: str, rows: Sequence[Line]) -> Iterator[str]:
                     f"python train.py experiment={experiment} data.root=DIR" if experiment else from_weights
                 )
         if any(line.figures["top1"].ours is None for line in wanted):
-            yield f"or from the authors' checkpoints (conf/paper/{paper}.yaml): weights.<net>=FILE data.root=DIR"
+            yield f"or from the authors' checkpoints (papers/{paper}.yaml): weights.<net>=FILE data.root=DIR"
     else:
         trained = {id(row["train"]): name for name, (_, row) in dense_experiments(paper).items()}
         for line in wanted:

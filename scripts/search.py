@@ -32,11 +32,12 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
-from benchmarking import Row, print_rows, write_csv
-from ops.registry import nearest
-from runs.config import CONF, check, register_resolvers
-from runs.errors import user_errors
-from runs.pruning import PRUNED, STUDY, open_storage, reopen
+from retinue.benchmarks.timing import Row, print_rows, write_csv
+from retinue.runs.config import check, register_resolvers
+from retinue.runs.pruning import PRUNED, STUDY, open_storage, reopen
+from retinue.utils.errors import user_errors
+from retinue.utils.paths import CONF
+from retinue.utils.suggestions import nearest
 from train import train
 
 SPACES = CONF / "search"

@@ -21,10 +21,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 from rich.table import Column, Table
 
-from runs.config import CONF, register_resolvers
-from runs.errors import user_errors
-from runs.slurm import queue
-from runs.status import Status, status
+from retinue.runs.config import register_resolvers
+from retinue.runs.slurm import queue
+from retinue.runs.status import Status, status
+from retinue.utils.errors import user_errors
+from retinue.utils.paths import CONF
 
 STYLES = {"finished": "green", "running": "cyan", "queued": "cyan", "failed": "red", "stopped": "yellow"}
 

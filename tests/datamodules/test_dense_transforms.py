@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from datamodules.dense_transforms import (
-    IGNORED,
     DenseAugment,
     DenseEvalTransform,
     DenseTrainTransform,
@@ -19,6 +18,7 @@ from datamodules.dense_transforms import (
     reframe,
     tight_boxes,
 )
+from retinue.utils.masks import IGNORED
 
 COLOURS = np.array([[250, 20, 20], [20, 250, 20], [20, 20, 250], [240, 240, 20]], np.uint8)
 POLICIES = {

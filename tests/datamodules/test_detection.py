@@ -17,7 +17,7 @@ from pytorch_lightning.utilities import move_data_to_device
 
 from datamodules.coco import Coco, PIDray
 from datamodules.coco_format import index_coco
-from runs.config import CONF
+from retinue.utils.paths import CONF
 
 PATHS = {
     "train_annotations": "annotations/instances_train2017.json",

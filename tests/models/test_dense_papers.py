@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of the papers' detectors and segmentors (the rows of conf/paper).
+"""Parameters and multiply-accumulates of the papers' detectors and segmentors (the rows of papers).
 
 The figures are of images of 1280 x 800 pixels for detectors and of 2048 x 512 for segmentors, or of 2560 x 640 for
 those trained on crops of 640 pixels, by the conventions of mmdetection's and mmsegmentation's own counters: 1,000
@@ -14,10 +14,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.nn import BatchNorm2d
 
-from evaluation.tables import CONF, agrees, dense_experiments, list_papers, model_choice, read_paper
 from models import complexity
-from models.mm import build_detector, build_segmentor
-from runs.config import check, register_resolvers
+from models.openmmlab.build import build_detector, build_segmentor
+from retinue.results.papers import agrees, dense_experiments, list_papers, model_choice, read_paper
+from retinue.runs.config import check, register_resolvers
+from retinue.utils.paths import CONF
 from tests.models.test_papers import is_named
 
 PAPERS = ("swin", "cswin", "nat", "dinat", "transnext")  # whose dense nets are the classifiers' with no other arguments

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 
 from datamodules.scenes import write_scenes
 from models.complexity import complexity
-from models.mm import Detections
-from models.tasks.detection import Detection
-from runs.training import build_data, build_task
-from tests.evaluation.test_detection import CATEGORIES, IMAGES, NAMES, ONE, make_truth, predictions
-from tests.runs.test_config import composed
+from models.openmmlab.build import Detections
+from retinue.runs.training import build_data, build_task
+from retinue.tasks.detection import Detection
+from tests.retinue.evaluation.test_detection import CATEGORIES, IMAGES, NAMES, ONE, make_truth, predictions
+from tests.retinue.runs.test_config import composed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -16,11 +16,11 @@ from mmengine.registry import MODELS
 from omegaconf import DictConfig, OmegaConf
 from timm.optim import create_optimizer_v2
 
-from evaluation.tables import CONF
 from models import complexity, load_weights
 from models.factory import resolve
-from models.mm import Detector, Segmentor, build_detector, build_segmentor
-from models.mm_config import merge
+from models.openmmlab.build import Detector, Segmentor, build_detector, build_segmentor
+from models.openmmlab.config import merge
+from retinue.utils.paths import CONF
 
 DETECTORS = ("retinanet", "mask_rcnn", "cascade_mask_rcnn", "dino")
 SEGMENTORS = ("semantic_fpn", "upernet", "mask2former", "vwformer")

@@ -11,8 +11,8 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
 from models import load_weights
-from models.mm import Detections, summed
-from models.mm_config import library
+from models.openmmlab.build import Detections, summed
+from models.openmmlab.config import library
 from tests.models.test_mm import CLASSES, build
 
 CONFIGS = {

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torchvision.ops as vision
 from torch import Tensor
 
-from models import mmcv_ext
+from models.openmmlab import mmcv_ext
 
 mmcv_ext.install()
 

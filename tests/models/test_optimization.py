@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.tasks.optimization import check_optimizer, create_optimizer, create_schedule, total_epochs
+from retinue.tasks.optimization import check_optimizer, create_optimizer, create_schedule, total_epochs
 
 STEPS = 10  # of an epoch
 

@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates against the papers' tables (conf/paper)."""
+"""Parameters and multiply-accumulates against the papers' tables (papers)."""
 
 import re
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from timm.models import model_entrypoint
 
-from evaluation.tables import agrees, list_papers, model_choice, read_paper, tolerance
 from models import complexity, create_model, model_name
-from runs.config import CONF, register_resolvers
+from retinue.results.papers import agrees, list_papers, model_choice, read_paper, tolerance
+from retinue.runs.config import register_resolvers
+from retinue.utils.paths import CONF
 
 ALL = {
     f"{row['net']} {row['input']} {paper} {i}": row

@@ -17,10 +17,10 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from evaluation.segmentation import areas, confusion_matrix, figures
-from models.tasks.optimization import create_optimizer, create_schedule, total_epochs
-from models.tasks.segmentation import Inference, Segmentation, windows
-from runs.config import CONF
+from retinue.evaluation.segmentation import areas, confusion_matrix, figures
+from retinue.tasks.optimization import create_optimizer, create_schedule, total_epochs
+from retinue.tasks.segmentation import Inference, Segmentation, windows
+from retinue.utils.paths import CONF
 
 K = 4
 NAMES = ("wall", "sky", "tree", "road")

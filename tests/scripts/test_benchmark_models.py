@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import benchmark_models, benchmarking
+from retinue.benchmarks import timing as benchmarking
+from scripts import benchmark_models
 
 SCRIPT = Path(benchmark_models.__file__)
 

@@ -6,8 +6,13 @@ from torch.nn.attention.flex_attention import BlockMask
 
 import ops.backend
 from ops.functional import routed_attention
-from scripts import benchmark_ops, op_peers
-from scripts.benchmark_ops import Figures, Setting, Timing, op_costs, op_layers, op_nets, tune_kernels
+from retinue.benchmarks import growth as op_costs
+from retinue.benchmarks import layers as op_layers
+from retinue.benchmarks import nets as op_nets
+from retinue.benchmarks import peers as op_peers
+from retinue.benchmarks import tuning as tune_kernels
+from scripts import benchmark_ops
+from scripts.benchmark_ops import Figures, Setting, Timing
 
 PRIMITIVES, Call, Formulation = op_layers.PRIMITIVES, op_peers.Call, op_peers.Formulation
 RoutedLayer, WindowLayer = op_layers.RoutedLayer, op_layers.WindowLayer

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from runs.results import find_runs
+from retinue.results.collection import find_runs
 from scripts import collect
 from tests.scripts.run_folders import fail, make_run, write_result
 

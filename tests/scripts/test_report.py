@@ -222,7 +222,7 @@ def test_nothing_hangs_over_the_edge_of_a_phone(reader, page):
 def test_a_command_of_a_folder_with_special_characters_is_the_shells_and_hydras(tmp_path):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from runs.results import find_runs
+    from retinue.results.collection import find_runs
 
     make_run(tmp_path / "a b's, c=d", "swin_nano", 0)
     (run,) = find_runs(tmp_path)

@@ -7,12 +7,12 @@ import pytest
 import timm
 import yaml
 
-from evaluation import tables
 from models import complexity
-from runs.results import find_runs
+from retinue.results import papers as tables
+from retinue.results.collection import find_runs
 from scripts import reproduce
 from tests.imagenet_folder import make_imagenet_folder
-from tests.runs.cli import SMALL, SWIN, CommandLine, result, rows
+from tests.retinue.runs.cli import SMALL, SWIN, CommandLine, result, rows
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,10 @@ import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from runs.config import CONF, register_resolvers
+from retinue.runs.config import register_resolvers
+from retinue.utils.paths import CONF
 from scripts import search
-from tests.runs.cli import result, rows, start, stop_when
+from tests.retinue.runs.cli import result, rows, start, stop_when
 
 QUICK = (
     "model=swin", "model.size=nano", "+model.args.depths=[1,1,1,1]", "data.image_size=16", "recipe.epochs=3",

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from runs.errors import PROJECT
-from runs.status import attempt, status
+from retinue.runs.status import attempt, status
+from retinue.utils.paths import PROJECT
 from scripts import sweep_status
 
 SWEEP = (

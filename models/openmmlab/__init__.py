@@ -1,0 +1,1 @@
+"""The bridge to mmdetection and mmsegmentation."""

@@ -1,0 +1,3 @@
+"""Retinue: train, evaluate and compare vision backbones."""
+
+__version__ = "0.2.0"

@@ -1,0 +1,46 @@
+"""The `retinue` command: `retinue train model=swin` is `python train.py model=swin`, from any folder."""
+
+import ast
+import pkgutil
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import scripts
+from retinue.utils.errors import user_errors
+from retinue.utils.suggestions import nearest
+
+
+def list_commands() -> dict[str, str]:
+    """Return the module of each command: `train`, `eval`, and every script."""
+    found = {info.name: f"scripts.{info.name}" for info in pkgutil.iter_modules(scripts.__path__)}
+    return {"train": "train", "eval": "eval"} | found
+
+
+def summary(module: str) -> str:
+    """Return the first line of a command's docstring, without importing what the command needs."""
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
+
+
+def main() -> None:
+    commands, arguments = list_commands(), sys.argv[1:]
+    name = arguments[0] if arguments else "--help"
+    with user_errors():
+        if name in ("--help", "-h"):
+            print("retinue COMMAND [key=value] ...        retinue COMMAND --help\n")
+            width = max(map(len, commands))
+            for command, module in commands.items():
+                print(f"  {command:{width}}  {summary(module)}")
+            return
+        if name not in commands:
+            raise ValueError(f"there is no command {name!r}.{nearest(name, commands)} There are: {', '.join(commands)}")
+    sys.argv = [name, *arguments[1:]]
+    runpy.run_module(commands[name], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Timing attention primitives, ops and nets against named peers, and tuning the kernels."""

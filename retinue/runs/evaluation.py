@@ -1,0 +1,49 @@
+"""From a config and weights to the figures, predictions and pictures of an evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+
+from models import load_weights
+from ops.backend import set_backend
+from retinue.runs.config import fingerprint
+from retinue.runs.result import provenance, write_result
+from retinue.runs.training import build_data, build_task, names, quiet_libraries, test
+
+
+def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
+    """Evaluate in this process (one rank of several, perhaps) and write what `eval.py` promises.
+
+    Raises:
+        ValueError: there are no weights to evaluate, or they do not fit.
+    """
+    folder = Path(cfg.run_dir)
+    quiet_libraries()
+    set_backend(cfg.ops.backend)
+    pl.seed_everything(cfg.seed, verbose=False)
+    if not cfg.weights and not cfg.model.get("pretrained"):
+        raise ValueError("nothing to evaluate: give run=DIR, weights=FILE, or model=timm model.pretrained=true")
+    datamodule = build_data(cfg)
+    task = build_task(cfg, datamodule)
+    task.save_images = cfg.save_images
+    if cfg.weights:
+        load_weights(task.model, cfg.weights)
+    metrics = test(cfg, task, datamodule)
+    params, macs = task.complexity(datamodule)
+    result = {
+        "status": "finished",
+        **names(cfg),
+        "weights": cfg.weights,
+        "metrics": metrics,
+        "params": params,
+        "macs": macs,
+        "precision": cfg.trainer.precision,
+        **provenance(),
+        "config_sha256": fingerprint(cfg),
+    }
+    if task.trainer.is_global_zero:
+        task.write_report(folder, datamodule)
+        write_result(folder, result)
+    return result

@@ -1,0 +1,246 @@
+"""From a composed config to a trained net and its result."""
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from pytorch_lightning.strategies import ModelParallelStrategy
+from pytorch_lightning.utilities import rank_zero_only
+
+from models import load_weights, model_name
+from models.factory import size_pixels
+from ops.backend import set_backend
+from retinue.evaluation.plots import plot_curves
+from retinue.runs.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints, find_resume
+from retinue.runs.config import PRECISIONS, fingerprint, identity, per_device_batch, world_size
+from retinue.runs.ema import EMA
+from retinue.runs.launch import slurm_tasks
+from retinue.runs.loggers import MetricsCSV, links
+from retinue.runs.progress import TrainingLog
+from retinue.runs.result import CONFIG, FAILED, RESULT, provenance, read_result, write_result
+from retinue.tasks.base import Task
+from retinue.tasks.optimization import total_epochs
+from retinue.utils.files import replacing
+
+log = logging.getLogger(__name__)
+
+MADE_BY_A_RUN = (RESULT, FAILED, CONFIG, "metrics.csv", "curves.png", "checkpoints", "tensorboard", "wandb")
+
+
+def train_here(cfg: DictConfig) -> dict[str, Any]:
+    """Train in this process (one rank of several, perhaps), test the best weights, write `result.json`.
+
+    Goes on from the newest checkpoint of the run folder where there is one.
+    """
+    folder, began = Path(cfg.run_dir), time.monotonic()
+    quiet_libraries()
+    set_backend(cfg.ops.backend)
+    pl.seed_everything(cfg.seed, verbose=False)
+    datamodule = build_data(cfg)
+    task = build_task(cfg, datamodule)
+    checkpoints = folder / "checkpoints"
+    resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints)
+    if resume is None and cfg.weights:
+        task.start_from(cfg.weights, cfg.drop_classifier)
+    if rank_zero_only.rank == 0:  # from here on something is written
+        if cfg.rerun:
+            clear(folder)
+        save_config(cfg, folder)
+    if resume:
+        log.warning("going on from %s, step %d", resume, step)
+
+    training_log = TrainingLog()
+    callbacks: list[pl.Callback] = [instantiate(spec) for spec in cfg.callbacks.values()]
+    if cfg.recipe.ema.decay is not None:
+        callbacks.append(EMA(cfg.recipe.ema.decay, cfg.recipe.ema.warmup))
+    callbacks += [training_log, Checkpoints(checkpoints, f"val/{cfg.task.figure}", **cfg.checkpoint)]
+    loggers = [MetricsCSV(folder / "metrics.csv", step)]
+    loggers += [instantiate(spec, from_step=step) for spec in cfg.logger.values()]
+    steps_per_epoch = len(datamodule.images("train")) // cfg.recipe.batch_size
+    epochs = total_epochs(cfg.recipe, steps_per_epoch)
+    trainer = build_trainer(cfg, max_epochs=epochs, callbacks=callbacks, logger=loggers)
+    trainer.fit(task, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    epochs, steps = trainer.current_epoch, trainer.global_step
+
+    best = checkpoints / BEST
+    task = build_task(cfg, datamodule)  # anew: a strategy may have sharded the other's net
+    load_weights(task.model, best if best.exists() else checkpoints / LAST)
+    metrics = test(cfg, task, datamodule)
+    params, macs = task.complexity(datamodule)
+    result = {
+        "status": "finished",
+        **names(cfg),
+        "seed": cfg.seed,
+        "metrics": metrics,
+        "params": params,
+        "macs": macs,
+        "epochs": epochs,
+        "steps": steps,
+        "seconds": round(training_log.seconds, 2),
+        "session_seconds": round(time.monotonic() - began, 2),
+        "images_per_second": training_log.images_per_second,
+        "precision": cfg.trainer.precision,
+        **links(loggers),
+        **provenance(),
+        "config_sha256": fingerprint(cfg),
+    }
+    if trainer.is_global_zero:
+        plot_curves(folder / "curves.png", folder / "metrics.csv")
+        write_result(folder, result)
+    return result
+
+
+def names(cfg: DictConfig) -> dict[str, str]:
+    """What a result says it is of: `task`, `model`, `data`, and a detector's or segmentor's `head`."""
+    head = {"head": cfg.head.name} if cfg.head.name else {}
+    return {"task": cfg.task.name, "model": model_name(cfg.model, size_pixels(cfg.data)), **head, "data": cfg.data.name}
+
+
+def test(cfg: DictConfig, task: Task, datamodule: pl.LightningDataModule) -> dict[str, Any]:
+    """Figures of `task`'s net on the test split, as `test/top1`, `test/top1_ci95`, ..."""
+    strategy = "ddp" if world_size(cfg) > 1 else "auto"
+    build_trainer(cfg, logger=False, strategy=strategy).test(task, datamodule=datamodule, verbose=False)
+    return {f"test/{name}": value for name, value in task.test_figures(datamodule).items()}
+
+
+def build_data(cfg: DictConfig) -> Any:
+    """The LightningDataModule of `cfg.data`, with the recipe's augmentation."""
+    return instantiate(
+        _arguments(cfg.data, "name", "task", "kind"),
+        augment=OmegaConf.to_container(cfg.recipe.augment, resolve=True),
+        batch_size=per_device_batch(cfg),
+        seed=cfg.seed,
+        _convert_="all",
+    )
+
+
+def build_task(cfg: DictConfig, datamodule: Any) -> Any:
+    """The LightningModule of `cfg.task` around its net."""
+    return instantiate(
+        _arguments(cfg.task, "name", "figure", "eval_batch"),
+        model=get_class(cfg.task._target_).build_net(cfg, datamodule),
+        recipe=OmegaConf.to_container(cfg.recipe, resolve=True),
+        num_classes=datamodule.num_classes,
+        _convert_="all",
+        _recursive_=False,
+    )
+
+
+def build_trainer(cfg: DictConfig, **overrides: Any) -> pl.Trainer:
+    """Lightning's Trainer from `cfg.trainer` and the recipe."""
+    settings: dict[str, Any] = dict(cfg.trainer) | {"precision": PRECISIONS[cfg.trainer.precision]}
+    settings["max_epochs"] = cfg.recipe.epochs
+    if cfg.trainer.strategy == "fsdp":
+        settings["strategy"] = ModelParallelStrategy(world_size(cfg), 1, save_distributed_checkpoint=False)
+    settings |= overrides
+    return pl.Trainer(
+        **settings,
+        gradient_clip_val=cfg.recipe.clip_grad,
+        default_root_dir=cfg.run_dir,
+        plugins=[AtomicCheckpointIO(), *cluster_environment()],
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def cluster_environment() -> list[ClusterEnvironment]:
+    """Who has started the processes, where Lightning would take every process in a job of Slurm for one of srun's.
+
+    Without Lightning's own requeueing, which leaves `hpc_ckpt_*` that a later test would load instead of the best
+    weights: here a signal is `Checkpoints`' affair, and the queue that of `runs.slurm`.
+    """
+    if "SLURM_JOB_ID" not in os.environ or TorchElasticEnvironment.detect():
+        return []
+    by_srun = slurm_tasks() > 1 and "LOCAL_RANK" not in os.environ
+    return [SLURMEnvironment(auto_requeue=False) if by_srun else LightningEnvironment()]
+
+
+def _arguments(section: DictConfig, *labels: str) -> DictConfig:
+    """A config section without the keys that only label it."""
+    return OmegaConf.masked_copy(section, [str(key) for key in section if key not in labels])
+
+
+@contextlib.contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """Where an error comes before anything is in the run's folder, leave no folder."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # it holds something
+            while folder != Path.cwd() and folder.is_relative_to(Path.cwd()):
+                folder.rmdir()
+                folder = folder.parent
+        raise
+
+
+def starts_anew(cfg: DictConfig, folder: Path) -> bool:
+    """Whether what lies in `folder` is to be removed first: only with `rerun`, and not a run that can go on.
+
+    Raises:
+        ValueError: another run lies there, and `rerun` is not set.
+    """
+    config = folder / CONFIG
+    other = difference(OmegaConf.load(config), cfg) if config.exists() else None
+    if other and not cfg.rerun:
+        raise ValueError(f"{folder} holds a run with {other}: choose another hydra.run.dir, or rerun=true")
+    return bool(cfg.rerun and (other or read_result(folder)))
+
+
+def difference(there: Any, here: Any) -> str | None:
+    """The first key in which the results of two configs would differ: `key=<there>, not <here>`."""
+    one, other = (_flat(identity(cfg)) | {"seed": cfg.seed} for cfg in (there, here))
+    changed = [key for key in sorted(one | other) if one.get(key) != other.get(key)]
+    return f"{changed[0]}={one.get(changed[0])}, not {other.get(changed[0])}" if changed else None
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run left in its folder, the result first: a run without it is unfinished."""
+    for name in MADE_BY_A_RUN:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def save_config(cfg: DictConfig, folder: Path) -> None:
+    with replacing(folder / CONFIG) as path:
+        OmegaConf.save(cfg, path, resolve=True)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def quiet_libraries() -> None:
+    """Lightning's banners and tips, and warnings about what is meant here."""
+    for name in ("pytorch_lightning", "lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # the config decides
+        ".*is smaller than the logging interval.*",  # TrainingLog logs the end of an epoch
+        ".*Checkpoint directory .* exists.*",
+        ".*in eval mode at the start of training.*",
+        ".*srun. command is available.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*overrides the configure_model.*",  # ours shards only where there is no average
+        ".*sync_dist=True.*",  # what is logged has been summed up over the ranks
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,134 @@
+"""Errors as a user sees them: one line on stderr and exit code 2, without a traceback."""
+
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from retinue.utils.paths import is_own_file
+from retinue.utils.suggestions import nearest
+
+SHOW_TRACEBACK = "HYDRA_FULL_ERROR"
+
+
+class Stopped(BaseException):
+    """The run was asked to stop by a signal, and has saved where it is."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+@contextmanager
+def user_errors(config_dir: Path | None = None, config_name: str = "") -> Iterator[None]:
+    """Turn our ValueErrors and Hydra's composition errors into one line and exit code 2.
+
+    `HYDRA_FULL_ERROR=1` shows the traceback instead. With `config_dir` and `config_name` (of Hydra's primary
+    config) a mistyped key is answered with the nearest key that there is.
+    """
+    wish = os.environ.get(SHOW_TRACEBACK, "0")
+    os.environ[SHOW_TRACEBACK] = "1"  # Hydra raises then, instead of printing several lines and ending with 1
+    try:
+        with _reporting(config_dir, config_name) if wish != "1" else nullcontext():
+            yield
+            sys.stdout.flush()
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except BrokenPipeError:  # the reader has gone, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    finally:
+        os.environ[SHOW_TRACEBACK] = wish
+
+
+@contextmanager
+def in_a_job() -> Iterator[None]:
+    """Within Hydra's job: a single run ends here, before Hydra adds a line of its own; a sweep's other jobs go on."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    with _reporting() if _reports and HydraConfig.get().mode == RunMode.RUN else nullcontext():
+        yield
+
+
+@contextmanager
+def _reporting(config_dir: Path | None = None, config_name: str = "") -> Iterator[None]:
+    global _reports
+    former, _reports = _reports, True
+    try:
+        yield
+    except Exception as error:
+        line = _one_line(error, config_dir, config_name)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        _reports = former
+
+
+_reports = False  # whether errors are being turned into lines
+
+
+def _one_line(error: Exception, config_dir: Path | None, config_name: str) -> str | None:
+    """What to tell the user, or None for an error that is nobody's wrong input."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    cause: BaseException = error
+    while isinstance(cause, HydraException | OmegaConfBaseException) and cause.__cause__ is not None:
+        if isinstance(cause, MissingConfigException):
+            break
+        cause = cause.__cause__
+    if isinstance(cause, MissingConfigException) and cause.options:
+        group, _, name = (cause.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
+        return f"{group}={name} is not there.{nearest(name, cause.options)} There are: {', '.join(cause.options)}"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        text = str(cause if isinstance(cause, ValueError) else error)
+        key = getattr(cause, "full_key", None)
+        if config_dir and key and "is not in struct" in str(cause):
+            known = _known_keys(config_dir, config_name, sys.argv[1:])
+            return f"there is no key {key!r} in the config.{nearest(key, known)} --cfg job shows all keys"
+        return " ".join(text.split("\nSet the environment")[0].split())
+    if isinstance(error, ValueError) and _ours(error):
+        return " ".join(str(error).split())
+    return _from_worker(error)
+
+
+def _ours(error: Exception) -> bool:
+    """Tell whether our own code raised the error; one from inside a library keeps its traceback."""
+    return is_own_file(Path(traceback.extract_tb(error.__traceback__)[-1].filename))
+
+
+def _from_worker(error: Exception) -> str | None:
+    """The message of a ValueError of our own code in a loader's worker, which torch wraps in its traceback."""
+    text = str(error)
+    files = [Path(name) for name in re.findall(r'^  File "(.+?)", line', text, re.MULTILINE)]
+    if not (text.startswith("Caught ValueError in DataLoader worker") and files and is_own_file(files[-1])):
+        return None
+    return " ".join(text.rpartition("\nValueError: ")[2].split())
+
+
+def _known_keys(config_dir: Path, config_name: str, arguments: list[str]) -> list[str]:
+    """Every key of the config that the groups chosen in `arguments` compose, dotted."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import DictConfig
+
+    choices = [argument for argument in arguments if (config_dir / argument.split("=")[0]).is_dir()]
+
+    def walk(node: DictConfig, prefix: str) -> Iterator[str]:
+        for key in node:
+            yield f"{prefix}{key}"
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+                yield from walk(child, f"{prefix}{key}.")
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        return list(walk(compose(config_name, choices), ""))

@@ -1,0 +1,22 @@
+import numpy as np
+import pytest
+
+from retinue.evaluation.classification import Predictions
+
+
+def predict(num_images: int, num_classes: int, seed: int = 0, sharpness: float = 1.0) -> Predictions:
+    """A net that is mostly right; how sure it is goes with `sharpness`."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(num_classes, size=num_images)
+    logits = rng.normal(size=(num_images, num_classes))
+    logits[np.arange(num_images), label] += 2
+    probs = np.exp(sharpness * logits)
+    probs /= probs.sum(1, keepdims=True)
+    topk = np.argsort(-probs, 1)[:, :5]
+    loss = -np.log(probs[np.arange(num_images), label])
+    return Predictions(np.arange(num_images), label, topk, np.take_along_axis(probs, topk, 1), loss)
+
+
+@pytest.fixture
+def predictions() -> Predictions:
+    return predict(500, 10)

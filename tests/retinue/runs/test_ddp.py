@@ -1,0 +1,36 @@
+"""Two processes, each with half the batch, train as one with all of it."""
+
+import pytest
+import torch
+
+from tests.retinue.runs.cli import SMALL, SWIN, result, start
+
+# SGD, since Adam turns the rounding of a tiny gradient into a whole step.
+RUN = (
+    *SWIN, *SMALL, "recipe.optimizer.name=sgd", "recipe.optimizer.momentum=0.9", "recipe.optimizer.lr=0.05",
+    "recipe.optimizer.eps=null", "+model.args.drop_path_rate=0.0", "recipe.ema.decay=null", "hydra.run.dir=run",
+)  # fmt: skip
+
+
+def trained(folder, *arguments):
+    run = start("train", *RUN, *arguments, folder=folder)
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
+    return torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True), result(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_equal_one(strategy, one, tmp_path):
+    state, wrote = trained(tmp_path, "trainer.devices=2", f"trainer.strategy={strategy}")
+    assert state["global_step"] == one[0]["global_step"] > 0
+    for key, value in one[0]["state_dict"].items():
+        if value.is_floating_point():
+            error = (value - state["state_dict"][key]).norm() / value.norm().clamp_min(1e-3)
+            assert error < 1e-4, (key, float(error))
+    assert wrote["metrics"]["test/n"] == one[1]["metrics"]["test/n"] == 357
+    assert abs(wrote["metrics"]["test/loss"] - one[1]["metrics"]["test/loss"]) < 1e-3

@@ -1,0 +1,158 @@
+"""Detection and segmentation from the command line: trained, killed and resumed, evaluated by two processes."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+
+from datamodules.scenes import write_scenes
+from tests.retinue.runs.cli import SWIN, result, rows, start, stop_when
+from tests.retinue.runs.test_resume import assert_same_run
+
+FIGURES = {"detection": ("box_ap", "mask_ap", "box_ar100", "box_ap_small"), "segmentation": ("miou", "pixel_accuracy")}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(folder, {"train": 12, "val": 4, "test": 7})
+    return folder
+
+
+def command(task, scenes):
+    return (
+        *SWIN, f"task={task}", f"data.root={scenes}", "data.image_size=[96,120]", "data.num_workers=0", "logger=none",
+        "trainer.accelerator=cpu", "recipe.epochs=2", "recipe.batch_size=4", "recipe.ema.decay=0.5",
+        "recipe.schedule.warmup_steps=1", "recipe.optimizer.lr=1e-3", "checkpoint.every_steps=1", "hydra.run.dir=run",
+        *(("recipe.augment.crop=[64,64]",) if task == "segmentation" else ()),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FIGURES)
+def whole(request, scenes, tmp_path_factory):
+    """The task, and the folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp(request.param)
+    run = start("train", *command(request.param, scenes), folder=folder)
+    _, err = run.communicate(timeout=400)
+    assert run.returncode == 0, err
+    return request.param, folder / "run"
+
+
+def test_what_a_run_leaves(whole):
+    task, run = whole
+    found = result(run)
+    assert (found["task"], found["data"], found["model"]) == (task, "scenes", "swin_nano")
+    assert found["head"] == {"detection": "mask_rcnn", "segmentation": "semantic_fpn"}[task]
+    assert found["params"] > 1e5 and found["macs"] > 1e7
+    assert found["metrics"]["test/n"] == 7
+    for name in FIGURES[task]:
+        value = found["metrics"][f"test/{name}"]
+        assert value is None or 0 <= value <= 1
+    logged = rows(run / "metrics.csv")[-1]
+    losses = {"detection": ("loss_rpn_cls", "loss_bbox", "loss_mask"), "segmentation": ("decode.loss_ce",)}[task]
+    assert all(float(logged[f"train/{name}"]) > 0 for name in losses), logged
+    assert logged[f"val/{FIGURES[task][0]}"] != ""
+
+
+def test_a_killed_run_ends_as_one_that_was_not(whole, scenes, tmp_path):
+    task, run = whole
+    killed = start("train", *command(task, scenes), folder=tmp_path)
+    there = tmp_path / "run/checkpoints/previous.ckpt"
+    assert stop_when(killed, there, signal.SIGKILL) == -signal.SIGKILL
+    assert not (tmp_path / "run/result.json").exists()
+    again = start("train", *command(task, scenes), folder=tmp_path)
+    _, err = again.communicate(timeout=400)
+    assert again.returncode == 0, err
+    assert "going on from" in err
+    assert_same_run(run, tmp_path / "run")
+
+
+def test_two_processes_count_each_image_once(whole, tmp_path):
+    task, run = whole
+    shutil.copytree(run, tmp_path / "run")
+    evaluation = start(
+        "eval", "run=run", "trainer=cpu", "trainer.devices=2", "trainer.strategy=ddp", "batch_size=2", "save_images=3",
+        "hydra.run.dir=evaluation", folder=tmp_path,
+    )  # fmt: skip
+    _, err = evaluation.communicate(timeout=400)
+    assert evaluation.returncode == 0, err
+    ours, theirs = result(tmp_path / "evaluation")["metrics"], result(run)["metrics"]
+    assert ours["test/n"] == 7
+    for name in FIGURES[task]:
+        assert ours[f"test/{name}"] == pytest.approx(theirs[f"test/{name}"], abs=1e-6), name
+    files = {path.name for path in (tmp_path / "evaluation").iterdir()}
+    wanted = {"detection": {"detections.json", "pr_curves.png"}, "segmentation": {"iou.csv", "confusion.png"}}[task]
+    assert wanted | {"per_class.png", "images"} <= files
+    assert len(list((tmp_path / "evaluation/images").glob("*.png"))) == 3
+
+
+def test_a_sharded_run_leaves_the_weights_of_a_whole_net(whole, scenes, tmp_path):
+    task, run = whole
+    sharded = start(
+        "train", *command(task, scenes), "trainer.devices=2", "trainer.strategy=fsdp", "recipe.ema.decay=null",
+        folder=tmp_path,
+    )  # fmt: skip
+    _, err = sharded.communicate(timeout=400)
+    assert sharded.returncode == 0, err
+    states = [torch.load(each / "checkpoints/last.ckpt", weights_only=True) for each in (run, tmp_path / "run")]
+    theirs, ours = (
+        {key: value.shape for key, value in each["state_dict"].items() if key.startswith("model.")} for each in states
+    )
+    assert ours == theirs
+    evaluation = start("eval", "run=run", "trainer=cpu", "hydra.run.dir=evaluation", folder=tmp_path)
+    _, err = evaluation.communicate(timeout=400)
+    assert evaluation.returncode == 0, err
+    again, once = result(tmp_path / "evaluation")["metrics"], result(tmp_path / "run")["metrics"]
+    for name in FIGURES[task]:
+        assert again[f"test/{name}"] == pytest.approx(once[f"test/{name}"], abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["task=detection", "head=upernet"], "head=upernet is for task=segmentation, not task=detection, which has"),
+        (["head=mask_rcnn"], "head=mask_rcnn is for task=detection, not task=classification, which takes none"),
+        (["task=detection", "head=mask_rcn"], "head=mask_rcn is not there. Did you mean 'mask_rcnn'?"),
+        (["task=detection", "head.neck=rcnt"], "head.neck 'rcnt' is unknown. Did you mean 'rcnet'?"),
+        (["task=detection", "head.size=smal"], "head.size 'smal' is unknown. Did you mean 'small'?"),
+        (["task=detection", "data=digits"], "data=digits is for task=classification, not task=detection"),
+        (["task=segmentation", "task.test.mode=slid"], "task.test.mode must be whole or slide, not 'slid'"),
+        (["task=detection", "model=crossvit"], "has no pyramid of maps"),
+        (["data=coco"], "data.root=FOLDER"),
+        (["data=ade20k", "data.root=nowhere"], "data.root=nowhere is missing"),
+        (["task=detection", "recipe.schedule.kind=stp"], "recipe.schedule.kind must be cosine, step, poly, not 'stp'"),
+    ],
+)
+def test_one_line_and_nothing_left(cli, scenes, arguments, message):
+    own = (f"data.root={scenes}",) if any(a.startswith("task") for a in arguments) else ()
+    own = () if any(a.startswith("data") for a in arguments) else own
+    net = () if any(a.startswith("model") for a in arguments) else SWIN
+    outcome = cli("train", *net, "trainer.accelerator=cpu", "logger=none", *arguments, *own)
+    assert message in outcome.error
+    assert cli.files() == []
+
+
+def test_an_annotation_without_its_image(cli, scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "scenes")
+    (tmp_path / "scenes/images/train/00003.jpg").unlink()
+    outcome = cli("train", *SWIN, "task=detection", "data.root=scenes", "trainer.accelerator=cpu")
+    assert "00003.jpg" in outcome.error
+
+
+def test_a_class_that_is_not_there(cli, scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "scenes")
+    path = tmp_path / "scenes/annotations/instances_train.json"
+    truth = json.loads(path.read_text())
+    truth["annotations"][0]["category_id"] = 77
+    path.write_text(json.dumps(truth))
+    outcome = cli("train", *SWIN, "task=detection", "data.root=scenes", "trainer.accelerator=cpu")
+    assert "77" in outcome.error
+
+
+def test_an_image_without_its_mask(cli, scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "scenes")
+    (tmp_path / "scenes/masks/train/00003.png").unlink()
+    outcome = cli("train", *SWIN, "task=segmentation", "data.root=scenes", "trainer.accelerator=cpu")
+    assert "00003" in outcome.error

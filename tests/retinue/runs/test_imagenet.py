@@ -1,0 +1,57 @@
+"""A small folder like ImageNet, as files and as tar shards."""
+
+import subprocess
+import sys
+
+import pytest
+
+from retinue.utils.paths import PROJECT
+from tests.imagenet_folder import make_imagenet_folder
+from tests.retinue.runs.cli import SWIN, result, rows
+
+NET = (*SWIN, "trainer.accelerator=cpu", "data.image_size=32", "data.num_workers=0", "data.broken_limit=0.2")
+TRAINING = ("logger=none", "recipe.epochs=2", "recipe.batch_size=8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three classes of images of several sizes, grey and CMYK ones among them, and one that is truncated."""
+    return make_imagenet_folder(tmp_path_factory.mktemp("imagenet") / "images", classes=3, per_class=10, broken=True)
+
+
+@pytest.fixture(scope="module")
+def shards(folder):
+    out = folder.with_name("shards")
+    command = [sys.executable, str(PROJECT / "scripts/make_shards.py"), str(folder), str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+def test_folder_and_shards_give_the_same_run(cli, folder, shards):
+    outcomes = {
+        data: cli("train", *NET, *TRAINING, f"data={data}", f"data.root={root}", f"hydra.run.dir={data}")
+        for data, root in (("imagenet", folder), ("webdataset", shards))
+    }
+    for outcome in outcomes.values():
+        assert outcome.code == 0, outcome.err
+        assert "broken image skipped: " in outcome.err
+    ours, theirs = result(cli.folder / "imagenet"), result(cli.folder / "webdataset")
+    assert ours["metrics"] == theirs["metrics"]
+    assert (ours["params"], ours["macs"], ours["steps"]) == (theirs["params"], theirs["macs"], theirs["steps"])
+    losses = [[row["train/loss"] for row in rows(f"{data}/metrics.csv")] for data in outcomes]
+    assert losses[0] == losses[1]
+    assert any(" " in name or name.islower() for name in ours["metrics"]["test/per_class"])
+    assert not any(name.startswith("n0") for name in ours["metrics"]["test/per_class"])  # names, not wnids
+
+    weights = "weights=imagenet/checkpoints/best.ckpt"
+    evaluated = cli("eval", *NET, "data=webdataset", f"data.root={shards}", weights, "hydra.run.dir=evaluated")
+    assert evaluated.code == 0, evaluated.err
+    assert result(cli.folder / "evaluated")["metrics"]["test/top1"] == ours["metrics"]["test/top1"]
+    names = [row["image"] for row in rows("evaluated/predictions.csv")]
+    assert len(names) == len(set(names)) == ours["metrics"]["test/n"] and all(name.count("/") for name in names)
+
+
+def test_too_many_broken_images_stop_the_run(cli, folder):
+    outcome = cli("train", *NET, *TRAINING, "data=imagenet", f"data.root={folder}", "data.broken_limit=0")
+    assert "images are broken, more than data.broken_limit=0" in outcome.error
+    assert "broken image skipped: " in outcome.err

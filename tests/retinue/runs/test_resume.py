@@ -1,0 +1,86 @@
+"""A run that is stopped, in whatever way, ends as one that was not."""
+
+import signal
+
+import pytest
+import torch
+
+from tests.retinue.runs.cli import SMALL, SWIN, result, rows, start, stop_when
+
+# Dropout, mixing and drop path draw random numbers; accumulation and the average of the weights carry state.
+RUN = (
+    *SWIN, *SMALL, "recipe.epochs=3", "trainer.limit_train_batches=8", "trainer.accumulate_grad_batches=2",
+    "recipe.augment.mixup=0.8", "recipe.augment.cutmix=1.0", "recipe.augment.erasing=0.25",
+    "recipe.augment.auto_augment=rand-m9-mstd0.5-inc1", "+model.args.drop_path_rate=0.2", "+model.args.drop_rate=0.1",
+    "checkpoint.every_steps=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = start("train", *RUN, "hydra.run.dir=run", folder=folder)
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
+    return folder / "run"
+
+
+def assert_same_run(one, other):
+    for name in ("last", "best"):
+        a, b = (torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True) for folder in (one, other))
+        assert a["global_step"] == b["global_step"]
+        for section in ("state_dict", "current_model_state"):
+            assert a[section].keys() == b[section].keys()
+            for key in a[section]:
+                assert torch.equal(a[section][key], b[section][key]), (name, section, key)
+    metrics_a, metrics_b = (result(folder)["metrics"] for folder in (one, other))
+    assert metrics_a == metrics_b
+    rows_a, rows_b = (rows(folder / "metrics.csv") for folder in (one, other))
+    speed = "train/images_per_second"
+    assert [row | {speed: ""} for row in rows_a] == [row | {speed: ""} for row in rows_b]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_within_an_epoch(workers, whole, tmp_path):
+    command = (*RUN, f"data.num_workers={workers}", "hydra.run.dir=run")
+    killed = start("train", *command, folder=tmp_path)
+    # previous.ckpt: a second checkpoint has been written, so at least one step of the first epoch is behind.
+    assert stop_when(killed, tmp_path / "run/checkpoints/previous.ckpt", signal.SIGKILL) == -signal.SIGKILL
+    step = torch.load(tmp_path / "run/checkpoints/previous.ckpt", weights_only=True)["global_step"]
+    assert step % 4, "killed at the end of an epoch"
+    assert not (tmp_path / "run/result.json").exists()
+    again = start("train", *command, folder=tmp_path)
+    _, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    assert "going on from" in err
+    assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop(number, whole, tmp_path):
+    command = (*RUN, "checkpoint.every_steps=null", "hydra.run.dir=run")
+    stopped = start("train", *command, folder=tmp_path)
+    # The log of the first epoch's end is there: the second epoch is under way.
+    code = stop_when(stopped, tmp_path / "run/checkpoints/best.ckpt", number)
+    assert code == 128 + number
+    assert f"stopped by {number.name} at step" in stopped.communicate()[1]
+    state = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert 4 <= state["global_step"] < 12
+    again = start("train", *command, folder=tmp_path)
+    _, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_truncated_last_checkpoint_falls_back(whole, tmp_path):
+    command = (*RUN, "hydra.run.dir=run")
+    killed = start("train", *command, folder=tmp_path)
+    stop_when(killed, tmp_path / "run/checkpoints/previous.ckpt", signal.SIGKILL)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:5000] if last.exists() else b"")
+    again = start("train", *command, folder=tmp_path)
+    _, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    assert "last.ckpt cannot be read" in err and "previous.ckpt, step" in err
+    assert_same_run(whole, tmp_path / "run")

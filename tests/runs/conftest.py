@@ -1,8 +1,0 @@
-import pytest
-
-from tests.runs.cli import CommandLine
-
-
-@pytest.fixture
-def cli(capfd, monkeypatch, tmp_path) -> CommandLine:
-    return CommandLine(capfd, monkeypatch, tmp_path)
