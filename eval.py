@@ -1,49 +1,20 @@
 """Evaluate a net: `python eval.py run=DIR` or `python eval.py model=biformer weights=FILE data=imagenet ...`."""
 
 import sys
-from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from retinue.runs.config import beside_a_run, check, register_resolvers, with_run
+from retinue.runs.config import beside_a_run, register_resolvers, with_run
 from retinue.runs.help import wants_help, write_help
 from retinue.utils.errors import in_a_job, user_errors
 from retinue.utils.paths import CONF
 
 
-def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate on the test split; writes `result.json` and the task's predictions and pictures.
-
-    Returns:
-        The metrics: `test/top1`, `test/top1_ci95`, ...
-
-    Raises:
-        ValueError: weights, model and data do not fit.
-    """
-    from retinue.runs.evaluation import evaluate_here
-    from retinue.runs.launch import launch, needs_launch, rank
-    from retinue.runs.result import read_result, show_result
-    from retinue.runs.training import no_empty_folder
-
-    folder = Path(cfg.run_dir)
-    with no_empty_folder(folder):
-        check(cfg)
-        if needs_launch(cfg):
-            launch(evaluate_here, cfg)
-            result = read_result(folder)
-        else:
-            result = evaluate_here(cfg)
-    assert result is not None
-    if rank() == 0:
-        show_result(result, folder)
-    return result["metrics"]
-
-
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="eval")
 def main(cfg: DictConfig) -> float:
+    from retinue.runs.evaluation import evaluate
     from retinue.runs.slurm import refuse_without_multirun
 
     hydra_config = HydraConfig.get()

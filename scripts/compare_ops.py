@@ -27,12 +27,12 @@ from retinue.benchmarks.timing import Row, describe_device, pick_device, print_r
 from retinue.evaluation.statistics import mean_ci95
 from retinue.runs.config import register_resolvers
 from retinue.runs.result import read_result
+from retinue.runs.training import train
 from retinue.utils.errors import user_errors
 from retinue.utils.files import replacing
 from retinue.utils.paths import CONF
 from retinue.utils.suggestions import nearest
 from scripts.benchmark_models import Setting, benchmark
-from train import train
 
 SMALL = ("data.image_size=16", "recipe.epochs=3")
 

@@ -35,10 +35,10 @@ from optuna.trial import FrozenTrial, TrialState
 from retinue.benchmarks.timing import Row, print_rows, write_csv
 from retinue.runs.config import check, register_resolvers
 from retinue.runs.pruning import PRUNED, STUDY, open_storage, reopen
+from retinue.runs.training import train
 from retinue.utils.errors import user_errors
 from retinue.utils.paths import CONF
 from retinue.utils.suggestions import nearest
-from train import train
 
 SPACES = CONF / "search"
 RANGE = {"low", "high", "log", "step"}
@@ -121,7 +121,7 @@ class Search:
             cfg = compose("train", [*self.overrides, *chosen])
         cfg.run_dir = str(self.folder / f"trial-{number}")
         pruning = {
-            "_target_": "runs.pruning.Pruning",
+            "_target_": "retinue.runs.pruning.Pruning",
             "folder": str(self.folder),
             "trial": number,
             "monitor": f"val/{cfg.task.figure}",

@@ -8,9 +8,33 @@ from omegaconf import DictConfig
 
 from models import load_weights
 from ops.backend import set_backend
-from retinue.runs.config import fingerprint
-from retinue.runs.result import provenance, write_result
-from retinue.runs.training import build_data, build_task, names, quiet_libraries, test
+from retinue.runs.config import check, fingerprint
+from retinue.runs.launch import launch, needs_launch, rank
+from retinue.runs.result import provenance, read_result, show_result, write_result
+from retinue.runs.training import build_data, build_task, names, no_empty_folder, quiet_libraries, test
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Evaluate on the test split; write `result.json` and the task's predictions and pictures.
+
+    Returns:
+        The metrics: `test/top1`, `test/top1_ci95`, ...
+
+    Raises:
+        ValueError: weights, model and data do not fit.
+    """
+    folder = Path(cfg.run_dir)
+    with no_empty_folder(folder):
+        check(cfg)
+        if needs_launch(cfg):
+            launch(evaluate_here, cfg)
+            result = read_result(folder)
+        else:
+            result = evaluate_here(cfg)
+    assert result is not None
+    if rank() == 0:
+        show_result(result, folder)
+    return result["metrics"]
 
 
 def evaluate_here(cfg: DictConfig) -> dict[str, Any]:

@@ -27,12 +27,13 @@ from models.factory import size_pixels
 from ops.backend import set_backend
 from retinue.evaluation.plots import plot_curves
 from retinue.runs.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints, find_resume
-from retinue.runs.config import PRECISIONS, fingerprint, identity, per_device_batch, world_size
+from retinue.runs.config import PRECISIONS, check, fingerprint, identity, per_device_batch, world_size
 from retinue.runs.ema import EMA
-from retinue.runs.launch import slurm_tasks
+from retinue.runs.launch import launch, needs_launch, rank, slurm_tasks
 from retinue.runs.loggers import MetricsCSV, links
 from retinue.runs.progress import TrainingLog
-from retinue.runs.result import CONFIG, FAILED, RESULT, provenance, read_result, write_result
+from retinue.runs.result import CONFIG, FAILED, RESULT, provenance, read_result, show_result, write_result
+from retinue.runs.status import attempt
 from retinue.tasks.base import Task
 from retinue.tasks.optimization import total_epochs
 from retinue.utils.files import replacing
@@ -40,6 +41,33 @@ from retinue.utils.files import replacing
 log = logging.getLogger(__name__)
 
 MADE_BY_A_RUN = (RESULT, FAILED, CONFIG, "metrics.csv", "curves.png", "checkpoints", "tensorboard", "wandb")
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Train as composed, on as many devices as the config says; a finished run is not run again.
+
+    Returns:
+        The metrics of `result.json`: `test/top1`, `test/top1_ci95`, ...
+
+    Raises:
+        ValueError: the config asks for what cannot be.
+    """
+    folder = Path(cfg.run_dir)
+    with no_empty_folder(folder):
+        cfg.rerun = starts_anew(cfg, folder)
+        result = None if cfg.rerun else read_result(folder)
+        if result is None:
+            with attempt(folder):
+                check(cfg)
+                if needs_launch(cfg):
+                    launch(train_here, cfg)
+                    result = read_result(folder)
+                else:
+                    result = train_here(cfg)
+    assert result is not None
+    if rank() == 0:
+        show_result(result, folder)
+    return result["metrics"]
 
 
 def train_here(cfg: DictConfig) -> dict[str, Any]:
