@@ -351,7 +351,7 @@ def test_changes_reach_every_stage_of_a_cascade():
 
 def test_classification_does_not_import_the_libraries():
     code = (
-        "import sys, models, models.tasks.classification, datamodules.digits;"
+        "import sys, models, retinue.tasks.classification, datamodules.digits;"
         "print({'mmengine', 'mmcv', 'mmdet', 'mmseg', 'pycocotools'} & {*sys.modules})"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF.parent, check=True)

@@ -29,7 +29,9 @@ def folders(tmp_path, monkeypatch):
 @contextmanager
 def trained_elsewhere(folder):
     """Another process has its turn at the run."""
-    turn = "from pathlib import Path; from runs.status import attempt\nwith attempt(Path({!r})): print(); input()"
+    turn = (
+        "from pathlib import Path; from retinue.runs.status import attempt\nwith attempt(Path({!r})): print(); input()"
+    )
     command = [sys.executable, "-c", turn.format(str(folder))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=PROJECT) as other:
         assert other.stdout and other.stdout.readline() == "\n"

@@ -117,6 +117,6 @@ def test_a_failed_picture_leaves_the_one_that_was_there(tmp_path, monkeypatch):
 
 
 def test_evaluation_imports_neither_torch_nor_matplotlib():
-    code = "import sys, evaluation.classification, evaluation.plots, evaluation.predictions; "
+    code = "import sys, retinue.evaluation.classification, retinue.evaluation.plots, retinue.evaluation.predictions; "
     code += "sys.exit(' '.join({'torch', 'matplotlib'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
