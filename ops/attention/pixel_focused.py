@@ -33,7 +33,7 @@ class MapPositions(MapOffsets):
 
     def forward(self, x: Tensor) -> Positions:
         H, W = x.shape[1:3]
-        keys = self.pooled(H), self.pooled(W)
+        keys = self.pooled_side(H), self.pooled_side(W)
         offsets = super().forward(x)
         inside = neighbours(offsets.table.new_ones(1, H, W, 1, 1), self.window).view(H * W, -1)
         log_length = (inside.sum(-1, keepdim=True) + keys[0] * keys[1]).log()
