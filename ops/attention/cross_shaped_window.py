@@ -22,7 +22,7 @@ class CrossShapedWindowAttention(nn.Module):
 
     Args:
         dim: Number of channels.
-        num_heads: Number of heads. Of an odd number, vertical strips get one more; a single head is cut in two.
+        num_heads: Number of heads. If it is odd, vertical strips get one head more; a single head is cut in two.
         place: The stage sets the default of `split`.
         split: Width of a strip in tokens, or 0 for one strip that covers the map; by default 1, 2, 7 and 0 by stage, as
             in the paper.

@@ -30,7 +30,7 @@ class GlobalQuery(nn.Module):
         num_heads: Without effect; an argument of every op's `make_context`.
         window: Side of a window in tokens; by default 7, 7, 14 and 7 by stage.
         poolings: Number of poolings; by default as many as reduce the map of an image of 224 pixels to a window.
-        shrink: Let a window shrink to the map where a side of the map is shorter.
+        shrink: Let the window shrink to a side of the map that is shorter.
     """
 
     def __init__(
