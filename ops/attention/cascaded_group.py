@@ -46,7 +46,7 @@ class CascadedGroupAttention(nn.Module):
         if min(window, key_dim) < 1:
             raise ValueError(f"window and key_dim must be at least 1, not {window} and {key_dim}")
         if not kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
-            raise ValueError(f"kernels must be odd, at least one, not {list(kernels)}")
+            raise ValueError(f"kernels must be one or more odd numbers, not {list(kernels)}")
         self.window, self.widths = window, (key_dim, key_dim, dim // num_heads)
         self.qkvs = nn.ModuleList(nn.Linear(dim // num_heads, sum(self.widths)) for _ in range(num_heads))
         head_kernels = [kernels[min(head, len(kernels) - 1)] for head in range(num_heads)]

@@ -17,7 +17,8 @@ class DFCAttention(nn.Module):
     GhostNetV2's gate multiplies the features of a Ghost module. This op multiplies a linear projection of the tokens
     instead, and projects the result, as attention does. The gate's convolutions have biases instead of batch norms,
     because batch norms would mix images; in evaluation, batch norms fold into the biases and weights. If a side of the
-    map is odd, its last row or column alone makes the last one at half resolution. Cost is linear in H * W.
+    map is odd, the last row or column at half resolution is computed from the last row or column of the map alone. Cost
+    is linear in H * W.
 
     Args:
         dim: Number of channels.

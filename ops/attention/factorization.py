@@ -22,7 +22,7 @@ class GlobalGroup(nn.Module):
     """One head attends to a map that a strided convolution and a norm make `ratio` times smaller.
 
     Where patches of ratio x ratio tokens do not fit the map, the last tokens are left out. A map that is smaller than a
-    patch is zero-padded to one.
+    patch is zero-padded to the size of a patch.
 
     Args:
         dim: Number of channels of the group.

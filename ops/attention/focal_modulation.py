@@ -28,7 +28,7 @@ class FocalModulation(nn.Module):
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, kernels: Sequence[int] = (3, 5, 7)):
         super().__init__()
         if not kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
-            raise ValueError(f"kernels must be odd, at least one, not {list(kernels)}")
+            raise ValueError(f"kernels must be one or more odd numbers, not {list(kernels)}")
         self.widths = (dim, dim, len(kernels) + 1)
         self.f = nn.Linear(dim, sum(self.widths))
         self.focal_layers = nn.ModuleList(

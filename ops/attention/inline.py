@@ -63,7 +63,7 @@ class InLineAttention(nn.Module):
             mean: Tensor (B, C) from which the kernels are computed; by default the mean of all tokens.
 
         Returns:
-            The map, or the map and the extra tokens if there are any.
+            The map, or the map and the extra tokens if `extra` is given.
         """
         size, E = x.shape[1:3], 0 if extra is None else extra.shape[1]
         tokens = x.flatten(1, 2) if extra is None else torch.cat([extra, x.flatten(1, 2)], dim=1)

@@ -17,7 +17,7 @@ class MultiHeadRelation(nn.Module):
     The local form learns a weight for each channel and each offset in 5 x 5 tokens; it is a depthwise convolution
     between two linear layers. Its cost is linear in H * W. The global form is self-attention over the whole map, with a
     cost quadratic in H * W, or inside windows, with a linear cost. For windows, the map is zero-padded on the right and
-    at the bottom to a multiple of the window, even if it is smaller than a window; padded tokens are attended to.
+    at the bottom to a multiple of the window, even if the map is smaller than a window; padded tokens are attended to.
 
     Args:
         dim: Number of channels.
