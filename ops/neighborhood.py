@@ -1,8 +1,8 @@
-"""Neighbourhood attention on plain tensors: each token of a map attends to the tokens around it.
+"""Neighbourhood attention as a primitive: each token of a map attends to the tokens around it.
 
-Dilated as by Hassani and Shi (arXiv:2209.15001), with the strides and causal sides of generalised neighbourhood
-attention (Hassani et al., arXiv:2504.16922). Written after the papers and the documentation of the authors' library,
-SHI-Labs/NATTEN (MIT).
+Neighbourhoods (Hassani et al., CVPR 2023, arXiv:2204.07143) can be dilated (Hassani and Shi, arXiv:2209.15001), strided
+and causal (generalised neighbourhood attention, Hassani et al., arXiv:2504.16922). Written after the papers and the
+documentation of the authors' library, SHI-Labs/NATTEN (MIT).
 """
 
 from collections.abc import Callable
@@ -15,8 +15,10 @@ from torch import Tensor
 from ops.backend import automatic, obstacle_to_kernels, use_triton
 from ops.functional import biased_scores_attention, merge_heads, split_heads
 from ops.windows import from_windows, to_windows
+from retinue.utils.arithmetic import ceil_div, round_up
 
-Pair = tuple[int, int]  # along H and along W
+# One number along H and one along W
+Pair = tuple[int, int]
 
 NATTEN_INSTALLED = find_spec("natten") is not None
 
@@ -30,37 +32,52 @@ def neighborhood_attention(
     stride: Pair = (1, 1),
     causal: tuple[bool, bool] = (False, False),
 ) -> Tensor:
-    """Attention from each token of a map to a neighbourhood of kernel[0] x kernel[1] tokens.
+    """Compute attention from each token of a map to a neighbourhood of kernel[0] x kernel[1] tokens.
 
-    Along a side, every `dilation`-th token is of one class, and tokens see their own class only; what follows counts
-    in it. Each `stride` tokens in a row share the neighbourhood of the middle one, the right one of two. It has as
-    many tokens as the kernel, kernel // 2 of them before that one, and moves inside where it would leave the map.
-    Along a causal side, it ends with the last of those that share it, is cut off at the start of the map, and a token
-    sees none after itself in it. A token sees another if it does along both sides.
+    Neighbourhoods are defined along each side alone; a query attends to a key if it does so along both sides. Along a
+    side, the positions with the same residue modulo `dilation` form a dilation group. A neighbourhood lies inside one
+    dilation group, and the following rules count positions within the group.
 
-    On a GPU, `ops.backend=auto` leaves it to NATTEN, where that is installed and there is no bias, which it lacks; the
-    Triton kernels have no strides and no causal sides.
+    - Each `stride` consecutive queries share one neighbourhood. Its centre is the middle one of these queries, or the
+      right one of two in the middle.
+    - The neighbourhood holds `kernel` tokens, `kernel // 2` of them before its centre. Where it would leave the map, it
+      is moved inside.
+    - Along a causal side, the neighbourhood ends with the last of the queries that share it instead, it is cut off at
+      the start of the map, and a query attends to no token after itself.
+
+    On a GPU, `ops.backend=auto` calls NATTEN if it is installed and there is no bias, which NATTEN does not support.
+    The Triton kernels support neither strides nor causal sides.
 
     Args:
-        qkv: (B, H, W, 3C): queries, keys and values; each side has at least kernel * dilation tokens.
-        bias: (heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1), added to the scores by the offset from query to key.
-        stride: from 1 to the kernel.
+        qkv: Queries, keys and values (B, H, W, 3C); each side has at least kernel * dilation tokens.
+        bias: Added to the scores by the offset from query to key: (heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1), or
+            None.
+        num_heads: Number of heads.
+        kernel: Size of the neighbourhood along H and W.
+        dilation: Distance between adjacent tokens of a neighbourhood along H and W.
+        stride: Number of consecutive queries along H and W that share a neighbourhood, from 1 to `kernel`.
+        causal: Make H, W or both causal.
 
     Returns:
-        (B, H, W, C).
+        Tensor (B, H, W, C).
+
+    Raises:
+        ValueError: `ops.backend=triton` was chosen and the kernels cannot run.
     """
     if bias is None and (na2d := natten_na2d(qkv, num_heads, kernel)):
         q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)  # (B, H, W, heads, D)
         return na2d(q, k, v, kernel_size=kernel, stride=stride, dilation=dilation, is_causal=causal).flatten(-2)
-    if use_triton("neighborhood_attention", obstacle(qkv, num_heads, stride, causal)):
-        from ops.kernels.neighborhood_attention import neighborhood_attention as kernels
+    if use_triton("neighborhood_attention", obstacle_to_neighborhood_kernels(qkv, num_heads, stride, causal)):
+        from ops.kernels.neighborhood_attention import neighborhood_attention as triton_attention
 
-        return kernels(qkv, bias, num_heads, kernel, dilation)
+        return triton_attention(qkv, bias, num_heads, kernel, dilation)
     return tiled_attention(qkv, bias, num_heads, kernel, dilation, stride, causal)
 
 
-def obstacle(qkv: Tensor, num_heads: int, stride: Pair, causal: tuple[bool, bool]) -> str | None:
-    """What keeps the Triton kernels from running; None: nothing does."""
+def obstacle_to_neighborhood_kernels(
+    qkv: Tensor, num_heads: int, stride: Pair, causal: tuple[bool, bool]
+) -> str | None:
+    """Return the reason why the Triton kernels cannot run, or None if they can."""
     if reason := obstacle_to_kernels(qkv, qkv.shape[-1] // (3 * num_heads)):
         return reason
     if max(stride) > 1:
@@ -69,9 +86,13 @@ def obstacle(qkv: Tensor, num_heads: int, stride: Pair, causal: tuple[bool, bool
 
 
 def natten_na2d(qkv: Tensor, num_heads: int, kernel: Pair) -> Callable[..., Tensor] | None:
-    """NATTEN's attention without a bias, where it is to be used: it is installed with its own kernels, and they fit."""
-    fits = qkv.shape[-1] // (3 * num_heads) % 8 == 0 and min(kernel) > 1
-    if not NATTEN_INSTALLED or not automatic() or not qkv.is_cuda or not fits:
+    """Return NATTEN's attention without a bias if it is to be used, else None.
+
+    It is used on a GPU with `ops.backend=auto`, if NATTEN is installed with its compiled kernels and these support the
+    size of the heads (a multiple of 8 channels) and of the neighbourhood (more than 1 token along each side).
+    """
+    supported = qkv.shape[-1] // (3 * num_heads) % 8 == 0 and min(kernel) > 1
+    if not NATTEN_INSTALLED or not automatic() or not qkv.is_cuda or not supported:
         return None
     import natten  # pyright: ignore[reportMissingImports]
 
@@ -87,20 +108,22 @@ def tiled_attention(
     stride: Pair,
     causal: tuple[bool, bool],
 ) -> Tensor:
-    """`neighborhood_attention` in plain PyTorch.
+    """Compute `neighborhood_attention` in plain PyTorch; the arguments are the same.
 
-    Queries are taken together in tiles and the box around what a tile sees is masked: up to four times as many pairs
-    are multiplied as are seen, and yet several times quicker than each query's neighbourhood is copied; the copies
-    are a small multiple of the map. On the meta device, on which operations are counted, a tile is no larger than a
-    stride, which leaves the pairs that are seen.
+    The map is cut into tiles of queries. The queries of a tile attend together to the box that holds all of their
+    neighbourhoods, with a mask on the keys outside each query's neighbourhood. This multiplies up to four times as many
+    pairs of query and key as attend to each other, but is several times faster than copying the neighbourhood of each
+    query, and the copies that it makes are a small multiple of the map. On the meta device, where operations are
+    counted, a tile is no larger than a stride, so that only the pairs that attend to each other are counted.
     """
-    at_once = stride if qkv.is_meta else kernel
+    tile = stride if qkv.is_meta else kernel
     rows, columns = (
-        tiles_of_side(n, kernel[i], dilation[i], stride[i], causal[i], at_once[i], qkv.device)
+        tiles_of_side(n, kernel[i], dilation[i], stride[i], causal[i], tile[i], qkv.device)
         for i, n in enumerate(qkv.shape[1:3])
     )
-    seen = rows.seen[:, None, :, None, :, None] & columns.seen[:, None, :, None]  # (tiles, tiles, T, T, K, K)
-    mask = torch.zeros_like(seen, dtype=qkv.dtype).masked_fill_(~seen, -torch.inf)
+    # (row tiles, column tiles, T, T, K, K)
+    attended = rows.attended[:, None, :, None, :, None] & columns.attended[:, None, :, None]
+    mask = torch.zeros_like(attended, dtype=qkv.dtype).masked_fill_(~attended, -torch.inf)
     mask = mask.flatten(4).flatten(2, 3).flatten(0, 1).unsqueeze(1)  # (P, 1, T * T, K * K)
     if bias is not None:
         table = bias.index_select(2, columns.offsets.flatten() + kernel[1] - 1)
@@ -109,61 +132,90 @@ def tiled_attention(
         mask = mask + table.permute(1, 4, 0, 2, 5, 3, 6).flatten(5).flatten(3, 4).flatten(0, 1)
 
     q, k, v = qkv.chunk(3, dim=-1)
-    q = split_heads(tiled(q, rows.queries, columns.queries), num_heads)  # (B, P, heads, T * T, D)
-    k, v = (split_heads(tiled(t, rows.keys, columns.keys), num_heads) for t in (k, v))
+    q = split_heads(gather_tiles(q, rows.queries, columns.queries), num_heads)  # (B, P, heads, T * T, D)
+    k, v = (split_heads(gather_tiles(t, rows.keys, columns.keys), num_heads) for t in (k, v))
     out = biased_scores_attention(q, k, v, mask, q.shape[-1] ** -0.5)
     grid, size = (len(rows.queries), len(columns.queries)), (rows.queries.numel(), columns.queries.numel())
     return from_windows(merge_heads(out), grid, size).index_select(1, rows.order).index_select(2, columns.order)
 
 
-class Tiles(NamedTuple):
-    """Tiles of the queries of one side of a map."""
+class QueryTiles(NamedTuple):
+    """Tiles of the queries along one side of n tokens, each with T queries of one dilation group and K keys.
 
-    queries: Tensor  # (tiles, T): places in the map
-    keys: Tensor  # (tiles, K): places of those that the tile's queries see, and of more
-    seen: Tensor  # (tiles, T, K): whether a query sees a key
-    offsets: Tensor  # (tiles, T, K): from query to key in their class, where it is seen
-    order: Tensor  # (n,): where each place is among all tiles' queries
+    Attributes:
+        queries: Position on the side of each query: (tiles, T).
+        keys: Position on the side of each key of the tile's box, which holds the neighbourhoods of all of the tile's
+            queries: (tiles, K).
+        attended: True where a query attends to a key: (tiles, T, K).
+        offsets: Offset from query to key within their dilation group, correct where `attended`, else clamped to the
+            bias table: (tiles, T, K).
+        order: Index of each position of the side among the queries of all tiles: (n,).
+    """
+
+    queries: Tensor
+    keys: Tensor
+    attended: Tensor
+    offsets: Tensor
+    order: Tensor
 
 
 def tiles_of_side(
-    n: int, kernel: int, dilation: int, stride: int, causal: bool, at_once: int, device: torch.device
-) -> Tiles:
-    """`neighborhood_attention`'s rule on a side of n tokens, by even tiles of about `at_once` queries."""
-    longest = -(-n // dilation)  # class
-    even = -(-longest // -(-longest // at_once))
-    at_once = -(-even // stride) * stride
-    tiles = -(-longest // at_once)  # of a class
-    box = min(at_once - stride + kernel, longest)
+    n: int, kernel: int, dilation: int, stride: int, causal: bool, tile: int, device: torch.device
+) -> QueryTiles:
+    """Apply the rules of `neighborhood_attention` to one side of a map, cut into tiles.
 
-    number = torch.arange(dilation * tiles, device=device).unsqueeze(1)
-    offset = number // tiles  # of the tile's class
-    length = (n - 1 - offset) // dilation + 1
-    query = number % tiles * at_once + torch.arange(at_once, device=device)
-    query = query.minimum(length - 1)  # beyond the end of the class, its last is repeated
-    first = query // stride * stride  # of those that share a neighbourhood
+    Args:
+        n: Number of tokens along the side.
+        kernel: Size of the neighbourhood.
+        dilation: Distance between adjacent tokens of a neighbourhood.
+        stride: Number of consecutive queries that share a neighbourhood.
+        causal: Make the side causal.
+        tile: Preferred number of queries in a tile. It is adjusted so that the tiles of the longest dilation group are
+            of about equal size, and rounded up to a multiple of `stride`.
+        device: Device of the result.
+    """
+    longest_group = ceil_div(n, dilation)
+    queries_per_tile = round_up(ceil_div(longest_group, ceil_div(longest_group, tile)), stride)
+    tiles_per_group = ceil_div(longest_group, queries_per_tile)
+    box = min(queries_per_tile - stride + kernel, longest_group)
+
+    # Query, key and start count positions within the dilation group of each tile, and have a row for each tile
+    number = torch.arange(dilation * tiles_per_group, device=device).unsqueeze(1)
+    residue = number // tiles_per_group
+    length = (n - 1 - residue) // dilation + 1
+    query = number % tiles_per_group * queries_per_tile + torch.arange(queries_per_tile, device=device)
+    # Beyond the end of the group, its last query is repeated
+    query = query.minimum(length - 1)
+    # The first of the queries that share the query's neighbourhood
+    first = query // stride * stride
     if causal:
         start = (first + stride).minimum(length) - kernel
     else:
-        middle = (first + stride // 2).minimum(length - 1)
-        start = (middle - kernel // 2).clamp(min=0).minimum(length - kernel)
+        centre = (first + stride // 2).minimum(length - 1)
+        start = (centre - kernel // 2).clamp(min=0).minimum(length - kernel)
     key = start[:, :1].minimum(length - box).clamp(min=0) + torch.arange(box, device=device)
 
     start, offsets = start.unsqueeze(2), key.unsqueeze(1) - query.unsqueeze(2)
-    seen = (key.unsqueeze(1) >= start) & (key.unsqueeze(1) < start + kernel)
+    attended = (key.unsqueeze(1) >= start) & (key.unsqueeze(1) < start + kernel)
     if causal:
-        seen = seen & (offsets <= 0)
-    place = torch.arange(n, device=device)
-    return Tiles(
-        query * dilation + offset,
-        key.minimum(length - 1) * dilation + offset,
-        seen,
+        attended = attended & (offsets <= 0)
+    position = torch.arange(n, device=device)
+    return QueryTiles(
+        query * dilation + residue,
+        key.minimum(length - 1) * dilation + residue,
+        attended,
         offsets.clamp(1 - kernel, kernel - 1),
-        place % dilation * tiles * at_once + place // dilation,
+        position % dilation * tiles_per_group * queries_per_tile + position // dilation,
     )
 
 
-def tiled(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The tokens of (B, H, W, C) at the given places of each tile, (tiles, T): (B, P, T * T, C)."""
+def gather_tiles(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Gather the tokens of each tile from a map (B, H, W, C): (B, P, T * T, C).
+
+    Args:
+        x: Map (B, H, W, C).
+        rows: Row of each token of each row of tiles: (row tiles, T).
+        columns: Column of each token of each column of tiles: (column tiles, T).
+    """
     x = x.index_select(1, rows.flatten()).index_select(2, columns.flatten())
     return to_windows(x, (len(rows), len(columns)))

@@ -1,4 +1,4 @@
-"""Aggregated attention of TransNeXt (Shi, CVPR 2024, arXiv:2311.17132).
+"""Aggregated attention, the op of TransNeXt's first three stages (Shi, CVPR 2024, arXiv:2311.17132).
 
 Written after the paper and the author's repository, DaiShiResearch/TransNeXt (Apache-2.0), without its CUDA kernels.
 """
@@ -15,11 +15,24 @@ from ops.registry import FIRST, Place, register_op
 
 @register_op("aggregated")
 class AggregatedAttention(PixelFocusedAttention):
-    """Pixel-focused attention by length-scaled cosines, with a learned query added to all queries and with learned
-    tokens, whose products with the queries are added to the weights of the neighbours. Cost as of `pixel_focused`.
+    """Each token attends by cosines to its neighbours, to a pooled map and to learned tokens.
+
+    It is pixel-focused attention with three changes. Scores are cosines times a learned temperature and the logarithm
+    of the number of keys, which keeps the attention equally sharp on larger maps. A learned query is added to all
+    queries. The products of the queries with learned tokens are added to the weights of the neighbours. Padding and
+    cost are those of `pixel_focused`.
 
     Args:
-        dim, num_heads, pool, window, pretrain_size, bias_size: as of `pixel_focused`.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        place: The stage sets the default of `pool`; the stride sets the size of the pretraining images' maps.
+        pool: Side of the map divided by the side of the pooled map, which is rounded down and at least 1; by default 8,
+            4 and 2 in the first three stages, as in the paper, and 2 in the last.
+        window: Side of the neighbourhood in tokens, odd; default 3.
+        pretrain_size: Side in pixels of the pretraining images; the offsets from which biases are computed are relative
+            to the side of their maps. Default 224.
+        bias_size: Side in pixels of the images for whose maps biases are computed, and then interpolated for maps of
+            another size; by default biases are computed for each map itself.
     """
 
     def __init__(
@@ -36,10 +49,10 @@ class AggregatedAttention(PixelFocusedAttention):
         super().__init__(
             dim, num_heads, place=place, pool=pool, window=window, pretrain_size=pretrain_size, bias_size=bias_size
         )
-        width = dim // num_heads
+        head_dim = dim // num_heads
         self.temperature = nn.Parameter(initial_temperature(num_heads))
-        self.query_embedding = nn.Parameter(trunc_normal_(torch.empty(num_heads, 1, width), std=0.02))
-        self.learnable_tokens = nn.Parameter(trunc_normal_(torch.empty(num_heads, width, window**2), std=0.02))
+        self.query_embedding = nn.Parameter(trunc_normal_(torch.empty(num_heads, 1, head_dim), std=0.02))
+        self.learnable_tokens = nn.Parameter(trunc_normal_(torch.empty(num_heads, head_dim, window**2), std=0.02))
         self.learnable_bias = nn.Parameter(torch.zeros(num_heads, 1, window**2))
 
     def no_weight_decay(self) -> set[str]:

@@ -15,19 +15,21 @@ from ops.windows import from_windows, pad_to_multiple, to_windows
 
 @register_op("cascaded_group")
 class CascadedGroupAttention(nn.Module):
-    """Inside windows, each head attends on its own part of the channels, to which the output of the head before is
-    added. Cost is linear in H * W; heads run one after the other.
+    """Heads attend inside windows one after another, each on its own channels plus the previous head's output.
 
-    Queries are convolved depthwise inside each window, and scores have a learned bias for each distance along H and
-    along W. Zeros pad the map on the right and at the bottom until windows fit, and are attended to. Along a side that
-    is not longer than the window, the window is that side. Projections and convolutions have biases in place of
-    EfficientViT's batch norms, which would mix images; in evaluation, batch norms fold into them.
+    Queries are convolved depthwise inside each window, and scores have a learned bias for each distance along H and W.
+    The map is zero-padded on the right and at the bottom to a multiple of the window; padded tokens are attended to. If
+    a side of the map is shorter than the window, the window shrinks to that side. Projections and convolutions have
+    biases instead of EfficientViT's batch norms, because batch norms would mix images; in evaluation, batch norms fold
+    into the biases and weights. Cost is linear in H * W.
 
     Args:
-        dim, num_heads: channels and heads.
-        window: side of a window in tokens.
-        key_dim: channels of each head's queries and keys.
-        kernels: side of the convolution of the queries, for each head; the last for all heads that are left.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        window: Side of a window in tokens; default 7.
+        key_dim: Number of channels of each head's queries and keys; default 16.
+        kernels: Side of each head's convolution of the queries, odd; the last value is used for all further heads.
+            Default (7, 5, 3).
     """
 
     def __init__(
@@ -44,11 +46,11 @@ class CascadedGroupAttention(nn.Module):
         if min(window, key_dim) < 1:
             raise ValueError(f"window and key_dim must be at least 1, not {window} and {key_dim}")
         if not kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
-            raise ValueError(f"kernels must be odd, at least one, not {list(kernels)}")
+            raise ValueError(f"kernels must be one or more odd numbers, not {list(kernels)}")
         self.window, self.widths = window, (key_dim, key_dim, dim // num_heads)
         self.qkvs = nn.ModuleList(nn.Linear(dim // num_heads, sum(self.widths)) for _ in range(num_heads))
-        sides = [kernels[min(head, len(kernels) - 1)] for head in range(num_heads)]
-        self.dws = nn.ModuleList(nn.Conv2d(key_dim, key_dim, k, padding=k // 2, groups=key_dim) for k in sides)
+        head_kernels = [kernels[min(head, len(kernels) - 1)] for head in range(num_heads)]
+        self.dws = nn.ModuleList(nn.Conv2d(key_dim, key_dim, k, padding=k // 2, groups=key_dim) for k in head_kernels)
         self.proj = nn.Linear(dim, dim)
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window**2))
 
@@ -73,8 +75,8 @@ class CascadedGroupAttention(nn.Module):
         return self.proj(out[:, :H, :W])
 
     def bias(self, window: tuple[int, int]) -> Tensor:
-        """The bias between the tokens of a window: (heads, tokens, tokens)."""
-        sides = (torch.arange(n, device=self.attention_biases.device) for n in window)
-        down, right = ((side[:, None] - side).abs() for side in sides)
+        """Return the bias between the tokens of a window of (h, w) tokens: (heads, h * w, h * w)."""
+        positions = (torch.arange(n, device=self.attention_biases.device) for n in window)
+        down, right = ((position[:, None] - position).abs() for position in positions)
         index = self.window * down[:, None, :, None] + right[None, :, None, :]
         return self.attention_biases[:, index.flatten(2).flatten(0, 1)]

@@ -1,4 +1,7 @@
-"""Channel attention of DaViT (Ding et al., ECCV 2022, arXiv:2204.03645)."""
+"""Channel group attention of DaViT (Ding et al., ECCV 2022, arXiv:2204.03645).
+
+The authors' repository is dingmyu/davit (MIT); the op computes the same as timm's module (Apache-2.0).
+"""
 
 from torch import Tensor, nn
 
@@ -8,13 +11,15 @@ from ops.registry import FIRST, Place, register_op
 
 @register_op("channel")
 class ChannelAttention(nn.Module):
-    """Inside each group, channels attend to channels: a channel's token is its whole map.
+    """Channels attend to the channels of their group; a channel's feature vector is its whole map.
 
-    Tokens do not meet except through the scores, products of keys and values over the map. Cost is linear in H * W.
+    Tokens influence each other only through the scores, which are products of keys and values summed over the map. Cost
+    is linear in H * W.
 
     Args:
-        dim, num_heads: channels and groups of them.
-        qkv_bias: give the query, key and value projections a bias.
+        dim: Number of channels.
+        num_heads: Number of groups of channels.
+        qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, qkv_bias: bool = True):

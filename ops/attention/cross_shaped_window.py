@@ -1,4 +1,7 @@
-"""Cross-shaped window attention of CSWin Transformer (Dong et al., CVPR 2022, arXiv:2107.00652)."""
+"""Cross-shaped window attention of CSWin Transformer (Dong et al., CVPR 2022, arXiv:2107.00652).
+
+Written after the paper and the authors' repository, microsoft/CSWin-Transformer (MIT).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +14,19 @@ from ops.windows import from_windows, to_windows
 
 @register_op("cross_shaped_window")
 class CrossShapedWindowAttention(nn.Module):
-    """Half of the heads attend inside vertical strips of the map, the others inside horizontal ones.
+    """Half of the heads attend inside vertical strips of the map, the other half inside horizontal strips.
 
-    Together, a token sees the cross of its columns and rows. A depthwise convolution of the values inside each strip
-    adds position. Where the last strip is not full, zeros pad queries, keys and values evenly on both sides, and are
-    attended to. Cost is `split` * H * W * (H + W).
+    With all heads together, a token attends to a cross of columns and rows. A depthwise convolution of the values
+    inside each strip adds position. Where the last strip does not fit the map, queries, keys and values are zero-padded
+    evenly on both sides; padded tokens are attended to. Cost is `split` * H * W * (H + W).
 
     Args:
-        dim, num_heads: channels and heads. Of an odd number, vertical strips have one more; one head is cut in two.
-        split: width of a strip in tokens, 0 for one of the whole map; by default 1, 2, 7 and 0 by stage, the paper's.
-        qkv_bias: give the query, key and value projections a bias.
+        dim: Number of channels.
+        num_heads: Number of heads. If it is odd, vertical strips get one head more; a single head is cut in two.
+        place: The stage sets the default of `split`.
+        split: Width of a strip in tokens, or 0 for one strip that covers the map; by default 1, 2, 7 and 0 by stage, as
+            in the paper.
+        qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
     renames = ((r"^attns\.(\d)\.get_v\.", r"lepe.\1."),)
@@ -52,17 +58,28 @@ class CrossShapedWindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[1:3]
         strips = ((H, self.split), (self.split, W)) if self.split else ((H, W),)
-        parts = self.qkv(x).unflatten(-1, (3, -1)).split(self.dims, dim=-1)  # (B, H, W, 3, C of a direction)
+        parts = self.qkv(x).unflatten(-1, (3, -1)).split(self.dims, dim=-1)  # (B, H, W, 3, channels of a direction)
         branches = zip(parts, strips, self.heads, self.lepe, strict=True)
         return self.proj(torch.cat([strip_attention(*branch) for branch in branches], dim=-1))
 
 
 def strip_attention(qkv: Tensor, strip: tuple[int, int], num_heads: int, lepe: nn.Module) -> Tensor:
-    """Attention, and convolution of the values, inside strips of `strip` tokens: (B, H, W, 3, C) to (B, H, W, C)."""
+    """Compute attention plus a convolution of the values inside strips of one direction.
+
+    Args:
+        qkv: Queries, keys and values (B, H, W, 3, C) of the direction's heads.
+        strip: Size of a strip in tokens along H and W.
+        num_heads: Number of the direction's heads.
+        lepe: Depthwise convolution of the values, (N, C, h, w) to the same shape.
+
+    Returns:
+        Tensor (B, H, W, C).
+    """
     (H, W), (h, w) = qkv.shape[1:3], strip
-    top, left = -H % h // 2, -W % w // 2
-    if H % h or W % w:
-        qkv = F.pad(qkv, (0, 0, 0, 0, left, -W % w - left, top, -H % h - top))
+    pad_h, pad_w = -H % h, -W % w
+    top, left = pad_h // 2, pad_w // 2
+    if pad_h or pad_w:
+        qkv = F.pad(qkv, (0, 0, 0, 0, left, pad_w - left, top, pad_h - top))
     size = qkv.shape[1:3]
     grid = (size[0] // h, size[1] // w)
     v = to_windows(qkv[:, :, :, 2], grid)

@@ -1,4 +1,8 @@
-"""Decoupled fully connected attention of GhostNetV2 (Tang et al., NeurIPS 2022, arXiv:2211.12905)."""
+"""Decoupled fully connected (DFC) attention of GhostNetV2 (Tang et al., NeurIPS 2022, arXiv:2211.12905).
+
+The authors' repository is huawei-noah/Efficient-AI-Backbones; the gate computes the same as timm's module
+(Apache-2.0).
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,16 +12,18 @@ from ops.registry import FIRST, Place, register_op
 
 @register_op("dfc")
 class DFCAttention(nn.Module):
-    """Values times a gate that gathers along rows, then along columns, of the map at half resolution.
+    """Values are multiplied by a gate that convolves the map at half resolution along its rows, then its columns.
 
-    GhostNetV2's gate multiplies the features of a Ghost module. As a token mixer it multiplies a linear projection of
-    the tokens, and another follows, as in attention. Its convolutions have biases in place of batch norms, which would
-    mix images; in evaluation, batch norms fold into them. Odd maps have a last row or column of their own at half
-    resolution. Cost is linear in H * W.
+    GhostNetV2's gate multiplies the features of a Ghost module. This op multiplies a linear projection of the tokens
+    instead, and projects the result, as attention does. The gate's convolutions have biases instead of batch norms,
+    because batch norms would mix images; in evaluation, batch norms fold into the biases and weights. If a side of the
+    map is odd, the last row or column at half resolution is computed from the last row or column of the map alone. Cost
+    is linear in H * W.
 
     Args:
-        dim: channels. `num_heads` has no effect.
-        kernel: tokens at half resolution that are gathered along each axis.
+        dim: Number of channels.
+        num_heads: Without effect.
+        kernel: Length of the convolutions in tokens at half resolution, odd; default 5.
     """
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, kernel: int = 5):

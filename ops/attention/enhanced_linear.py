@@ -1,4 +1,7 @@
-"""Linear attention of L2ViT (Zheng, 2025, arXiv:2501.16182)."""
+"""Enhanced linear attention of L2ViT (Zheng, 2025, arXiv:2501.16182).
+
+Written after the paper and the author's repository, ChuanyangZheng/L2ViT (MIT).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,20 +10,22 @@ from torch import Tensor, nn
 from ops.functional import merge_heads, split_heads
 from ops.registry import FIRST, Place, register_op
 
-SMALLEST_SUM = 100.0  # that scores are divided by: less makes training unstable
+# Smallest value by which a query's weights are divided; smaller values make training unstable
+MIN_SUM = 100.0
 
 
 @register_op("enhanced_linear")
 class EnhancedLinearAttention(nn.Module):
-    """Attention among all tokens with the products of rectified queries and keys as weights, not exponentials.
+    """All tokens attend to all tokens, with products of rectified queries and keys as weights instead of a softmax.
 
-    Their sum is not taken below 100, so on small maps the weights sum up to less than one. A learned factor for each
-    head scales the result. Cost is linear in H * W. What else enhances it, a module of depthwise convolutions that
-    concentrates what comes from far, is part of the net's blocks.
+    A query's weights are divided by their sum, or by 100 if the sum is smaller, so on small maps the weights sum to
+    less than 1. A learned factor for each head scales the result. The paper's local enhancement, a module of depthwise
+    convolutions, is part of the net's blocks, not of this op. Cost is linear in H * W.
 
     Args:
-        dim, num_heads: channels and heads.
-        qkv_bias: give the query, key and value projections a bias.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, qkv_bias: bool = True):
@@ -33,6 +38,6 @@ class EnhancedLinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).flatten(1, 2).chunk(3, dim=-1))
         q, k = F.relu(q), F.relu(k)
-        total = (q @ k.sum(-2).unsqueeze(-1)).clamp(min=SMALLEST_SUM)  # (B, heads, N, 1)
+        total = (q @ k.sum(-2).unsqueeze(-1)).clamp(min=MIN_SUM)  # (B, heads, N, 1)
         out = q @ (k.transpose(-2, -1) @ v * self.temperature) / total
         return self.proj(merge_heads(out).unflatten(1, x.shape[1:3]))

@@ -1,4 +1,7 @@
-"""Gated convolution, the token mixer of MambaOut (Yu and Wang, CVPR 2025, arXiv:2405.07992)."""
+"""Gated convolution, the token mixer of MambaOut (Yu and Wang, CVPR 2025, arXiv:2405.07992).
+
+The authors' repository is yuweihao/MambaOut; the op computes the same as timm's module (Apache-2.0).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +12,17 @@ from ops.registry import FIRST, Place, register_op
 
 @register_op("gated_conv")
 class GatedConv(nn.Module):
-    """A wider projection of the tokens, part of it convolved depthwise, times a gate. Cost is linear in H * W.
+    """Tokens are projected to more channels, some of them are convolved depthwise, and a gate multiplies them all.
 
-    It is MambaOut's block without norm and residual, and mixes channels as an MLP does; there it stands for both.
+    The op is MambaOut's block without norm and residual. It mixes channels as well, as an MLP does; MambaOut has no
+    other MLP. Cost is linear in H * W.
 
     Args:
-        dim: channels. `num_heads` has no effect.
-        kernel: side of the convolution.
-        expansion: channels of the gate, and of what it multiplies, as a multiple of `dim`.
-        conv_ratio: channels that are convolved, as a multiple of `dim`.
+        dim: Number of channels.
+        num_heads: Without effect.
+        kernel: Side of the convolution, odd; default 7.
+        expansion: Number of gated channels as a multiple of `dim`; default 8 / 3.
+        conv_ratio: Number of convolved channels as a multiple of `dim`, at most `expansion`; default 1.
     """
 
     def __init__(
@@ -42,6 +47,6 @@ class GatedConv(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, plain, convolved = self.fc1(x).split(self.widths, dim=-1)
+        gate, identity, convolved = self.fc1(x).split(self.widths, dim=-1)
         convolved = self.conv(convolved.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(F.gelu(gate) * torch.cat((plain, convolved), dim=-1))
+        return self.fc2(F.gelu(gate) * torch.cat((identity, convolved), dim=-1))

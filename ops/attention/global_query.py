@@ -1,6 +1,7 @@
 """Global and local window attention of GCViT (Hatamizadeh et al., ICML 2023, arXiv:2206.09959).
 
-Written after the paper and timm (Apache-2.0); the code of the authors, NVlabs/GCVit, has a licence that forbids it.
+Written after the paper and timm (Apache-2.0). The licence of the authors' repository, NVlabs/GCVit, forbids commercial
+use, so none of its code is here.
 """
 
 import torch
@@ -13,14 +14,23 @@ from ops.functional import biased_attention
 from ops.registry import FIRST, Place, register_op
 from ops.windows import from_windows, pad_to_multiple, to_windows
 
-WINDOWS = (7, 7, 14, 7)  # of the paper's stages
+# Side of a window in each stage of the paper's nets
+WINDOWS = (7, 7, 14, 7)
 
 
 class GlobalQuery(nn.Module):
-    """What all windows of a stage ask for, made from its map (B, H, W, C): (B, h, w, C) of a window's size.
+    """Compute the queries that all windows of a stage share, (B, h, w, C), from the stage's map (B, H, W, C).
 
-    As many convolutions and poolings as bring the map of an image of 224 pixels to that size, or as are given; what
-    they make of another map is interpolated, as in the authors' detection code.
+    Convolutions, each followed by a pooling, reduce the map to the window's size (h, w). For a map that they reduce to
+    another size, the result is interpolated bicubically, as in the authors' detection code.
+
+    Args:
+        place: The stage sets the default of `window`, the stride that of `poolings`.
+        dim: Number of channels.
+        num_heads: Without effect; an argument of every op's `make_context`.
+        window: Side of a window in tokens; by default 7, 7, 14 and 7 by stage.
+        poolings: Number of poolings; by default as many as reduce the map of an image of 224 pixels to a window.
+        shrink: Let the window shrink to a side of the map that is shorter.
     """
 
     def __init__(
@@ -33,7 +43,7 @@ class GlobalQuery(nn.Module):
         shrink: bool = True,
     ):
         super().__init__()
-        self.window, self.shrink = _window(place, window), shrink
+        self.window, self.shrink = default_window(place, window), shrink
         halvings = (224 // (place.stride * self.window)).bit_length() - 1
         self.features = FeatureBlock(dim, max(halvings, 0) if poolings is None else poolings)
 
@@ -47,21 +57,25 @@ class GlobalQuery(nn.Module):
 
 @register_op("global_query")
 class GlobalQueryAttention(WindowAttention):
-    """Attention inside windows: "local" by each window's own queries, "global" by queries that all windows share.
-    Cost is linear in H * W.
+    """Windows attend to their own tokens: by their own queries, or by global queries that all windows share.
 
-    The stage makes the global queries once a forward pass for all its blocks; where none are handed over, they are the
-    map itself, averaged to a window's size. Scores have a learned bias for each relative position. Zeros pad the map on
-    the right and at the bottom until windows fit, and are attended to. Along a side that is not longer than the window,
-    the window is that side, if it may shrink.
+    Scores have a learned bias for each relative position. The stage computes the global queries once in each forward
+    pass for all of its blocks; without a stage, they are the map itself, averaged to a window's size. The map is
+    zero-padded on the right and at the bottom to a multiple of the window; padded tokens are attended to. If a side of
+    the map is shorter than the window, the window shrinks to that side, unless `shrink` is False. Cost is linear in
+    H * W.
 
     Args:
-        dim, num_heads: channels and heads.
-        window: side of a window in tokens; by default 14 in the third stage and 7 in the others, as in the paper.
-        form: "local" or "global"; by default global in every second block of a stage, as in the paper.
-        poolings: of the maps that the global queries are made from; by default down to a window at 224 pixels.
-        shrink: let windows shrink on small maps; False pads such maps too, as the authors' detection code does.
-        qkv_bias: give the query, key and value projections a bias.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        place: The stage sets the default of `window`, the block that of `form`, the stride that of `poolings`.
+        window: Side of a window in tokens; by default 14 in the third stage and 7 in the others, as in the paper.
+        form: "local" (own queries) or "global"; by default global in every second block of a stage, as in the paper.
+        poolings: Number of poolings between the stage's map and the global queries; by default as many as reduce the
+            map of an image of 224 pixels to a window.
+        shrink: Let windows shrink on small maps; default True. False pads such maps too, as the authors' detection code
+            does.
+        qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
     renames = (*WindowAttention.renames, (r"^rel_pos\.", ""))
@@ -81,11 +95,13 @@ class GlobalQueryAttention(WindowAttention):
         form = ("local", "global")[place.block % 2] if form is None else form
         if form not in ("local", "global"):
             raise ValueError(f"form must be 'local' or 'global', not {form!r}")
-        super().__init__(dim, num_heads, place=place, window=_window(place, window), shift=0, qkv_bias=qkv_bias)
+        super().__init__(dim, num_heads, place=place, window=default_window(place, window), shift=0, qkv_bias=qkv_bias)
         self.shrink = shrink
-        self.make_context = GlobalQuery if form == "global" else None  # a stage of local blocks alone makes no query
+        # None for local blocks, so that a stage without global blocks computes no global queries
+        self.make_context = GlobalQuery if form == "global" else None
         if form == "global":
-            self.qkv = nn.Linear(dim, 2 * dim, bias=qkv_bias)  # of keys and values, under the authors' name
+            # Keys and values only, but under the authors' name
+            self.qkv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         H, W = x.shape[1:3]
@@ -106,5 +122,6 @@ class GlobalQueryAttention(WindowAttention):
         return self.proj(from_windows(out, grid, size)[:, :H, :W])
 
 
-def _window(place: Place, window: int | None) -> int:
+def default_window(place: Place, window: int | None) -> int:
+    """Return `window`, or the paper's for the stage if it is None."""
     return WINDOWS[min(place.stage, 3)] if window is None else window

@@ -1,4 +1,7 @@
-"""Blocked local attention of HaloNet (Vaswani et al., CVPR 2021, arXiv:2103.12731)."""
+"""Blocked local attention of HaloNet (Vaswani et al., CVPR 2021, arXiv:2103.12731).
+
+The op computes the same as timm's module (Apache-2.0).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +15,18 @@ from ops.windows import from_windows, pad_to_multiple, to_windows
 
 @register_op("halo")
 class HaloAttention(nn.Module):
-    """The tokens of each block attend to the block and a halo around it. Cost is linear in H * W.
+    """The tokens of each block attend to the block and to a halo of tokens around it.
 
-    Scores add, for each axis, the product of the query with a learned vector of the relative position. Zeros pad keys
-    and values around the map, and are attended to. Along a side that is not longer than a block, the block is that
-    side. HaloNet leaves the output projection to the convolution that follows.
+    Scores add, for each axis, the product of the query with a learned vector of the relative position. Keys and values
+    are zero-padded around the map; padded tokens are attended to. If a side of the map is shorter than a block, the
+    block shrinks to that side. HaloNet has no output projection, because the convolution that follows serves as one.
+    Cost is linear in H * W.
 
     Args:
-        dim, num_heads: channels and heads.
-        block: side of a block in tokens.
-        halo: tokens around a block that its queries see.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        block: Side of a block in tokens; default 8.
+        halo: Number of tokens on each side of a block that its queries attend to as well; default 3.
     """
 
     renames = ((r"^pos_embed\.", ""),)
@@ -59,7 +64,10 @@ class HaloAttention(nn.Module):
         return self.proj(from_windows(out, grid, x.shape[1:3])[:, :H, :W])
 
     def position_scores(self, q: Tensor, block: tuple[int, int]) -> Tensor:
-        """(B, blocks, heads, block², D) to (B, blocks, heads, block², window²)."""
+        """Return the positional scores (B, blocks, heads, block², window²) of queries (B, blocks, heads, block², D).
+
+        The window is the block with its halo.
+        """
         q = q.unflatten(3, block)
         rows, columns = (
             table[self.relative_position(side)]
@@ -70,6 +78,13 @@ class HaloAttention(nn.Module):
         return (rows.unsqueeze(-1) + columns.unsqueeze(-2)).flatten(5).flatten(3, 4)
 
     def relative_position(self, side: int) -> Tensor:
-        """The row of a table for each token of a block and each of its window, along an axis: (block, window)."""
-        tokens, keys = (torch.arange(n, device=self.height_rel.device) for n in (side, side + 2 * self.halo))
-        return keys - tokens[:, None] + self.block + 2 * self.halo - 1
+        """Return the row of a table for each query of a block and each key of its window along an axis.
+
+        Args:
+            side: Side of the block in tokens.
+
+        Returns:
+            Tensor (block, window) of integers.
+        """
+        queries, keys = (torch.arange(n, device=self.height_rel.device) for n in (side, side + 2 * self.halo))
+        return keys - queries[:, None] + self.block + 2 * self.halo - 1

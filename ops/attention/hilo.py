@@ -1,4 +1,7 @@
-"""HiLo attention of LITv2 (Pan et al., NeurIPS 2022, arXiv:2205.13213)."""
+"""HiLo attention of LITv2 (Pan et al., NeurIPS 2022, arXiv:2205.13213).
+
+Written after the paper and the authors' repository, ziplab/LITv2 (Apache-2.0).
+"""
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +13,18 @@ from ops.windows import pad_to_multiple, window_means
 
 @register_op("hilo")
 class HiLoAttention(nn.Module):
-    """Some heads attend inside small windows (high frequencies), the others to the windows' means (low ones).
+    """Some heads attend inside small windows (high frequencies), the others to the means of the windows (low ones).
 
-    Zeros pad the map on the right and at the bottom until windows fit; they are projected, attended to and counted in
-    the means. Cost is quadratic in H * W, divided by window².
+    The map is zero-padded on the right and at the bottom to a multiple of the window; padded tokens are projected,
+    attended to and counted in the means. Cost is quadratic in H * W, divided by window².
 
     Args:
-        dim, num_heads: channels and heads.
-        window: side of a window in tokens; 1 is full attention. By default 2, and 1 from the fourth stage on.
-        alpha: share of the heads for low frequencies, rounded down, but at least one head.
-        qkv_bias: give the query, key and value projections a bias.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        place: The stage sets the default of `window`.
+        window: Side of a window in tokens, where 1 gives full attention; by default 2, and 1 from the fourth stage on.
+        alpha: Share of the heads for low frequencies, in (0, 1], rounded down, but at least one head; default 0.9.
+        qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
     renames = ((r"^h_", "high_"), (r"^l_", "low_"))

@@ -1,4 +1,7 @@
-"""InLine attention: injective linear attention (Han et al., NeurIPS 2024, arXiv:2412.06590)."""
+"""InLine attention: injective linear attention (Han et al., NeurIPS 2024, arXiv:2412.06590).
+
+Written after the paper and the authors' repository, LeapLabTHU/InLine (no licence of its own).
+"""
 
 from typing import Any
 
@@ -12,21 +15,24 @@ from ops.registry import FIRST, Place, register_op
 
 @register_op("inline")
 class InLineAttention(nn.Module):
-    """Linear attention whose weights are normalised by subtraction, so that different queries have different weights.
+    """All tokens attend to all tokens by linear attention with weights that are normalised by subtraction.
 
-    Token i attends to token j of N with weight scale / N * (q_i·k_j - q_i·mean of k) + 1 / N, which may be negative; a
-    row of weights has the sum 1. A depthwise 3 x 3 convolution of the values is added to the map; its kernels are made
-    for each image from the mean of its tokens, in each head apart. Cost is linear in H * W.
+    Token i attends to token j of N with the weight scale / N * (q_i·k_j - q_i·mean of k) + 1 / N, which may be
+    negative. The weights of a token sum to 1, and different queries have different weights. A depthwise 3 x 3
+    convolution of the values is added to the output of the map's tokens; its kernels are computed for each image and
+    head from the mean of the tokens. Cost is linear in H * W.
 
     Args:
-        dim, num_heads: channels and heads.
-        qkv_bias: give the query, key and value projections a bias.
-        lepe_kernel: side of a depthwise convolution of the values, of the same kernels for all images, that is added
-            as well, as in the paper's CSWin layout; 0 leaves it out.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        qkv_bias: Give the query, key and value projections a bias; default True.
+        lepe_kernel: Side of a depthwise convolution of the values, with the same kernels for all images, that is added
+            as well, as in the paper's CSWin layout; odd, or 0 (default) for none.
     """
 
     takes_extra = True
-    renames = ((r"^attns\.0\.get_v\.", "lepe."), (r"^attns\.0\.", ""))  # in CSWin's layout
+    # From the authors' nets in CSWin's layout
+    renames = ((r"^attns\.0\.get_v\.", "lepe."), (r"^attns\.0\.", ""))
 
     def __init__(
         self,
@@ -49,7 +55,16 @@ class InLineAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, mean: Tensor | None = None) -> Any:
-        """`mean` (B, C) is what the kernels are made from, if not the mean of the tokens."""
+        """Mix the tokens of a map (B, H, W, C) and extra tokens (B, E, C).
+
+        Args:
+            x: Map (B, H, W, C).
+            extra: Extra tokens (B, E, C), or None.
+            mean: Tensor (B, C) from which the kernels are computed; by default the mean of all tokens.
+
+        Returns:
+            The map, or the map and the extra tokens if `extra` is given.
+        """
         size, E = x.shape[1:3], 0 if extra is None else extra.shape[1]
         tokens = x.flatten(1, 2) if extra is None else torch.cat([extra, x.flatten(1, 2)], dim=1)
         q, k, v = self.qkv(tokens).chunk(3, dim=-1)
@@ -57,8 +72,9 @@ class InLineAttention(nn.Module):
         local = self.convolve(values, tokens.mean(1) if mean is None else mean)
 
         q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
-        root = (self.scale / tokens.shape[1]) ** 0.5  # on both factors, for the range of half precision
-        # The weights' two means are those of centred keys and of plain values
+        # The root of the factor scale / N goes to keys and values alike, to stay in the range of half precision
+        root = (self.scale / tokens.shape[1]) ** 0.5
+        # Subtracting the mean of the keys gives the first term of the weights, adding the mean of the values the second
         kv = ((k - k.mean(-2, keepdim=True)) * root).transpose(-2, -1) @ (v * root)  # (B, heads, D, D)
         out = merge_heads(q @ kv + v.mean(-2, keepdim=True))
         out = self.proj(out + F.pad(local.flatten(2).transpose(1, 2), (0, 0, E, 0)))
@@ -66,7 +82,7 @@ class InLineAttention(nn.Module):
         return x if extra is None else (x, out[:, :E])
 
     def convolve(self, values: Tensor, mean: Tensor) -> Tensor:
-        """Each image's values (B, C, H, W) convolved with the kernels made from its mean (B, C)."""
+        """Convolve the values (B, C, H, W) of each image with kernels that are computed from its `mean` (B, C)."""
         B, C, H, W = values.shape
         kernels = self.residual(mean.unsqueeze(-1)).reshape(B * C, 1, 3, 3)
         out = F.conv2d(values.reshape(1, B * C, H, W), kernels, padding=1, groups=B * C).view(B, C, H, W)

@@ -1,4 +1,4 @@
-"""Length-scaled cosine attention of TransNeXt's last stage (Shi, CVPR 2024, arXiv:2311.17132).
+"""Length-scaled cosine attention, the op of TransNeXt's last stage (Shi, CVPR 2024, arXiv:2311.17132).
 
 Written after the paper and the author's repository, DaiShiResearch/TransNeXt (Apache-2.0).
 """
@@ -17,13 +17,20 @@ from ops.registry import FIRST, Place, register_op
 
 @register_op("length_scaled_cosine")
 class LengthScaledCosineAttention(nn.Module):
-    """Full self-attention whose scores are cosines times a learned temperature and the logarithm of the number of
-    tokens, which keeps it as sharp on a larger map. A learned query is added to all queries, and a bias is made of
-    log-spaced offsets for any size of the map. Cost is quadratic in H * W.
+    """All tokens attend to all tokens, by cosines scaled with the logarithm of the number of tokens.
+
+    Cosines are also multiplied by a learned temperature. The logarithm keeps the attention equally sharp on larger
+    maps. A learned query is added to all queries. The bias of each pair of tokens is computed from their log-spaced
+    offset, so it exists for any size of the map. Cost is quadratic in H * W.
 
     Args:
-        dim, num_heads: channels and heads.
-        pretrain_size, bias_size: as of `aggregated`.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        place: The stride sets the size of the pretraining images' maps.
+        pretrain_size: Side in pixels of the pretraining images; the offsets from which biases are computed are relative
+            to the side of their maps. Default 224.
+        bias_size: Side in pixels of the images for whose maps biases are computed, and then interpolated for maps of
+            another size; by default biases are computed for each map itself.
     """
 
     renames = ((r"^cpb_fc(\d)\.", r"cpb.fc\1."),)
@@ -50,6 +57,7 @@ class LengthScaledCosineAttention(nn.Module):
     def make_context(
         place: Place, dim: int, num_heads: int, pretrain_size: int = 224, bias_size: int | None = None
     ) -> MapOffsets:
+        """Return the module that computes the offsets for all blocks of a stage."""
         return MapOffsets(place.stride, 1, pretrain_size, bias_size)
 
     def no_weight_decay(self) -> set[str]:
@@ -65,11 +73,18 @@ class LengthScaledCosineAttention(nn.Module):
 
 
 def scaled_queries(q: Tensor, embedding: Tensor, temperature: Tensor, log_length: Tensor | float) -> Tensor:
-    """Queries (B, heads, N, D) of length 1, with the learned one added, as sharp as the number of keys asks for."""
+    """Add the learned query and multiply by the temperature and the logarithm of the number of keys.
+
+    Args:
+        q: Queries (B, heads, N, D) of length 1.
+        embedding: Learned query (heads, 1, D).
+        temperature: Temperature (heads, 1, 1) before softplus.
+        log_length: Logarithm of the number of keys, for all queries or for each: (N, 1).
+    """
     scale = F.softplus(temperature) * log_length
     return (q + embedding) * scale.to(q.dtype)
 
 
 def initial_temperature(num_heads: int) -> Tensor:
-    """(heads, 1, 1), of which softplus makes the author's 1 / 0.24."""
+    """Return temperatures (heads, 1, 1) that softplus turns into 1 / 0.24, the author's initial value."""
     return torch.full((num_heads, 1, 1), math.log(math.expm1(1 / 0.24)))

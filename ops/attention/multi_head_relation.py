@@ -1,4 +1,4 @@
-"""Multi-head relation aggregation of UniFormer (Li et al., TPAMI 2023, arXiv:2201.09450).
+"""Multi-head relation aggregator of UniFormer (Li et al., TPAMI 2023, arXiv:2201.09450).
 
 Written after the paper and the authors' repository, Sense-X/UniFormer (Apache-2.0).
 """
@@ -12,17 +12,19 @@ from ops.windows import from_windows, pad_to_multiple, to_windows
 
 @register_op("multi_head_relation")
 class MultiHeadRelation(nn.Module):
-    """Values are aggregated by an affinity of tokens, which has two forms.
+    """Values are aggregated by an affinity between tokens: learned for each offset (local), or self-attention (global).
 
-    "local": learned for each channel and relative position among 5 x 5 tokens, whatever they hold, which is a
-    depthwise convolution between two linear maps. Cost is linear in H * W. "global": self-attention over the whole
-    map, of quadratic cost, or inside windows, of linear cost. For windows, zeros pad the map on the right and at the
-    bottom, and are attended to, also where the map is smaller than a window.
+    The local form learns a weight for each channel and each offset in 5 x 5 tokens; it is a depthwise convolution
+    between two linear layers. Its cost is linear in H * W. The global form is self-attention over the whole map, with a
+    cost quadratic in H * W, or inside windows, with a linear cost. For windows, the map is zero-padded on the right and
+    at the bottom to a multiple of the window, even if the map is smaller than a window; padded tokens are attended to.
 
     Args:
-        dim, num_heads: channels and heads; the local form has a head a channel.
+        dim: Number of channels.
+        num_heads: Number of heads of the global form; the local form has one for each channel.
+        place: The stage sets the default of `form`.
         form: "local" or "global"; by default local in the first two stages, as in the paper.
-        window: side of the global form's windows in tokens; 0 for the whole map.
+        window: Side of the global form's windows in tokens, or 0 (default) for the whole map.
     """
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, form: str | None = None, window: int = 0):
@@ -47,9 +49,11 @@ class MultiHeadRelation(nn.Module):
         x = pad_to_multiple(x, (self.window, self.window))
         size, grid = x.shape[1:3], (x.shape[1] // self.window, x.shape[2] // self.window)
         windows = to_windows(x, grid)  # (B, windows, tokens, C)
-        out = self.attend(windows.flatten(0, 1).unsqueeze(1)).view_as(windows)  # as maps of one row
+        # Attention does not depend on the order of the tokens, so each window may be a map of one row
+        out = self.attend(windows.flatten(0, 1).unsqueeze(1)).view_as(windows)
         return self.proj(from_windows(out, grid, size)[:, :H, :W])
 
     def attend(self, x: Tensor) -> Tensor:
+        """Compute self-attention over all tokens of a map (B, H, W, C), up to the output projection."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return map_attention(q, k, v, self.num_heads)

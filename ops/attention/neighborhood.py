@@ -1,4 +1,7 @@
-"""Neighbourhood attention of NAT (Hassani et al., CVPR 2023, arXiv:2204.07143) and DiNAT (arXiv:2209.15001)."""
+"""Neighbourhood attention of NAT and DiNAT (Hassani et al., CVPR 2023, arXiv:2204.07143; 2022, arXiv:2209.15001).
+
+Written after the papers and the authors' repository, SHI-Labs/Neighborhood-Attention-Transformer (MIT).
+"""
 
 from typing import Any
 
@@ -13,19 +16,24 @@ from ops.registry import FIRST, Place, register_op
 
 @register_op("neighborhood")
 class NeighborhoodAttention(nn.Module):
-    """Each token attends to the kernel x kernel tokens around it, or nearest to that where the map ends.
+    """Each token attends to the kernel x kernel tokens around it, or the nearest ones where the map ends.
 
-    Cost is linear in H * W. A side shorter than kernel * dilation is padded to it with zeros, on the right or at the
-    bottom, which are attended to. Each argument below is a number, or one along H and one along W.
+    A side of the map that is shorter than kernel * dilation is zero-padded to that length, on the right or at the
+    bottom; padded tokens are attended to. Cost is linear in H * W. Each argument of `kernel`, `dilation`, `stride` and
+    `causal` is one value for both sides, or a value along H and a value along W.
 
     Args:
-        dim, num_heads: channels and heads.
-        kernel: side of the neighbourhood in tokens.
-        dilation: distance between the tokens of a neighbourhood; by default 1 and, in every second block of a stage,
-            the largest for which the map need not be padded: DiNAT's, on whose maps for 224 or 384 pixels they are.
-        stride: tokens in a row that share the neighbourhood of the middle one; as many as the kernel are windows.
-        causal: see no token further down, or further to the right.
-        bias: learn a bias for each relative position, as NAT and DiNAT do.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        place: The block sets the default of `dilation`.
+        kernel: Size of the neighbourhood in tokens; default 7.
+        dilation: Distance between adjacent tokens of a neighbourhood. By default 1 in every first block of two, and in
+            every second block the largest for which the map need not be padded, which are DiNAT's dilations on images
+            of 224 or 384 pixels.
+        stride: Number of consecutive tokens that share the neighbourhood of the middle one, from 1 (default) to
+            `kernel`; a stride of `kernel` gives windows.
+        causal: Attend to no token further down or further to the right; default False.
+        bias: Learn a bias for each relative position, as NAT and DiNAT do; default True.
     """
 
     renames = ((r"^rpb$", "relative_position_bias_table"),)
@@ -45,7 +53,8 @@ class NeighborhoodAttention(nn.Module):
         super().__init__()
         if dilation is None and place.block % 2 == 0:
             dilation = 1
-        pair: Any = to_2tuple  # it promises less than it gives
+        # Any, because the annotation of to_2tuple does not say that it returns a pair
+        pair: Any = to_2tuple
         self.kernel, self.stride, self.causal = pair(kernel), pair(stride), pair(causal)
         self.dilation = None if dilation is None else pair(dilation)
         if not all(1 <= s <= k for s, k in zip(self.stride, self.kernel, strict=True)):
@@ -66,7 +75,9 @@ class NeighborhoodAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[1:3]
-        dilation = self.dilation or (max(H // self.kernel[0], 1), max(W // self.kernel[1], 1))
+        dilation = self.dilation
+        if dilation is None:
+            dilation = (max(H // self.kernel[0], 1), max(W // self.kernel[1], 1))
         pad_h, pad_w = (max(k * d - n, 0) for k, d, n in zip(self.kernel, dilation, (H, W), strict=True))
         qkv = self.qkv(F.pad(x, (0, 0, 0, pad_w, 0, pad_h)))
         bias = self.relative_position_bias_table
@@ -74,7 +85,7 @@ class NeighborhoodAttention(nn.Module):
         return self.proj(out[:, :H, :W])
 
     def resize_table(self, name: str, table: Tensor) -> Tensor:
-        """The table of another kernel interpolated to this one's, for `load_weights`; the authors use it so too."""
+        """Interpolate the bias table of another size of the neighbourhood, for `load_weights`, as the authors do."""
         size = self.get_parameter(name).shape[1:]
         return F.interpolate(table.unsqueeze(0), size, mode="bicubic").squeeze(0)
 

@@ -1,4 +1,7 @@
-"""Window attention of DaViT (Ding et al., ECCV 2022, arXiv:2204.03645), without positions."""
+"""Window attention of DaViT, without positions (Ding et al., ECCV 2022, arXiv:2204.03645).
+
+The authors' repository is dingmyu/davit (MIT).
+"""
 
 from torch import Tensor, nn
 
@@ -9,14 +12,16 @@ from ops.windows import pad_to_multiple
 
 @register_op("plain_window")
 class PlainWindowAttention(nn.Module):
-    """Self-attention inside windows that are not shifted, as if their tokens had no order. Cost is linear in H * W.
+    """Tokens attend to the tokens of their window, without shifts and without positions.
 
-    Zeros pad the map on the right and at the bottom to whole windows, and are attended to.
+    The map is zero-padded on the right and at the bottom to a multiple of the window; padded tokens are attended to.
+    Cost is linear in H * W.
 
     Args:
-        dim, num_heads: channels and heads.
-        window: side of a window in tokens.
-        qkv_bias: give the query, key and value projections a bias.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        window: Side of a window in tokens; default 7.
+        qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, window: int = 7, qkv_bias: bool = True):

@@ -17,16 +17,18 @@ from ops.registry import FIRST, Place, register_op
 
 @register_op("polyline_path")
 class PolylinePathAttention(nn.Module):
-    """Self-attention whose scores fall with the length of the path between two tokens: along a row, then a column.
+    """Tokens attend to each other less, the longer the path between them: along a row, then along a column.
 
-    Each token makes a step along its row and one along its column of a length that depends on what it holds; the
-    length of a path is the sum of its steps. Queries and keys are rotated by their place in the map, counted row by
-    row. "whole" attends to the map, averaged over paths that begin along the row and along the column; cost is
-    quadratic in H * W. "chunk" attends to the row and to the column, one after the other, in both orders; cost is
-    linear in H * W * (H + W).
+    Each token predicts from its features the length of a step along its row and of one along its column; the length of
+    a path is the sum of the steps on it, and is subtracted from the score. Queries and keys are rotated by the token's
+    index in the map, counted row by row. The form "whole" attends to the whole map, and averages over paths that begin
+    along the row and paths that begin along the column; its cost is quadratic in H * W. The form "chunk" attends to the
+    row and to the column, one after the other, and averages over both orders; its cost is linear in H * W * (H + W).
 
     Args:
-        dim, num_heads: channels and heads.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        place: The stage sets the default of `form`.
         form: "chunk" or "whole"; by default chunk in the first two stages, as in the paper's smallest net.
     """
 
@@ -49,9 +51,11 @@ class PolylinePathAttention(nn.Module):
         self.num_heads, self.head_dim, self.form = num_heads, dim // num_heads, form
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
-        self.step = nn.Linear(self.head_dim, 2, bias=False)  # shared by the heads: along the row and the column
-        length = torch.empty(num_heads).uniform_(math.log(0.001), math.log(0.1)).exp()  # at first
-        self.step_bias = nn.Parameter(length.expm1().log())  # which softplus takes to that length
+        # Steps along the row and along the column; all heads share the weights
+        self.step = nn.Linear(self.head_dim, 2, bias=False)
+        # The bias is such that softplus gives steps of this length at the start of training
+        initial_length = torch.empty(num_heads).uniform_(math.log(0.001), math.log(0.1)).exp()
+        self.step_bias = nn.Parameter(initial_length.expm1().log())
         self.log_scale = nn.Parameter(torch.empty(num_heads).uniform_(1, 1.1).log())
         self.proj = nn.Linear(dim, dim)
 
@@ -59,10 +63,20 @@ class PolylinePathAttention(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         q, k = self.rotate(q, k * self.head_dim**-0.5)
-        out = (self.chunk if self.form == "chunk" else self.whole)(q, k, v, *self.masks(x))
+        attend = self.chunk if self.form == "chunk" else self.whole
+        out = attend(q, k, v, *self.masks(x))
         return self.proj(out + lepe)
 
     def chunk(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Attend along rows and along columns, one after the other, averaged over both orders.
+
+        Args:
+            q: Queries (B, H, W, C).
+            k: Keys (B, H, W, C).
+            v: Values (B, H, W, C).
+            rows: Mask inside rows, (B, H, heads, W, W).
+            columns: Mask inside columns, (B, W, heads, H, H).
+        """
         rows = (self.scores(q, k) + rows).softmax(-1)  # (B, H, heads, W, W)
         columns = (self.scores(q.transpose(1, 2), k.transpose(1, 2)) + columns).softmax(-1)  # (B, W, heads, H, H)
 
@@ -75,32 +89,36 @@ class PolylinePathAttention(nn.Module):
         return (along_columns(along_rows(v)) + along_rows(along_columns(v))) / 2
 
     def whole(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        rows = rows.transpose(1, 2)[:, :, :, :, None]  # (B, heads, H, W, 1, W): in the row of the query
-        columns = columns.permute(0, 2, 3, 4, 1)[:, :, :, None]  # (B, heads, H, 1, H, W): in the column of the key
+        """Attend to the whole map, averaged over both directions of paths; the arguments are those of `chunk`."""
+        # A path from a query runs inside the query's row and then inside the key's column
+        rows = rows.transpose(1, 2)[:, :, :, :, None]  # (B, heads, H, W, 1, W)
+        columns = columns.permute(0, 2, 3, 4, 1)[:, :, :, None]  # (B, heads, H, 1, H, W)
         mask = (rows + columns).flatten(4).flatten(2, 3)  # (B, heads, H * W, H * W)
         scores = self.scores(q.flatten(1, 2), k.flatten(1, 2))
         weights = ((scores + mask).softmax(-1) + (scores + mask.transpose(-2, -1)).softmax(-1)) / 2
         return merge_heads(weights @ split_heads(v.flatten(1, 2), self.num_heads)).view_as(v)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return the products of queries and keys (..., N, C) in each head: (..., heads, N, N)."""
         return split_heads(q, self.num_heads) @ split_heads(k, self.num_heads).transpose(-2, -1)
 
     def rotate(self, *tensors: Tensor) -> list[Tensor]:
-        """Rotate pairs of each head's channels; a last one without partner is paired with zero."""
+        """Rotate pairs of each head's channels by the token's index; an odd last channel is paired with zeros."""
         H, W = tensors[0].shape[1:3]
         split = [F.pad(t.unflatten(-1, (self.num_heads, -1)), (0, self.head_dim % 2)) for t in tensors]
-        place = torch.arange(H * W, dtype=torch.float32, device=split[0].device).view(H, W, 1, 1)
-        speed = 10000 ** -torch.linspace(0, 1, split[0].shape[-1] // 2, dtype=torch.float32, device=place.device)
-        angle = place * speed.repeat_interleave(2)  # float32 whatever the tensors are: bfloat16 cannot tell far places
+        # Angles are in float32, because bfloat16 does not distinguish the indices of large maps
+        index = torch.arange(H * W, dtype=torch.float32, device=split[0].device).view(H, W, 1, 1)
+        frequency = 10000 ** -torch.linspace(0, 1, split[0].shape[-1] // 2, dtype=torch.float32, device=index.device)
+        angle = index * frequency.repeat_interleave(2)
         sin, cos = angle.sin(), angle.cos()
         return [apply_rot_embed(t, sin, cos).flatten(-2) for t in split]
 
     def masks(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Minus the length of the paths inside rows, (B, H, heads, W, W), and columns, (B, W, heads, H, H)."""
+        """Return the negative length of paths inside rows, (B, H, heads, W, W), and columns, (B, W, heads, H, H)."""
         steps = self.step(x.unflatten(-1, (self.num_heads, -1)))  # (B, H, W, heads, 2)
         steps = F.softplus(steps + self.step_bias[:, None]) * self.log_scale.exp()[:, None]
-        places = steps[..., 0].transpose(2, 3).cumsum(-1), steps[..., 1].permute(0, 2, 3, 1).cumsum(-1)
-        rows, columns = (-(place[..., :, None] - place[..., None, :]).abs() for place in places)
+        distances = steps[..., 0].transpose(2, 3).cumsum(-1), steps[..., 1].permute(0, 2, 3, 1).cumsum(-1)
+        rows, columns = (-(distance[..., :, None] - distance[..., None, :]).abs() for distance in distances)
         return rows, columns
 
 

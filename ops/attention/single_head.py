@@ -13,16 +13,17 @@ from ops.registry import FIRST, Place, register_op
 
 @register_op("single_head")
 class SingleHeadAttention(nn.Module):
-    """The first channels attend over the whole map, in one head; a projection mixes them with the others.
+    """All tokens attend to all tokens with their first channels, in one head; the other channels stay as they are.
 
-    The channels that attend are normalised together, as one group. Projections have biases in place of SHViT's batch
-    norms, which would mix images; in evaluation, batch norms fold into them. Cost is quadratic in H * W, for
-    `key_dim` + `partial_ratio` * dim channels.
+    The attending channels are normalised together, as one group, and a projection of all channels follows. Projections
+    have biases instead of SHViT's batch norms, because batch norms would mix images; in evaluation, batch norms fold
+    into the biases and weights. Cost is quadratic in H * W, for `key_dim` + `partial_ratio` * dim channels.
 
     Args:
-        dim: channels. `num_heads` has no effect.
-        partial_ratio: channels that attend, as a multiple of `dim`.
-        key_dim: channels of queries and keys.
+        dim: Number of channels.
+        num_heads: Without effect.
+        partial_ratio: Number of attending channels as a multiple of `dim`; default 3 / 14.
+        key_dim: Number of channels of queries and keys; default 16.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class SingleHeadAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, rest = x.split(self.partial, dim=-1)
+        x, other_channels = x.split(self.partial, dim=-1)
         x = self.pre_norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         out = map_attention(*self.qkv(x).split(self.widths, dim=-1), num_heads=1)
-        return self.proj(F.relu(torch.cat((out, rest), dim=-1)))
+        return self.proj(F.relu(torch.cat((out, other_channels), dim=-1)))

@@ -1,4 +1,7 @@
-"""Spatial-reduction attention of Pyramid Vision Transformer (Wang et al., ICCV 2021, arXiv:2102.12122)."""
+"""Spatial-reduction attention of Pyramid Vision Transformer (Wang et al., ICCV 2021, arXiv:2102.12122).
+
+Written after the paper and the authors' repository, whai362/PVT (Apache-2.0).
+"""
 
 from typing import Any
 
@@ -10,20 +13,24 @@ from ops.functional import merge_heads, split_heads
 from ops.registry import FIRST, Place, register_op
 from ops.windows import pad_to_multiple
 
-RATIOS = (8, 4, 2, 1)  # of the paper's stages
+# Ratio in each stage of the paper's nets
+RATIOS = (8, 4, 2, 1)
 
 
 @register_op("spatial_reduction")
 class SpatialReductionAttention(nn.Module):
-    """Self-attention whose keys and values are of a map made smaller: a convolution of patches, and a norm.
+    """All tokens attend to the tokens of a smaller map, which a strided convolution and a norm compute.
 
-    Cost is quadratic in H * W, divided by ratio². Zeros pad the map on the right and at the bottom to whole patches.
-    Tokens beside the map are queries, keys and values as they are.
+    The map is zero-padded on the right and at the bottom to a multiple of `ratio`. Extra tokens are queries, keys and
+    values without reduction. Cost is quadratic in H * W, divided by ratio².
 
     Args:
-        dim, num_heads: channels and heads.
-        ratio: side of a patch; by default 8, 4, 2 and 1 by stage.
-        qkv_bias: give the query, key and value projections a bias.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        place: The stage sets the default of `ratio`.
+        ratio: Side of the map divided by the side of the smaller map; by default 8, 4, 2 and 1 by stage, as in the
+            paper.
+        qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
     takes_extra = True
@@ -61,7 +68,7 @@ class SpatialReductionAttention(nn.Module):
         return out[:, E:].unflatten(1, size), out[:, :E]
 
     def reduce(self, x: Tensor) -> Tensor:
-        """The tokens that keys and values are made of: (B, ⌈H / ratio⌉ * ⌈W / ratio⌉, C)."""
+        """Return the tokens of the smaller map: (B, ⌈H / ratio⌉ * ⌈W / ratio⌉, C)."""
         if self.ratio == 1:
             return x.flatten(1, 2)
         x = pad_to_multiple(x, (self.ratio, self.ratio))

@@ -1,4 +1,7 @@
-"""Shifted-window attention of Swin Transformer (Liu et al., ICCV 2021, arXiv:2103.14030)."""
+"""Shifted-window attention of Swin Transformer (Liu et al., ICCV 2021, arXiv:2103.14030).
+
+Written after the paper and the authors' repository, microsoft/Swin-Transformer (MIT).
+"""
 
 import torch
 from timm.layers import trunc_normal_
@@ -11,16 +14,20 @@ from ops.windows import pad_to_multiple
 
 @register_op("window")
 class WindowAttention(nn.Module):
-    """Self-attention inside windows, with a learned bias for each relative position. Cost is linear in H * W.
+    """Tokens attend to the tokens of their window, with a learned bias for each relative position.
 
-    Zeros pad the map on the right and at the bottom until windows fit, and are attended to. Along a side that is
-    not longer than the window, the window is that side and is not shifted.
+    The map is zero-padded on the right and at the bottom to a multiple of the window; padded tokens are attended to. If
+    a side of the map is not longer than the window, the window shrinks to that side and is not shifted along it. Cost
+    is linear in H * W.
 
     Args:
-        dim, num_heads: channels and heads.
-        window: side of a window in tokens.
-        shift: tokens by which the windows are shifted; by default half a window in every second block of a stage.
-        qkv_bias: give the query, key and value projections a bias.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        place: The block sets the default of `shift`.
+        window: Side of a window in tokens; default 7.
+        shift: Number of tokens by which the windows are shifted, from 0 to window - 1; by default window // 2 in every
+            second block of a stage, and 0 in the others.
+        qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
     relative_position_bias_table: nn.Parameter
@@ -60,14 +67,15 @@ class WindowAttention(nn.Module):
         return self.proj(out[:, :H, :W])
 
     def bias(self, window: tuple[int, int]) -> Tensor:
-        """The bias between the tokens of a window: (heads, tokens, tokens)."""
+        """Return the bias between the tokens of a window of (h, w) tokens: (heads, h * w, h * w)."""
         (h, w), side = window, self.window_size[0]
         index = self.relative_position_index.view(side, side, side, side)[:h, :w, :h, :w].reshape(h * w, h * w)
         return self.relative_position_bias_table[index].permute(2, 0, 1)
 
 
 def relative_position_index(window: int) -> Tensor:
-    """The row of the bias table for each pair of a window's tokens: (tokens, tokens)."""
-    side = torch.arange(window)
-    offset = side[:, None] - side + window - 1  # from 0 to 2 * window - 2
+    """Return the row of the bias table for each pair of tokens of a window: (window², window²)."""
+    position = torch.arange(window)
+    # Offset along one axis, counted from 0 to 2 * window - 2
+    offset = position[:, None] - position + window - 1
     return (offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]).reshape(window**2, window**2)

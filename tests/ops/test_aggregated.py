@@ -1,4 +1,4 @@
-"""Pixel-focused, aggregated and length-scaled cosine attention, token by token."""
+"""Pixel-focused, aggregated and length-scaled cosine attention equal their definitions, token by token."""
 
 import math
 
@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from ops import Place, create_op
 
 
-def build(name, **own):
-    """The op with all of its parameters random."""
+def build(name, **arguments):
+    """Return the op with random values in all parameters."""
     torch.manual_seed(0)
-    op = create_op(name, dim=6, num_heads=2, place=Place(stride=32), **own).double()
+    op = create_op(name, dim=6, num_heads=2, place=Place(stride=32), **arguments).double()
     for parameter in op.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return op
 
 
 def position_bias(op, offset, head):
-    """Of a pooled token at an offset (rows, columns), of which 6 cross the map of 224 pixels."""
+    """Return the bias of a head at an offset (rows, columns), where the map of 224 pixels is 6 tokens across."""
     scaled = [8 * o / 6 for o in offset]
     logs = [math.copysign(math.log2(1 + abs(s)) / math.log2(8), s) for s in scaled]
     hidden = op.cpb.fc1(torch.tensor(logs, dtype=torch.float64)).relu()
@@ -31,7 +31,7 @@ def unit(x):
 
 
 def pooled(op, x, sides):
-    """Each pooled token's place and features: the mean of those that overlap it."""
+    """Yield the row, the column and the features of each pooled token, the mean of the tokens in its bin."""
     features = F.gelu(F.linear(x, op.sr.weight[:, :, 0, 0], op.sr.bias))
     bins = [
         [range(i * n // p, math.ceil((i + 1) * n / p)) for i in range(p)]
@@ -46,31 +46,31 @@ def pooled(op, x, sides):
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 3)], ids=str)
 @pytest.mark.parametrize("name", ["pixel_focused", "aggregated"])
 def test_attends_to_neighbours_and_pooled_tokens_as_defined(name, size):
-    op, learned = build(name, pool=2, window=3), name == "aggregated"
+    op, is_aggregated = build(name, pool=2, window=3), name == "aggregated"
     x = torch.randn(*size, 6, dtype=torch.float64)
     far = list(pooled(op, x, [max(n // 2, 1) for n in size]))
     out = torch.zeros_like(x)
     for i, j in ((i, j) for i in range(size[0]) for j in range(size[1])):
         near = [(a, b) for a in range(i - 1, i + 2) for b in range(j - 1, j + 2)]
-        places = [p for p, (a, b) in enumerate(near) if 0 <= a < size[0] and 0 <= b < size[1]]
-        tokens = [x[near[p]] for p in places] + [token for *_, token in far]
+        on_map = [p for p, (a, b) in enumerate(near) if 0 <= a < size[0] and 0 <= b < size[1]]
+        tokens = [x[near[p]] for p in on_map] + [token for *_, token in far]
         heads = []
         for h in range(2):
             part = slice(3 * h, 3 * h + 3)
             q, keys = op.q(x[i, j])[part], [op.kv(token)[:6][part] for token in tokens]
             values = torch.stack([op.kv(token)[6:][part] for token in tokens])
-            bias = [op.relative_pos_bias_local[h, p] for p in places]
+            bias = [op.relative_pos_bias_local[h, p] for p in on_map]
             bias += [position_bias(op, (i - a, j - b), h) for a, b, _ in far]
-            if learned:
-                sharp = F.softplus(op.temperature[h, 0, 0]) * math.log(len(tokens))
-                scores = [sharp * (unit(q) + op.query_embedding[h, 0]) @ unit(key) for key in keys]
+            if is_aggregated:
+                scale = F.softplus(op.temperature[h, 0, 0]) * math.log(len(tokens))
+                scores = [scale * (unit(q) + op.query_embedding[h, 0]) @ unit(key) for key in keys]
             else:
                 scores = [q @ key / math.sqrt(3) for key in keys]
             weights = torch.stack([s + b for s, b in zip(scores, bias, strict=True)]).softmax(0)
             mixed = weights @ values
-            if learned:
-                extra = unit(q) @ op.learnable_tokens[h] + op.learnable_bias[h, 0]
-                mixed = mixed + extra[places] @ values[: len(places)]
+            if is_aggregated:
+                learned = unit(q) @ op.learnable_tokens[h] + op.learnable_bias[h, 0]
+                mixed = mixed + learned[on_map] @ values[: len(on_map)]
             heads.append(mixed)
         out[i, j] = op.proj(torch.cat(heads))
     assert torch.allclose(op(x.unsqueeze(0))[0], out, atol=1e-12)
@@ -79,15 +79,15 @@ def test_attends_to_neighbours_and_pooled_tokens_as_defined(name, size):
 @pytest.mark.parametrize("size", [(2, 3), (1, 1)], ids=str)
 def test_length_scaled_cosine_attends_as_defined(size):
     op, x = build("length_scaled_cosine"), torch.randn(*size, 6, dtype=torch.float64)
-    places = [(i, j) for i in range(size[0]) for j in range(size[1])]
+    tokens = [(i, j) for i in range(size[0]) for j in range(size[1])]
     out = torch.zeros_like(x)
-    for i, j in places:
+    for i, j in tokens:
         heads = []
         for h in range(2):
             q, k, v = ([t[3 * h : 3 * h + 3] for t in s.reshape(-1, 6)] for s in op.qkv(x).chunk(3, dim=-1))
-            sharp = F.softplus(op.temperature[h, 0, 0]) * math.log(len(places))
-            query = sharp * (unit(q[i * size[1] + j]) + op.query_embedding[h, 0])
-            bias = [position_bias(op, (i - a, j - b), h) for a, b in places]
+            scale = F.softplus(op.temperature[h, 0, 0]) * math.log(len(tokens))
+            query = scale * (unit(q[i * size[1] + j]) + op.query_embedding[h, 0])
+            bias = [position_bias(op, (i - a, j - b), h) for a, b in tokens]
             scores = torch.stack([query @ unit(key) + b for key, b in zip(k, bias, strict=True)])
             heads.append(scores.softmax(0) @ torch.stack(v))
         out[i, j] = op.proj(torch.cat(heads))
@@ -95,11 +95,11 @@ def test_length_scaled_cosine_attends_as_defined(size):
 
 
 @pytest.mark.parametrize("name", ["pixel_focused", "length_scaled_cosine"])
-def test_biases_are_interpolated_for_other_sizes_only(name):
-    own, made = build(name), build(name, bias_size=224)
+def test_bias_size_changes_only_maps_of_another_size(name):
+    computed, interpolated = build(name), build(name, bias_size=224)
     x = torch.randn(1, 7, 7, 6, dtype=torch.float64)
-    assert torch.equal(own(x), made(x))
-    assert not torch.allclose(own(x[:, :5]), made(x[:, :5]))
+    assert torch.equal(computed(x), interpolated(x))
+    assert not torch.allclose(computed(x[:, :5]), interpolated(x[:, :5]))
 
 
 def test_window_must_be_odd():

@@ -1,4 +1,4 @@
-"""Cascaded groups on maps that are narrower than a window or that windows do not fit."""
+"""Cascaded group attention equals its definition on maps that windows do not fit, or that are shorter than one."""
 
 import math
 
@@ -11,7 +11,7 @@ from ops import create_op
 
 @pytest.mark.parametrize("size", [(3, 9), (6, 2)], ids=str)
 def test_heads_attend_as_defined(size):
-    """Window by window and head by head: a window as high or wide as the map, and zeros of the padding, which count."""
+    """Compute each window and head in turn; windows shrink to the map's sides, and padded tokens are attended to."""
     torch.manual_seed(0)
     op = create_op("cascaded_group", dim=6, num_heads=3, window=4, key_dim=3, kernels=(5, 3)).double()
     torch.nn.init.normal_(op.attention_biases)
@@ -20,7 +20,7 @@ def test_heads_attend_as_defined(size):
     x = torch.randn(1, *size, 6, dtype=torch.float64)
     padded = F.pad(x, (0, 0, 0, -size[1] % w, 0, -size[0] % h))
     out = torch.zeros_like(padded)
-    places = [(i, j) for i in range(h) for j in range(w)]
+    tokens = [(i, j) for i in range(h) for j in range(w)]
     for top in range(0, padded.shape[1], h):
         for left in range(0, padded.shape[2], w):
             window, head_out, outs = padded[0, top : top + h, left : left + w], 0, []
@@ -28,8 +28,8 @@ def test_heads_attend_as_defined(size):
                 q, k, v = op.qkvs[head](part + head_out).split((3, 3, 2), dim=-1)
                 q = op.dws[head](q.permute(2, 0, 1)).permute(1, 2, 0)
                 head_out = torch.zeros_like(part)
-                for i, j in places:
-                    bias = torch.stack([op.attention_biases[head, 4 * abs(i - a) + abs(j - b)] for a, b in places])
+                for i, j in tokens:
+                    bias = torch.stack([op.attention_biases[head, 4 * abs(i - a) + abs(j - b)] for a, b in tokens])
                     weights = (k.flatten(0, 1) @ q[i, j] / math.sqrt(3) + bias).softmax(0)
                     head_out[i, j] = weights @ v.flatten(0, 1)
                 outs.append(head_out)

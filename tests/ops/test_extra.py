@@ -1,4 +1,4 @@
-"""Ops that mix tokens beside the map, such as a class token, with those of the map."""
+"""Ops that mix extra tokens, such as a class token, with the tokens of the map."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ NAMES = [name for name in list_ops() if take_extra([name])]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tokens_beside_the_map_and_the_map_see_each_other(name):
+def test_extra_tokens_and_the_map_influence_each_other(name):
     torch.manual_seed(0)
     op = create_op(name, dim=16, num_heads=2, place=Place(stage=1, extra=2))
     x, extra = torch.randn(2, 6, 9, 16, requires_grad=True), torch.randn(2, 2, 16, requires_grad=True)
@@ -26,7 +26,7 @@ def test_tokens_beside_the_map_and_the_map_see_each_other(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_tokens_beside_the_map_change_nothing(name):
+def test_zero_extra_tokens_change_nothing(name):
     torch.manual_seed(0)
     op = create_op(name, dim=16, num_heads=2, place=Place(stage=1))
     x = torch.randn(1, 6, 9, 16)

@@ -1,4 +1,4 @@
-"""What factorization attention is by definition."""
+"""Factorization attention equals its definition, written as loops."""
 
 import pytest
 import torch
@@ -6,21 +6,22 @@ import torch
 from ops import Place, create_op
 
 
-def mirrored(place: int, side: int) -> int:
-    """Where a place beyond the end of an axis is on it, the end being a mirror, and the start another."""
-    while not 0 <= place < side:
-        place = 2 * (side - 1) - place if place >= side else -place
-    return place
+def mirrored(position: int, side: int) -> int:
+    """Return the position on an axis of `side` tokens that a position beyond its end is mirrored to."""
+    while not 0 <= position < side:
+        position = 2 * (side - 1) - position if position >= side else -position
+    return position
 
 
 @pytest.mark.parametrize("ratio", [1, 2])
 @pytest.mark.parametrize("size", [(9, 16), (5, 3)], ids=str)
 def test_groups_attend_as_defined(size, ratio):
-    """A coarse map in one head, and windows whose means are of neighbouring values, as the authors' are."""
+    """Compute one head on the coarse map, and windows averaged over consecutive values, as in the authors' code."""
     torch.manual_seed(0)
     heads, (H, W) = 2, size
     op = create_op("factorization", dim=16, num_heads=heads, ratio=ratio).double()
-    width = 3 if ratio > 1 else 7  # of each group of windows in a head
+    # Channels of one head in each group with windows
+    width = 3 if ratio > 1 else 7
     n = len(op.windows)
     first = 16 - heads * width * n
     x = torch.randn(1, H, W, 16, dtype=torch.float64)
@@ -50,12 +51,12 @@ def test_groups_attend_as_defined(size, ratio):
         k, v = group.kv(group.mix(window)).chunk(2, -1)
         v = v + group.lepe(v.transpose(1, 2).reshape(1, -1, 7, 7)).view(heads, width, 49).transpose(1, 2)
         for h in range(heads):
-            own = q[..., first + width * (n * h + g) :][..., :width]
-            groups.append((own @ k[h].T / width**0.5).softmax(-1) @ v[h])
+            head_q = q[..., first + width * (n * h + g) :][..., :width]
+            groups.append((head_q @ k[h].T / width**0.5).softmax(-1) @ v[h])
     assert torch.allclose(op(x)[0], op.proj(torch.cat(groups, dim=-1)), atol=1e-12)
 
 
-def test_ratio_by_stage():
+def test_ratio_follows_from_the_stage():
     ops = [create_op("factorization", 32, 2, place=Place(stage)) for stage in range(4)]
     assert [op.coarse.ratio for op in ops] == [8, 4, 2, 1]
     assert [[window.dilation for window in op.windows] for op in ops] == [[1, 8], [1, 4], [1, 2], [1]]

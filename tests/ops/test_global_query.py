@@ -1,4 +1,4 @@
-"""Global queries on maps of any size, and in the stages of a net."""
+"""Global queries on maps of any size and in the stages of a net."""
 
 import math
 from typing import Any
@@ -12,8 +12,8 @@ from ops import Place, create_op
 from ops.attention.global_query import GlobalQuery
 
 
-def test_a_token_asks_what_its_place_in_the_window_says():
-    """One by one, on a map that windows do not fit; zeros of the padding count."""
+def test_a_token_uses_the_global_query_of_its_position_in_the_window():
+    """Compute each token's attention on a map that windows do not fit; padded tokens are attended to."""
     torch.manual_seed(0)
     op = create_op("global_query", dim=4, num_heads=1, window=4, form="global").double()
     x, query = torch.randn(1, 6, 9, 4, dtype=torch.float64), torch.randn(1, 4, 4, 4, dtype=torch.float64)
@@ -31,14 +31,15 @@ def test_a_token_asks_what_its_place_in_the_window_says():
 
 
 @pytest.mark.parametrize(("stage", "poolings"), [(0, 3), (1, 2), (2, 0), (3, 0)])
-def test_queries_are_of_a_windows_size(stage, poolings):
-    make = GlobalQuery(Place(stage, stride=4 * 2**stage), 8, 2)
-    assert sum(isinstance(layer, torch.nn.MaxPool2d) for layer in make.features.modules()) == poolings
+def test_global_queries_have_the_size_of_a_window(stage, poolings):
+    global_query = GlobalQuery(Place(stage, stride=4 * 2**stage), 8, 2)
+    assert sum(isinstance(layer, torch.nn.MaxPool2d) for layer in global_query.features.modules()) == poolings
     for size in ((1, 1), (3, 20), (56, 56), (70, 41)):
-        assert make(torch.randn(1, *size, 8)).shape[1:3] == tuple(min(make.window, side) for side in size)
+        window = tuple(min(global_query.window, side) for side in size)
+        assert global_query(torch.randn(1, *size, 8)).shape[1:3] == window
 
 
-def test_a_net_trains_all_its_queries_and_makes_none_for_local_blocks():
+def test_a_net_trains_its_global_queries_and_computes_none_for_stages_of_local_blocks():
     torch.manual_seed(0)
     net: Any = timm.create_model("swin_tiny", mixers="global_query", depths=(3, 1, 2, 1), dim=24, num_classes=2)
     assert [len(stage.contexts) for stage in net.stages] == [1, 0, 1, 0]
@@ -46,6 +47,6 @@ def test_a_net_trains_all_its_queries_and_makes_none_for_local_blocks():
     assert not [key for key, weight in net.named_parameters() if weight.grad is None or not weight.grad.any()]
 
 
-def test_a_wrong_form_is_named():
+def test_an_unknown_form_is_refused():
     with pytest.raises(ValueError, match="form must be 'local' or 'global', not 'shared'"):
         create_op({"name": "global_query", "form": "shared"}, 8, 2)

@@ -1,4 +1,4 @@
-"""What InLine attention is by definition."""
+"""InLine attention equals its definition, written as loops."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from ops import Place, create_op
 @pytest.mark.parametrize("extra", [0, 2])
 @pytest.mark.parametrize(("size", "lepe"), [((5, 3), 0), ((4, 6), 3), ((1, 1), 0)], ids=str)
 def test_inline_attends_as_defined(size, lepe, extra):
-    """Weights one by one; each channel's kernel placed on the map from the mean of all tokens."""
+    """Compute each weight, and apply each channel's kernel, which follows from the mean of all tokens."""
     torch.manual_seed(0)
     H, W = size
     op = create_op("inline", dim=6, num_heads=2, place=Place(extra=extra), lepe_kernel=lepe).double()
-    x, beside = torch.randn(1, H, W, 6).double(), torch.randn(1, extra, 6).double()
-    tokens = torch.cat([beside, x.flatten(1, 2)], dim=1)[0]
+    x, extra_tokens = torch.randn(1, H, W, 6).double(), torch.randn(1, extra, 6).double()
+    tokens = torch.cat([extra_tokens, x.flatten(1, 2)], dim=1)[0]
     (q, k, v), N = op.qkv(tokens).chunk(3, -1), len(tokens)
 
     out = torch.zeros(N, 6).double()
@@ -27,7 +27,8 @@ def test_inline_attends_as_defined(size, lepe, extra):
 
     first, _, second = op.residual
     hidden, kernels = torch.zeros(6).double(), torch.zeros(6, 3, 3).double()
-    for c in range(6):  # channels of one head follow from those of the same head
+    # The kernels of a head's channels depend on the channels of the same head alone
+    for c in range(6):
         head = slice(c // 3 * 3, c // 3 * 3 + 3)
         hidden[c] = F.gelu(first.weight[c, :, 0] @ tokens.mean(0)[head] + first.bias[c])
     for c in range(6):
@@ -42,12 +43,12 @@ def test_inline_attends_as_defined(size, lepe, extra):
             out[extra + i * W + j] += (padded[i : i + 3, j : j + 3].permute(2, 0, 1) * kernels).sum((1, 2))
     out = op.proj(out)
 
-    ours = op(x, beside) if extra else (op(x), beside)
-    assert torch.allclose(ours[0][0], out[extra:].unflatten(0, size), atol=1e-12)
-    assert torch.allclose(ours[1][0], out[:extra], atol=1e-12) or not extra
+    actual = op(x, extra_tokens) if extra else (op(x), extra_tokens)
+    assert torch.allclose(actual[0][0], out[extra:].unflatten(0, size), atol=1e-12)
+    assert not extra or torch.allclose(actual[1][0], out[:extra], atol=1e-12)
 
 
-def test_kernels_follow_from_another_mean():
+def test_kernels_are_computed_from_the_given_mean():
     op, x = create_op("inline", dim=6, num_heads=2).double(), torch.randn(2, 4, 5, 6).double()
     assert torch.allclose(op(x), op(x, mean=x.mean((1, 2))))
     assert not torch.allclose(op(x), op(x, mean=x.mean((1, 2)) + 1))

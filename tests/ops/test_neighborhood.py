@@ -1,4 +1,4 @@
-"""Neighbourhood attention by its definition, token by token."""
+"""Neighbourhood attention equals its definition, token by token, and calls NATTEN where NATTEN can run."""
 
 import math
 import sys
@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ops import Place, backend, create_op, neighborhood
 from ops.neighborhood import natten_na2d, neighborhood_attention
 
-CASES = {  # size, kernel, dilation, stride, causal
+# Size of the map, size of the neighbourhood, dilation, stride, causal
+CASES = {
     "plain": ((9, 8), (5, 3), (1, 1), (1, 1), (False, False)),
     "of the whole map": ((5, 6), (5, 6), (1, 1), (1, 1), (False, False)),
     "dilated": ((11, 8), (3, 3), (3, 2), (1, 1), (False, False)),
@@ -26,19 +27,22 @@ CASES = {  # size, kernel, dilation, stride, causal
 }
 
 
-def neighbors(place: int, n: int, kernel: int, dilation: int, stride: int, causal: int) -> dict[int, int]:
-    """The places that a place on a side of n sees, and how far each is in their class."""
-    same = [other for other in range(n) if other % dilation == place % dilation]
-    own = same.index(place)
-    first = own - own % stride
+def neighbors(position: int, n: int, kernel: int, dilation: int, stride: int, causal: int) -> dict[int, int]:
+    """Return the keys that the query at a position on a side of n tokens attends to.
+
+    The result maps the position of each key to its offset from the query within their dilation group.
+    """
+    group = [key for key in range(n) if key % dilation == position % dilation]
+    query = group.index(position)
+    first = query - query % stride
     if causal:
-        last = min(first + stride, len(same)) - 1
-        seen = [i for i in range(len(same)) if last - kernel < i <= own]
+        last = min(first + stride, len(group)) - 1
+        attended = [key for key in range(len(group)) if last - kernel < key <= query]
     else:
-        middle = min(first + stride // 2, len(same) - 1)
-        start = min(max(middle - kernel // 2, 0), len(same) - kernel)
-        seen = list(range(start, start + kernel))
-    return {same[i]: i - own for i in seen}
+        centre = min(first + stride // 2, len(group) - 1)
+        start = min(max(centre - kernel // 2, 0), len(group) - kernel)
+        attended = list(range(start, start + kernel))
+    return {group[key]: key - query for key in attended}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,25 +58,25 @@ def test_each_token_attends_to_its_neighborhood(case):
         for x in range(W):
             rows = neighbors(y, H, *(values[0] for values in rule))
             columns = neighbors(x, W, *(values[1] for values in rule))
-            places = [(a, b, i + kernel[0] - 1, j + kernel[1] - 1) for a, i in rows.items() for b, j in columns.items()]
+            keys = [(a, b, i + kernel[0] - 1, j + kernel[1] - 1) for a, i in rows.items() for b, j in columns.items()]
             parts = []
             for h in range(heads):
                 part = slice(3 * h, 3 * h + 3)
                 scores = [(q[:, y, x, part] * k[:, a, b, part]).sum(-1) / math.sqrt(3) + bias[h, i, j]
-                          for a, b, i, j in places]  # fmt: skip
-                values = torch.stack([v[:, a, b, part] for a, b, *_ in places], 1)
+                          for a, b, i, j in keys]  # fmt: skip
+                values = torch.stack([v[:, a, b, part] for a, b, *_ in keys], 1)
                 parts.append((torch.stack(scores, 1).softmax(1).unsqueeze(-1) * values).sum(1))
             expected = expected.index_put((torch.arange(2), torch.tensor(y), torch.tensor(x)), torch.cat(parts, -1))
     out = neighborhood_attention(torch.cat((q, k, v), -1), bias, heads, *rule)
     assert torch.allclose(out, expected, atol=1e-12)
     weights = torch.randn_like(out)
     grads = [torch.autograd.grad((t * weights).sum(), (q, k, v, bias), retain_graph=True) for t in (out, expected)]
-    assert all(torch.allclose(ours, grad, atol=1e-11) for ours, grad in zip(*grads, strict=True))
+    assert all(torch.allclose(*pair, atol=1e-11) for pair in zip(*grads, strict=True))
 
 
 @pytest.fixture
 def natten(monkeypatch):
-    """NATTEN, whose attention is the definition of ours."""
+    """Install a stand-in for NATTEN whose attention is our plain PyTorch."""
 
     def na2d(query, key, value, kernel_size, stride, dilation, is_causal):
         qkv = torch.cat([t.flatten(-2) for t in (query, key, value)], -1)
@@ -86,7 +90,7 @@ def natten(monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_natten_is_told_the_same(natten, monkeypatch, case):
+def test_natten_receives_the_same_arguments(natten, monkeypatch, case):
     (H, W), *values = CASES[case]
     rule: Any = values
     torch.manual_seed(0)
@@ -97,12 +101,13 @@ def test_natten_is_told_the_same(natten, monkeypatch, case):
     assert torch.equal(neighborhood_attention(qkv, None, 2, *rule), expected)
 
 
-def test_natten_is_taken_where_it_serves(natten, monkeypatch):
+def test_natten_is_used_only_where_it_can_run(natten, monkeypatch):
     with FakeTensorMode():
         on_gpu = torch.empty(1, 7, 7, 3 * 16, device="cuda")
     assert natten_na2d(on_gpu, 2, (3, 3)) is natten.na2d
     assert natten_na2d(torch.empty(1, 7, 7, 3 * 16), 2, (3, 3)) is None
-    assert natten_na2d(on_gpu, 4, (3, 3)) is None  # heads of 4 channels
+    # Heads of 4 channels
+    assert natten_na2d(on_gpu, 4, (3, 3)) is None
     assert natten_na2d(on_gpu, 2, (3, 1)) is None
     for name in ("torch", "triton"):
         monkeypatch.setitem(backend._state, "backend", name)
@@ -112,7 +117,7 @@ def test_natten_is_taken_where_it_serves(natten, monkeypatch):
     assert natten_na2d(on_gpu, 2, (3, 3)) is None
 
 
-def test_a_bias_keeps_natten_away(natten, monkeypatch):
+def test_natten_is_not_used_with_a_bias(natten, monkeypatch):
     monkeypatch.setattr(neighborhood, "natten_na2d", None)
     qkv, bias = torch.randn(1, 7, 7, 3 * 16), torch.randn(2, 5, 5)
     assert neighborhood_attention(qkv, bias, 2, (3, 3)).shape == (1, 7, 7, 16)
@@ -126,17 +131,17 @@ def test_a_map_smaller_than_the_neighborhood_is_padded():
 
 
 def test_every_second_block_is_dilated_as_far_as_the_map_allows():
-    """As in DiNAT: 8, 4, 2 and 1 on the maps of an image of 224 pixels."""
-    near, far = (create_op("neighborhood", 8, 2, place=Place(block=block)) for block in (0, 1))
+    """Compare with DiNAT's dilations, 8, 4, 2 and 1 on the maps of an image of 224 pixels, and with other maps."""
+    undilated, dilated = (create_op("neighborhood", 8, 2, place=Place(block=block)) for block in (0, 1))
     for side, dilation in ((56, 8), (28, 4), (14, 2), (7, 1), (5, 1), (58, 8)):
         x = torch.randn(1, side, 7, 8)
-        for op, expected in ((near, 1), (far, dilation)):
-            same = create_op("neighborhood", 8, 2, dilation=(expected, 1))
-            same.load_state_dict(op.state_dict())
-            assert torch.equal(op(x), same(x))
+        for op, expected in ((undilated, 1), (dilated, dilation)):
+            reference = create_op("neighborhood", 8, 2, dilation=(expected, 1))
+            reference.load_state_dict(op.state_dict())
+            assert torch.equal(op(x), reference(x))
 
 
-def test_only_pairs_that_are_seen_are_counted():
+def test_flops_count_only_pairs_that_attend_to_each_other():
     with torch.device("meta"):
         op, x = create_op("neighborhood", 8, 2, kernel=(5, 3), dilation=(2, 1)), torch.empty(1, 20, 15, 8)
     with FlopCounterMode(display=False) as counter:
@@ -144,7 +149,7 @@ def test_only_pairs_that_are_seen_are_counted():
     assert counter.get_total_flops() == 2 * 20 * 15 * (4 * 8**2 + 2 * 5 * 3 * 8)
 
 
-def test_table_of_another_kernel_is_interpolated():
+def test_bias_table_of_another_size_is_interpolated():
     small, large = (create_op("neighborhood", 8, 2, kernel=kernel) for kernel in (3, 5))
     table = large.resize_table("relative_position_bias_table", torch.ones(2, 5, 5))
     assert torch.allclose(table, torch.ones_like(large.relative_position_bias_table))
@@ -158,6 +163,6 @@ def test_table_of_another_kernel_is_interpolated():
         ({"dilation": 0}, "dilation must be at least 1, not 0"),
     ],
 )
-def test_wrong_values_are_named(arguments, message):
+def test_wrong_values_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         create_op("neighborhood", 8, 2, **arguments)

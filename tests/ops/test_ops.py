@@ -1,4 +1,7 @@
-"""Every registered op, whatever it is; and what the shifted windows and the routing of each are by definition."""
+"""Properties of every registered op, and the definitions of shifted windows and of bi-level routing.
+
+Tests with the fixture `name` run for every op in `ops/attention/`, a new one included.
+"""
 
 import contextlib
 import copy
@@ -11,6 +14,7 @@ import torch
 
 from ops import Place, create_op, list_ops
 from ops.registry import _OPS
+from retinue.utils.arithmetic import ceil_div, round_up
 
 SIZES = ((1, 1), (3, 20), (7, 7), (13, 9), (16, 16))
 PLACES = (Place(0, 0, 2, 4), Place(1, 1, 2, 8), Place(3, 1, 2, 32))
@@ -40,14 +44,14 @@ def test_float32_and_bfloat16_follow_float64(name, place):
     torch.manual_seed(0)
     op = create_op(name, dim=16, num_heads=2, place=place)
     x = torch.randn(1, 13, 9, 16)
-    truth = copy.deepcopy(op).double()(x.double())
-    assert (op(x) - truth).abs().max() < 1e-5 * truth.abs().max()
+    expected = copy.deepcopy(op).double()(x.double())
+    assert (op(x) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert op.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert op.float()(x).isfinite().all()
 
 
-def test_gradients_are_those_of_finite_differences(name):
+def test_gradients_equal_finite_differences(name):
     torch.manual_seed(0)
     op = create_op(name, dim=12, num_heads=2, place=PLACES[1]).double()
     x = torch.randn(1, 9, 6, 12, dtype=torch.float64, requires_grad=True)
@@ -61,29 +65,29 @@ def test_does_not_mix_images(name):
     assert torch.allclose(op(x)[1:], op(x[1:]), atol=1e-6)
 
 
-def test_file_is_named_as_its_op(name):
+def test_the_file_has_the_name_of_its_op(name):
     assert _OPS[name] is getattr(importlib.import_module(f"ops.attention.{name}"), _OPS[name].__name__)
 
 
 @pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize("size", [(8, 12), (9, 14), (3, 10), (4, 4), (2, 3)], ids=str)
 def test_window_attends_as_defined(size, block):
-    """Each token against those of its shifted window on the padded map, one by one; zeros of the padding count."""
+    """Compute each token's attention to its shifted window on the padded map; padded tokens are attended to."""
     torch.manual_seed(0)
     op = create_op("window", dim=4, num_heads=1, place=Place(block=block), window=4).double()
     window = tuple(min(4, side) for side in size)
     shift = tuple(2 if block and side > 4 else 0 for side in size)
-    padded = tuple(-(-side // w) * w for side, w in zip(size, window, strict=True))
+    padded = tuple(round_up(side, w) for side, w in zip(size, window, strict=True))
     x = torch.randn(1, *size, 4, dtype=torch.float64)
-    full = torch.zeros(1, *padded, 4, dtype=torch.float64)
-    full[:, : size[0], : size[1]] = x
-    q, k, v = op.qkv(full)[0].chunk(3, -1)
+    padded_x = torch.zeros(1, *padded, 4, dtype=torch.float64)
+    padded_x[:, : size[0], : size[1]] = x
+    q, k, v = op.qkv(padded_x)[0].chunk(3, -1)
 
     def window_of(token):
-        """Which window, and which side of the map where the shift wraps around."""
-        moved = [(t - s) % n for t, s, n in zip(token, shift, padded, strict=True)]
+        """Return the token's window, and the side of the map where the shift wraps around."""
+        shifted = [(t - s) % n for t, s, n in zip(token, shift, padded, strict=True)]
         wrapped = [t < s for t, s in zip(token, shift, strict=True)]
-        return tuple(m // w for m, w in zip(moved, window, strict=True)), tuple(wrapped)
+        return tuple(t // w for t, w in zip(shifted, window, strict=True)), tuple(wrapped)
 
     tokens = [(i, j) for i in range(padded[0]) for j in range(padded[1])]
     out = torch.zeros_like(x)
@@ -102,39 +106,45 @@ def test_bilevel_routing_attends_as_defined(size, form):
     n_win, topk = 4, 3
     op = create_op("bilevel_routing", dim=6, num_heads=2, n_win=n_win, topk=topk, lepe_kernel=3, form=form).double()
     x = torch.randn(1, *size, 6, dtype=torch.float64)
-    if form == "legacy":  # zeros are added before the projection, and count in the means
-        side = tuple(-(-n // n_win) for n in size)
+    if form == "legacy":
+        # Zeros are added before the projection and count in the means
+        side = tuple(ceil_div(n, n_win) for n in size)
         padded = tuple(n_win * s for s in side)
-        before = torch.zeros(1, *padded, 6, dtype=torch.float64)
-        before[:, : size[0], : size[1]] = x
-        q, k, v = op.qkv(before)[0].chunk(3, -1)
-        real = torch.ones(padded, dtype=torch.bool)
+        padded_x = torch.zeros(1, *padded, 6, dtype=torch.float64)
+        padded_x[:, : size[0], : size[1]] = x
+        q, k, v = op.qkv(padded_x)[0].chunk(3, -1)
+        counted = torch.ones(padded, dtype=torch.bool)
         lepe = op.lepe(v.permute(2, 0, 1))
-    else:  # after it, and do not count
+    else:
+        # Zeros are added after the projection and do not count in the means
         side = tuple(max(n // n_win, 1) for n in size)
-        padded = tuple(-(-n // s) * s for n, s in zip(size, side, strict=True))
+        padded = tuple(round_up(n, s) for n, s in zip(size, side, strict=True))
         q, k, v = (torch.zeros(*padded, 6, dtype=torch.float64) for _ in range(3))
         for t, projected in zip((q, k, v), op.qkv(x)[0].chunk(3, -1), strict=True):
             t[: size[0], : size[1]] = projected
-        real = torch.zeros(padded, dtype=torch.bool)
-        real[: size[0], : size[1]] = True
+        counted = torch.zeros(padded, dtype=torch.bool)
+        counted[: size[0], : size[1]] = True
         lepe = op.lepe(v[: size[0], : size[1]].permute(2, 0, 1))
 
     tokens = [(i, j) for i in range(padded[0]) for j in range(padded[1])]
     windows: dict[tuple[int, int], list] = {}
     for i, j in tokens:
         windows.setdefault((i // side[0], j // side[1]), []).append((i, j))
-    at = lambda t, places: torch.stack([t[place] for place in places])  # noqa: E731
-    means = {w: tuple(at(t, [p for p in places if real[p]]).mean(0) for t in (q, k)) for w, places in windows.items()}
+    means = {}
+    for window, members in windows.items():
+        counted_members = [token for token in members if counted[token]]
+        means[window] = tuple(torch.stack([t[token] for token in counted_members]).mean(0) for t in (q, k))
     out = torch.zeros_like(x)
-    for w, places in windows.items():
-        chosen = sorted(windows, key=lambda other: -(means[w][0] @ means[other][1]).item())[:topk]
-        keys = [place for other in chosen for place in windows[other]]
-        for i, j in (p for p in places if p[0] < size[0] and p[1] < size[1]):
+    for window, members in windows.items():
+        chosen = sorted(windows, key=lambda other: -(means[window][0] @ means[other][1]).item())[:topk]
+        keys = [token for other in chosen for token in windows[other]]
+        chosen_k, chosen_v = (torch.stack([t[token] for token in keys]) for t in (k, v))
+        for i, j in ((i, j) for i, j in members if i < size[0] and j < size[1]):
             heads = []
             for h in (slice(0, 3), slice(3, 6)):
-                weights = (at(k, keys)[:, h] @ q[i, j, h] / math.sqrt(6)).softmax(0)  # of the width, not of a head
-                heads.append(weights @ at(v, keys)[:, h])
+                # The scale is that of all 6 channels, not of one head's 3
+                weights = (chosen_k[:, h] @ q[i, j, h] / math.sqrt(6)).softmax(0)
+                heads.append(weights @ chosen_v[:, h])
             out[0, i, j] = op.proj(torch.cat(heads) + lepe[:, i, j])
     assert torch.allclose(op(x), out, atol=1e-12)
 
@@ -144,7 +154,7 @@ def test_window_shifts_in_every_second_block():
     assert shifts == [0, 3, 0, 3]
 
 
-def test_routing_takes_four_times_as_many_windows_a_stage():
+def test_each_stage_routes_to_four_times_as_many_windows():
     topk = [create_op("bilevel_routing", 8, 2, place=Place(stage)).topk for stage in range(4)]
     assert topk == [1, 4, 16, 49]
 
@@ -158,12 +168,12 @@ def test_routing_takes_four_times_as_many_windows_a_stage():
         ({"name": "window", "window": 4, "shift": 4}, "shift from 0 to window - 1, not 4 and 4"),
     ],
 )
-def test_wrong_values_are_named(spec, message):
+def test_wrong_values_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         create_op(spec, 8, 2)
 
 
-def test_a_number_that_cannot_be_is_refused_or_works(name):
+def test_negative_zero_and_even_numbers_are_refused_or_work(name):
     for argument, parameter in inspect.signature(_OPS[name]).parameters.items():
         if parameter.annotation not in (int, int | None) or argument in ("dim", "num_heads", "out_dim"):
             continue
@@ -173,7 +183,7 @@ def test_a_number_that_cannot_be_is_refused_or_works(name):
                 assert op(torch.randn(1, 13, 9, 16)).shape == (1, 13, 9, 16), (argument, value)
 
 
-def test_compiles_whole_unless_it_says_not(name):
+def test_compiles_as_one_graph_unless_declared_otherwise(name):
     torch.manual_seed(0)
     op = create_op(name, dim=16, num_heads=2, place=PLACES[1])
     x = torch.randn(2, 13, 9, 16)

@@ -1,4 +1,4 @@
-"""What plain windows are by definition."""
+"""Plain window attention equals its definition, written as loops."""
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from ops import create_op
 
 
-def test_windows_are_apart_and_without_order():
+def test_tokens_attend_to_their_window_without_positions():
     torch.manual_seed(0)
     op = create_op("plain_window", dim=8, num_heads=2, window=3).double()
     x = torch.randn(1, 5, 6, 8, dtype=torch.float64)
-    q, k, v = op.qkv(F.pad(x, (0, 0, 0, 0, 0, 1)))[0].chunk(3, -1)  # zeros are attended to
+    # Padded tokens are attended to
+    q, k, v = op.qkv(F.pad(x, (0, 0, 0, 0, 0, 1)))[0].chunk(3, -1)
     out = torch.zeros_like(x)
     for i in range(5):
         for j in range(6):

@@ -1,4 +1,4 @@
-"""Polyline path masked attention, token by token."""
+"""Polyline path masked attention equals its definition, token by token."""
 
 import itertools
 import math
@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from ops import Place, create_op
 
 
-def rotated(head: torch.Tensor, place: int) -> torch.Tensor:
-    """A head's channels, taken in pairs as complex numbers, turned by the token's number in the map."""
-    speed = 10000 ** -torch.linspace(0, 1, len(head) // 2, dtype=torch.float64)
-    return torch.view_as_complex(head.view(-1, 2)) * torch.polar(torch.ones_like(speed), place * speed)
+def rotated(head: torch.Tensor, index: int) -> torch.Tensor:
+    """Return a head's channels, in pairs as complex numbers, rotated by the token's index in the map."""
+    frequency = 10000 ** -torch.linspace(0, 1, len(head) // 2, dtype=torch.float64)
+    return torch.view_as_complex(head.view(-1, 2)) * torch.polar(torch.ones_like(frequency), index * frequency)
 
 
 @pytest.mark.parametrize("form", ["chunk", "whole"])
@@ -22,7 +22,8 @@ def test_attends_as_defined(form):
     H, W, dim, heads = 3, 4, 8, 2
     op = create_op("polyline_path", dim, heads, form=form).double()
     with torch.no_grad():
-        op.step_bias.uniform_(-1, 1)  # longer steps than at first
+        # Steps longer than those at the start of training
+        op.step_bias.uniform_(-1, 1)
     x = torch.randn(1, H, W, dim, dtype=torch.float64)
     tokens = list(itertools.product(range(H), range(W)))
     q, k, v = (proj(x)[0].unflatten(-1, (heads, -1)) for proj in (op.q_proj, op.k_proj, op.v_proj))
@@ -32,11 +33,11 @@ def test_attends_as_defined(form):
         return slice(min(a, b) + 1, max(a, b) + 1)
 
     def score(query, key, h):
-        turned = (rotated(t[place][h], place[0] * W + place[1]) for t, place in ((q, query), (k, key)))
-        return (next(turned) * next(turned).conj()).real.sum() / math.sqrt(dim // heads)
+        rotated_q, rotated_k = (rotated(t[i, j, h], i * W + j) for t, (i, j) in ((q, query), (k, key)))
+        return (rotated_q * rotated_k.conj()).real.sum() / math.sqrt(dim // heads)
 
     def path(query, key, h, along):
-        """Length of the path that begins along the row (0) or along the column (1)."""
+        """Return the length of the path that begins along the row (`along` = 0) or along the column (1)."""
         row, column = (query[0], key[1]) if along == 0 else (key[0], query[1])
         return steps[row, between(query[1], key[1]), h, 0].sum() + steps[between(query[0], key[0]), column, h, 1].sum()
 
@@ -58,7 +59,8 @@ def test_attends_as_defined(form):
             table = rows @ columns + columns @ rows
         mixed[:, h] = table @ v.flatten(0, 1)[:, h] / 2
     lepe = op.lepe(op.v_proj(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    assert torch.allclose(op(x), op.proj(mixed.view(1, H, W, dim) + lepe), atol=1e-6)  # angles are in float32
+    # The op computes angles in float32
+    assert torch.allclose(op(x), op.proj(mixed.view(1, H, W, dim) + lepe), atol=1e-6)
 
 
 def test_shallow_stages_attend_along_rows_and_columns():
@@ -66,11 +68,11 @@ def test_shallow_stages_attend_along_rows_and_columns():
     assert forms == ["chunk", "chunk", "whole", "whole"]
 
 
-def test_heads_of_an_odd_width():
+def test_heads_may_have_an_odd_number_of_channels():
     op = create_op("polyline_path", 6, 2)
     assert op(torch.randn(1, 5, 4, 6)).shape == (1, 5, 4, 6)
 
 
-def test_wrong_form_is_named():
+def test_an_unknown_form_is_refused():
     with pytest.raises(ValueError, match="form must be 'chunk' or 'whole', not 'rows'"):
         create_op("polyline_path", 8, 2, form="rows")

@@ -1,3 +1,5 @@
+"""Registry of ops: names, arguments, mixers of a net and contexts of a stage."""
+
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from ops.registry import _OPS, FIRST
 
 @pytest.fixture
 def counting_op():
-    """An op whose stage computes a context for it, which counts how often."""
+    """Register an op with a context; the module that computes the context counts its calls."""
 
     class Total(nn.Module):
         def __init__(self, place: Place, dim: int, rate: float):
@@ -38,7 +40,7 @@ def counting_op():
     del _OPS["counting"]
 
 
-def test_unknown_names_are_answered_with_the_nearest():
+def test_unknown_names_are_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match=r"no op is called 'windw'\. Did you mean 'window'\? Registered: .*full"):
         create_op("windw", 8, 2)
     with pytest.raises(ValueError, match=r"'bilevel_routing' takes no 'top_k'\. Did you mean 'topk'\? It takes: n_win"):
@@ -49,16 +51,16 @@ def test_unknown_names_are_answered_with_the_nearest():
         create_op({"topk": 4}, 8, 2)
 
 
-def test_a_name_is_registered_once():
+def test_a_name_cannot_be_registered_twice():
     with pytest.raises(ValueError, match="'full' is registered twice"):
         register_op("full")(nn.Identity)
 
 
-def test_names_are_listed_sorted():
+def test_list_ops_is_sorted():
     assert list_ops() == sorted(list_ops()) and {"bilevel_routing", "full", "window"} <= set(list_ops())
 
 
-def test_mixers_for_all_for_each_stage_and_in_turn():
+def test_mixers_are_one_for_all_one_for_each_stage_or_a_cycle():
     assert parse_mixers("full", (2, 1)) == [["full", "full"], ["full"]]
     local = {"name": "window", "window": 4}
     assert parse_mixers([local, ["full", local]], (1, 3)) == [[local], ["full", local, "full"]]
@@ -99,10 +101,10 @@ def test_a_net_runs_each_context_once_a_forward_pass(counting_op):
     torch.manual_seed(0)
     net: Any = timm.create_model("swin_nano", num_classes=2, depths=(3, 2), heads=(2, 2), mixers=["counting", "full"])
     x = torch.randn(2, 3, 16, 16)
-    plain = net(x)
+    expected = net(x)
     context = net.stages[0].contexts[0]
     assert context.calls == 1 and len(net.stages[0].contexts) == 1 and len(net.stages[1].contexts) == 0
     net.set_grad_checkpointing()
-    assert torch.allclose(net(x), plain)
+    assert torch.allclose(net(x), expected)
     net(x).sum().backward()
     assert context.calls == 3 and net.stages[0].blocks[2].mixer.scale.grad is not None

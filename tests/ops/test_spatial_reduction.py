@@ -1,4 +1,4 @@
-"""What spatial-reduction attention is by definition."""
+"""Spatial-reduction attention equals its definition, written as loops."""
 
 import math
 
@@ -9,7 +9,7 @@ from ops import Place, create_op
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 3), (1, 1)], ids=str)
-def test_keys_and_values_are_of_patches(size):
+def test_keys_and_values_are_computed_from_patches(size):
     torch.manual_seed(0)
     op = create_op("spatial_reduction", dim=6, num_heads=2, ratio=2).double()
     x = torch.randn(1, *size, 6, dtype=torch.float64)
@@ -26,7 +26,7 @@ def test_keys_and_values_are_of_patches(size):
     assert torch.allclose(op(x)[0], op.proj(torch.cat(heads, dim=-1)), atol=1e-12)
 
 
-def test_ratio_by_stage():
+def test_ratio_follows_from_the_stage():
     assert [create_op("spatial_reduction", 8, 2, place=Place(stage)).ratio for stage in range(4)] == [8, 4, 2, 1]
     with pytest.raises(ValueError, match="ratio must be at least 1, not 0"):
         create_op("spatial_reduction", 8, 2, ratio=0)

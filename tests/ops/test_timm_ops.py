@@ -1,4 +1,4 @@
-"""Ops of timm's nets give what timm's own modules give with the same weights, on maps that those take."""
+"""Ops of timm's nets compute the same as timm's modules with the same weights, on maps that timm's modules take."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +21,12 @@ from models import load_weights
 from ops import create_op, create_ops
 
 DIM, HEADS = 32, 2
-Case = tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]  # weights, and what timm makes of maps (B, H, W, C)
+# The weights of a timm module, and the module as a function on maps (B, H, W, C)
+Case = tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]
 
 
 def filled(module: nn.Module) -> Any:
-    """With all weights random, so that none hides behind its zeros."""
+    """Fill all weights with random values, because a weight that is initialised to zero would hide an error."""
     for key, value in module.state_dict().items():
         if value.is_floating_point():
             value.normal_(std=0.2)
@@ -34,7 +35,8 @@ def filled(module: nn.Module) -> Any:
     return module.double().eval()
 
 
-def maps(module: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def channels_last(module: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Turn a module on (B, C, H, W) into a function on (B, H, W, C)."""
     return lambda x: module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -55,7 +57,7 @@ def grid() -> Case:
 
 def halo() -> Case:
     module = filled(HaloAttn(DIM, num_heads=HEADS, block_size=7, halo_size=3))
-    return module.state_dict() | identity("proj"), maps(module)
+    return module.state_dict() | identity("proj"), channels_last(module)
 
 
 def gated_conv() -> Case:
@@ -65,15 +67,16 @@ def gated_conv() -> Case:
 
 def dfc() -> Case:
     module = filled(GhostModuleV2(DIM, DIM))
-    module.primary_conv = module.cheap_operation = nn.Identity()  # so that the gate multiplies the map itself
+    # With identities, the gate multiplies the map itself
+    module.primary_conv = module.cheap_operation = nn.Identity()
     layers = list(module.short_conv)
-    folded = [fuse_conv_bn_eval(*layers[i : i + 2]).state_dict() for i in (0, 2, 4)]
-    gate = {f"gate.{i}.{key}": value for i, state in enumerate(folded) for key, value in state.items()}
-    return gate | identity("value") | identity("proj"), maps(module)
+    states = [fuse_conv_bn_eval(*layers[i : i + 2]).state_dict() for i in (0, 2, 4)]
+    gate = {f"gate.{i}.{key}": value for i, state in enumerate(states) for key, value in state.items()}
+    return gate | identity("value") | identity("proj"), channels_last(module)
 
 
 def folded(module: nn.Module) -> dict[str, Tensor]:
-    """Weights with those of batch norms in the convolutions before them, which are linear where they see one token."""
+    """Return the module's weights with batch norms folded into the convolutions before them, as linear layers."""
     state = module.state_dict()
     for name, layer in module.named_modules():
         if isinstance(layer, (ConvNorm, Conv2dNorm)):
@@ -86,21 +89,22 @@ def folded(module: nn.Module) -> dict[str, Tensor]:
 def focal_modulation() -> Case:
     module = filled(FocalModulation(DIM, focal_window=3, focal_level=2))
     state = module.state_dict()
-    return state | {key: state[key].squeeze() for key in ("f.weight", "proj.weight")}, maps(module)
+    return state | {key: state[key].squeeze() for key in ("f.weight", "proj.weight")}, channels_last(module)
 
 
 def cascaded_group() -> Case:
     module = filled(LocalWindowAttention(DIM, 16, HEADS, attn_ratio=1, kernels=(5, 3)))
     weights = {key.replace("proj.1.", "proj."): value for key, value in folded(module.attn).items()}
-    return weights, maps(module)
+    return weights, channels_last(module)
 
 
 def single_head() -> Case:
     module = filled(SHSA(DIM, qk_dim=16, pdim=8))
-    return {key.replace("proj.1.", "proj."): value for key, value in folded(module).items()}, maps(module)
+    return {key.replace("proj.1.", "proj."): value for key, value in folded(module).items()}, channels_last(module)
 
 
-OWN: dict[Callable[[], Case], dict[str, Any]] = {
+# Arguments with which the op is the one of the case
+ARGUMENTS: dict[Callable[[], Case], dict[str, Any]] = {
     halo: {"block": 7},
     focal_modulation: {"kernels": (3, 5)},
     cascaded_group: {"kernels": (5, 3)},
@@ -117,11 +121,11 @@ CASES = [*ANY_SIZE, grid, halo, dfc]
 )
 def test_matches_timms_module(case, size):
     torch.manual_seed(0)
-    op = create_op(case.__name__, DIM, HEADS, **OWN.get(case, {})).double()
-    weights, theirs = case()
+    op = create_op(case.__name__, DIM, HEADS, **ARGUMENTS.get(case, {})).double()
+    weights, timm_module = case()
     load_weights(op, weights)
     x = torch.randn(2, *size, DIM, dtype=torch.float64)
-    assert torch.allclose(op(x), theirs(x), atol=1e-9)
+    assert torch.allclose(op(x), timm_module(x), atol=1e-9)
 
 
 def test_global_query_matches_timms_stage():
@@ -131,8 +135,8 @@ def test_global_query_matches_timms_stage():
     features = filled(FeatureBlock(DIM, levels=2))
     contexts[1].double().features.load_state_dict(features.state_dict())
     x = torch.randn(2, 28, 28, DIM, dtype=torch.float64)
-    query = maps(features)(x)
+    query = channels_last(features)(x)
     for op, context, is_global in zip(ops, ({}, {"context": contexts[1](x)}), (False, True), strict=True):
-        theirs = filled(GlobalContextVitBlock(DIM, (28, 28), HEADS, use_global=is_global))
-        load_weights(op.double(), theirs.attn.state_dict())
-        assert torch.allclose(op(x, **context), theirs._window_attn(x, query), atol=1e-9)
+        timm_block = filled(GlobalContextVitBlock(DIM, (28, 28), HEADS, use_global=is_global))
+        load_weights(op.double(), timm_block.attn.state_dict())
+        assert torch.allclose(op(x, **context), timm_block._window_attn(x, query), atol=1e-9)

@@ -1,4 +1,4 @@
-"""Varied-size windows by definition: one query at a time, on the map in tokens."""
+"""Varied-size window attention equals its definition, query by query, with points in tokens of the map."""
 
 import math
 
@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from ops import create_op
+from retinue.utils.arithmetic import ceil_div
 
 
 def bilinear(t, x: float, y: float):
-    """A map (H, W, C) at a place between its tokens; zeros outside."""
+    """Interpolate a map (H, W, C) at a point between its tokens; the map is zero outside."""
     value = torch.zeros(t.shape[-1], dtype=t.dtype)
     for i in (math.floor(y), math.floor(y) + 1):
         for j in (math.floor(x), math.floor(x) + 1):
@@ -24,18 +25,19 @@ def test_varied_size_window_attends_as_defined(size):
     dim, window, (H, W) = 6, 3, size
     op = create_op("varied_size_window", dim=dim, num_heads=2, window=window).double()
     x = torch.randn(1, H, W, dim, dtype=torch.float64)
-    rows, columns = -(-H // window), -(-W // window)
+    rows, columns = ceil_div(H, window), ceil_div(W, window)
     q, k, v = op.qkv(x)[0].chunk(3, -1)
 
     out = torch.zeros_like(x)
     for i, j in ((i, j) for i in range(H) for j in range(W)):
         top, left = i // window * window, j // window * window
-        mean = x[0, top : top + window, left : left + window].sum((0, 1)) / window**2  # zeros of the padding count
+        # Padded tokens count in the mean
+        mean = x[0, top : top + window, left : left + window].sum((0, 1)) / window**2
         mean = torch.where(mean > 0, mean, 0.01 * mean)
         offsets, scales = (layer(mean).tolist() for layer in (op.sampling_offsets, op.sampling_scales))
         heads = []
         for h in range(2):
-            # offsets are in halves of the padded map, divided by the whole windows of the map
+            # The unit of offsets is half of the padded map, divided by the number of whole windows on the map
             move_x = offsets[2 * h] / max(W // window, 1) * (columns * window - 1) / 2
             move_y = offsets[2 * h + 1] / max(H // window, 1) * (rows * window - 1) / 2
             channels, scores, values = slice(3 * h, 3 * h + 3), [], []
