@@ -81,7 +81,7 @@ def test_output_and_gradients(kernels, case, dtype):
 @interpreted
 def test_every_tile_means_the_same(kernels, monkeypatch):
     """Small tiles, some empty, as the second class has one row less; each program for the bias has several."""
-    monkeypatch.setattr("ops.kernels.neighborhood_attention.tiles", lambda *args: launch.Tiles(16, 16, 1, 1))
+    monkeypatch.setattr("ops.kernels.neighborhood_attention.tile_config", lambda *args: launch.TileConfig(16, 16, 1, 1))
     monkeypatch.setattr("ops.kernels.neighborhood_attention.BIAS_PROGRAMS", 20)
     assert_exact("classes of two lengths", torch.float32)
 

@@ -80,7 +80,7 @@ def launches(shape: tuple, dtype: torch.dtype) -> list[Launch]:
         module.routed_attention_backward._init_fn(qkv, index, out, lse, out, grid, heads, 0.1)
 
     recorded = launches_of(module, call)
-    assert [each.kernel.fn.__name__ for each in recorded] == ["_forward", "_backward_queries", "_backward_keys"]
+    assert [each.kernel.fn.__name__ for each in recorded] == ["forward", "backward_queries", "backward_keys"]
     return recorded
 
 
@@ -108,11 +108,11 @@ def test_windows_that_none_or_all_chose(kernels):
 def test_every_tile_means_the_same(kernels, monkeypatch, own, other):
     from ops.kernels.routed_attention import BACKWARD_KEYS, BACKWARD_QUERIES, FORWARD
 
-    chosen = launch.Tiles(own, other, 1, 1)
+    chosen = launch.TileConfig(own, other, 1, 1)
     for kernel in (FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS):
         monkeypatch.setitem(launch.TUNED, (kernel, (0, 0), 4, 16, 10), chosen)
     recorded = launches(CASES["windows not square"], torch.float32)
-    assert {(each.arguments["OWN"], each.arguments["OTHER"]) for each in recorded} == {(own, other)}
+    assert {(each.arguments["RESIDENT"], each.arguments["STREAMED"]) for each in recorded} == {(own, other)}
     assert_exact("windows not square", torch.float32)
 
 
@@ -186,7 +186,7 @@ def test_torch_compile_sees_the_kernels(monkeypatch):
     )
     assert written_when_compiled(lambda q, i: routed_attention(q, i, *rest), qkv, index) == [["out", "lse"]]
     backward = written_when_compiled(lambda *args: routed_attention_backward(*args, *rest), qkv, index, out, lse, out)
-    assert backward == [["delta", "dqkv", "choosers", "count"], ["dqkv"]]
+    assert backward == [["delta", "dqkv", "choosers", "chooser_counts"], ["dqkv"]]
 
 
 SIDES_AND_ROUTES = [(14, 4), (14, 16), (28, 4), (35, 3), (56, 1), (224, 4)]

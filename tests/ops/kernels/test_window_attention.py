@@ -144,28 +144,28 @@ def test_output_and_gradients(kernels, case, dtype):
 @pytest.mark.parametrize("own, other", [(16, 32), (64, 16)])
 def test_every_tile_means_the_same(kernels, monkeypatch, own, other):
     def tuned(kernel, x, width, tokens, default):
-        return launch.Tiles(own, other, 1, 1)
+        return launch.TileConfig(own, other, 1, 1)
 
-    monkeypatch.setattr("ops.kernels.window_attention.tiles", tuned)
+    monkeypatch.setattr("ops.kernels.window_attention.tile_config", tuned)
     assert_exact("more than a tile", torch.float32)
 
 
 @interpreted
 @pytest.mark.parametrize("case", ["windows", "more than a tile"])
 def test_few_programs_walk_many_windows(kernels, monkeypatch, case):
-    monkeypatch.setattr("ops.kernels.window_attention.STRIPED_PROGRAMS", 1)
+    monkeypatch.setattr("ops.kernels.window_attention.BIAS_PROGRAMS", 1)
     assert_exact(case, torch.float16)
 
 
 @interpreted
 def test_a_slice_of_channels_is_not_copied(kernels):
-    from ops.kernels.window_attention import _in_rows
+    from ops.kernels.window_attention import _as_rows
 
     qkv, bias, dout = make("windows")
     expected = run(window_attention, "windows", qkv, bias, dout, qkv.dtype)
     wide = torch.full((*qkv.shape[:-1], 3 * qkv.shape[-1]), torch.nan)
     part = wide[..., 8 : 8 + qkv.shape[-1]].copy_(qkv)
-    assert _in_rows(part).data_ptr() == part.data_ptr()
+    assert _as_rows(part).data_ptr() == part.data_ptr()
     turned = qkv.permute(0, 2, 1, 3, 4).contiguous().permute(0, 2, 1, 3, 4)
     for strided in (part, turned):
         ours = run(window_attention, "windows", strided, bias, dout.flip(1).contiguous().flip(1), qkv.dtype)
