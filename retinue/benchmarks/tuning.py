@@ -101,7 +101,9 @@ def tune(layer: Layer, inputs: Inputs, done: set[tuple], rounds: int = ROUNDS) -
         best, times = descend(start, kernels_module(layer.primitive).configs(kernel.tokens), seconds)
         launch.TUNED[key] = best
         gain = f"{1e3 * times[best]:.4g} ms, by default {1e3 * times[start]:.4g} ms"
-        lines.append(f"    {key!r}: TileConfig{tuple(best)},  # {gain}, {len(times)} tried, {layer.describe(len(inputs))}")
+        lines.append(
+            f"    {key!r}: TileConfig{tuple(best)},  # {gain}, {len(times)} tried, {layer.describe(len(inputs))}"
+        )
     check(layer, names, inputs)
     return lines
 
