@@ -18,6 +18,8 @@ C = num_heads * D channels:
     out, dout                    (tokens, C), contiguous: the output and its gradient
     lse                          (tokens, num_heads), float32: logarithm to base 2 of the softmax's denominator
     delta                        (tokens, num_heads), float32: sum over the channels of a head of out * dout
+    partial_dscores              (strips of tiles, num_heads, RESIDENT, frame_parts * STREAMED), float32: sums of the
+                                 programs of `backward_bias`
     scale                        factor on the scores
     num_heads, H, W              number of heads, and sides of the map in tokens
     tiles_y, tiles_x             number of tiles per group along H and along W
@@ -71,10 +73,15 @@ def _box_tokens(number, first_y, first_x, last_y, last_x, box_w, origin, row_ste
     A position is valid if it lies in the box and is not negative.
 
     Args:
-        number: numbers of the tokens, counted row by row in a box that is box_w positions wide.
-        first_y, first_x, last_y, last_x: first and last positions of the box. The first may be negative.
+        number: numbers of the tokens, counted row by row in the box.
+        first_y: first position of the box along H; may be negative.
+        first_x: first position of the box along W; may be negative.
+        last_y: last position of the box along H.
+        last_x: last position of the box along W.
+        box_w: number of positions of the box along W.
         origin: row of the first token of the dilation group.
-        row_step, column_step: rows from one position to the next along H and along W.
+        row_step: number of rows of the matrix from one position to the next along H.
+        column_step: number of rows of the matrix from one position to the next along W.
     """
     y, x = first_y + number // box_w, first_x + number % box_w
     valid = (y >= 0) & (x >= 0) & (y <= last_y) & (x <= last_x)
@@ -288,9 +295,6 @@ def backward_bias(
 
     The grid has ceil(num_tiles / tiles_per_program) * num_heads * frame_parts programs, for the `num_tiles` tiles of
     all images and dilation groups. The kernel reads `delta`, which `backward_queries` has written.
-
-    Args:
-        partial_dscores: (strips, num_heads, RESIDENT, frame_parts * STREAMED), float32: sums of the programs.
     """
     strip = tl.program_id(0) // (frame_parts * num_heads)
     head, part, C = tl.program_id(0) // frame_parts % num_heads, tl.program_id(0) % frame_parts, num_heads * D

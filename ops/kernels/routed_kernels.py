@@ -102,6 +102,9 @@ def _record_choosers(index, choosers, chooser_count, window, windows_per_image, 
         index: pointer to the routes of the image, (P, topk).
         choosers: pointer to the list of `window`, (P,); entries beyond the number of choosers are not written.
         chooser_count: pointer to the number of windows that chose `window`.
+        window: the window to search for.
+        windows_per_image: P.
+        topk: number of windows that each window chooses.
     """
     stored = 0
     for first_window in range(0, windows_per_image, SEARCH_BLOCK):

@@ -65,6 +65,14 @@ def _token_rows(
         window: number of the window in the batch.
         token: numbers of tokens inside the window, row by row. Numbers from N on, which only pad the tile, stand for
             the last token, so that each query of a tile attends to at least one key and has a finite softmax.
+        H: tokens of the map along H.
+        W: tokens of the map along W.
+        shift_y: tokens by which the map is rolled up.
+        shift_x: tokens by which the map is rolled left.
+        WINDOW_H: tokens of a window along H.
+        WINDOW_W: tokens of a window along W.
+        GRID: whether a window's tokens are spread evenly over the map.
+        SHIFTED: whether a shift is not 0.
 
     Returns:
         The row of each token in the matrix of all tokens, and its region: 0 to 3.

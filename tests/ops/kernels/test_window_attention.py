@@ -83,7 +83,8 @@ def plain(*args) -> Tensor:
 def by_definition(qkv, bias, num_heads, window, shift, scale, pattern) -> Tensor:
     """Compute window attention from the definition, token by token, in a dense matrix of all pairs.
 
-    Tokens of the same window attend to each other if, along each side, the shift wrapped both around the map or neither.
+    Two tokens of the same window attend to each other if, along each side, the shift wraps both of them around the map
+    or none of them.
     """
     (H, W), (h, w) = qkv.shape[1:3], window
     steps = (H // h, W // w)
