@@ -1,7 +1,8 @@
 """Launching Triton kernels: how they become PyTorch operators, and which tile sizes they use."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,13 +29,18 @@ class TileConfig(NamedTuple):
     num_stages: int
 
 
-# Tile configurations that were timed on a GPU; they replace the default of a kernel. The key is (kernel, compute
-# capability, bytes per value, padded head dimension, tokens per window).
-TUNED: dict[tuple[str, tuple[int, int], int, int, int], TileConfig] = {}
+# Kernel, compute capability, bytes per value, padded head dimension, tokens per window or neighbourhood.
+TileKey = tuple[str, tuple[int, int], int, int, int]
+
+# Tile configurations that were timed on a GPU. They replace the default of a kernel.
+TUNED: dict[TileKey, TileConfig] = {}
+
+# Lookups so far, as a mapping from keys to defaults for each open context of `recorded_lookups`.
+_recordings: list[dict[TileKey, TileConfig]] = []
 
 
 def tile_config(kernel: str, x: Tensor, padded_head_dim: int, tokens: int, default: TileConfig) -> TileConfig:
-    """Return the entry of `TUNED` for a kernel on the data type and the device of `x`, or `default` without an entry.
+    """Return the entry of `TUNED` for a kernel on the data type and the device of `x`, or `default` if there is none.
 
     Args:
         kernel: "<primitive>.<kernel>", such as "routed_attention.forward".
@@ -43,10 +49,24 @@ def tile_config(kernel: str, x: Tensor, padded_head_dim: int, tokens: int, defau
         tokens: number of tokens per window or neighbourhood.
         default: the kernel's own choice.
     """
-    if not TUNED:
+    if not TUNED and not _recordings:
         return default
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
-    return TUNED.get((kernel, capability, x.element_size(), padded_head_dim, tokens), default)
+    key = (kernel, capability, x.element_size(), padded_head_dim, tokens)
+    for lookups in _recordings:
+        lookups.setdefault(key, default)
+    return TUNED.get(key, default)
+
+
+@contextmanager
+def recorded_lookups() -> Iterator[dict[TileKey, TileConfig]]:
+    """Record the keys that kernels look up in `TUNED` within the context, each with the kernel's default."""
+    lookups: dict[TileKey, TileConfig] = {}
+    _recordings.append(lookups)
+    try:
+        yield lookups
+    finally:
+        _recordings.pop()
 
 
 def padded(size: int, limit: int | None = None) -> int:

@@ -22,7 +22,7 @@ ROUNDS = 15
 
 
 class Kernel(NamedTuple):
-    """What `launch.tile_config` is asked for."""
+    """What `launch.tiles` is asked for."""
 
     name: str  # "routed_attention.forward"
     width: int
@@ -38,13 +38,13 @@ def kernels_module(primitive: str) -> Any:
 def asked(primitive: str) -> Iterator[dict[Kernel, Any]]:
     """Notes which kernels look up their tiles, with what default."""
     module = kernels_module(primitive)
-    own, seen = module.tile_config, {}
+    own, seen = module.tiles, {}
 
     def note(kernel: str, x: Tensor, width: int, tokens: int, default: Any) -> Any:
         seen[Kernel(kernel, width, tokens, tuple(default))] = None
         return own(kernel, x, width, tokens, default)
 
-    with mock.patch.object(module, "tile_config", note):
+    with mock.patch.object(module, "tiles", note):
         yield seen
 
 
@@ -97,13 +97,11 @@ def tune(layer: Layer, inputs: Inputs, done: set[tuple], rounds: int = ROUNDS) -
                 return float("inf")
             return interleave({"": step}, rounds, on_gpu=inputs.qkv.is_cuda)[""].median if agrees else float("inf")
 
-        start = launch.TileConfig(*kernel.default)
+        start = launch.Tiles(*kernel.default)
         best, times = descend(start, kernels_module(layer.primitive).configs(kernel.tokens), seconds)
         launch.TUNED[key] = best
         gain = f"{1e3 * times[best]:.4g} ms, by default {1e3 * times[start]:.4g} ms"
-        lines.append(
-            f"    {key!r}: TileConfig{tuple(best)},  # {gain}, {len(times)} tried, {layer.describe(len(inputs))}"
-        )
+        lines.append(f"    {key!r}: Tiles{tuple(best)},  # {gain}, {len(times)} tried, {layer.describe(len(inputs))}")
     check(layer, names, inputs)
     return lines
 
