@@ -79,7 +79,10 @@ def _even_part(length: int, limit: int) -> int:
 def _launch_arguments(
     kernel: str, qkv: Tensor, num_heads: int, size: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, tuple[int, ...], dict[str, Any]]:
-    """Return the number of tiles in the batch, and a kernel's integer arguments and compile-time constants."""
+    """Return the number of tiles in the batch, and a kernel's integer arguments and compile-time constants.
+
+    The integers are in the order of the kernels' signatures: from `num_heads` to `dilation_x`.
+    """
     B, H, W, channels = qkv.shape
     D = channels // (3 * num_heads)
     # Sides of the largest dilation group.
@@ -171,8 +174,9 @@ def neighborhood_attention_backward(
         return dqkv, lse.new_zeros(())
 
     num_tiles, integers, constants = _launch_arguments("backward_bias", qkv, num_heads, size, dilation)
-    tiles_y, tiles_x, *tile_size = integers[3:7]
-    # The queries of a tile attend to no key that is further from the tile than the first tile is from the last.
+    _, _, _, tiles_y, tiles_x, tile_h, tile_w, *_ = integers
+    tile_size = (tile_h, tile_w)
+    # A query attends to keys at most size - 1 positions away, and never beyond the first or the last tile.
     margin = [
         min(side - 1, (tiles - 1) * tile_side)
         for side, tiles, tile_side in zip(size, (tiles_y, tiles_x), tile_size, strict=True)

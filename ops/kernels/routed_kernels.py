@@ -1,7 +1,7 @@
 """Triton kernels of routed attention, which `ops.kernels.routed_attention` launches.
 
 The grid of each kernel has one dimension with B * P * num_heads * tiles_per_window programs. Arguments of the kernels,
-for maps of H x W tokens in P windows, with C = num_heads * D channels:
+for B maps of H x W tokens in P windows each, with C = num_heads * D channels:
 
     qkv, dqkv                    (B, H, W, 3C), contiguous: queries, keys and values of each token, and their gradients
     index                        (B, P, topk), contiguous: the windows that each window chose

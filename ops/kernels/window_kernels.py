@@ -11,12 +11,13 @@ N = WINDOW_H * WINDOW_W tokens and C = num_heads * D channels:
     lse                          (tokens, num_heads), float32: logarithm to base 2 of the softmax's denominator
     delta                        (tokens, num_heads), float32: sum over the channels of a head of out * dout
     dqkv                         (tokens, 3, C), contiguous
-    partial_dbias                (programs per head and tile of the bias, num_heads, BIAS_SIDE, BIAS_SIDE), float32:
-                                 gradient of the bias, summed over the windows of each program
+    partial_dbias                (strips of windows, num_heads, BIAS_SIDE, BIAS_SIDE), float32: gradient of the bias,
+                                 summed over the windows of each strip
     scale                        factor on the scores
     tiles_per_window             number of resident tiles that cover a window
     num_windows                  number of windows in the batch
-    windows_per_program          number of consecutive windows over which a program sums the gradient of the bias
+    windows_per_program          number of consecutive windows in a strip, over which a program sums the gradient of the
+                                 bias
     num_heads, H, W              number of heads, and sides of the map in tokens
     shift_y, shift_x             number of tokens by which the map is rolled up and left before it is cut into windows
     WINDOW_H, WINDOW_W           number of tokens of a window along H and along W
@@ -42,7 +43,7 @@ LOWEST_SCORE = tl.constexpr(-1e30)
 
 @triton.jit
 def _program_indices(tiles_per_window, num_heads):
-    """Return window, head and tile of this program.
+    """Return window (or strip of windows), head and tile of this program.
 
     Heads and tiles vary fastest, so consecutive programs read the same cache lines of the tokens.
     """
