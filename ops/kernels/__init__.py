@@ -1,1 +1,1 @@
-"""Triton kernels of the attention primitives; each file is imported by its primitive, and only when it runs."""
+"""Triton kernels of the attention primitives; a primitive imports its kernels when it first runs them."""

@@ -1,20 +1,33 @@
-"""What the kernels' tiles share: rows of a map to registers and back."""
+"""Loading rows of a matrix of tokens into registers and storing them, for all Triton kernels."""
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is the GPU's own instruction
+# Softmax is computed to base 2, exp(x) = exp2(x * LOG2E), because GPUs have an instruction for exp2 but not for exp.
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_rows(start, row, stride, there, D: tl.constexpr, LANES: tl.constexpr):
-    """The rows that are `there`, and zeros for others and beyond D channels: (rows, LANES)."""
-    d = tl.arange(0, LANES)
-    return tl.load(start + row[:, None] * stride + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+def load_rows(base, row, stride, valid, D: tl.constexpr, PADDED_D: tl.constexpr):
+    """Load one head of several tokens, (rows, PADDED_D): zeros where `valid` is false and beyond channel D.
+
+    Args:
+        base: pointer to the head's first channel of row 0.
+        row: (rows,) indices of the rows.
+        stride: number of values from one row to the next.
+        valid: (rows,) False for rows that are not read, since they may lie outside the tensor.
+        D: number of channels per head.
+        PADDED_D: D rounded up to a power of two, as `tl.arange` requires.
+    """
+    channel = tl.arange(0, PADDED_D)
+    mask = valid[:, None] & (channel < D)[None, :]
+    return tl.load(base + row[:, None] * stride + channel[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(start, row, stride, there, values, D: tl.constexpr, LANES: tl.constexpr):
-    d = tl.arange(0, LANES)
-    values = values.to(start.dtype.element_ty)
-    tl.store(start + row[:, None] * stride + d[None, :], values, mask=there[:, None] & (d < D)[None, :])
+def store_rows(base, row, stride, valid, values, D: tl.constexpr, PADDED_D: tl.constexpr):
+    """Store `values` (rows, PADDED_D) in the type of `base` where `load_rows` reads; skip rows that are not valid."""
+    channel = tl.arange(0, PADDED_D)
+    values = values.to(base.dtype.element_ty)
+    mask = valid[:, None] & (channel < D)[None, :]
+    tl.store(base + row[:, None] * stride + channel[None, :], values, mask=mask)

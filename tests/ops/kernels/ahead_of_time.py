@@ -1,4 +1,4 @@
-"""Compiling kernels, as they would be launched, for GPUs that are not there."""
+"""Ahead-of-time compilation of kernels for GPUs that this machine does not need to have."""
 
 import re
 import subprocess
@@ -17,32 +17,56 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may use, by compute capability
-TYPES = {
+# Maximum shared memory of a program in bytes, by compute capability.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+
+# Triton's names of pointer types.
+POINTER_TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-FEW = 8  # of the instructions that store registers to memory
-OPTIONS = ("num_warps", "num_stages")
+
+# Maximum number of spill stores that a test accepts. ptxas spills a few registers of its own accord, so that one more
+# program can run at a time.
+ACCEPTED_SPILLS = 8
+
+# Keyword arguments of a launch that are options of the compiler and not arguments of the kernel.
+COMPILER_OPTIONS = ("num_warps", "num_stages")
 
 
 class Launch(NamedTuple):
+    """A recorded launch of a kernel.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        arguments: arguments by name; tensors are on the meta device.
+        options: options of the compiler by name.
+    """
+
     kernel: Any
-    arguments: dict[str, Any]  # by name, tensors on the meta device
+    arguments: dict[str, Any]
     options: dict[str, int]
 
 
-class Binary(NamedTuple):
-    registers: int  # of a thread
-    spills: int  # instructions that store registers to memory
-    shared: int  # bytes
+class Resources(NamedTuple):
+    """Resources that a compiled kernel uses.
+
+    Attributes:
+        registers: registers per thread.
+        spills: number of instructions that store registers to memory.
+        shared: shared memory per program in bytes.
+    """
+
+    registers: int
+    spills: int
+    shared: int
 
 
 def launches_of(module: Any, call: Callable[[], Any]) -> list[Launch]:
-    """The launches, in order, that `call` makes of kernels that `module` wraps by its `wrap_triton`."""
+    """Return the launches that `call` makes, in order, of the kernels that `module` passes to its `wrap_triton`."""
     launches = []
 
     class Recorder:
@@ -53,7 +77,7 @@ def launches_of(module: Any, call: Callable[[], Any]) -> list[Launch]:
             return self.record
 
         def record(self, *args: Any, **kwargs: Any) -> None:
-            options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+            options = {name: kwargs.pop(name) for name in COMPILER_OPTIONS if name in kwargs}
             arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
             launches.append(Launch(self.kernel, arguments, options))
 
@@ -62,15 +86,18 @@ def launches_of(module: Any, call: Callable[[], Any]) -> list[Launch]:
     return launches
 
 
-def compile_for(capability: int, launch: Launch) -> Binary:
-    """Compile a launch, specialised by its integers as Triton does it, and read its resources from the binary."""
+def compile_for(capability: int, launch: Launch) -> Resources:
+    """Compile the kernel of a launch for a compute capability, such as 90, and return the resources that it uses.
+
+    As in a launch by Triton, the code is specialised for integers that are 1 or divisible by 16.
+    """
     signature, constants, divisible = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr or (value == 1 if isinstance(value, int) else value is None):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
+            signature[parameter.name] = POINTER_TYPES[value.dtype]
             divisible[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
@@ -78,11 +105,11 @@ def compile_for(capability: int, launch: Launch) -> Binary:
                 divisible[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=divisible)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
-    return Binary(*_resources(binary.asm["cubin"]), binary.metadata.shared)
+    return Resources(*_registers_and_spills(binary.asm["cubin"]), binary.metadata.shared)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and spills of a binary."""
+def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
+    """Return the registers per thread of a binary and the number of its spill stores."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -95,22 +122,21 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def assert_fits(capability: int, launch: Launch) -> None:
-    """A launch compiles, spills no register and uses no more shared memory than there is.
-
-    A few stores do not count: ptxas makes them of its own accord, to get by with so few registers that one more
-    program runs at a time.
-    """
-    binary = compile_for(capability, launch)
-    what = f"{launch.kernel.fn.__name__} for sm_{capability}: {binary}"
-    assert binary.spills <= FEW, what
-    assert binary.shared <= SHARED_MEMORY[capability], what
+    """Check that a launch compiles, spills no registers (see `ACCEPTED_SPILLS`) and fits the shared memory."""
+    resources = compile_for(capability, launch)
+    description = f"{launch.kernel.fn.__name__} for sm_{capability}: {resources}"
+    assert resources.spills <= ACCEPTED_SPILLS, description
+    assert resources.shared <= SHARED_MEMORY[capability], description
 
 
 def written_when_compiled(call: Callable[..., Any], *inputs: tuple[Sequence[int], torch.dtype]) -> list[list[str]]:
-    """The tensors that each kernel writes, by name, in the one graph that `torch.compile` makes of `call` for a GPU.
+    """Return the names of the tensors that each kernel writes when `torch.compile` compiles `call` for a GPU.
+
+    The test fails if `torch.compile` needs more than one graph.
 
     Args:
-        inputs: shape and type of each argument.
+        call: function of tensors.
+        inputs: shape and data type of each argument.
     """
     driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
     written = []

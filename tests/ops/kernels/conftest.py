@@ -1,7 +1,9 @@
-"""Tests marked `interpreted` run in Triton's interpreter, which must be chosen before any kernel is imported.
+"""Selection of the tests that are marked `interpreted`: they run in Triton's interpreter, all others without it.
 
-An ordinary run therefore runs them in a process of its own, from `interpreter.run_interpreted` in each file. To see
-them one by one: TRITON_INTERPRET=1 python -m pytest tests/ops/kernels
+The interpreter must be chosen by an environment variable before any kernel is imported. So in an ordinary run, one test
+per file (`interpreter.run_interpreted`) runs the file's marked tests in a process of its own. To see them one by one:
+
+    TRITON_INTERPRET=1 python -m pytest tests/ops/kernels
 """
 
 from pathlib import Path
@@ -16,11 +18,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    left_out = [
+    """Deselect this folder's tests that do not fit the mode in which Triton runs."""
+    folder = Path(__file__).parent
+    deselected = [
         item
         for item in items
-        if here in item.path.parents and (item.get_closest_marker("interpreted") is not None) != interpreted()
+        if folder in item.path.parents and (item.get_closest_marker("interpreted") is not None) != interpreted()
     ]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]

@@ -1,4 +1,4 @@
-"""How exact a kernel has to be."""
+"""Checks of the numerical accuracy of kernels."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,24 +13,34 @@ from torch.utils.checkpoint import checkpoint
 from ops import backend
 
 
-def assert_within_budget(ours: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
-    """Each of our tensors may err by twice as much as plain PyTorch in the same type does, and a rounding.
+def root_mean_square_error(x: Tensor, exact: Tensor) -> float:
+    return (x.double() - exact).square().mean().sqrt().item()
 
-    Errors are root mean squares, which depend less on chance than the greatest do, and show one wrong value as well.
+
+def assert_within_budget(actual: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """Check that the error of each tensor is at most twice the error of plain PyTorch, plus one rounding error.
+
+    Errors are root mean squares. They vary less by chance than maximum errors, and a single wrong value shows in them
+    as well.
 
     Args:
-        ours, plain: results of the kernel and of plain PyTorch, of the same inputs and in the same type.
-        truth: results of plain PyTorch in float64 of the same inputs.
+        actual: results of the kernel.
+        plain: results of plain PyTorch for the same inputs in the same data type.
+        exact: results of plain PyTorch for the same inputs in float64.
     """
-    for i, (a, b, exact) in enumerate(zip(ours, plain, truth, strict=True)):
-        assert a.dtype == b.dtype and exact.dtype == torch.float64
-        error, budget = ((t.double() - exact).square().mean().sqrt().item() for t in (a, b))
-        budget = 2 * budget + torch.finfo(a.dtype).eps * exact.abs().max().item()
+    for i, (actual_tensor, plain_tensor, exact_tensor) in enumerate(zip(actual, plain, exact, strict=True)):
+        assert actual_tensor.dtype == plain_tensor.dtype and exact_tensor.dtype == torch.float64
+        error = root_mean_square_error(actual_tensor, exact_tensor)
+        rounding_error = torch.finfo(actual_tensor.dtype).eps * exact_tensor.abs().max().item()
+        budget = 2 * root_mean_square_error(plain_tensor, exact_tensor) + rounding_error
         assert error <= budget, f"tensor {i}: error {error:.2e}, budget {budget:.2e}"
 
 
 def assert_trains_in_half_precision(op: nn.Module, x: Tensor) -> None:
-    """Under autocast, an op on kernels is as good as on plain PyTorch, and the same when its forward is recomputed."""
+    """Check outputs and gradients of an op on kernels under float16 autocast.
+
+    They must be the same bits when checkpointing computes the forward pass again, and close to those of plain PyTorch.
+    """
 
     def step(forward: Callable[[Tensor], Any]) -> list[Tensor]:
         op.zero_grad()
@@ -40,28 +50,28 @@ def assert_trains_in_half_precision(op: nn.Module, x: Tensor) -> None:
         out.float().square().sum().backward()
         return [out.detach(), *(p.grad.clone() for p in op.parameters() if p.grad is not None)]
 
-    plainly = step(op)
-    assert len(plainly) == 1 + len(list(op.parameters()))
-    for ours, theirs in zip(step(partial(checkpoint, op, use_reentrant=False)), plainly, strict=True):
-        assert torch.equal(ours, theirs)
+    on_kernels = step(op)
+    assert len(on_kernels) == 1 + len(list(op.parameters()))
+    checkpointed = step(partial(checkpoint, op, use_reentrant=False))
+    for actual, expected in zip(checkpointed, on_kernels, strict=True):
+        assert torch.equal(actual, expected)
     backend._state["backend"] = "torch"
-    for ours, theirs in zip(step(op), plainly, strict=True):
-        assert (ours - theirs).abs().max() < 4e-3 * theirs.abs().max() and theirs.abs().max() > 0
+    for plain, actual in zip(step(op), on_kernels, strict=True):
+        assert (plain - actual).abs().max() < 4e-3 * actual.abs().max() and actual.abs().max() > 0
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Let new tensors without contents hold NaN, so that what a kernel does not write is seen; integers, the least."""
+    """Fill uninitialised tensors with NaN, or with the minimum of integers, so that unwritten values fail a test."""
 
     @torch.no_grad()
     def poison(x: Tensor) -> Tensor:
         return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).min)
 
-    make = {name: getattr(torch, name) for name in ("empty", "empty_like")}
-    of_tensor = Tensor.new_empty
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
     with (
-        mock.patch.object(torch, "empty", lambda *args, **kwargs: poison(make["empty"](*args, **kwargs))),
-        mock.patch.object(torch, "empty_like", lambda *args, **kwargs: poison(make["empty_like"](*args, **kwargs))),
-        mock.patch.object(Tensor, "new_empty", lambda *args, **kwargs: poison(of_tensor(*args, **kwargs))),
+        mock.patch.object(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs))),
+        mock.patch.object(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs))),
+        mock.patch.object(Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs))),
     ):
         yield

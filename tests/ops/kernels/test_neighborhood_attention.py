@@ -1,4 +1,4 @@
-"""The kernels of neighbourhood attention against plain PyTorch in float64, and compiled for GPUs that are not there."""
+"""The kernels of neighbourhood attention against plain PyTorch in float64, and their compilation for several GPUs."""
 
 from functools import partial
 
@@ -11,63 +11,63 @@ from ops import backend
 from ops.attention.neighborhood import NeighborhoodAttention
 from ops.kernels import launch
 from ops.neighborhood import neighborhood_attention, tiled_attention
-from tests.ops.kernels.ahead_of_time import assert_fits, launches_of
+from tests.ops.kernels.ahead_of_time import Launch, assert_fits, launches_of
 from tests.ops.kernels.interpreter import run_interpreted
 from tests.ops.kernels.numerics import assert_trains_in_half_precision, assert_within_budget, poisoned
 
 interpreted = pytest.mark.interpreted
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-CASES = {  # batch, size, kernel, dilation, heads, head dim, whether there is a bias
-    "sides differ": (1, (9, 11), (5, 3), (1, 1), 1, 24, True),
-    "even kernel": (1, (9, 6), (4, 2), (2, 1), 2, 16, True),
-    "classes of two lengths": (1, (25, 5), (3, 2), (2, 1), 1, 4, True),
-    "of the whole map": (1, (7, 7), (7, 7), (1, 1), 2, 33, True),
-    "large": (1, (12, 11), (11, 10), (1, 1), 1, 8, True),
+# Batch size, (H, W), size of the neighbourhood, dilation, heads, head dimension, whether there is a bias.
+CASES = {
+    "different sides": (1, (9, 11), (5, 3), (1, 1), 1, 24, True),
+    "even size": (1, (9, 6), (4, 2), (2, 1), 2, 16, True),
+    "groups of two lengths": (1, (25, 5), (3, 2), (2, 1), 1, 4, True),
+    "size of the whole map": (1, (7, 7), (7, 7), (1, 1), 2, 33, True),
+    "large size": (1, (12, 11), (11, 10), (1, 1), 1, 8, True),
     "without a bias": (1, (10, 9), (3, 3), (1, 3), 2, 8, False),
-    "of one token": (2, (3, 4), (1, 1), (1, 2), 2, 1, True),
+    "size of one token": (2, (3, 4), (1, 1), (1, 2), 2, 1, True),
 }
 
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The kernels, and no other form, run, with nothing left by chance in what they write."""
+    """Run only the kernels, with uninitialised tensors poisoned."""
     monkeypatch.setitem(backend._state, "backend", "triton")
     with poisoned():
         yield
 
 
 def make(case: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Input, bias and the output's gradient."""
-    B, (H, W), kernel, _, heads, D, biased = CASES[case]
+    """Return the input, the bias and the gradient of the output of a case."""
+    B, (H, W), size, _, heads, D, biased = CASES[case]
     torch.manual_seed(0)
     qkv, dout = torch.randn(B, H, W, 3 * heads * D), torch.randn(B, H, W, heads * D)
-    bias = torch.randn(heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
+    bias = torch.randn(heads, 2 * size[0] - 1, 2 * size[1] - 1)
     return qkv.to(device, dtype), bias.to(device, dtype) if biased else None, dout.to(device, dtype)
 
 
-def plain(qkv: Tensor, bias: Tensor | None, heads: int, kernel: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
-    return tiled_attention(qkv, bias, heads, kernel, dilation, (1, 1), (False, False))
+def plain(qkv: Tensor, bias: Tensor | None, heads: int, size: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
+    return tiled_attention(qkv, bias, heads, size, dilation, (1, 1), (False, False))
 
 
 def run(attend, case: str, qkv: Tensor, bias: Tensor | None, dout: Tensor) -> list[Tensor]:
-    """Output, and gradients of queries, keys and values, and of the bias."""
-    _, _, kernel, dilation, heads, *_ = CASES[case]
+    """Return the output, and the gradients of the queries, the keys, the values and the bias."""
+    _, _, size, dilation, heads, *_ = CASES[case]
     inputs = [t.detach().requires_grad_() for t in (qkv, bias) if t is not None]
-    out = attend(inputs[0], None if bias is None else inputs[1], heads, kernel, dilation)
+    out = attend(inputs[0], None if bias is None else inputs[1], heads, size, dilation)
     dqkv, *dbias = torch.autograd.grad(out, inputs, dout)
     return [out.detach(), *dqkv.chunk(3, dim=-1), *dbias]
 
 
 def assert_exact(case: str, dtype: torch.dtype, device: str = "cpu") -> None:
     inputs = make(case, device, dtype)
-    ours, theirs = (run(attend, case, *inputs) for attend in (neighborhood_attention, plain))
     qkv, bias, dout = inputs
-    truth = run(plain, case, qkv.double(), None if bias is None else bias.double(), dout.double())
-    assert_within_budget(ours, theirs, truth)
+    exact = run(plain, case, qkv.double(), None if bias is None else bias.double(), dout.double())
+    assert_within_budget(run(neighborhood_attention, case, *inputs), run(plain, case, *inputs), exact)
 
 
-def test_in_the_interpreter(request):
+def test_kernels_in_the_interpreter(request):
     run_interpreted(request.config, __file__)
 
 
@@ -79,39 +79,42 @@ def test_output_and_gradients(kernels, case, dtype):
 
 
 @interpreted
-def test_every_tile_means_the_same(kernels, monkeypatch):
-    """Small tiles, some empty, as the second class has one row less; each program for the bias has several."""
-    monkeypatch.setattr("ops.kernels.neighborhood_attention.tiles", lambda *args: launch.Tiles(16, 16, 1, 1))
+def test_tile_sizes_do_not_change_the_results(kernels, monkeypatch):
+    """Check small tiles: some are empty, since the second dilation group has one row less.
+
+    Each program for the bias sums over several tiles.
+    """
+    monkeypatch.setattr("ops.kernels.neighborhood_attention.tile_config", lambda *args: launch.TileConfig(16, 16, 1, 1))
     monkeypatch.setattr("ops.kernels.neighborhood_attention.BIAS_PROGRAMS", 20)
-    assert_exact("classes of two lengths", torch.float32)
+    assert_exact("groups of two lengths", torch.float32)
 
 
 @interpreted
-def test_strides_change_nothing(kernels):
-    qkv, bias, dout = make("of the whole map")
+def test_strides_do_not_change_the_results(kernels):
+    qkv, bias, dout = make("size of the whole map")
     assert bias is not None
-    attend = partial(run, neighborhood_attention, "of the whole map")
+    attend = partial(run, neighborhood_attention, "size of the whole map")
     expected = attend(qkv, bias, dout)
     strided = qkv.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     bias = bias.transpose(1, 2).contiguous().transpose(1, 2)
     dout = dout.transpose(1, 2).contiguous().transpose(1, 2)
-    for ours, theirs in zip(attend(strided, bias, dout), expected, strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, reference in zip(attend(strided, bias, dout), expected, strict=True):
+        assert torch.equal(actual, reference)
 
 
 @interpreted
 @pytest.mark.parametrize("biased", [False, True])
-def test_the_operators_keep_their_contracts(biased):
+def test_operators_pass_opcheck(biased):
     from ops.kernels.neighborhood_attention import neighborhood_attention_and_lse
 
-    qkv, bias, _ = make("of one token")
+    qkv, bias, _ = make("size of one token")
     bias = bias.requires_grad_() if bias is not None and biased else None
     torch.library.opcheck(neighborhood_attention_and_lse, (qkv.requires_grad_(), bias, 2, [1, 1], [1, 2]))
 
 
 @interpreted
-def test_the_op_in_half_precision_and_recomputed(kernels):
-    """On a map that is padded, and with a bias that stays in float32."""
+def test_op_in_half_precision_and_with_checkpointing(kernels):
+    """Check the op on a map that it pads, and with a bias that autocast leaves in float32."""
     torch.manual_seed(0)
     op = NeighborhoodAttention(16, 2, kernel=3, dilation=(2, 1))
     assert_trains_in_half_precision(op, torch.randn(1, 5, 4, 16))
@@ -125,15 +128,15 @@ def test_the_op_in_half_precision_and_recomputed(kernels):
         ((1, 1), (False, True), r"it takes no causal sides"),
     ],
 )
-def test_what_the_kernels_lack_is_said(kernels, stride, causal, message):
-    qkv, bias, _ = make("even kernel")
+def test_unsupported_arguments_raise(kernels, stride, causal, message):
+    qkv, bias, _ = make("even size")
     with pytest.raises(ValueError, match=f"neighborhood_attention cannot run as a kernel: {message}"):
         neighborhood_attention(qkv, bias, 2, (4, 2), (2, 1), stride, causal)
 
 
 @interpreted
-def test_no_second_derivative(kernels):
-    qkv, bias, _ = make("of one token")
+def test_second_derivative_raises(kernels):
+    qkv, bias, _ = make("size of one token")
     qkv.requires_grad_()
     out = neighborhood_attention(qkv, bias, 2, (1, 1))
     (dqkv,) = torch.autograd.grad(out.sum(), qkv, create_graph=True)
@@ -142,7 +145,7 @@ def test_no_second_derivative(kernels):
 
 
 @interpreted
-def test_flops_are_those_of_the_plain_form(kernels):
+def test_flops_equal_those_of_plain_pytorch(kernels):
     counts = []
     for attend, device in ((neighborhood_attention, "cpu"), (plain, "meta")):
         qkv, bias, dout = make("without a bias", device)
@@ -154,32 +157,33 @@ def test_flops_are_those_of_the_plain_form(kernels):
     assert counts[0] == counts[1] and 0 < counts[0][0] < counts[0][1]
 
 
-def launches(side: int, kernel: int, dilation: int, D: int, dtype: torch.dtype, biased: bool) -> list:
-    """Of the kernels, on maps of side x side tokens."""
+def launches(side: int, size: int, dilation: int, D: int, dtype: torch.dtype, biased: bool) -> list[Launch]:
+    """Return the launches of all kernels, forward and backward, on maps of side x side tokens."""
     from ops.kernels import neighborhood_attention as module
 
     new = partial(torch.empty, device="meta", dtype=dtype)
     qkv, out = new(2, side, side, 3 * 2 * D), new(2, side, side, 2 * D)
-    bias = torch.empty(2, 2 * kernel - 1, 2 * kernel - 1, device="meta") if biased else None
-    rule = (2, (kernel, kernel), (dilation, dilation))
+    bias = torch.empty(2, 2 * size - 1, 2 * size - 1, device="meta") if biased else None
+    settings = (2, (size, size), (dilation, dilation))
 
     def call() -> None:
-        _, lse = module.neighborhood_attention_and_lse._init_fn(qkv, bias, *rule)
-        module.neighborhood_attention_backward._init_fn(qkv, bias, out, lse, out, *rule)
+        _, lse = module.neighborhood_attention_and_lse._init_fn(qkv, bias, *settings)
+        module.neighborhood_attention_backward._init_fn(qkv, bias, out, lse, out, *settings)
 
     recorded = launches_of(module, call)
     names = ["forward", "backward_queries", "backward_keys", "backward_bias"]
-    assert [each.kernel.fn.__name__ for each in recorded] == names[: 4 if biased else 3]
+    assert [kernel_launch.kernel.fn.__name__ for kernel_launch in recorded] == names[: 4 if biased else 3]
     return recorded
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_nat_fits_the_gpu(capability):
-    for each in launches(56, 7, 1, 32, torch.bfloat16, biased=True):
-        assert_fits(capability, each)
+def test_kernels_of_nat_fit_the_gpu(capability):
+    for kernel_launch in launches(56, 7, 1, 32, torch.bfloat16, biased=True):
+        assert_fits(capability, kernel_launch)
 
 
-# Sizes are numbers of the launch: what matters of them is how many tokens a tile holds
+# Side of the map, size of the neighbourhood, dilation and head dimension. The first three are not compile-time
+# constants: they change the code only by the number of tokens that a tile holds.
 SHAPES = [(*shape, D) for shape in ((56, 7, 1), (10, 3, 2), (4, 3, 1)) for D in (16, 24, 32, 64)]
 
 
@@ -187,10 +191,10 @@ SHAPES = [(*shape, D) for shape in ((56, 7, 1), (10, 3, 2), (4, 3, 1)) for D in 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("side, kernel, dilation, D", SHAPES)
-def test_every_size_fits_the_gpu(side, kernel, dilation, D, biased, capability, dtype):
-    for each in launches(side, kernel, dilation, D, dtype, biased):
-        assert_fits(capability, each)
+@pytest.mark.parametrize("side, size, dilation, D", SHAPES)
+def test_kernels_of_every_size_fit_the_gpu(side, size, dilation, D, biased, capability, dtype):
+    for kernel_launch in launches(side, size, dilation, D, dtype, biased):
+        assert_fits(capability, kernel_launch)
 
 
 @on_gpu
@@ -202,11 +206,11 @@ def test_on_the_gpu(monkeypatch, case, dtype):
 
 
 @on_gpu
-def test_the_same_bits_each_time_and_compiled(monkeypatch):
+def test_repeated_and_compiled_runs_give_the_same_bits(monkeypatch):
     monkeypatch.setitem(backend._state, "backend", "triton")
-    case = "classes of two lengths"
+    case = "groups of two lengths"
     inputs = make(case, "cuda", torch.bfloat16)
     expected = run(neighborhood_attention, case, *inputs)
     for attend in (neighborhood_attention, torch.compile(neighborhood_attention, fullgraph=True)):
-        for ours, theirs in zip(run(attend, case, *inputs), expected, strict=True):
-            assert torch.equal(ours, theirs)
+        for actual, reference in zip(run(attend, case, *inputs), expected, strict=True):
+            assert torch.equal(actual, reference)

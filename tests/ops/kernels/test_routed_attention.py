@@ -1,4 +1,4 @@
-"""The kernels of routed attention against plain PyTorch in float64, and compiled for GPUs that are not there."""
+"""The kernels of routed attention against plain PyTorch in float64, and their compilation for several GPUs."""
 
 from functools import partial
 
@@ -18,8 +18,9 @@ from tests.ops.kernels.numerics import assert_trains_in_half_precision, assert_w
 interpreted = pytest.mark.interpreted
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-CASES = {  # batch, size, grid, topk, heads, head dim
-    "windows not square": (2, (6, 15), (3, 3), 2, 1, 8),
+# Batch size, (H, W), grid of windows, topk, heads, head dimension.
+CASES = {
+    "windows that are not square": (2, (6, 15), (3, 3), 2, 1, 8),
     "one token": (1, (4, 3), (4, 3), 5, 1, 24),
     "one route": (2, (4, 6), (2, 3), 1, 2, 16),
     "many windows and routes": (1, (6, 10), (6, 5), 20, 1, 4),
@@ -30,14 +31,20 @@ CASES = {  # batch, size, grid, topk, heads, head dim
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The kernels, and no other form, run, with nothing left by chance in what they write."""
+    """Run only the kernels, with uninitialised tensors poisoned."""
     monkeypatch.setitem(backend._state, "backend", "triton")
     with poisoned():
         yield
 
 
 def make(case: str, device: str = "cpu", routes: str = "any") -> tuple[Tensor, Tensor, Tensor]:
-    """Input, index and the output's gradient; `routes` to "few": all windows chose the first, and no one the last."""
+    """Return the input, the index and the gradient of the output of a case.
+
+    Args:
+        case: key of `CASES`.
+        device: device of the tensors.
+        routes: "any" for random routes; "few" if every window chooses the first window and none chooses the last.
+    """
     B, (H, W), grid, topk, heads, D = CASES[case]
     torch.manual_seed(0)
     windows = grid[0] * grid[1]
@@ -49,7 +56,7 @@ def make(case: str, device: str = "cpu", routes: str = "any") -> tuple[Tensor, T
 
 
 def run(attend, case: str, qkv: Tensor, index: Tensor, dout: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Output, and gradients of queries, keys and values, of inputs that were rounded to the type of `qkv`."""
+    """Return the output, and the gradients of the queries, the keys and the values, for inputs cast to `dtype`."""
     _, _, grid, _, heads, _ = CASES[case]
     qkv = qkv.to(dtype).requires_grad_()
     out = attend(qkv, index, grid, heads, 0.4)
@@ -59,13 +66,13 @@ def run(attend, case: str, qkv: Tensor, index: Tensor, dout: Tensor, dtype: torc
 
 def assert_exact(case: str, dtype: torch.dtype, device: str = "cpu", routes: str = "any") -> None:
     qkv, index, dout = (t.to(dtype) if t.is_floating_point() else t for t in make(case, device, routes))
-    ours = run(routed_attention, case, qkv, index, dout, dtype)
+    actual = run(routed_attention, case, qkv, index, dout, dtype)
     plain = run(gathered_attention, case, qkv, index, dout, dtype)
-    assert_within_budget(ours, plain, run(gathered_attention, case, qkv, index, dout, torch.float64))
+    assert_within_budget(actual, plain, run(gathered_attention, case, qkv, index, dout, torch.float64))
 
 
 def launches(shape: tuple, dtype: torch.dtype) -> list[Launch]:
-    """Of the three kernels, for a shape as in `CASES`."""
+    """Return the launches of the three kernels for a shape as in `CASES`."""
     from ops.kernels import routed_attention as module
 
     B, (H, W), grid, topk, heads, D = shape
@@ -80,11 +87,15 @@ def launches(shape: tuple, dtype: torch.dtype) -> list[Launch]:
         module.routed_attention_backward._init_fn(qkv, index, out, lse, out, grid, heads, 0.1)
 
     recorded = launches_of(module, call)
-    assert [each.kernel.fn.__name__ for each in recorded] == ["_forward", "_backward_queries", "_backward_keys"]
+    assert [kernel_launch.kernel.fn.__name__ for kernel_launch in recorded] == [
+        "forward",
+        "backward_queries",
+        "backward_keys",
+    ]
     return recorded
 
 
-def test_in_the_interpreter(request):
+def test_kernels_in_the_interpreter(request):
     run_interpreted(request.config, __file__)
 
 
@@ -96,41 +107,40 @@ def test_output_and_gradients(kernels, case, dtype):
 
 
 @interpreted
-def test_windows_that_none_or_all_chose(kernels):
-    _, index, _ = make("windows not square", routes="few")
+def test_windows_chosen_by_no_window_or_by_every_window(kernels):
+    _, index, _ = make("windows that are not square", routes="few")
     chosen = index.flatten().bincount(minlength=9)
     assert chosen[0] == 2 * 9 and chosen[-1] == 0
-    assert_exact("windows not square", torch.float32, routes="few")
+    assert_exact("windows that are not square", torch.float32, routes="few")
 
 
 @interpreted
-@pytest.mark.parametrize("own, other", [(16, 16), (32, 64)])
-def test_every_tile_means_the_same(kernels, monkeypatch, own, other):
+@pytest.mark.parametrize("resident, streamed", [(16, 16), (32, 64)])
+def test_tile_sizes_do_not_change_the_results(kernels, monkeypatch, resident, streamed):
     from ops.kernels.routed_attention import BACKWARD_KEYS, BACKWARD_QUERIES, FORWARD
 
-    chosen = launch.Tiles(own, other, 1, 1)
+    config = launch.TileConfig(resident, streamed, 1, 1)
     for kernel in (FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS):
-        monkeypatch.setitem(launch.TUNED, (kernel, (0, 0), 4, 16, 10), chosen)
-    recorded = launches(CASES["windows not square"], torch.float32)
-    assert {(each.arguments["OWN"], each.arguments["OTHER"]) for each in recorded} == {(own, other)}
-    assert_exact("windows not square", torch.float32)
+        monkeypatch.setitem(launch.TUNED, (kernel, (0, 0), 4, 16, 10), config)
+    recorded = launches(CASES["windows that are not square"], torch.float32)
+    assert {(r.arguments["RESIDENT"], r.arguments["STREAMED"]) for r in recorded} == {(resident, streamed)}
+    assert_exact("windows that are not square", torch.float32)
 
 
 @interpreted
-def test_strides_and_small_integers_change_nothing(kernels):
-    qkv, index, dout = make("windows not square")
-    expected = run(routed_attention, "windows not square", qkv, index, dout, qkv.dtype)
+def test_strides_and_int32_indices_do_not_change_the_results(kernels):
+    qkv, index, dout = make("windows that are not square")
+    expected = run(routed_attention, "windows that are not square", qkv, index, dout, qkv.dtype)
     strided = qkv.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     index = index.transpose(1, 2).contiguous().transpose(1, 2).int()
     dout = dout.transpose(1, 2).contiguous().transpose(1, 2)
-    for ours, theirs in zip(
-        run(routed_attention, "windows not square", strided, index, dout, qkv.dtype), expected, strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    results = run(routed_attention, "windows that are not square", strided, index, dout, qkv.dtype)
+    for actual, reference in zip(results, expected, strict=True):
+        assert torch.equal(actual, reference)
 
 
 @interpreted
-def test_the_operators_keep_their_contracts():
+def test_operators_pass_opcheck():
     from ops.kernels.routed_attention import routed_attention_and_lse
 
     qkv, index, _ = make("one channel")
@@ -139,14 +149,14 @@ def test_the_operators_keep_their_contracts():
 
 @interpreted
 @pytest.mark.parametrize("form", ["legacy", "nchw"])
-def test_bilevel_routing_in_half_precision_and_recomputed(kernels, form):
+def test_bilevel_routing_in_half_precision_and_with_checkpointing(kernels, form):
     torch.manual_seed(0)
     op: nn.Module = BilevelRoutingAttention(16, 2, n_win=3, topk=2, form=form)
     assert_trains_in_half_precision(op, torch.randn(1, 7, 8, 16))
 
 
 @interpreted
-def test_no_second_derivative(kernels):
+def test_second_derivative_raises(kernels):
     qkv, index, _ = make("one channel")
     qkv.requires_grad_()
     (dqkv,) = torch.autograd.grad(routed_attention(qkv, index, (3, 2), 2, 1.0).sum(), qkv, create_graph=True)
@@ -155,7 +165,7 @@ def test_no_second_derivative(kernels):
 
 
 @interpreted
-def test_flops_are_those_of_the_plain_form(kernels):
+def test_flops_equal_those_of_plain_pytorch(kernels):
     counts = []
     for attend, device in ((routed_attention, "cpu"), (gathered_attention, "meta")):
         qkv, index, dout = make("one channel", device)
@@ -168,25 +178,27 @@ def test_flops_are_those_of_the_plain_form(kernels):
 
 
 @pytest.mark.parametrize("capability, side, topk, heads", [(80, 28, 4, 4), (90, 56, 1, 2)])
-def test_biformer_fits_the_gpu(capability, side, topk, heads):
-    for each in launches((2, (side, side), (7, 7), topk, heads, 32), torch.bfloat16):
-        assert_fits(capability, each)
+def test_kernels_of_biformer_fit_the_gpu(capability, side, topk, heads):
+    for kernel_launch in launches((2, (side, side), (7, 7), topk, heads, 32), torch.bfloat16):
+        assert_fits(capability, kernel_launch)
 
 
 def test_torch_compile_sees_the_kernels(monkeypatch):
     from ops.kernels.routed_attention import routed_attention_backward
 
     monkeypatch.setitem(backend._state, "backend", "triton")
-    rest, half = ((7, 7), 2, 0.1), torch.bfloat16
+    settings, half = ((7, 7), 2, 0.1), torch.bfloat16
     qkv, index, out, lse = (
         ((2, 14, 14, 96), half),
         ((2, 49, 3), torch.long),
         ((2, 14, 14, 32), half),
         ((2, 49, 2, 4), torch.float),
     )
-    assert written_when_compiled(lambda q, i: routed_attention(q, i, *rest), qkv, index) == [["out", "lse"]]
-    backward = written_when_compiled(lambda *args: routed_attention_backward(*args, *rest), qkv, index, out, lse, out)
-    assert backward == [["delta", "dqkv", "choosers", "count"], ["dqkv"]]
+    assert written_when_compiled(lambda q, i: routed_attention(q, i, *settings), qkv, index) == [["out", "lse"]]
+    backward = written_when_compiled(
+        lambda *args: routed_attention_backward(*args, *settings), qkv, index, out, lse, out
+    )
+    assert backward == [["delta", "dqkv", "choosers", "chooser_counts"], ["dqkv"]]
 
 
 SIDES_AND_ROUTES = [(14, 4), (14, 16), (28, 4), (35, 3), (56, 1), (224, 4)]
@@ -197,9 +209,9 @@ SIDES_AND_ROUTES = [(14, 4), (14, 16), (28, 4), (35, 3), (56, 1), (224, 4)]
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("D", [16, 24, 32, 64])
 @pytest.mark.parametrize("side, topk", SIDES_AND_ROUTES)
-def test_every_size_fits_the_gpu(side, topk, D, capability, dtype):
-    for each in launches((2, (side, side), (7, 7), topk, 2, D), dtype):
-        assert_fits(capability, each)
+def test_kernels_of_every_size_fit_the_gpu(side, topk, D, capability, dtype):
+    for kernel_launch in launches((2, (side, side), (7, 7), topk, 2, D), dtype):
+        assert_fits(capability, kernel_launch)
 
 
 @on_gpu
@@ -211,11 +223,11 @@ def test_on_the_gpu(monkeypatch, dtype):
 
 
 @on_gpu
-def test_the_same_bits_each_time_and_compiled(monkeypatch):
+def test_repeated_and_compiled_runs_give_the_same_bits(monkeypatch):
     monkeypatch.setitem(backend._state, "backend", "triton")
     case = "more than a tile"
     inputs = make(case, "cuda")
     expected = run(routed_attention, case, *inputs, torch.bfloat16)
     for attend in (routed_attention, torch.compile(routed_attention, fullgraph=True)):
-        for ours, theirs in zip(run(attend, case, *inputs, torch.bfloat16), expected, strict=True):
-            assert torch.equal(ours, theirs)
+        for actual, reference in zip(run(attend, case, *inputs, torch.bfloat16), expected, strict=True):
+            assert torch.equal(actual, reference)
