@@ -11,11 +11,11 @@ from datamodules.dense_transforms import (
     DenseAugment,
     DenseEvalTransform,
     DenseTrainTransform,
+    crop_resize_flip,
     distort,
-    fit,
+    fit_size,
     normalise_padded,
     pad_images,
-    reframe,
     tight_boxes,
 )
 from retinue.utils.masks import IGNORED
@@ -78,7 +78,7 @@ def test_image_boxes_and_masks_move_together(policy):
 @pytest.mark.parametrize("flip", [False, True])
 def test_boxes_are_exactly_those_of_the_masks(flip):
     sample = make_sample()
-    whole = reframe(sample, (0, 0, 180, 240), (360, 720), flip)  # whole multiples
+    whole = crop_resize_flip(sample, (0, 0, 180, 240), (360, 720), flip)  # whole multiples
     assert np.array_equal(whole["boxes"], tight_boxes(whole["masks"]))
     assert np.array_equal(whole["labels"], range(4))
     x1, y1, x2, y2 = (sample["boxes"] * [3, 2, 3, 2]).T
@@ -91,16 +91,16 @@ def test_boxes_are_exactly_those_of_the_masks(flip):
 def test_what_a_window_cuts_off_is_gone():
     sample = make_sample()
     sample["masks"][1, :60, 100:130] = 0  # an L: cut at x = 130, its upper part is not there
-    out = reframe(sample, (0, 0, 95, 130), (95, 130))
+    out = crop_resize_flip(sample, (0, 0, 95, 130), (95, 130))
     assert out["labels"].tolist() == [0, 1]
     assert out["boxes"].tolist() == [[10, 20, 70, 80], [100, 60, 130, 90]]
     assert out["ignored"].tolist() == [[0, 0, 130, 15]]
     sample["masks"][1, 60:90, 100:130] = 0  # and now nothing of it is in the window
-    assert reframe(sample, (0, 0, 95, 130), (95, 130))["labels"].tolist() == [0]
+    assert crop_resize_flip(sample, (0, 0, 95, 130), (95, 130))["labels"].tolist() == [0]
     del sample["masks"]
-    out = reframe(sample, (0, 0, 95, 130), (95, 130))
+    out = crop_resize_flip(sample, (0, 0, 95, 130), (95, 130))
     assert out["boxes"].tolist() == [[10, 20, 70, 80], [100, 30, 130, 90]]
-    empty = reframe(make_sample(), (0, 232, 8, 8), (16, 16))
+    empty = crop_resize_flip(make_sample(), (0, 232, 8, 8), (16, 16))
     assert empty["boxes"].shape == (0, 4)
     assert empty["masks"].shape == (0, 16, 16)
 
@@ -124,7 +124,7 @@ def test_no_objects_at_all():
     ],
 )
 def test_sizes_keep_the_ratio_within_the_limits(size, limits, expected):
-    assert fit(size, limits) == expected
+    assert fit_size(size, limits) == expected
     sample = {"image": np.zeros((*size, 3), np.uint8), "mask": np.zeros(size, np.uint8)}
     out = DenseEvalTransform(limits)(sample)
     assert out["image"].shape[:2] == expected
@@ -223,10 +223,10 @@ def test_padding_is_zero_after_normalising():
         ({"sizes": [[1333, 800]]}, "augment.sizes must be one or more pairs"),
         ({"ratio": [2.0, 0.5]}, "augment.ratio must be"),
         ({"ratio": 2.0}, "augment.ratio must be"),
-        ({"ratio": [0.5, 2.0], "sizes": [[400, 600], [500, 600]]}, "one pair where augment.ratio is set"),
+        ({"ratio": [0.5, 2.0], "sizes": [[400, 600], [500, 600]]}, "a single pair if augment.ratio is set"),
         ({"crop": 512}, "augment.crop must be"),
         ({"crop": [0, 512]}, "augment.crop must be"),
-        ({"cat_max_ratio": 0.75}, "augment.cat_max_ratio must be null where augment.crop is"),
+        ({"cat_max_ratio": 0.75}, "augment.cat_max_ratio must be null if augment.crop is null"),
         ({"cat_max_ratio": 75, "crop": [9, 9]}, "augment.cat_max_ratio must be above 0"),
         ({"hflip": 1.5}, "augment.hflip must be from 0 to 1"),
     ],

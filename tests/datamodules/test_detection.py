@@ -248,7 +248,7 @@ def test_sets_without_masks(tmp_path, caplog):
     (tmp_path / "mixed.json").write_text(json.dumps(content() | {"annotations": mixed}))
     with caplog.at_level(logging.WARNING):
         assert not make_data(tmp_path, val_annotations="mixed.json").has_masks
-    assert "masks are not used, as 1 of 10 annotations have none" in caplog.text
+    assert "masks are not used, because 1 of 10 annotations have none" in caplog.text
 
 
 def edit(part, at, **values):
@@ -335,7 +335,7 @@ def test_what_does_not_fit_its_image_is_named_when_read(root, tmp_path):
     garbage["annotations"][1]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": "garbage"}
     with pytest.raises(ValueError, match=r"set: annotation 11 has a mask that cannot be read: Invalid RLE"):
         index = index_coco(garbage, "set")
-        index.masks(0, np.flatnonzero(index.image == 0))
+        index.masks(0, np.flatnonzero(index.image_index == 0))
     with pytest.raises(ValueError, match=r"annotation 11 has a mask that cannot be read: its size is \[90, 60\]"):
         images[0]
     with pytest.raises(ValueError, match=r"000005\.png is 90 x 60 px, but 91 x 60 in"):

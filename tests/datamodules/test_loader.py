@@ -11,7 +11,7 @@ import torch
 from datamodules.decode import BrokenImage
 from datamodules.imagenet import ImageNet
 from datamodules.images import ArrayImages
-from datamodules.loader import Fetch, Loader, TrainLoader
+from datamodules.loader import BatchFetcher, Loader, TrainLoader
 from datamodules.sampler import EvalSampler, TrainSampler
 from tests.imagenet_folder import make_imagenet_folder
 
@@ -154,7 +154,7 @@ def identity(sample):
 
 def test_the_limit_counts_images_not_sightings():
     images = Flaky(np.zeros((40, 32, 32, 3), np.uint8), np.arange(40), "flaky")
-    loader = TrainLoader(Fetch(images, identity), TrainSampler(40, 4), broken_limit=0.5)
+    loader = TrainLoader(BatchFetcher(images, identity), TrainSampler(40, 4), broken_limit=0.5)
     for epoch in range(3):
         loader.set_epoch(epoch)
         for batch in loader:
@@ -162,4 +162,4 @@ def test_the_limit_counts_images_not_sightings():
             assert batch["label"].tolist() == batch["index"].tolist()
     assert len(loader.broken) == 20
     with pytest.raises(ValueError, match="20 of 40 images are broken"):
-        list(Loader(Fetch(images, identity), EvalSampler(40, 4), broken_limit=0.475))
+        list(Loader(BatchFetcher(images, identity), EvalSampler(40, 4), broken_limit=0.475))

@@ -74,17 +74,17 @@ def test_unclear_digits_are_those_of_which_little_is_seen():
         unclear += seen[scene.unclear].tolist()
         clear += seen[~scene.unclear].tolist()
         assert {255} >= set(semantic_mask(scene)[np.isin(scene.instances, np.flatnonzero(scene.unclear) + 1)])
-    assert min(clear) >= scenes.LEAST_PIXELS
+    assert min(clear) >= scenes.MIN_VISIBLE_PIXELS
     assert 0 < len(unclear) < 0.05 * len(clear)
 
 
 def test_splits_share_neither_digits_nor_photos():
-    digits = [scenes._materials(split)[1] for split in SPLITS]
+    digits = [scenes._source_images(split)[1] for split in SPLITS]
     assert len({digit.tobytes() for part in digits for digit in part}) == sum(map(len, digits))
-    spans = sorted(scenes.COLUMNS.values())
+    spans = sorted(scenes.PHOTO_COLUMNS.values())
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
-    for split, (left, right) in scenes.COLUMNS.items():
-        assert {photo.shape for photo in scenes._materials(split)[0]} == {(427, right - left, 3)}
+    for split, (left, right) in scenes.PHOTO_COLUMNS.items():
+        assert {photo.shape for photo in scenes._source_images(split)[0]} == {(427, right - left, 3)}
 
 
 def test_a_scene_follows_from_seed_split_and_position():
@@ -105,7 +105,7 @@ def test_the_scenes_of_this_version_are_these():
 def test_written_once_by_however_many(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(scenes, "COUNTS", COUNTS)
-    scenes._materials("train")  # not by two threads at once
+    scenes._source_images("train")  # not by two threads at once
     with ThreadPoolExecutor(3) as pool:
         found = {future.result() for future in [pool.submit(scenes.find_scenes) for _ in range(3)]}
     assert found == {tmp_path / "retinue" / "scenes-2"}

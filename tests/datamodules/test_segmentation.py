@@ -209,7 +209,7 @@ def test_files_that_cannot_be_read_are_left_out(folder, caplog):
         ),
         (
             lambda root: write(root / "images/val/1.jpg", np.zeros((9, 9), np.uint8)),
-            r"1\.jpg and 1\.png in .* one name",
+            r"1\.jpg and 1\.png in .* the same name",
         ),
         (
             lambda root: write(root / "masks/val/0.png", np.zeros((9, 8), np.uint8)),

@@ -15,8 +15,8 @@ from datamodules.cifar10 import CIFAR10
 from datamodules.digits import Digits
 from datamodules.fashion_mnist import FashionMNIST
 from datamodules.image_folder import ImageFolder
-from datamodules.imagenet import ImageNet, readable, synsets
-from datamodules.images import rank_in_class
+from datamodules.imagenet import ImageNet, readable_names, synsets
+from datamodules.images import index_in_class
 from tests.imagenet_folder import WNIDS, make_imagenet_folder
 
 RNG = np.random.default_rng(0)
@@ -26,8 +26,8 @@ def arrays(images):
     return [images.image(i) for i in range(len(images))]
 
 
-def test_rank_in_class():
-    assert rank_in_class(np.array([2, 0, 2, 2, 0, 1])).tolist() == [0, 0, 1, 2, 1, 0]
+def test_index_in_class():
+    assert index_in_class(np.array([2, 0, 2, 2, 0, 1])).tolist() == [0, 0, 1, 2, 1, 0]
 
 
 def test_digits_are_split_for_good():
@@ -108,7 +108,7 @@ def test_cifar10_in_each_form(tmp_path, cifar10, form):
     test = data.images("test")
     np.testing.assert_array_equal(np.stack(arrays(test)), images[100:])
     assert test.labels.tolist() == labels[100:].tolist()
-    held_out = rank_in_class(labels[:100]) % 10 == 0
+    held_out = index_in_class(labels[:100]) % 10 == 0
     for split, mine in (("train", ~held_out), ("val", held_out)):
         np.testing.assert_array_equal(np.stack(arrays(data.images(split))), images[:100][mine])
         assert data.images(split).labels.tolist() == labels[:100][mine].tolist()
@@ -216,11 +216,11 @@ def test_a_folder_for_evaluation_alone(tmp_path):
 
 
 def test_names_for_people():
-    names = readable(synsets())
+    names = readable_names(synsets())
     assert len(set(names)) == 1000
     assert names[0] == "tench"
     assert sorted(name for name in names if name.startswith("crane")) == ["crane (n02012849)", "crane (n03126707)"]
-    assert readable(["n01440764", "dishes"]) == ["tench", "dishes"]
+    assert readable_names(["n01440764", "dishes"]) == ["tench", "dishes"]
 
 
 def test_one_mistake_one_line(tmp_path):
@@ -287,7 +287,7 @@ def test_one_mistake_one_line(tmp_path):
         ),
         (lambda: Digits(crop_mode="middle"), "no crop_mode is called 'middle'; there are center, squash, border"),
         (lambda: Digits(crop_pct=1.5), "data.crop_pct must be above 0 and at most 1, not 1.5"),
-        (lambda: Digits(broken_limit=2), "data.broken_limit is a share from 0 to 1, not 2"),
+        (lambda: Digits(broken_limit=2), "data.broken_limit must be a share from 0 to 1, not 2"),
         (lambda: Digits(batch_size=0), "batch_size must be at least 1, not 0"),
     ]
     for call, message in cases:

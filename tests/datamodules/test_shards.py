@@ -118,7 +118,7 @@ def test_shards_of_others(tmp_path):
         ({"a.cls": b"1"}, r"train-0\.tar: sample a has no image"),
         ({"a.jpg": b"1", "a.cls": b"cat"}, r"train-0\.tar is not a whole tar shard: "),
         ({"a.jpg": b"1", "a.cls": b"3"}, r"has the label 3 in train, but 2 classes$"),
-        ({}, "no images in the 1 shards beside"),
+        ({}, "no images in the 1 shards next to"),
     ],
 )
 def test_wrong_shards(tmp_path, members, message):

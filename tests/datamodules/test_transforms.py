@@ -10,7 +10,7 @@ from timm.data import auto_augment
 from timm.data import create_transform as typed_create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from datamodules.auto_augment import slide_rows
+from datamodules.auto_augment import shift_rows
 from datamodules.batch import normalise
 from datamodules.loader import private_rng, seed_rng
 from datamodules.transforms import Augment, EvalTransform, TrainTransform
@@ -71,7 +71,7 @@ def test_slides_are_pillows(name, resample):
     hparams = {"translate_const": 40, "img_mean": (1, 200, 3), "interpolation": resample}
     picture = Image.fromarray(photo((90, 120)))
     transform = TrainTransform(Augment(auto_augment="rand-m9-inc1"), 90)
-    ours = {op.name: op.aug_fn for op in transform.recolour.transforms[0].ops}
+    ours = {op.name: op.aug_fn for op in transform.color_and_shape.transforms[0].ops}
     for magnitude in (0, 1, 4, 9, 10):
         for seed in range(4):  # for the sign
             op = auto_augment.AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=hparams)
@@ -88,7 +88,7 @@ def test_slides_beyond_the_image_leave_the_fill():
         expected = picture.transform(
             picture.size, Image.Transform.AFFINE, (1, 0, shift, 0, 1, 0), Image.Resampling.BICUBIC, fillcolor=(9, 8, 7)
         )
-        assert gap(slide_rows(picture, torch.full((20,), shift, dtype=torch.float64), (9, 8, 7)), expected) <= 1
+        assert gap(shift_rows(picture, torch.full((20,), shift, dtype=torch.float64), (9, 8, 7)), expected) <= 1
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_auto_augment_draws_what_timm_draws(recipe):
     with private_rng():
         for seed in range(40):
             seed_rng(seed)
-            ours = transform.recolour(picture)
+            ours = transform.color_and_shape(picture)
             seed_rng(seed)
             try:
                 expected = timms(picture)
@@ -116,7 +116,7 @@ def test_auto_augment_draws_what_timm_draws(recipe):
 def test_posterize_at_its_highest_magnitude():
     """timm's own op fails there with newer Pillows: about one image in 600 of DeiT's recipe."""
     transform = TrainTransform(Augment(auto_augment="rand-m10-inc1"), 16)
-    op = next(op for op in transform.recolour.transforms[0].ops if op.name == "PosterizeIncreasing")
+    op = next(op for op in transform.color_and_shape.transforms[0].ops if op.name == "PosterizeIncreasing")
     op.prob = 1.0
     assert gap(op(Image.fromarray(photo((16, 16)))), np.zeros((16, 16, 3))) == 0
 
@@ -163,7 +163,10 @@ def test_one_pixel_is_enough():
     "config, message",
     [
         ({"mixupp": 0.8}, "augment has no 'mixupp'. Did you mean 'mixup'?"),
-        ({"scale": [0.5, 0.2]}, "augment.scale must be (least, most) with 0 < least <= most <= 1, not (0.5, 0.2)"),
+        (
+            {"scale": [0.5, 0.2]},
+            "augment.scale must be (minimum, maximum) with 0 < minimum <= maximum <= 1, not (0.5, 0.2)",
+        ),
         ({"hflip": 2}, "augment.hflip must be from 0 to 1, not 2"),
         ({"interpolation": "cubic"}, "augment.interpolation must be bilinear, bicubic or random, not 'cubic'"),
         ({"repeats": 0}, "augment.repeats must be a whole number from 1 up, not 0"),

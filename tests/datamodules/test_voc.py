@@ -80,9 +80,9 @@ def replace_xml(text):
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        (None, {"val": ["VOC2007/tset"]}, "no set is called 'tset' in"),
+        (None, {"val": ["VOC2007/tset"]}, "no image set is called 'tset' in"),
         (None, {"val": ["VOC2009/test"]}, "VOC2009"),
-        (None, {"val": "test"}, "data.val must be a list of sets, like [test], not 'test'"),
+        (None, {"val": "test"}, "data.val must be a list of image sets, like [test], not 'test'"),
         (None, {"classes": "cat"}, "data.classes must be a list of names, like [cat], not 'cat'"),
         (None, {"val": ["VOC2012/empty"]}, "empty.txt is empty"),
         (None, {"val": ["VOC2012/gap"]}, "5 of"),
