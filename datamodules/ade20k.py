@@ -27,6 +27,7 @@ ashcan; fan; pier; crt screen; plate; monitor; bulletin board; shower; radiator;
     .split("; ")
 )
 
+# Folder of each split.
 FOLDERS = {"train": "training", "val": "validation"}
 
 

@@ -29,8 +29,8 @@ class ImageData(pl.LightningDataModule, ABC):
         mean: mean of each channel, for values from 0 to 1.
         std: standard deviation of each channel, for values from 0 to 1.
         in_chans: number of channels: 3, or 1 for grey images.
-        num_workers: number of loading processes per device. None means one per available core of the device's share, at
-            most 16. The content of a batch does not depend on it.
+        num_workers: number of loading processes per device. None means the number of available cores divided by the
+            number of devices, at most 16. The content of a batch does not depend on it.
         broken_limit: share of a split's images that may be unreadable before the run stops.
         batch_size: number of images per step and device.
         seed: seed of the order and of the augmentation.
@@ -203,8 +203,10 @@ class ClassificationData(ImageData):
         super().__init__(image_size=image_size, batch_size=batch_size, **common)
         if not 0 < crop_pct <= 1:
             raise ValueError(f"data.crop_pct must be above 0 and at most 1, not {crop_pct!r}")
-        flips = {} if flip else {"hflip": 0.0, "vflip": 0.0}
-        self.augment = Augment.from_config(dict(augment or {}) | flips)
+        config = {} if augment is None else dict(augment)
+        if not flip:
+            config |= {"hflip": 0.0, "vflip": 0.0}
+        self.augment = Augment.from_config(config)
         self.repeats = self.augment.repeats
         self.train_transform = TrainTransform(self.augment, self.image_size, mean=self.mean, in_chans=self.in_chans)
         self.eval_transform = EvalTransform(

@@ -29,6 +29,7 @@ CLASSES = {
     32: "motorcycle",
     33: "bicycle",
 }
+# Endings of the file names before their suffix.
 IMAGE_END = "_leftImg8bit"
 IDS_END, TRAIN_IDS_END = "_gtFine_labelIds", "_gtFine_labelTrainIds"
 

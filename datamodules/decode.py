@@ -41,10 +41,9 @@ def decode(data: bytes) -> np.ndarray:
                 raise ValueError(f"it has more than 8 bits per channel (Pillow's mode {image.mode})")
             return np.array(image.convert("RGB"))
     except Exception as error:
-        # Each of Pillow's decoders raises other errors: OSError, SyntaxError, struct.error, DecompressionBombError.
-        reason = (
-            "not an image in a format that Pillow knows"
-            if isinstance(error, Image.UnidentifiedImageError)
-            else str(error)
-        )
-        raise BrokenImage(reason or type(error).__name__) from error
+        # Pillow's decoders raise errors of many types: OSError, SyntaxError, struct.error, DecompressionBombError.
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "not an image in a format that Pillow knows"
+        else:
+            reason = str(error) if str(error) else type(error).__name__
+        raise BrokenImage(reason) from error

@@ -37,7 +37,9 @@ class DensePredictionData(ImageData, ABC):
         if self.in_chans != 3:
             raise ValueError(f"data.in_chans must be 3 for detection and segmentation, not {self.in_chans}")
         short, long = image_size
-        flips = {} if flip else {"hflip": 0.0}
-        self.augment = DenseAugment.from_config(dict(augment or {}) | flips)
+        config = {} if augment is None else dict(augment)
+        if not flip:
+            config["hflip"] = 0.0
+        self.augment = DenseAugment.from_config(config)
         self.train_transform = DenseTrainTransform(self.augment, (short, long))
         self.eval_transform = DenseEvalTransform((short, long))

@@ -146,7 +146,7 @@ class DenseTrainTransform:
 
     def __init__(self, augment: DenseAugment, image_size: Size):
         self.augment = augment
-        self.sizes = augment.sizes or (image_size,)
+        self.sizes = (image_size,) if augment.sizes is None else augment.sizes
 
     def __call__(self, sample: dict) -> dict:
         augment = self.augment

@@ -74,7 +74,7 @@ class MaskedImages(EncodedImages):
             with Image.open(path) as image:
                 values, mode = np.array(image), image.mode
         except Exception as error:
-            # Each of Pillow's decoders raises other errors.
+            # Pillow's decoders raise errors of many types.
             raise BrokenImage(f"its mask {path}: {error}") from error
         if values.ndim != 2:
             raise ValueError(

@@ -83,7 +83,7 @@ def plot_class_ap(path: str | Path, accuracies: Mapping[str, Accuracy], class_na
 def plot_detections(
     path: str | Path,
     image: np.ndarray,
-    found: ImageDetections,
+    detections: ImageDetections,
     truth: Sequence[Mapping[str, Any]],
     category_ids: Sequence[int],
     class_names: Sequence[str],
@@ -95,7 +95,7 @@ def plot_detections(
     Args:
         path: file to write; its suffix determines the format.
         image: uint8 (H, W, C), C is 1 or 3.
-        found: the detections.
+        detections: detections in the image.
         truth: the image's annotations in COCO's format.
         category_ids: id of each class, by label.
         class_names: name of each class, by label.
@@ -105,7 +105,7 @@ def plot_detections(
     height, width = image.shape[:2]
     figure = Figure((14, 0.4 + 7 * height / width), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
-    drawn = np.flatnonzero(found.scores >= MIN_DRAWN_SCORE)
+    drawn = np.flatnonzero(detections.scores >= MIN_DRAWN_SCORE)
     left.set_title(f"detections: {len(drawn)} with a score of {MIN_DRAWN_SCORE} or more")
     right.set_title(f"truth: {len(truth)}")
     for axes in (left, right):
@@ -113,10 +113,12 @@ def plot_detections(
         axes.set_axis_off()
     # The detections with the highest scores are drawn last, on top.
     for i in drawn[::-1]:
-        x1, y1, x2, y2 = found.boxes[i].tolist()
-        label = int(found.labels[i])
-        mask = decode_mask({"size": found.size, "counts": found.masks[i]}, found.size) if found.masks else None
-        _draw(left, label, f"{class_names[label]} {found.scores[i]:.2f}", (x1, y1, x2 - x1, y2 - y1), mask)
+        x1, y1, x2, y2 = detections.boxes[i].tolist()
+        label = int(detections.labels[i])
+        mask = None
+        if detections.masks is not None:
+            mask = decode_mask({"size": detections.size, "counts": detections.masks[i]}, detections.size)
+        _draw(left, label, f"{class_names[label]} {detections.scores[i]:.2f}", (x1, y1, x2 - x1, y2 - y1), mask)
     labels = {category: label for label, category in enumerate(category_ids)}
     for annotation in truth:
         label = labels[annotation["category_id"]]
