@@ -1,12 +1,14 @@
-"""ADE20K's scene parsing benchmark of 150 classes (Zhou et al., "Semantic Understanding of Scenes through the ADE20K
-Dataset", arXiv:1608.05442)."""
+"""ADE20K's scene parsing benchmark of 150 classes.
+
+Zhou et al., "Semantic Understanding of Scenes through the ADE20K Dataset", arXiv:1608.05442.
+"""
 
 from collections.abc import Sequence
 
 from datamodules.segmentation import MaskedImages, SegmentationData, pair_files
 from retinue.utils.masks import IGNORED
 
-# By label; the first name of each line of objectInfo150.txt.
+# Names by label: the first name in each line of objectInfo150.txt.
 CLASS_NAMES = (
     """
 wall; building; sky; floor; tree; ceiling; road; bed; windowpane; grass; cabinet; sidewalk; person; earth; door; table;
@@ -25,14 +27,16 @@ ashcan; fan; pier; crt screen; plate; monitor; bulletin board; shower; radiator;
     .split("; ")
 )
 
+# Folder of each split.
 FOLDERS = {"train": "training", "val": "validation"}
 
 
 class ADE20K(SegmentationData):
-    """`root` as ADEChallengeData2016.zip unpacks: images/{training,validation}, annotations/{training,validation}.
+    """ADE20K in the layout of ADEChallengeData2016.zip.
 
-    In the masks 1..150 are the classes and 0, what is none of them, is ignored. The test split is the validation split:
-    the test set's labels are not public.
+    The images are in `root`/images/{training,validation} and the masks in `root`/annotations/{training,validation}. The
+    mask values 1 to 150 are the classes; 0 marks pixels of other objects, which are ignored. The test split is the
+    validation split, because the labels of the test set are not public.
     """
 
     class_names = CLASS_NAMES

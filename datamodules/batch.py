@@ -1,4 +1,46 @@
-"""What is done to a whole batch of images, on the device that trains: normalise, erase, mix."""
+"""The batch contract of all data sets, and the last step of a classification batch: normalise, erase, mix.
+
+A sample is a dict that describes one image; a batch is a dict that describes several. An image passes four steps:
+
+1. `images[i]`, on the CPU, reads the sample at position i of a split. Its `image` is uint8 (H, W, 3), RGB.
+2. The sample's transform, on the CPU, changes geometry and colours (`datamodules.transforms` for classification,
+   `datamodules.dense_transforms` for detection and segmentation). Keys that it does not know pass through unchanged.
+3. `collate`, on the CPU, joins the samples: `image` becomes uint8 (B, C, H, W) in channels-last memory.
+4. `on_after_batch_transfer`, on the device that trains, normalises: `image` becomes float32. This is the batch that a
+   task receives.
+
+Every batch that a task receives has these keys (B images, C channels):
+
+    image           float32 (B, C, H, W), (value / 255 - mean) / std for each channel, in channels-last memory
+    index           int64 (B,), position of each image in its split; -1 marks padding, which must not be counted
+    seed            int, in training only: the source of all randomness that concerns the batch as a whole
+
+Classification (K classes) adds:
+
+    label           int64 (B,), 0 to K - 1
+    target          float32 (B, K), in training with MixUp or CutMix only: mixed and smoothed labels
+
+Detection pads `image` with zeros and adds the following. Boxes are (x1, y1, x2, y2) in pixels of the resized image.
+Each list has one tensor per image:
+
+    sizes           int64 (B, 2), height and width of each image without its padding
+    original_sizes  int64 (B, 2), in evaluation only: height and width of each image file
+    boxes           list of float32 (N, 4), in training only: N objects; crowds are not among them
+    labels          list of int64 (N,), in training only: 0 to K - 1
+    ignored         list of float32 (M, 4), in training only: boxes of crowds, which are neither objects nor background
+    masks           list of uint8 (N, h, w), in training only, if the data have masks and the detector uses them
+
+Segmentation adds the following. Pixels with the label 255 (`retinue.utils.masks.IGNORED`) are not counted:
+
+    mask            in training int64 (B, H, W), 0 to K - 1 or 255; padding of `image` is 0 and of `mask` 255
+    image, mask     in evaluation lists of float32 (3, h, w) and int64 (H, W), because the sizes differ: images are
+                    resized, masks keep the size of their file
+    original_sizes  int64 (B, 2), in evaluation only: height and width of each mask file
+
+A new data set subclasses `ClassificationData`, `DetectionData` or `SegmentationData`, defines `class_names`, and
+returns its images from `load(split)`; a detection data set returns its annotations from `read(split)` instead. Steps 2
+to 4 are inherited.
+"""
 
 from collections.abc import Sequence
 
@@ -13,9 +55,18 @@ from datamodules.transforms import Augment
 
 
 def normalise(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) in channels-last memory → float32 of the same shape and memory: (image / 255 - mean) / std.
+    """Return (image / 255 - mean) / std.
 
-    Rows of W·C values are what keeps all three tensors contiguous: twice as fast on a CPU as broadcasting (C, 1, 1).
+    The computation runs on rows of W·C values, which keeps all three tensors contiguous. On a CPU this is twice as fast
+    as broadcasting statistics of shape (C, 1, 1).
+
+    Args:
+        image: uint8 (B, C, H, W) in channels-last memory.
+        mean: float32 (C,), for values from 0 to 1.
+        std: float32 (C,), for values from 0 to 1.
+
+    Returns:
+        float32 (B, C, H, W) in channels-last memory.
     """
     b, c, h, w = image.shape
     rows = image.permute(0, 2, 3, 1).reshape(b * h, w * c).float()
@@ -24,11 +75,17 @@ def normalise(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 class BatchTransform:
-    """Turns a loader's batch into what a net takes.
+    """Turn a loader's classification batch into the batch that a net takes.
 
-    `image` becomes float32 and normalised. A training batch (one with a `seed`, from which all that is random here
-    follows) is also erased and mixed; where mixing is on it gets `target`, float32 (B, K), smoothed and mixed labels.
-    Erasing and mixing mean what timm's RandomErasing and Mixup (mode "batch") mean, in timm's order.
+    `image` becomes float32 and normalised. A training batch is a batch with a `seed`, which determines all randomness
+    here. Its images are also erased and mixed; with mixing it gets `target`, float32 (B, K), the smoothed and mixed
+    labels. Erasing and mixing are those of timm's RandomErasing and Mixup (mode "batch"), in timm's order.
+
+    Args:
+        mean: mean of each channel, for values from 0 to 1.
+        std: standard deviation of each channel, for values from 0 to 1.
+        num_classes: K.
+        augment: the recipe's augmentation; its fields for erasing, mixing and label smoothing apply.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], num_classes: int, augment: Augment):
@@ -46,31 +103,34 @@ class BatchTransform:
             seed_rng(batch["seed"], device=device)
             if augment.erasing:
                 RandomErasing(augment.erasing, mode=augment.erasing_mode, device=str(device))(image)
-            kept = self._mix(image)
+            lam = self._mix(image)
         batch = batch | {"image": image}
         if augment.mixup or augment.cutmix:
-            batch["target"] = mixup_target(batch["label"], self.num_classes, kept, augment.label_smoothing)
+            batch["target"] = mixup_target(batch["label"], self.num_classes, lam, augment.label_smoothing)
         return batch
 
     def _mix(self, image: Tensor) -> float:
-        """Mix `image` in place with itself in reversed order; the share that is kept of each."""
+        """Mix the batch in place with itself in reversed order, and return lambda, the share that each image keeps."""
         mixup, cutmix = self.augment.mixup, self.augment.cutmix
         if not (mixup or cutmix) or np.random.rand() >= self.augment.mixup_prob:
             return 1.0
-        cut = cutmix > 0 and (mixup == 0 or np.random.rand() < self.augment.switch_prob)
-        alpha = cutmix if cut else mixup
-        kept = np.random.beta(alpha, alpha)
-        if cut:
-            (top, bottom, left, right), kept = cutmix_bbox_and_lam(image.shape, kept)
+        use_cutmix = cutmix > 0 and (mixup == 0 or np.random.rand() < self.augment.switch_prob)
+        alpha = cutmix if use_cutmix else mixup
+        lam = np.random.beta(alpha, alpha)
+        if use_cutmix:
+            (top, bottom, left, right), lam = cutmix_bbox_and_lam(image.shape, lam)
             image[..., top:bottom, left:right] = image[..., top:bottom, left:right].flip(0)
         else:
-            _blend(image, 1 - kept)
-        return float(kept)
+            _blend_with_reversed(image, 1 - lam)
+        return float(lam)
 
 
-def _blend(image: Tensor, share: float, chunk: int = 8) -> None:
-    """In place: image.lerp(image.flip(0), share), by a few pairs at a time, as fresh memory for all takes a CPU longer
-    than the sums do."""
+def _blend_with_reversed(image: Tensor, share: float, chunk: int = 8) -> None:
+    """Compute image.lerp(image.flip(0), share) in place.
+
+    The batch is processed `chunk` pairs at a time: on a CPU, allocating memory for the whole batch takes longer than
+    the arithmetic.
+    """
     count = len(image)
     for start in range(0, count // 2, chunk):
         stop = min(start + chunk, count // 2)

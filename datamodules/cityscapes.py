@@ -1,4 +1,4 @@
-"""Cityscapes (Cordts et al., arXiv:1604.01685), fine annotations: 2,975 / 500 images of streets, 19 classes."""
+"""Cityscapes (Cordts et al., arXiv:1604.01685) with fine annotations: 2,975 / 500 images of streets, 19 classes."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,8 @@ from datamodules.images import list_images
 from datamodules.segmentation import MaskedImages, SegmentationData, pair_files
 from retinue.utils.masks import IGNORED
 
-# The classes that are evaluated, in label order, by the ids of *_labelIds.png (github.com/mcordts/cityscapesScripts).
+# Names of the evaluated classes by their value in *_labelIds.png, in the order of the labels.
+# Source: github.com/mcordts/cityscapesScripts.
 CLASSES = {
     7: "road",
     8: "sidewalk",
@@ -28,16 +29,18 @@ CLASSES = {
     32: "motorcycle",
     33: "bicycle",
 }
+# Endings of the file names before their suffix.
 IMAGE_END = "_leftImg8bit"
 IDS_END, TRAIN_IDS_END = "_gtFine_labelIds", "_gtFine_labelTrainIds"
 
 
 class Cityscapes(SegmentationData):
-    """`root` with leftImg8bit/{train,val}/<city>/*_leftImg8bit.png and gtFine/{train,val}/<city>/*_labelIds.png, as
-    downloaded; or *_labelTrainIds.png where a split has only those.
+    """Cityscapes in the layout of its archives.
 
-    Classes that are not evaluated are ignored. The test split is the validation split: the test set's labels are not
-    public.
+    The images are `root`/leftImg8bit/{train,val}/<city>/*_leftImg8bit.png and the masks
+    `root`/gtFine/{train,val}/<city>/*_labelIds.png, or *_labelTrainIds.png if a split has no *_labelIds.png. Classes
+    that are not evaluated are ignored. The test split is the validation split, because the labels of the test set are
+    not public.
     """
 
     class_names = tuple(CLASSES.values())

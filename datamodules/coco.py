@@ -1,4 +1,4 @@
-"""COCO (arXiv:1405.0312), PIDray, and any other set in COCO's format."""
+"""COCO (arXiv:1405.0312), PIDray, and any other data set in COCO's format."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +10,17 @@ from datamodules.detection import DetectionData
 
 
 class Coco(DetectionData):
-    """Images in folders, and one JSON file of annotations a split; masks are used where every annotation has one.
+    """Images in folders, with one JSON file of annotations per split.
 
-    Without annotations for testing the test split is the validation split.
+    Masks are used if every annotation has one. Without annotations for testing, the test split is the validation split.
 
     Args:
-        train_annotations, val_annotations, test_annotations: JSON files, relative to `root`.
-        train_images, val_images, test_images: folders that the files' `file_name`s are relative to; relative to `root`.
+        train_annotations: JSON file, relative to `root`.
+        train_images: folder that the `file_name`s in `train_annotations` are relative to; itself relative to `root`.
+        val_annotations: as `train_annotations`, for validation.
+        val_images: as `train_images`, for validation.
+        test_annotations: as `train_annotations`, for testing. None means no test split.
+        test_images: as `train_images`, for testing.
         common: arguments of `DetectionData`.
     """
 
@@ -56,14 +60,19 @@ class Coco(DetectionData):
 
 
 class PIDray(Coco):
-    """Prohibited items in X-ray images (arXiv:2108.07020), as the authors' archive unpacks: `root`/annotations/
-    xray_{train,test_easy,test_hard,test_hidden}.json and the images in `root`/{train,easy,hard,hidden}.
+    """Prohibited items in X-ray images (arXiv:2108.07020), in the layout of the authors' archive.
 
-    There is no validation set: as in the authors' repository, it is validated on the images that it is tested on.
+    The annotations are `root`/annotations/xray_{train,test_easy,test_hard,test_hidden}.json and the images are in
+    `root`/{train,easy,hard,hidden}. There is no validation set: as in the authors' repository, validation uses the
+    images of the test.
 
     Args:
-        test: easy (one prohibited item an image), hard (several) or hidden (deliberately concealed).
+        test: test set: easy (one prohibited item per image), hard (several items) or hidden (deliberately concealed
+            items).
         common: arguments of `DetectionData`.
+
+    Raises:
+        ValueError: if there is no such test set.
     """
 
     def __init__(self, *, test: str = "easy", **common: Any):

@@ -1,4 +1,4 @@
-"""Image files to arrays."""
+"""Decode image files to arrays."""
 
 import io
 
@@ -8,32 +8,42 @@ from PIL import Image
 
 
 class BrokenImage(Exception):
-    """An image that cannot be read; the message says why."""
+    """Error for an image that cannot be read; the message gives the reason."""
 
 
 def decode(data: bytes) -> np.ndarray:
-    """The image in `data` (JPEG, PNG, ...) as uint8 (H, W, 3), RGB, equal to Pillow's to the last bit.
+    """Decode an image (JPEG, PNG, ...) to exactly the pixels that Pillow decodes.
 
-    Published accuracies were measured on what Pillow decodes. simplejpeg takes the JPEGs that it decodes to the same
-    pixels in less time; Pillow takes CMYK, other formats and all that simplejpeg refuses, so that Pillow alone decides
-    what is broken.
+    Published accuracies were measured on Pillow's pixels. simplejpeg decodes those JPEGs for which it gives the same
+    pixels in less time. Pillow decodes CMYK, other formats and everything that simplejpeg refuses, so Pillow alone
+    decides whether an image is broken.
+
+    Args:
+        data: content of the image file.
+
+    Returns:
+        uint8 (H, W, 3), RGB.
 
     Raises:
-        BrokenImage: the data are truncated or no image, or have more than 8 bits a channel.
+        BrokenImage: if the data are truncated, are no image, or have more than 8 bits per channel.
     """
     if data[:2] == b"\xff\xd8":
         try:
             if simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray", "RGB"):
                 return simplejpeg.decode_jpeg(data)
         except ValueError:
-            pass  # Pillow has the last word
+            # Pillow decides below whether the image is broken.
+            pass
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode[0] in "IF":  # Pillow would cut values off at 255, and leave white
-                raise ValueError(f"expected 8 bits a channel, and it has more (Pillow's mode {image.mode})")
+            if image.mode[0] in "IF":
+                # Pillow's conversion would clip all values at 255 and leave a white image.
+                raise ValueError(f"it has more than 8 bits per channel (Pillow's mode {image.mode})")
             return np.array(image.convert("RGB"))
-    except (
-        Exception
-    ) as error:  # OSError, SyntaxError, struct.error, DecompressionBombError: each of its decoders has its own
-        reason = "no image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise BrokenImage(reason or type(error).__name__) from error
+    except Exception as error:
+        # Pillow's decoders raise errors of many types: OSError, SyntaxError, struct.error, DecompressionBombError.
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "not an image in a format that Pillow knows"
+        else:
+            reason = str(error) if str(error) else type(error).__name__
+        raise BrokenImage(reason) from error

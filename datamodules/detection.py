@@ -1,4 +1,4 @@
-"""Images with boxes, and with instance masks where there are any."""
+"""Images with boxes and possibly instance masks: base class of every detection data set, and the images it loads."""
 
 import logging
 import os
@@ -12,24 +12,32 @@ import numpy as np
 import torch
 
 from datamodules.coco_format import CocoIndex
-from datamodules.dense import DenseData
+from datamodules.dense_prediction import DensePredictionData
 from datamodules.dense_transforms import normalise_padded, pad_images
 from datamodules.images import EncodedImages
+from retinue.utils.arithmetic import round_up
 
 logger = logging.getLogger(__name__)
 
-DIVISOR = 32  # of a batch's height and width
+# A batch's height and width are multiples of this number of pixels.
+SIZE_DIVISOR = 32
 
 
 class DetectionImages(EncodedImages):
-    """The images of a set, by position; in training with their objects, in evaluation alone.
+    """Images of a data set, read by position; training samples have objects, evaluation samples only the image.
 
     A training sample is {"image": uint8 (H, W, 3), "boxes": float32 (N, 4), "labels": int64 (N,), "ignored": float32
-    (M, 4), and, with `masks`, "masks": uint8 (N, H, W)}. Crowds are `ignored`; boxes are clipped to the image, and
-    those of which less than 1 px is inside are left out.
+    (M, 4)} and, with `masks`, "masks": uint8 (N, H, W). `ignored` holds the boxes of crowds. Boxes are clipped to the
+    image; boxes with less than 1 px of their width or height inside are left out.
 
     Args:
-        folder: what the index's file names are relative to.
+        index: annotations of the images.
+        folder: folder that the index's file names are relative to.
+        training: whether samples have objects.
+        masks: whether training samples have masks.
+
+    Raises:
+        ValueError: if an image has another size than its annotations say; raised when the sample is read.
     """
 
     def __init__(self, index: CocoIndex, folder: Path, *, training: bool = False, masks: bool = False):
@@ -38,17 +46,18 @@ class DetectionImages(EncodedImages):
 
     @property
     def ids(self) -> np.ndarray:
-        """(N,) the image ids, by position."""
+        """Image ids (N,), by position."""
         return self.index.ids
 
     @cached_property
     def truth(self) -> dict[str, list[dict]]:
-        """`images`, `annotations` and `categories` as a COCO file has them."""
+        """Ground truth: `images`, `annotations` and `categories` in COCO's format."""
         return self.index.to_coco()
 
     @property
     def blank(self) -> dict:
-        return {"image": np.zeros((DIVISOR, DIVISOR, 3), np.uint8)}
+        """Sample that stands for padding, in evaluation only."""
+        return {"image": np.zeros((SIZE_DIVISOR, SIZE_DIVISOR, 3), np.uint8)}
 
     def __len__(self) -> int:
         return len(self.index.ids)
@@ -64,13 +73,13 @@ class DetectionImages(EncodedImages):
         start, end = self.index.starts[index : index + 2]
         rows = np.arange(start, end)[~self.index.degenerate[start:end]]
         crowd = self.index.crowd[rows]
-        one = rows[~crowd]
+        single = rows[~crowd]
         objects = {
-            "boxes": self.index.corners[one],
-            "labels": self.index.labels[one],
+            "boxes": self.index.corners[single],
+            "labels": self.index.labels[single],
             "ignored": self.index.corners[rows[crowd]],
         }
-        return objects | {"masks": self.index.masks(index, one)} if self.masks else objects
+        return objects | {"masks": self.index.masks(index, single)} if self.masks else objects
 
     def read(self, index: int) -> bytes:
         with open(os.path.join(self.folder, self.name(index)), "rb") as file:
@@ -81,9 +90,17 @@ class DetectionImages(EncodedImages):
 
 
 def collate(samples: Sequence[dict]) -> dict:
-    """Images padded to one size, uint8 (B, 3, H, W) with their `sizes` (B, 2); what differs in length as lists."""
+    """Join samples to one batch of bytes.
+
+    Args:
+        samples: transformed samples of training or of evaluation.
+
+    Returns:
+        The batch of `datamodules.batch` before normalising: `image` is uint8 (B, 3, H, W), padded to a common size with
+        sides that are multiples of 32; keys whose length differs between images are lists.
+    """
     height, width = (max(sample["image"].shape[axis] for sample in samples) for axis in (0, 1))
-    padded = -(-height // DIVISOR) * DIVISOR, -(-width // DIVISOR) * DIVISOR
+    padded = round_up(height, SIZE_DIVISOR), round_up(width, SIZE_DIVISOR)
     batch: dict[str, Any] = {}
     batch["image"], batch["sizes"] = pad_images([sample["image"] for sample in samples], padded)
     batch["index"] = torch.tensor([int(sample["index"]) for sample in samples])
@@ -95,22 +112,22 @@ def collate(samples: Sequence[dict]) -> dict:
     return batch
 
 
-class DetectionData(DenseData):
-    """Images with boxes and perhaps masks; labels are from 0 up in the order of `class_names`.
+class DetectionData(DensePredictionData):
+    """Images with boxes and possibly masks; labels are 0 to K - 1 in the order of `class_names`.
 
-    A batch has `image`, float32 (B, 3, H, W), normalised once it is on the device and padded with zeros at the right
-    and the bottom to multiples of 32, and `sizes`, int64 (B, 2), heights and widths without the padding. In training it
-    has lists with one tensor an image: `boxes`, float32 (N, 4), x1, y1, x2, y2 in pixels of the resized image; `labels`
-    (N,); `ignored`, float32 (M, 4), boxes of crowds; and, where the data have masks that are read, `masks`, uint8
-    (N, h, w). In evaluation it has `original_sizes`, int64 (B, 2), those of the files.
+    The module docstring of `datamodules.batch` specifies the batches.
 
     Args:
-        keep_empty: train on images without objects too.
-        common: arguments of `DenseData`.
+        keep_empty: whether images without objects are trained on too.
+        common: arguments of `DensePredictionData`.
+
+    Attributes:
+        reads_masks: whether training samples have the masks of the data, if there are any. A detector that predicts
+            only boxes sets it to False to save the time of decoding them.
     """
 
     collate = staticmethod(collate)
-    reads_masks = True  # in training, where there are any; for a detector of boxes alone they would only cost time
+    reads_masks = True
 
     def __init__(self, *, keep_empty: bool = False, **common: Any):
         super().__init__(**common)
@@ -118,75 +135,86 @@ class DetectionData(DenseData):
 
     @abstractmethod
     def read(self, split: str) -> tuple[CocoIndex, Path]:
-        """A split's annotations, and the folder that their file names are relative to."""
+        """Return a split's annotations, and the folder that their file names are relative to."""
 
     def load(self, split: str) -> DetectionImages:
         index, folder = self.read(split)
         check_files(index, folder)
         if split == "val":
             return DetectionImages(index, folder)
-        _check_same_categories(index, self._val)
+        _check_same_categories(index, self._val_index)
         if self.has_masks and index.segmentations is None:
-            raise ValueError(f"{self._val.source} has masks, but not all annotations of {index.source} have one")
+            raise ValueError(f"{self._val_index.source} has masks, but not all annotations of {index.source} have one")
         return DetectionImages(index, folder) if split == "test" else self._training_images(index, folder)
 
     def _training_images(self, index: CocoIndex, folder: Path) -> DetectionImages:
         if dropped := int(index.degenerate.sum()):
-            few = f"{dropped} of {len(index.boxes)} boxes have less than 1 px inside their image and are left out"
-            logger.warning("%s: %s", index.source, few)
-        used = np.bincount(index.image, ~(index.degenerate | index.crowd), minlength=len(index.ids)) > 0
-        if not used.any():
+            message = f"{dropped} of {len(index.boxes)} boxes have less than 1 px inside their image and are left out"
+            logger.warning("%s: %s", index.source, message)
+        is_object = ~(index.degenerate | index.crowd)
+        has_objects = np.bincount(index.image_index, is_object, minlength=len(index.ids)) > 0
+        if not has_objects.any():
             raise ValueError(f"{index.source} has no box to train on: all are crowds, or outside their images")
-        if not (self.keep_empty or used.all()):
-            logger.info("%s: %d of %d images have no objects", index.source, (~used).sum(), len(used))
-            index = index.select(used)
+        if not (self.keep_empty or has_objects.all()):
+            logger.info("%s: %d of %d images have no objects", index.source, (~has_objects).sum(), len(has_objects))
+            index = index.select(has_objects)
         return DetectionImages(index, folder, training=True, masks=self.has_masks and self.reads_masks)
 
     def groups(self, images: DetectionImages) -> np.ndarray:
-        """Upright images or not: a batch of both would be padded to the height of one and the width of the other."""
+        """Return whether each image is in portrait format.
+
+        A batch of portrait and landscape images would be padded to the height of the former and the width of the
+        latter.
+        """
         height, width = images.index.sizes.T
         return height > width
 
     @property
-    def _val(self) -> CocoIndex:
+    def _val_index(self) -> CocoIndex:
         return self.images("val").index
 
     @property
     def class_names(self) -> Sequence[str]:
-        return list(self._val.categories.values())
+        """Names of the classes, by label."""
+        return list(self._val_index.categories.values())
 
     @property
     def category_ids(self) -> list[int]:
-        """The data's own ids of the classes, by label."""
-        return list(self._val.categories)
+        """Ids that the data use for the classes, by label."""
+        return list(self._val_index.categories)
 
     @property
     def has_masks(self) -> bool:
-        return self._val.segmentations is not None
+        """True if every annotation of the validation split has a mask."""
+        return self._val_index.segmentations is not None
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         return batch | {"image": normalise_padded(batch["image"], batch["sizes"], self.mean, self.std)}
 
 
 def check_files(index: CocoIndex, folder: Path) -> None:
-    """Raises ValueError where an image of the set has no file. Each folder is listed once, no file is looked at."""
+    """Check that each image of the data set has a file; each folder is listed once and no file is opened.
+
+    Raises:
+        ValueError: if a file is missing.
+    """
     names = [file.decode() for file in index.files]
     listed: dict[str, set[str]] = {}
     missing = []
     for name in names:
-        inside, file = os.path.split(name)
-        if inside not in listed:
-            where = folder / inside
-            listed[inside] = set(os.listdir(where)) if where.is_dir() else set()
-        if file not in listed[inside]:
+        parent, file = os.path.split(name)
+        if parent not in listed:
+            directory = folder / parent
+            listed[parent] = set(os.listdir(directory)) if directory.is_dir() else set()
+        if file not in listed[parent]:
             missing.append(name)
     if missing:
-        some = f"{len(missing)} of {len(names)} images of {index.source} are missing"
-        raise ValueError(f"{some}, like {folder / missing[0]}")
+        counts = f"{len(missing)} of {len(names)} images of {index.source} are missing"
+        raise ValueError(f"{counts}, like {folder / missing[0]}")
 
 
 def _check_same_categories(index: CocoIndex, other: CocoIndex) -> None:
     if index.categories != other.categories:
         id, name = min(set(index.categories.items()) ^ set(other.categories.items()))
-        here, there = (index, other) if (id, name) in index.categories.items() else (other, index)
-        raise ValueError(f"category {id}, {name!r}, of {here.source} is not in {there.source}")
+        with_category, without = (index, other) if (id, name) in index.categories.items() else (other, index)
+        raise ValueError(f"category {id}, {name!r}, of {with_category.source} is not in {without.source}")

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao et al., arXiv:1708.07747), from its IDX files."""
+"""Fashion-MNIST (Xiao et al., arXiv:1708.07747), read from its IDX files."""
 
 import gzip
 import os
@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from datamodules.base import ClassificationData
-from datamodules.images import ArrayImages, rank_in_class
+from datamodules.images import ArrayImages, index_in_class
 
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
+# Folder in which Debian's package dataset-fashion-mnist installs the files.
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
-    """The array in `folder`/`name` or its .gz.
+    """Read the array in `folder`/`name` or `folder`/`name`.gz.
 
     Raises:
-        ValueError: neither is there, or it is not a whole IDX file of bytes.
+        ValueError: if neither file exists, or the file is not a complete IDX file of unsigned bytes.
     """
     paths = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
     if not paths:
@@ -26,7 +27,7 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
         data = paths[0].read_bytes()
         data = gzip.decompress(data) if paths[0].suffix == ".gz" else data
         if data[:3] != b"\0\0\x08":
-            raise ValueError("it does not begin as an IDX file of unsigned bytes does")
+            raise ValueError("it does not begin like an IDX file of unsigned bytes")
         dims = data[3]
         shape = np.frombuffer(data, ">u4", dims, 4).tolist()
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape).copy()
@@ -35,12 +36,11 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
 
 
 class FashionMNIST(ClassificationData):
-    """70,000 pieces of clothing, 28 x 28, 10 classes.
+    """70,000 images of clothing, 28 x 28 px, in 10 classes.
 
-    The first of every ten training images of a class is for validation: 54,000 / 6,000 / 10,000.
-
-    Args:
-        root: folder of the IDX files, gzipped or not; None: where `scripts/fetch_data.py` or Debian's package put them.
+    The first of every ten training images of a class is for validation: 54,000 / 6,000 / 10,000 images. `root` is the
+    folder of the IDX files, gzipped or not. None means the folder to which `scripts/fetch_data.py` or Debian's package
+    writes them.
     """
 
     class_names = (
@@ -49,9 +49,9 @@ class FashionMNIST(ClassificationData):
     )
 
     def find_root(self, root: str | None) -> Path | None:
-        usual = (Path(os.environ.get("RETINUE_DATA", "data")) / "fashion_mnist", DEBIAN)
-        there = [str(folder) for folder in usual if folder.is_dir()]
-        return super().find_root(there[0] if root is None and there else root)
+        defaults = (Path(os.environ.get("RETINUE_DATA", "data")) / "fashion_mnist", DEBIAN_FOLDER)
+        existing = [str(folder) for folder in defaults if folder.is_dir()]
+        return super().find_root(existing[0] if root is None and existing else root)
 
     def load(self, split: str) -> ArrayImages:
         assert self.root is not None
@@ -61,6 +61,6 @@ class FashionMNIST(ClassificationData):
         if len(images) != len(labels):
             raise ValueError(f"{self.root} has {len(images)} {stem} images but {len(labels)} labels")
         if split != "test":
-            mine = (rank_in_class(labels) % 10 == 0) == (split == "val")
-            images, labels = images[mine], labels[mine]
+            in_split = (index_in_class(labels) % 10 == 0) == (split == "val")
+            images, labels = images[in_split], labels[in_split]
         return ArrayImages(images, labels, f"fashion_mnist/{split}")

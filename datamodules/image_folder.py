@@ -1,4 +1,4 @@
-"""Any folder of images sorted into one folder a class."""
+"""Any folder with one subfolder of images per class."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -6,59 +6,63 @@ from functools import cached_property
 import numpy as np
 
 from datamodules.base import SPLITS, ClassificationData
-from datamodules.images import FileImages, class_folders, list_classes, rank_in_class
+from datamodules.images import FileImages, index_in_class, list_classes, read_class_folders
 
 
 class ImageFolder(ClassificationData):
-    """`root`/{train,val[,test]}/<class>/*, or `root`/<class>/* alone; a class's name is its folder's.
+    """Images in `root`/{train,val[,test]}/<class>/* or in `root`/<class>/*.
 
-    Without a test folder the test split is the validation split. Where there are only class folders, every fifth image
-    of a class is for validation.
+    The name of a class is the name of its folder. Without a test folder, the test split is the validation split. If
+    `root` has only class folders, every fifth image of a class is for validation.
     """
 
     @cached_property
     def class_names(self) -> Sequence[str]:
         assert self.root is not None
-        if not self._folders:
+        if not self._split_folders:
             return list_classes(self.root)
-        if missing := {"train", "val"} - set(self._folders):
+        if missing := {"train", "val"} - set(self._split_folders):
             raise ValueError(f"{self.root} has no {min(missing)} folder: expected train and val, or only class folders")
-        classes = {folder: list_classes(self.root / folder) for folder in self._folders}
-        return same_classes(classes.pop("train"), classes)
+        classes = {split: list_classes(self.root / split) for split in self._split_folders}
+        return check_same_classes(classes.pop("train"), classes)
 
     @property
     def splits(self) -> Sequence[str]:
-        return self._folders or ("train", "val")
+        return self._split_folders if self._split_folders else ("train", "val")
 
     def load(self, split: str) -> FileImages:
         assert self.root is not None
         classes = self.class_names
-        if self._folders:
-            return class_folders(self.root, split, classes)
-        images = class_folders(self.root, "", classes)
-        mine = np.flatnonzero((rank_in_class(images.labels) % 5 == 0) == (split == "val"))
-        return FileImages(self.root, [images.name(i) for i in mine], images.labels[mine].tolist())
+        if self._split_folders:
+            return read_class_folders(self.root, split, classes)
+        images = read_class_folders(self.root, "", classes)
+        in_split = np.flatnonzero((index_in_class(images.labels) % 5 == 0) == (split == "val"))
+        return FileImages(self.root, [images.name(i) for i in in_split], images.labels[in_split].tolist())
 
     @cached_property
-    def _folders(self) -> Sequence[str]:
-        """The folders that are splits."""
+    def _split_folders(self) -> Sequence[str]:
+        """Names of the folders in `root` that are splits."""
         assert self.root is not None
         return [split for split in SPLITS if (self.root / split).is_dir()]
 
 
-def same_classes(train: list[str], others: dict[str, list[str]]) -> list[str]:
-    """`train`, if every other split has the same class folders.
+def check_same_classes(train: list[str], others: dict[str, list[str]]) -> list[str]:
+    """Return `train` after checking that every other split has the same class folders.
+
+    Args:
+        train: names of the class folders in train.
+        others: names of the class folders in each other split.
 
     Raises:
-        ValueError: names some that are only in one.
+        ValueError: if a class folder is in one split only.
     """
     for split, classes in others.items():
-        for here, there, only in (
+        for with_class, without, names in (
             ("train", split, sorted(set(train) - set(classes))),
             (split, "train", sorted(set(classes) - set(train))),
         ):
-            if only:
+            if names:
                 counts = f"{len(train)} class folders in train but {len(classes)} in {split}"
-                names = ", ".join(only[:3]) + (", ..." if len(only) > 3 else "")
-                raise ValueError(f"{counts}: {names} in {here}, not in {there}")
+                examples = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                raise ValueError(f"{counts}: {examples} in {with_class}, not in {without}")
     return train

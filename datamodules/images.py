@@ -1,4 +1,4 @@
-"""Labelled images, by position: what the classification data modules load."""
+"""Sets of labelled images, read by position, for the classification data modules."""
 
 import os
 from abc import ABC, abstractmethod
@@ -13,13 +13,20 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", "
 
 
 class LabelledImages(ABC):
-    """`self[i]` is {"image": uint8 (H, W, 3), "label": int64}; it raises `BrokenImage` where there is none to see."""
+    """Set of images with one label each.
 
-    labels: np.ndarray  # (N,) int64
+    The sample `self[i]` is {"image": uint8 (H, W, 3), "label": int64}; reading it raises `BrokenImage` if the image
+    cannot be decoded.
+
+    Attributes:
+        labels: (N,) int64, the label of each image.
+    """
+
+    labels: np.ndarray
 
     @property
     def blank(self) -> dict:
-        """A sample that stands for padding."""
+        """Sample that stands for padding."""
         return {"image": np.zeros((32, 32, 3), np.uint8), "label": np.int64(0)}
 
     def __len__(self) -> int:
@@ -29,35 +36,40 @@ class LabelledImages(ABC):
         return {"image": self.image(index), "label": self.labels[index]}
 
     @abstractmethod
-    def image(self, index: int) -> np.ndarray: ...
+    def image(self, index: int) -> np.ndarray:
+        """Return the image at a position, uint8 (H, W, 3), or raise `BrokenImage`."""
 
     @abstractmethod
-    def name(self, index: int) -> str: ...
+    def name(self, index: int) -> str:
+        """Return the name of the image at a position."""
 
 
 class ArrayImages(LabelledImages):
-    """Images in memory.
+    """Set of images in memory.
 
     Args:
         images: uint8 (N, H, W) or (N, H, W, 3).
+        labels: (N,), the label of each image.
+        name: prefix of the images' names, such as "digits/train".
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, name: str):
-        self.images, self.labels, self.split = images, labels.astype(np.int64), name
+        self.images, self.labels, self.prefix = images, labels.astype(np.int64), name
 
     def image(self, index: int) -> np.ndarray:
         image = self.images[index]
         return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
 
     def name(self, index: int) -> str:
-        return f"{self.split}/{index:05d}"
+        return f"{self.prefix}/{index:05d}"
 
 
 class EncodedImages(LabelledImages):
-    """Images as files' contents, decoded when asked for."""
+    """Set of encoded images, which are decoded when they are read."""
 
     @abstractmethod
-    def read(self, index: int) -> bytes: ...
+    def read(self, index: int) -> bytes:
+        """Return the encoded image at a position."""
 
     def image(self, index: int) -> np.ndarray:
         try:
@@ -67,17 +79,18 @@ class EncodedImages(LabelledImages):
 
 
 class FileImages(EncodedImages):
-    """Image files.
+    """Set of image files.
 
     Args:
-        root: folder that the names are relative to.
-        files: their names; the position in it is the image's.
-        labels: one of each.
+        root: folder that the file names are relative to.
+        files: names of the files, by position.
+        labels: label of each file.
     """
 
     def __init__(self, root: Path, files: Sequence[str], labels: Sequence[int]):
         self.root = os.fspath(root)
-        self.files = np.array([os.fsencode(file) for file in files])  # bytes in one array: workers share its memory
+        # The names are bytes in one array, so that loading processes share their memory.
+        self.files = np.array([os.fsencode(file) for file in files])
         self.labels = np.array(labels, np.int64)
 
     def read(self, index: int) -> bytes:
@@ -89,19 +102,19 @@ class FileImages(EncodedImages):
 
 
 def list_images(folder: Path) -> list[str]:
-    """Names of the image files anywhere below `folder`, relative to it, sorted."""
-    found = []
+    """Return the names of all image files below `folder`, relative to it and sorted."""
+    names = []
     for directory, _, files in os.walk(folder, followlinks=True):
-        inside = os.path.relpath(directory, folder)
-        found += [os.path.normpath(os.path.join(inside, f)) for f in files if f.lower().endswith(EXTENSIONS)]
-    return sorted(found)
+        prefix = os.path.relpath(directory, folder)
+        names += [os.path.normpath(os.path.join(prefix, f)) for f in files if f.lower().endswith(EXTENSIONS)]
+    return sorted(names)
 
 
 def list_classes(folder: Path) -> list[str]:
-    """Names of the class folders in `folder`, sorted.
+    """Return the names of the class folders in `folder`, sorted.
 
     Raises:
-        ValueError: there are none.
+        ValueError: if there is no class folder.
     """
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
@@ -109,29 +122,35 @@ def list_classes(folder: Path) -> list[str]:
     return names
 
 
-def class_folders(root: Path, folder: str, classes: Sequence[str], labels: Sequence[int] | None = None) -> FileImages:
-    """The images of `root`/`folder`/<class>/, named relative to `root`/`folder`.
+def read_class_folders(
+    root: Path, folder: str, classes: Sequence[str], labels: Sequence[int] | None = None
+) -> FileImages:
+    """Return the images of `root`/`folder`/<class>/, named relative to `root`/`folder`.
 
     Args:
-        labels: label of each class; its position by default.
+        root: folder of the data set.
+        folder: folder in `root` that has the class folders.
+        classes: names of the class folders.
+        labels: label of each class; by default its position in `classes`.
 
     Raises:
-        ValueError: there is no image at all.
+        ValueError: if there is no image.
     """
-    files, numbers = [], []
+    files, file_labels = [], []
     for label, name in zip(labels if labels is not None else range(len(classes)), classes, strict=True):
-        inside = [os.path.join(name, file) for file in list_images(root / folder / name)]
-        files += inside
-        numbers += [label] * len(inside)
+        class_files = [os.path.join(name, file) for file in list_images(root / folder / name)]
+        files += class_files
+        file_labels += [label] * len(class_files)
     if not files:
         raise ValueError(f"no images in the class folders of {root / folder} (looked for {', '.join(EXTENSIONS)})")
-    return FileImages(root / folder, files, numbers)
+    return FileImages(root / folder, files, file_labels)
 
 
-def rank_in_class(labels: np.ndarray) -> np.ndarray:
-    """(N,) how many images of the same class come before each: what fixed stratified splits are made of."""
+def index_in_class(labels: np.ndarray) -> np.ndarray:
+    """Return (N,) the number of preceding images of the same class; fixed stratified splits are made from it."""
     order = np.argsort(labels, kind="stable")
-    first = np.searchsorted(labels[order], labels[order])  # where the class begins in that order
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(labels)) - first
-    return rank
+    # Entry of `order` at which the class of each entry begins.
+    first = np.searchsorted(labels[order], labels[order])
+    counts = np.empty_like(order)
+    counts[order] = np.arange(len(labels)) - first
+    return counts

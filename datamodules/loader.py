@@ -1,6 +1,6 @@
-"""Loaders whose batches follow from the seed alone, not from workers or the point of resumption.
+"""Loaders whose batches depend on the seed alone, neither on the number of workers nor on where training resumed.
 
-A data set for them is map-style (`ImageSet`); its samples are dicts of arrays, one of them `image`.
+They read map-style data sets (`ImageSet`), whose samples are dicts of arrays with the key `image`.
 """
 
 import logging
@@ -18,26 +18,37 @@ from datamodules.sampler import EvalSampler, Plan, TrainSampler
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 100  # replacements for one broken image
+# Largest number of images that are read for one place in a batch before the run stops.
+MAX_ATTEMPTS = 100
 
 
 class ImageSet(Protocol):
-    """What a loader needs of a data set: samples by position, where `BrokenImage` may be raised, and their names.
-
-    `blank` is a sample that may stand for padding.
-    """
+    """Interface of the data sets that a loader reads."""
 
     @property
-    def blank(self) -> dict: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> dict: ...
-    def name(self, index: int) -> str: ...
+    def blank(self) -> dict:
+        """Sample that stands for padding."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def __getitem__(self, index: int) -> dict:
+        """Read the sample at a position, or raise `BrokenImage`."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Return the name of the sample at a position."""
+        ...
 
 
 @contextmanager
 def private_rng(device: torch.device | None = None) -> Iterator[None]:
-    """Inside, the global generators of Python, NumPy and torch (CPU and `device`) may be seeded and used (augmentations
-    of timm and torchvision draw from them); on leaving they are as they were."""
+    """Restore the global random generators of Python, NumPy and torch (CPU and `device`) when the block ends.
+
+    Inside the block they may be seeded and used freely: augmentations of timm and torchvision draw from them.
+    """
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
@@ -48,7 +59,7 @@ def private_rng(device: torch.device | None = None) -> Iterator[None]:
 
 
 def seed_rng(*key: int, device: torch.device | None = None) -> None:
-    """Seed the global generators (those that `private_rng` keeps) from the numbers in `key`."""
+    """Seed the global generators that `private_rng` restores from the numbers in `key`."""
     random.seed(repr(key))
     np.random.seed(random.getrandbits(32))
     torch.default_generator.manual_seed(random.getrandbits(63))
@@ -58,22 +69,31 @@ def seed_rng(*key: int, device: torch.device | None = None) -> None:
 
 
 def stack(samples: Sequence[dict]) -> dict:
-    """Samples of equal shapes to one batch; images become (B, C, H, W) in channels-last memory."""
+    """Join samples of equal shapes to one batch; images become (B, C, H, W) in channels-last memory."""
     batch = {}
     for key in samples[0]:
         arrays = [np.asarray(sample[key]) for sample in samples]
-        out = np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)  # else np.stack may keep the strides of views
+        # Without `out`, np.stack may keep the strides of views, and the memory would not be contiguous.
+        out = np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)
         batch[key] = torch.from_numpy(np.stack(arrays, out=out))
     batch["image"] = batch["image"].permute(0, 3, 1, 2)  # (B, H, W, C) → (B, C, H, W)
     return batch
 
 
-class Fetch(Dataset):
-    """Makes the batch of a `Plan`: the data set of a `Loader`.
+class BatchFetcher(Dataset):
+    """Data set of a `Loader`, whose item for a `Plan` is the batch of that plan.
 
-    A broken image is replaced in training by another one, drawn from the sample's own randomness, and in evaluation
-    by padding. `batch["index"]` has the positions that were read, -1 for padding; `batch["broken"]` says which ones
-    could not be, and why.
+    In training, a broken image is replaced by another image, drawn from the sample's own randomness. In evaluation it
+    is replaced by padding. `batch["index"]` holds the positions of the images that were read, and -1 for padding.
+    `batch["broken"]` lists the position of each unreadable image and the reason.
+
+    Args:
+        dataset: the data set to read.
+        transform: transform of a sample.
+        collate: function that joins samples to a batch.
+
+    Raises:
+        ValueError: if `MAX_ATTEMPTS` images in a row are broken; raised when a batch is read.
     """
 
     def __init__(
@@ -84,38 +104,45 @@ class Fetch(Dataset):
     def __getitem__(self, plan: Plan) -> dict:
         broken: list[tuple[int, str]] = []
         with private_rng():
-            places = zip(plan.index, plan.copy, strict=True)
-            batch = self.collate([self._sample(index, copy, plan.key, broken) for index, copy in places])
+            pairs = zip(plan.index, plan.copy, strict=True)
+            batch = self.collate([self._sample(index, copy, plan.key, broken) for index, copy in pairs])
         batch["broken"] = broken
         return batch if plan.seed is None else batch | {"seed": plan.seed}
 
     def _sample(self, index: int, copy: int, key: tuple[int, int] | None, broken: list[tuple[int, str]]) -> dict:
         if key is not None:
             seed_rng(*key, index, copy)
-        for _ in range(ATTEMPTS):
+        for _ in range(MAX_ATTEMPTS):
             try:
                 sample = self.dataset[index] if index >= 0 else self.dataset.blank
                 return self.transform(sample) | {"index": np.int64(index)}
             except BrokenImage as error:
                 broken.append((index, str(error)))
                 index = -1 if key is None else random.randrange(len(self.dataset))
-        raise ValueError(f"{ATTEMPTS} images in a row are broken, the last one {self.dataset.name(broken[-1][0])}")
+        raise ValueError(f"{MAX_ATTEMPTS} images in a row are broken, the last one {self.dataset.name(broken[-1][0])}")
 
 
 class Loader(DataLoader):
-    """Gives the batches of its sampler's plans, and names, counts and limits broken images.
+    """Loader of the batches that its sampler plans; it logs, counts and limits broken images.
 
-    Iteration starts with the first batch that is asked for, not with `iter`: Lightning calls `iter` before it tells
-    the sampler the epoch.
+    Iteration starts when the first batch is requested, not in `iter`, because Lightning calls `iter` before it sets the
+    sampler's epoch.
 
     Args:
-        broken: filled with {position: reason}; shared among the loaders of one data set.
-        broken_limit: share of the set's images above which broken ones stop the run with a ValueError.
+        fetch: makes the batch of a plan.
+        sampler: plans the batches.
+        num_workers: number of loading processes; 0 loads in this process.
+        pin_memory: whether batches are copied to pinned memory.
+        broken: dict that receives the reason for each broken image, by position; all loaders of one split share it.
+        broken_limit: share of the data set's images that may be broken.
+
+    Raises:
+        ValueError: if more images than that are broken; raised when a batch is read.
     """
 
     def __init__(
         self,
-        fetch: Fetch,
+        fetch: BatchFetcher,
         sampler: TrainSampler | EvalSampler,
         *,
         num_workers: int = 0,
@@ -130,7 +157,8 @@ class Loader(DataLoader):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # else each iteration draws a seed from the global one
+            # Without a generator of its own, each iteration would draw a seed from the global one.
+            generator=torch.Generator(),
         )
         self.images = fetch.dataset
         self.broken = {} if broken is None else broken
@@ -156,10 +184,11 @@ class Loader(DataLoader):
 
 
 class TrainLoader(Loader):
-    """A `Loader` that knows how many batches of which epoch the training loop has taken.
+    """Training loader that can be saved and resumed at any batch.
 
-    After `load_state_dict` the next iteration gives the rest of that epoch and the one after it starts at 0;
-    `len` is always a whole epoch. Lightning keeps the state in its checkpoints.
+    It counts the batches of the epoch that the training loop has consumed. After `load_state_dict` the next iteration
+    gives the remaining batches of that epoch, and the iteration after it starts at batch 0. `len` is always the number
+    of batches of a whole epoch. Lightning keeps the state in its checkpoints.
     """
 
     sampler: TrainSampler
@@ -171,10 +200,13 @@ class TrainLoader(Loader):
             yield batch
 
     def set_epoch(self, epoch: int) -> None:
+        """Go to the start of `epoch`; an epoch that is being resumed continues where it stopped."""
         self.sampler.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, int]:
+        """Return the epoch and the number of its batches that were consumed."""
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Resume at the state that `state_dict` returned."""
         self.sampler.load_state_dict(state)

@@ -1,6 +1,7 @@
-"""Any folder of images and one of PNG masks."""
+"""Any folder of images and any folder of PNG masks."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from datamodules.base import SPLITS
 from datamodules.segmentation import MaskedImages, SegmentationData, pair_files
@@ -8,15 +9,20 @@ from retinue.utils.masks import IGNORED
 
 
 class MaskFolder(SegmentationData):
-    """`root`/images/{train,val[,test]}/** and `root`/masks/{train,val[,test]}/**; an image and its mask have one name.
+    """Images in `root`/images/{train,val[,test]}/** and masks in `root`/masks/{train,val[,test]}/**.
 
-    A mask is a PNG of one channel or with a palette, whose values are the classes 0..K-1; 255 is always ignored.
-    Without a test folder the test split is the validation split.
+    An image and its mask have the same path but for the suffix. A mask is a PNG with one channel or with a palette,
+    whose values are the classes 0 to K - 1; 255 is always ignored. Without a test folder, the test split is the
+    validation split.
 
     Args:
-        classes: their names by value, or how many there are.
+        classes: names of the classes, by value, or the number of classes.
         ignore: further values that are ignored.
-        background_ignored: 0 is ignored and the classes are 1..K.
+        background_ignored: whether the value 0 is ignored and the classes are 1 to K.
+        common: arguments of `DensePredictionData`.
+
+    Raises:
+        ValueError: if an argument is invalid.
     """
 
     def __init__(
@@ -25,7 +31,7 @@ class MaskFolder(SegmentationData):
         classes: int | Sequence[str] | None = None,
         ignore: Sequence[int] = (),
         background_ignored: bool = False,
-        **common,
+        **common: Any,
     ):
         super().__init__(**common)
         if not isinstance(classes, int | list | tuple):
@@ -41,7 +47,8 @@ class MaskFolder(SegmentationData):
             raise ValueError(f"data.classes names {max(names, key=names.count)!r} twice")
         self.class_names = names
         self.values = {first + label: label for label in range(len(names))}
-        for value in [0, *ignore] if background_ignored else ignore:
+        ignored_values = [0, *ignore] if background_ignored else ignore
+        for value in ignored_values:
             if value in self.values:
                 raise ValueError(f"data.ignore has {value}, the mask value of class {names[self.values[value]]!r}")
             if not 0 <= value <= 255:

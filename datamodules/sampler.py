@@ -1,10 +1,10 @@
-"""Which samples make which batch. A loader's sampler yields one `Plan` a batch.
+"""Samplers: they assign samples to batches and yield one `Plan` per batch.
 
-With global batches of B·W samples (B a rank, W ranks), step t takes the positions [t·B·W, (t + 1)·B·W) of the epoch's
-order and rank r every W-th of them from the r-th on: W ranks with B together see what one process with B·W sees.
+W ranks with B samples each form a global batch of B·W samples. Step t takes the entries [t·B·W, (t + 1)·B·W) of the
+epoch's order, and rank r takes every W-th of these entries, starting at the r-th. So W ranks with B samples each see
+the same samples per step as one process with B·W samples.
 """
 
-import math
 import random
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,31 +12,45 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from retinue.utils.arithmetic import ceil_div
+
 
 class Plan(NamedTuple):
-    """One batch to fetch."""
+    """Plan of one batch.
 
-    index: list[int]  # (B,) positions in the data set; -1 is padding
-    copy: list[int]  # (B,) which of its repeats within the epoch a sample is
-    key: tuple[int, int] | None = None  # (seed, epoch), the source of the samples' randomness; None: nothing is random
-    seed: int | None = None  # for what is drawn for the batch as a whole
+    Attributes:
+        index: (B,) positions in the data set; -1 is padding.
+        copy: (B,) number of each sample among the repeats of its image within the epoch, from 0.
+        key: (seed, epoch), the source of the samples' randomness. None means that nothing is random.
+        seed: seed of what is drawn once for the whole batch; None in evaluation.
+    """
+
+    index: list[int]
+    copy: list[int]
+    key: tuple[int, int] | None = None
+    seed: int | None = None
 
 
 class TrainSampler(Sampler[Plan]):
-    """Shuffled batches of the training set, resumable at any batch.
+    """Sampler of shuffled training batches that can be resumed at any batch.
 
-    The order follows from (seed, epoch). The last uneven batch is dropped; a set smaller than one global batch makes
-    one smaller batch. `repeats` copies of an image stand side by side in the order, so that they fall into one global
-    batch and onto different ranks, and an epoch keeps its number of steps, hence sees 1/repeats of the images
+    The order depends on (seed, epoch) alone. The last, incomplete batch is dropped; a data set smaller than one global
+    batch makes one smaller batch. The `repeats` copies of an image are adjacent in the order, so they fall into one
+    global batch and onto different ranks. An epoch keeps its number of steps and therefore sees 1/repeats of the images
     (repeated augmentation: Hoffer et al., arXiv:1901.09335; Berman et al., arXiv:1902.05509; used by DeiT).
 
     Args:
-        length: samples in the set.
-        batch_size: samples a rank takes in one step.
-        groups: (length,) the group of each sample; those of a global batch are of one, but for an epoch's last ones.
+        length: number of samples in the data set.
+        batch_size: number of samples per rank and step.
+        seed: seed of the order and of the samples' randomness.
+        repeats: number of copies of an image in the order of an epoch.
+        groups: (length,) group of each sample. A global batch holds samples of one group only, except at the end of an
+            epoch. None means no groups.
+        rank: global rank of this process.
+        world_size: number of processes.
 
     Raises:
-        ValueError: there are fewer samples than ranks.
+        ValueError: if there are fewer samples than ranks.
     """
 
     def __init__(
@@ -56,8 +70,10 @@ class TrainSampler(Sampler[Plan]):
         self.batch_size = min(batch_size, length // world_size)
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
-        self.start = 0  # first batch of the next iteration
-        self.consumed = 0  # batches of this epoch that the training loop has taken; the loader counts them
+        # First batch of the next iteration.
+        self.start = 0
+        # Number of batches of this epoch that the training loop has consumed; the loader counts them.
+        self.consumed = 0
 
     def __len__(self) -> int:
         return self.length // (self.batch_size * self.world_size)
@@ -66,51 +82,76 @@ class TrainSampler(Sampler[Plan]):
         start, self.start = self.start, 0
         size = self.batch_size * self.world_size
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        order = order if self.groups is None else in_groups(order, self.groups, size)
+        order = order if self.groups is None else group_batches(order, self.groups, size)
         order, copy = order.repeat(self.repeats)[: self.length], np.arange(self.length) % self.repeats
         for step in range(start, len(self)):
-            mine = slice(step * size + self.rank, (step + 1) * size, self.world_size)
-            draw = random.Random(repr((self.seed, self.epoch, step, self.rank)))
-            yield Plan(order[mine].tolist(), copy[mine].tolist(), (self.seed, self.epoch), draw.getrandbits(63))
+            entries = slice(step * size + self.rank, (step + 1) * size, self.world_size)
+            batch_rng = random.Random(repr((self.seed, self.epoch, step, self.rank)))
+            yield Plan(
+                order[entries].tolist(), copy[entries].tolist(), (self.seed, self.epoch), batch_rng.getrandbits(63)
+            )
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of `epoch`; an epoch that is being resumed goes on where it was."""
+        """Go to the start of `epoch`; an epoch that is being resumed continues where it stopped."""
         if epoch != self.epoch:
             self.epoch, self.start, self.consumed = epoch, 0, 0
 
     def state_dict(self) -> dict[str, int]:
+        """Return the epoch and the number of its batches that were consumed."""
         return {"epoch": self.epoch, "batches": self.consumed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Resume at the state that `state_dict` returned."""
         self.epoch = state["epoch"]
         self.start = self.consumed = state["batches"]
 
 
-def in_groups(order: np.ndarray, groups: np.ndarray, size: int) -> np.ndarray:
-    """`order` with samples of one group in each run of `size`, as the runs fill up; what fills none comes last."""
-    runs, rest = [], []
+def group_batches(order: np.ndarray, groups: np.ndarray, size: int) -> np.ndarray:
+    """Rearrange `order` so that each batch of `size` samples holds samples of one group.
+
+    A batch comes at the place where its last sample is in `order`. The samples that fill no whole batch come last.
+
+    Args:
+        order: (N,) positions of the samples.
+        groups: (N,) group of each sample, by position.
+        size: number of samples in a batch.
+
+    Returns:
+        (N,) the same positions, rearranged.
+    """
+    batches, leftovers = [], []
     for group in np.unique(groups):
-        places = np.flatnonzero(groups[order] == group)
-        whole = len(places) // size * size
-        runs += [*places[:whole].reshape(-1, size)]
-        rest.append(places[whole:])
-    runs.sort(key=lambda run: run[-1])
-    return order[np.concatenate([*runs, np.sort(np.concatenate(rest))])]
+        entries = np.flatnonzero(groups[order] == group)
+        in_batches = len(entries) // size * size
+        batches += [*entries[:in_batches].reshape(-1, size)]
+        leftovers.append(entries[in_batches:])
+    batches.sort(key=lambda batch: batch[-1])
+    return order[np.concatenate([*batches, np.sort(np.concatenate(leftovers))])]
 
 
 class EvalSampler(Sampler[Plan]):
-    """All samples once and in order, as many batches on every rank; index -1 pads the last ones."""
+    """Sampler of evaluation batches: all samples once and in order.
+
+    Every rank gets the same number of batches; index -1 pads the last ones.
+
+    Args:
+        length: number of samples in the data set.
+        batch_size: number of samples per rank and step.
+        rank: global rank of this process.
+        world_size: number of processes.
+    """
 
     def __init__(self, length: int, batch_size: int, *, rank=0, world_size=1):
         self.length, self.batch_size, self.rank, self.world_size = length, batch_size, rank, world_size
 
     def __len__(self) -> int:
-        return math.ceil(self.length / (self.batch_size * self.world_size))
+        return ceil_div(self.length, self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[Plan]:
         size = self.batch_size * self.world_size
         for start in range(0, self.length, size):
-            places = range(start + self.rank, start + size, self.world_size)
-            if start + size > self.length:  # the last batch is as small as it can be
-                places = places[: math.ceil((self.length - start) / self.world_size)]
-            yield Plan([i if i < self.length else -1 for i in places], [0] * len(places))
+            positions = range(start + self.rank, start + size, self.world_size)
+            if start + size > self.length:
+                # The last batch has as few samples per rank as possible.
+                positions = positions[: ceil_div(self.length - start, self.world_size)]
+            yield Plan([i if i < self.length else -1 for i in positions], [0] * len(positions))

@@ -1,9 +1,9 @@
-"""Scenes of digits on photos: the embedded data of detection and segmentation.
+"""Scenes of digits on photos: the embedded data for detection and segmentation.
 
-A scene is 256 x 320: a darkened crop of one of scikit-learn's two sample photos with four to seven of its digits on it,
-48 to 128 px large (log-uniform), turned by up to 10 degrees, in light colours, the later ones over the earlier ones. No
-split shares a digit, or a part of a photo, with another. A net of a million weights learns to tell them, pixel by
-pixel, in minutes on two cores.
+A scene is 256 x 320 px: a darkened crop of one of scikit-learn's two sample photos, with four to seven of its
+handwritten digits. The digits are 48 to 128 px large (log-uniform), rotated by up to 10 degrees, in light colours, and
+later digits cover earlier ones. No two splits share a digit or a part of a photo. A net with a million weights learns
+to recognise the digits, pixel by pixel, within minutes on two cores.
 """
 
 import json
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -23,31 +23,41 @@ from sklearn.datasets import load_sample_images
 
 from datamodules.base import SPLITS
 from datamodules.coco import Coco
-from datamodules.digits import SIZE as DIGIT
+from datamodules.digits import SIZE as DIGIT_SIZE
 from datamodules.digits import Digits
 from datamodules.mask_folder import MaskFolder
+from retinue.utils.masks import IGNORED
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # of the scenes that a seed means; names the folder in the user's cache
+# Version of the scenes that a seed makes; it is part of the folder's name in the user's cache.
+VERSION = 2
+# Number of scenes in each split.
 COUNTS = {"train": 600, "val": 100, "test": 200}
-SIZE = (256, 320)  # height, width
-DIGITS = (4, 7)  # least and most of a scene
-SIDES = (48, 128)  # of a digit's square, px
-ANGLE = 10
-COLUMNS = {"train": (0, 320), "val": (320, 480), "test": (480, 640)}  # of the photos
-CROPS = (112, 160)  # width of what is cut out of a photo
-LEAST_PIXELS, LEAST_SHARE = 40, 0.25  # of a digit to be seen, else it is unclear what it is
+# Height and width of a scene, in pixels.
+SIZE = (256, 320)
+# Minimum and maximum number of digits in a scene.
+DIGIT_COUNTS = (4, 7)
+# Minimum and maximum side of a digit's square, in pixels.
+DIGIT_SIDES = (48, 128)
+# Largest rotation of a digit, in degrees.
+MAX_ANGLE = 10
+# First column of the photos that a split uses, and the column after its last one.
+PHOTO_COLUMNS = {"train": (0, 320), "val": (320, 480), "test": (480, 640)}
+# Minimum and maximum width of the crop of a photo, in pixels.
+CROP_WIDTHS = (112, 160)
+# Smallest visible part of a digit, in pixels and as a share, from which the digit can be recognised.
+MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE = 40, 0.25
 
 
 class Scene(NamedTuple):
-    """One image and its truth.
+    """One image and its ground truth.
 
     Attributes:
         image: uint8 (H, W, 3).
-        instances: uint8 (H, W), 0 for the background, i + 1 where digit i is seen.
+        instances: uint8 (H, W), 0 for the background and i + 1 where digit i is visible.
         labels: int64 (N,), 0 to 9.
-        unclear: bool (N,), whether too little of a digit is seen to tell what it is.
+        unclear: bool (N,), whether the visible part of a digit is too small to recognise it.
     """
 
     image: np.ndarray
@@ -57,41 +67,43 @@ class Scene(NamedTuple):
 
 
 def make_scene(split: str, index: int, seed: int = 0) -> Scene:
-    """The scene at a position of train, val or test; it follows from the arguments alone."""
+    """Make the scene at a position of train, val or test; it depends on the arguments alone."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    photos, digits, labels = _materials(split)
-    image = _background(rng, photos)
-    chosen = rng.integers(len(digits), size=rng.integers(DIGITS[0], DIGITS[1], endpoint=True))
-    instances, whole = np.zeros(SIZE, np.uint8), np.empty(len(chosen))
+    photos, digits, labels = _source_images(split)
+    image = _draw_background(rng, photos)
+    chosen = rng.integers(len(digits), size=rng.integers(*DIGIT_COUNTS, endpoint=True))
+    instances, digit_pixels = np.zeros(SIZE, np.uint8), np.empty(len(chosen))
     for i, digit in enumerate(digits[chosen]):
-        shape = _sprite(rng, digit)
+        shape = _draw_shape(rng, digit)
         top, left = (int(rng.integers(side - length)) for side, length in zip(SIZE, shape.shape, strict=True))
-        inside = slice(top, top + shape.shape[0]), slice(left, left + shape.shape[1])
-        under = image[inside]  # a view, as is instances[inside]
-        under += shape[..., None] * (_paint(rng, under) - under)
-        instances[inside][shape > 0.5] = i + 1
-        whole[i] = (shape > 0.5).sum()
-    seen = np.bincount(instances.ravel(), minlength=len(chosen) + 1)[1:]
-    unclear = (seen < LEAST_PIXELS) | (seen < LEAST_SHARE * whole)
+        window = slice(top, top + shape.shape[0]), slice(left, left + shape.shape[1])
+        # image[window] and instances[window] are views, so both are changed in place.
+        covered = image[window]
+        covered += shape[..., None] * (_draw_colour(rng, covered) - covered)
+        instances[window][shape > 0.5] = i + 1
+        digit_pixels[i] = (shape > 0.5).sum()
+    visible_pixels = np.bincount(instances.ravel(), minlength=len(chosen) + 1)[1:]
+    unclear = (visible_pixels < MIN_VISIBLE_PIXELS) | (visible_pixels < MIN_VISIBLE_SHARE * digit_pixels)
     return Scene(np.clip(np.rint(image), 0, 255).astype(np.uint8), instances, labels[chosen], unclear)
 
 
 @cache
-def _materials(split: str) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """The split's parts of the photos, its digits (N, 40, 40) with a margin, and their labels."""
-    left, right = COLUMNS[split]
+def _source_images(split: str) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Return the split's parts of the photos, its digits (N, 40, 40) with a margin, and their labels (N,)."""
+    left, right = PHOTO_COLUMNS[split]
     photos = [photo[:, left:right] for photo in load_sample_images().images]
-    digits = Digits(image_size=DIGIT, batch_size=1).images(split)
+    digits = Digits(image_size=DIGIT_SIZE, batch_size=1).images(split)
+    # The margin is needed because the strokes of most digits end at the edge of the image.
     padded = np.pad(digits.images, ((0, 0), (4, 4), (4, 4)))
-    rounded = ImageFilter.GaussianBlur(1.5)  # strokes end at the edge of most digits
-    return photos, np.stack([np.asarray(Image.fromarray(d).filter(rounded)) for d in padded]), digits.labels
+    blur = ImageFilter.GaussianBlur(1.5)
+    return photos, np.stack([np.asarray(Image.fromarray(digit).filter(blur)) for digit in padded]), digits.labels
 
 
-def _background(rng: np.random.Generator, photos: list[np.ndarray]) -> np.ndarray:
-    """float64 (H, W, 3): a crop of a photo, darkened, in one of eight orientations and with a tint."""
+def _draw_background(rng: np.random.Generator, photos: list[np.ndarray]) -> np.ndarray:
+    """Return a darkened and tinted crop of a photo in one of eight orientations: float64 (H, W, 3)."""
     photo = photos[rng.integers(len(photos))]
     photo = photo.transpose(1, 0, 2) if rng.random() < 0.5 else photo
-    width = rng.uniform(*CROPS)
+    width = rng.uniform(*CROP_WIDTHS)
     height = width * SIZE[0] / SIZE[1]
     left, top = rng.uniform(0, photo.shape[1] - width), rng.uniform(0, photo.shape[0] - height)
     box = (left, top, left + width, top + height)
@@ -99,31 +111,36 @@ def _background(rng: np.random.Generator, photos: list[np.ndarray]) -> np.ndarra
     return image[:: rng.choice((-1, 1)), :: rng.choice((-1, 1))] * rng.uniform(0.25, 0.5, 3)
 
 
-def _sprite(rng: np.random.Generator, digit: np.ndarray) -> np.ndarray:
-    """(h, w), from 0 to 1: a digit's strokes, scaled and turned, cut to what is not 0."""
-    side = round(math.exp(rng.uniform(*np.log(SIDES))))
-    large = Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)
-    turned = np.asarray(large.rotate(rng.uniform(-ANGLE, ANGLE), Image.Resampling.BICUBIC, expand=True))
-    shape = np.clip((turned / 255 - 0.37) * side / 8 + 0.5, 0, 1)  # an edge is some pixels wide
+def _draw_shape(rng: np.random.Generator, digit: np.ndarray) -> np.ndarray:
+    """Return the strokes of a digit, scaled, rotated and cut to their extent: (h, w), from 0 to 1."""
+    side = round(math.exp(rng.uniform(*np.log(DIGIT_SIDES))))
+    scaled = Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)
+    angle = rng.uniform(-MAX_ANGLE, MAX_ANGLE)
+    rotated = np.asarray(scaled.rotate(angle, Image.Resampling.BICUBIC, expand=True))
+    # The factor makes the edge of a stroke a few pixels wide.
+    shape = np.clip((rotated / 255 - 0.37) * side / 8 + 0.5, 0, 1)
     rows, columns = np.flatnonzero(shape.any(axis=1)), np.flatnonzero(shape.any(axis=0))
     return shape[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _paint(rng: np.random.Generator, under: np.ndarray) -> np.ndarray:
-    """(h, 1, 3): a light colour that changes a little from top to bottom."""
+def _draw_colour(rng: np.random.Generator, covered: np.ndarray) -> np.ndarray:
+    """Return a light colour that changes slightly from top to bottom, for the pixels (h, w, 3) to cover: (h, 1, 3)."""
     top = rng.uniform(130, 255, 3)
     bottom = np.clip(top + rng.uniform(-60, 60, 3), 130, 255)
-    return np.linspace(top, bottom, len(under))[:, None]
+    return np.linspace(top, bottom, len(covered))[:, None]
 
 
 def semantic_mask(scene: Scene) -> np.ndarray:
-    """uint8 (H, W): 0 is the background, 1 + d a digit d, 255 one of which it is unclear."""
-    values = np.where(scene.unclear, 255, scene.labels + 1)
+    """Return the mask for segmentation, uint8 (H, W): 0 is background, d + 1 is digit d, 255 is an unclear digit."""
+    values = np.where(scene.unclear, IGNORED, scene.labels + 1)
     return np.concatenate([[0], values]).astype(np.uint8)[scene.instances]
 
 
 def coco_annotations(scene: Scene) -> list[dict]:
-    """The digits that are seen, as COCO has them, without ids: masks in compressed RLE, unclear ones as crowds."""
+    """Return COCO's annotations of the visible digits, without ids.
+
+    Masks are compressed run lengths. Unclear digits are crowds.
+    """
     annotations = []
     for i, (label, unclear) in enumerate(zip(scene.labels.tolist(), scene.unclear.tolist(), strict=True), start=1):
         mask = np.asfortranarray(scene.instances == i, np.uint8)
@@ -132,25 +149,33 @@ def coco_annotations(scene: Scene) -> list[dict]:
         code = rle.encode(mask)
         box, area = rle.toBbox(code).tolist(), int(rle.area(code))
         code["counts"] = code["counts"].decode()  # pyright: ignore[reportAttributeAccessIssue]: it is bytes
-        own = {"segmentation": code, "bbox": box, "area": area, "iscrowd": int(unclear)}
-        annotations.append({"category_id": label + 1} | own)
+        annotations.append(
+            {"category_id": label + 1, "segmentation": code, "bbox": box, "area": area, "iscrowd": int(unclear)}
+        )
     return annotations
 
 
 def write_scenes(out: Path, counts: Mapping[str, int], seed: int = 0) -> None:
-    """Write images and both kinds of truth to the folder `out`, whole or not at all; where it is there, it is kept.
+    """Write scenes with both kinds of ground truth to the folder `out`, all of them or nothing.
 
-    images/<split>/*.jpg, annotations/instances_<split>.json (COCO) and masks/<split>/*.png (0 for the background).
+    The files are images/<split>/*.jpg, annotations/instances_<split>.json (COCO's format) and masks/<split>/*.png (0 is
+    the background). If another process makes the folder in the meantime, its folder is kept.
+
+    Args:
+        out: the folder, which should not exist.
+        counts: number of scenes in each split.
+        seed: seed of the scenes.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        unfinished = Path(folder) / out.name
+        temporary = Path(folder) / out.name
         for split, count in counts.items():
-            _write_split(unfinished, split, count, seed)
+            _write_split(temporary, split, count, seed)
         try:
-            unfinished.rename(out)
+            temporary.rename(out)
         except OSError:
-            if not out.is_dir():  # else another process was first
+            # If the folder exists, another process has written it first.
+            if not out.is_dir():
                 raise
 
 
@@ -167,33 +192,36 @@ def _write_split(out: Path, split: str, count: int, seed: int) -> None:
         for annotation in coco_annotations(scene):
             annotations.append({"id": len(annotations) + 1, "image_id": index + 1} | annotation)
     categories = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
-    truth = {"images": images, "annotations": annotations, "categories": categories}
-    (out / f"annotations/instances_{split}.json").write_text(json.dumps(truth))
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (out / f"annotations/instances_{split}.json").write_text(json.dumps(content))
 
 
 def find_scenes() -> Path:
-    """The folder in the user's cache that has the scenes, which are written when it is not there.
+    """Return the folder of the scenes in the user's cache; the scenes are written if the folder does not exist.
+
+    The cache is $XDG_CACHE_HOME, or ~/.cache if that variable is unset or empty.
 
     Raises:
-        ValueError: they cannot be.
+        ValueError: if the scenes cannot be written.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "retinue" / f"scenes-{VERSION}"
+    cache_home = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(cache_home if cache_home else "~/.cache").expanduser() / "retinue" / f"scenes-{VERSION}"
     if not folder.is_dir():
-        logger.warning("writing %d scenes to %s: some seconds, this once", sum(COUNTS.values()), folder)
+        logger.warning("writing %d scenes to %s, once; this takes some seconds", sum(COUNTS.values()), folder)
         try:
             write_scenes(folder, COUNTS)
         except OSError as error:
             raise ValueError(
                 f"the scenes cannot be written to {folder} ({error.strerror}): set XDG_CACHE_HOME to another folder, "
-                "or data.root to one that scripts/make_scenes.py wrote"
+                "or data.root to a folder that scripts/make_scenes.py wrote"
             ) from error
     return folder
 
 
 class Scenes(Coco):
-    """Scenes with a box and a mask for each digit. Without a root they are written to the user's cache."""
+    """Scenes with a box and a mask for each digit; without a root, the scenes of the user's cache (`find_scenes`)."""
 
-    def __init__(self, **common):
+    def __init__(self, **common: Any):
         paths = {}
         for split in SPLITS:
             paths[f"{split}_annotations"] = f"annotations/instances_{split}.json"
@@ -205,9 +233,9 @@ class Scenes(Coco):
 
 
 class ScenesSegmentation(MaskFolder):
-    """Scenes with a class for each pixel: the background and the ten digits. Without a root, as `Scenes`."""
+    """Scenes with a label for each pixel, the background or one of ten digits; without a root as `Scenes`."""
 
-    def __init__(self, **common):
+    def __init__(self, **common: Any):
         super().__init__(classes=("background", *"0123456789"), **common)
 
     def find_root(self, root: str | None) -> Path | None:

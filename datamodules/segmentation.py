@@ -1,4 +1,4 @@
-"""Images with a class for each pixel: the data module of every segmentation set, and the set of files it loads."""
+"""Images with a label for each pixel: base class of every segmentation data set, and the image files it loads."""
 
 import os
 from abc import abstractmethod
@@ -13,40 +13,48 @@ from PIL import Image
 
 from datamodules.batch import normalise
 from datamodules.decode import BrokenImage
-from datamodules.dense import DenseData
+from datamodules.dense_prediction import DensePredictionData
 from datamodules.dense_transforms import Size, normalise_padded, pad_images
 from datamodules.images import EXTENSIONS, EncodedImages, list_images
+from retinue.utils.arithmetic import round_up
 from retinue.utils.masks import IGNORED
+
+# Columns of `MaskedImages.files`, and positions in `MaskedImages.folders`.
+IMAGE, MASK = 0, 1
+# Without a crop, a training batch's height and width are multiples of this number of pixels.
+SIZE_DIVISOR = 32
 
 
 class MaskedImages(EncodedImages):
-    """Image files with their masks.
+    """Set of image files with their masks.
 
-    `self[i]` is {"image": uint8 (H, W, 3), "mask": uint8 (H, W)}; the mask's values are labels 0..K-1, or 255 where it
-    is ignored.
+    The sample `self[i]` is {"image": uint8 (H, W, 3), "mask": uint8 (H, W)}; the values of the mask are the labels 0
+    to K - 1, or 255 for ignored pixels.
 
     Args:
-        images, masks: the folders that the names are relative to.
-        pairs: names of an image and of its mask.
-        values: a mask file's value → label; 255 is ignored in every set.
+        images: folder that the images' names are relative to.
+        masks: folder that the masks' names are relative to.
+        pairs: names of each image and of its mask.
+        values: label of each value that a mask file may have; 255 is ignored in every data set.
 
     Raises:
-        ValueError: when a sample is read: its mask has another size than the image, more than one channel, or a value
-            that is none of `values`.
+        ValueError: if a mask has another size than its image, more than one channel, or a value that `values` lacks;
+            raised when the sample is read.
     """
 
     def __init__(self, images: Path, masks: Path, pairs: Sequence[tuple[str, str]], values: Mapping[int, int]):
         self.folders = os.fspath(images), os.fspath(masks)
-        # Bytes in one array: workers share its memory.
+        # The names are bytes in one array, so that loading processes share their memory.
         self.files = np.array([[os.fsencode(name) for name in pair] for pair in pairs])
-        self.labels = np.full(257, -1, np.int16)  # by value; the last one stands for all above 255
+        # Label of each mask value, -1 for an invalid value; the last entry stands for all values above 255.
+        self.labels = np.full(257, -1, np.int16)
         self.labels[IGNORED] = IGNORED
         for value, label in values.items():
             self.labels[value] = label
 
     @property
     def blank(self) -> dict:
-        """A sample that stands for padding."""
+        """Sample that stands for padding: all of its pixels are ignored."""
         return {"image": np.zeros((32, 32, 3), np.uint8), "mask": np.full((32, 32), IGNORED, np.uint8)}
 
     def __len__(self) -> int:
@@ -56,19 +64,22 @@ class MaskedImages(EncodedImages):
         image, mask = self.image(index), self.mask(index)
         if mask.shape != image.shape[:2]:
             (height, width), (h, w) = mask.shape, image.shape[:2]
-            raise ValueError(f"{self._path(index, 1)} is {width} x {height} px, but its image is {w} x {h}")
+            raise ValueError(f"{self._path(index, MASK)} is {width} x {height} px, but its image is {w} x {h}")
         return {"image": image, "mask": mask}
 
     def mask(self, index: int) -> np.ndarray:
-        """uint8 (H, W), labels."""
-        path = self._path(index, 1)
+        """Return the mask at a position: uint8 (H, W), labels."""
+        path = self._path(index, MASK)
         try:
             with Image.open(path) as image:
                 values, mode = np.array(image), image.mode
-        except Exception as error:  # each of Pillow's decoders has its own
+        except Exception as error:
+            # Pillow's decoders raise errors of many types.
             raise BrokenImage(f"its mask {path}: {error}") from error
         if values.ndim != 2:
-            raise ValueError(f"{path} is {mode}: a mask has one value a pixel, its class (grey or with a palette)")
+            raise ValueError(
+                f"{path} is {mode}: a mask must have one value per pixel, its class (grey or with a palette)"
+            )
         mask = np.take(self.labels, values, mode="clip")
         if mask.min() < 0:
             classes = len(set(self.labels.tolist()) - {-1, IGNORED})
@@ -77,42 +88,52 @@ class MaskedImages(EncodedImages):
         return mask.astype(np.uint8)
 
     def read(self, index: int) -> bytes:
-        with open(self._path(index, 0), "rb") as file:
+        with open(self._path(index, IMAGE), "rb") as file:
             return file.read()
 
     def name(self, index: int) -> str:
-        return os.fsdecode(self.files[index, 0].item())
+        return os.fsdecode(self.files[index, IMAGE].item())
 
-    def _path(self, index: int, which: int) -> str:
-        return os.path.join(self.folders[which], os.fsdecode(self.files[index, which].item()))
+    def _path(self, index: int, column: int) -> str:
+        return os.path.join(self.folders[column], os.fsdecode(self.files[index, column].item()))
 
 
 def pair_files(images: Path, masks: Path, image_end: str = "", mask_end: str = "") -> list[tuple[str, str]]:
-    """Names of the images below a folder and of their masks (PNG) below another, sorted.
+    """Return the names of all images below one folder and of their masks (PNG) below another folder, sorted.
 
-    A pair's paths are equal but for suffix and ends: with "_image" and "_mask", a/1_image.jpg and a/1_mask.png are one.
+    The paths of an image and its mask may differ in their suffixes and in the given endings of their names only.
+
+    Args:
+        images: folder of the images.
+        masks: folder of the masks.
+        image_end: ending of an image's name before its suffix; other images are skipped.
+        mask_end: ending of a mask's name before its suffix; other masks are skipped.
 
     Raises:
-        ValueError: there are no images, or an image without its mask, or a mask without its image.
+        ValueError: if there are no images, an image has no mask, or a mask has no image.
+
+    Example:
+        With the endings "_image" and "_mask", a/1_image.jpg and a/1_mask.png are a pair.
     """
     for folder in (images, masks):
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
-    found = _by_stem(images, EXTENSIONS, image_end)
-    truth = _by_stem(masks, (".png",), mask_end)
-    if not found:
+    image_files = _files_by_stem(images, EXTENSIONS, image_end)
+    mask_files = _files_by_stem(masks, (".png",), mask_end)
+    if not image_files:
         raise ValueError(f"no images in {images} (looked for {', '.join(EXTENSIONS)})")
-    for what, here, there, folder in (
-        ("image without its mask", found, truth, masks),
-        ("mask without its image", truth, found, images),
+    for problem, files, partners, partner_folder in (
+        ("image without its mask", image_files, mask_files, masks),
+        ("mask without its image", mask_files, image_files, images),
     ):
-        if alone := sorted(here.keys() - there.keys()):
-            raise ValueError(f"{here[alone[0]]}: {what} in {folder} ({len(alone)} of {len(here)} are so)")
-    return [(found[stem], truth[stem]) for stem in sorted(found)]
+        if unpaired := sorted(files.keys() - partners.keys()):
+            count = f"{len(unpaired)} of {len(files)} lack one"
+            raise ValueError(f"{files[unpaired[0]]}: {problem} in {partner_folder} ({count})")
+    return [(image_files[stem], mask_files[stem]) for stem in sorted(image_files)]
 
 
-def _by_stem(folder: Path, suffixes: tuple[str, ...], end: str) -> dict[str, str]:
-    """The files below `folder` that have one of the suffixes, by their path without suffix and `end`."""
+def _files_by_stem(folder: Path, suffixes: tuple[str, ...], end: str) -> dict[str, str]:
+    """Return the files below `folder` with one of the suffixes, by their path without suffix and `end`."""
     files: dict[str, str] = {}
     for name in list_images(folder):
         stem, suffix = os.path.splitext(name)
@@ -120,21 +141,18 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...], end: str) -> dict[str, str
             continue
         stem = stem.removesuffix(end)
         if stem in files:
-            raise ValueError(f"{files[stem]} and {name} in {folder} have one name: which one the mask is of is unclear")
+            raise ValueError(f"{files[stem]} and {name} in {folder} have the same name, so their pair is ambiguous")
         files[stem] = name
     return files
 
 
-class SegmentationData(DenseData):
-    """Images with a class for each pixel.
+class SegmentationData(DensePredictionData):
+    """Images with a label for each pixel.
 
-    A training batch has `image` (float32 (B, 3, H, W), normalised and then padded with zeros once it is on the device)
-    and `mask` (int64 (B, H, W), labels 0..K-1, 255 where ignored or padded). An evaluation batch has lists, as sizes
-    differ: `image`, of float32 (3, h, w), and `mask`, of int64 (H, W) at the size of its file; and `original_sizes`
-    (B, 2), those sizes.
+    The module docstring of `datamodules.batch` specifies the batches.
 
     Args:
-        common: arguments of `DenseData`.
+        common: arguments of `DensePredictionData`.
     """
 
     def __init__(self, **common: Any):
@@ -155,10 +173,16 @@ class SegmentationData(DenseData):
 
 
 def collate(samples: Sequence[dict], crop: Size | None = None) -> dict:
-    """Samples of any sizes to one batch of bytes, as `SegmentationData` says.
+    """Join samples of any sizes to one batch of bytes.
 
-    Training samples are padded to the crop, or, without one, to the largest of them, rounded up to a multiple of 32;
-    `sizes` (B, 2) are theirs without the padding.
+    Args:
+        samples: transformed samples of training or of evaluation.
+        crop: (height, width) to which training samples are padded. None pads them to the largest height and width of
+            the samples, rounded up to multiples of 32.
+
+    Returns:
+        The batch of `datamodules.batch` before normalising: images and masks are uint8. A training batch also has
+        `sizes`, int64 (B, 2), height and width of each image without its padding.
     """
     index = torch.tensor([int(sample["index"]) for sample in samples])
     images, masks = [sample["image"] for sample in samples], [sample["mask"] for sample in samples]
@@ -169,9 +193,12 @@ def collate(samples: Sequence[dict], crop: Size | None = None) -> dict:
             "original_sizes": torch.tensor(np.stack([sample["original_size"] for sample in samples])),
         }
         return batch | {"index": index}
-    height, width = crop or (-(-max(sides) // 32) * 32 for sides in zip(*(mask.shape for mask in masks), strict=True))
+    if crop is None:
+        height, width = (round_up(max(mask.shape[axis] for mask in masks), SIZE_DIVISOR) for axis in (0, 1))
+    else:
+        height, width = crop
     image, sizes = pad_images(images, (height, width))
-    padded = torch.full((len(masks), height, width), IGNORED, dtype=torch.uint8)
-    for place, mask in zip(padded, masks, strict=True):
-        place[: mask.shape[0], : mask.shape[1]] = torch.from_numpy(mask)
-    return {"image": image, "mask": padded, "sizes": sizes, "index": index}
+    padded_masks = torch.full((len(masks), height, width), IGNORED, dtype=torch.uint8)
+    for padded, mask in zip(padded_masks, masks, strict=True):
+        padded[: mask.shape[0], : mask.shape[1]] = torch.from_numpy(mask)
+    return {"image": image, "mask": padded_masks, "sizes": sizes, "index": index}

@@ -1,6 +1,6 @@
-"""Per-sample transforms on the CPU: a sample's `image` goes from uint8 (H, W, 3) to uint8 (h, w, C).
+"""Transforms of one sample on the CPU for classification: `image` changes from uint8 (H, W, 3) to uint8 (h, w, C).
 
-What is cheaper or only possible in batches (normalising, erasing, mixing) is in `datamodules.batch`.
+Normalising, erasing and mixing are cheaper or only possible in batches; they are in `datamodules.batch`.
 """
 
 import random
@@ -16,35 +16,41 @@ from timm.data.transforms_factory import transforms_imagenet_eval, transforms_im
 from torch.nn.functional import interpolate
 from torchvision.transforms import Compose
 
-from datamodules.auto_augment import quicken
+from datamodules.auto_augment import accelerate
 from retinue.utils.suggestions import nearest
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
-MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
+# Pillow's image modes by number of channels.
+PILLOW_MODES = {1: "L", 3: "RGB"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """A recipe's augmentation: all of a recipe's `augment` section. What is not named is off.
+    """Augmentation for classification: the fields of a recipe's `augment` section.
 
     Attributes:
-        scale: share of the image's area that a random resized crop takes, (least, most). None: the shorter side is
-            resized to the image size and a random square is taken (DeiT III's simple random crop).
-        ratio: aspect ratio of the random resized crop, (least, most).
-        pad_crop: pixels by which the image is padded (mirrored) before the random square is taken; with scale=None.
-        interpolation: bilinear, bicubic, or random (one of the two a sample).
-        hflip, vflip: probability of mirroring.
-        auto_augment: timm's strings: `rand-m9-mstd0.5-inc1` (RandAugment, arXiv:1909.13719), `original`, `v0`, ...
-            (AutoAugment, arXiv:1805.09501), `augmix-m3-w3` (arXiv:1912.02781), `3a` (grey, solarize or blur: DeiT III,
-            arXiv:2204.07118).
-        color_jitter: strength for brightness, contrast and saturation. timm leaves it out where `auto_augment` is set;
-            here it is what it says.
-        repeats: times that an image stands in the order of an epoch (repeated augmentation).
-        erasing: probability of random erasing (arXiv:1708.04896); `erasing_mode`: pixel, rand or const.
-        mixup, cutmix: alpha of MixUp (arXiv:1710.09412) and CutMix (arXiv:1905.04899), one of them a batch.
-        mixup_prob: probability that a batch is mixed; `switch_prob`: that it is CutMix where both are on.
-        label_smoothing: share of a mixed target that is spread over all classes (without mixing, the loss smooths).
+        scale: (minimum, maximum) share of the image's area that a random resized crop takes. None resizes the shorter
+            side to the image size and takes a random square (DeiT III's simple random crop).
+        ratio: (minimum, maximum) aspect ratio of the random resized crop.
+        pad_crop: number of pixels by which the image is padded (by mirroring) before the random square is taken; only
+            with scale=None.
+        interpolation: bilinear, bicubic, or random (one of these two for each sample).
+        hflip: probability of mirroring horizontally.
+        vflip: probability of mirroring vertically.
+        auto_augment: timm's string: `rand-m9-mstd0.5-inc1` (RandAugment, arXiv:1909.13719), `original`, `v0`, ...
+            (AutoAugment, arXiv:1805.09501), `augmix-m3-w3` (arXiv:1912.02781), or `3a` (grey, solarize or blur: DeiT
+            III, arXiv:2204.07118). None means no automatic augmentation.
+        color_jitter: strength of the changes of brightness, contrast and saturation. timm ignores this value if
+            `auto_augment` is set; here both apply.
+        repeats: number of copies of an image in the order of an epoch (repeated augmentation).
+        erasing: probability of random erasing (arXiv:1708.04896).
+        erasing_mode: pixel, rand or const, as in timm.
+        mixup: alpha of MixUp (arXiv:1710.09412); 0 is off. A batch uses either MixUp or CutMix.
+        cutmix: alpha of CutMix (arXiv:1905.04899); 0 is off.
+        mixup_prob: probability that a batch is mixed.
+        switch_prob: probability that a mixed batch uses CutMix if both are on.
+        label_smoothing: share of a mixed target that is spread over all classes. Without mixing, the loss smooths.
     """
 
     scale: tuple[float, float] | None = None
@@ -66,7 +72,11 @@ class Augment:
 
     @classmethod
     def from_config(cls, config: Mapping | None) -> "Augment":
-        """Raises: ValueError: a key is unknown or a value out of its range."""
+        """Read a recipe's `augment` section.
+
+        Raises:
+            ValueError: if a key is unknown or a value is out of its range.
+        """
         values = known_fields(cls, config)
         for key in ("scale", "ratio"):
             if values.get(key) is not None:
@@ -76,28 +86,39 @@ class Augment:
         return augment
 
     def _check(self) -> None:
-        def expect(right: bool, key: str, what: str) -> None:
-            if not right:
-                raise ValueError(f"augment.{key} must be {what}, not {getattr(self, key)!r}")
+        def require(valid: bool, key: str, expected: str) -> None:
+            if not valid:
+                raise ValueError(f"augment.{key} must be {expected}, not {getattr(self, key)!r}")
 
         for key in ("hflip", "vflip", "erasing", "mixup_prob", "switch_prob", "label_smoothing"):
-            expect(0 <= getattr(self, key) <= 1, key, "from 0 to 1")
+            require(0 <= getattr(self, key) <= 1, key, "from 0 to 1")
         for key in ("color_jitter", "mixup", "cutmix", "pad_crop"):
-            expect(getattr(self, key) >= 0, key, "0 or more")
-        for key, most in (("scale", 1.0), ("ratio", float("inf"))):
-            pair = getattr(self, key)
-            if key == "ratio" or pair is not None:
-                ordered = isinstance(pair, tuple) and len(pair) == 2 and 0 < pair[0] <= pair[1] <= most
-                expect(ordered, key, "(least, most)" + (" with 0 < least <= most <= 1" if key == "scale" else ""))
-        expect(isinstance(self.repeats, int) and self.repeats >= 1, "repeats", "a whole number from 1 up")
-        expect(self.interpolation in ("bilinear", "bicubic", "random"), "interpolation", "bilinear, bicubic or random")
-        expect(self.erasing_mode in ("pixel", "rand", "const"), "erasing_mode", "pixel, rand or const")
+            require(getattr(self, key) >= 0, key, "0 or more")
+        if self.scale is not None:
+            expected = "(minimum, maximum) with 0 < minimum <= maximum <= 1"
+            require(_is_range(self.scale) and self.scale[1] <= 1, "scale", expected)
+        require(_is_range(self.ratio), "ratio", "(minimum, maximum) with 0 < minimum <= maximum")
+        require(isinstance(self.repeats, int) and self.repeats >= 1, "repeats", "a whole number from 1 up")
+        require(self.interpolation in ("bilinear", "bicubic", "random"), "interpolation", "bilinear, bicubic or random")
+        require(self.erasing_mode in ("pixel", "rand", "const"), "erasing_mode", "pixel, rand or const")
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and 0 < value[0] <= value[1]
 
 
 def known_fields(augment: type, config: Mapping | None) -> dict[str, Any]:
-    """A recipe's `augment` section; a ValueError where it names what the dataclass `augment` does not have."""
+    """Return a recipe's `augment` section as keyword arguments of a dataclass.
+
+    Args:
+        augment: the dataclass.
+        config: the section; None stands for an empty section.
+
+    Raises:
+        ValueError: if the dataclass has no field of a name in the section.
+    """
     names = [field.name for field in fields(augment)]
-    values = {str(key): value for key, value in (config or {}).items()}
+    values = {} if config is None else {str(key): value for key, value in config.items()}
     for key in values:
         if key not in names:
             raise ValueError(f"augment has no {key!r}.{nearest(key, names)} It takes: {', '.join(names)}")
@@ -105,7 +126,17 @@ def known_fields(augment: type, config: Mapping | None) -> dict[str, Any]:
 
 
 def resize(image: np.ndarray, size: tuple[int, int], mode: str, antialias: bool = True) -> np.ndarray:
-    """uint8 (H, W, C) → (h, w, C); with antialiasing within 1 of Pillow's, in half of its time."""
+    """Resize an image; with antialiasing, values differ from Pillow's by at most 1, in half of Pillow's time.
+
+    Args:
+        image: uint8 (H, W, C).
+        size: (height, width) of the result.
+        mode: bilinear or bicubic.
+        antialias: whether a filter precedes downsampling.
+
+    Returns:
+        uint8 (height, width, C).
+    """
     if image.shape[:2] == size:
         return image
     batch = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)  # (1, C, H, W), channels-last
@@ -113,13 +144,27 @@ def resize(image: np.ndarray, size: tuple[int, int], mode: str, antialias: bool 
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """uint8 (H, W, C), C = 1 for grey."""
+    """Convert a Pillow image to uint8 (H, W, C), with C = 1 for a grey image."""
     array = np.asarray(image)
     return array if array.ndim == 3 else array[..., None]
 
 
 class EvalTransform:
-    """timm's resize and crop for evaluation, by Pillow, so that published accuracies can be met to the digit."""
+    """Resize and crop an evaluation sample exactly as timm does.
+
+    Pillow resizes, so that published accuracies are met to the digit.
+
+    Args:
+        image_size: side, or (height, width), of the result.
+        crop_pct: share of the resized image that the crop keeps.
+        crop_mode: center, squash or border, as in timm.
+        interpolation: one of `INTERPOLATIONS`.
+        mean: mean of each channel, which fills the border with crop_mode=border.
+        in_chans: 3, or 1 for grey.
+
+    Raises:
+        ValueError: if there is no such interpolation or crop_mode.
+    """
 
     def __init__(
         self,
@@ -135,10 +180,17 @@ class EvalTransform:
             raise ValueError(f"no interpolation is called {interpolation!r}; there are {', '.join(INTERPOLATIONS)}")
         if crop_mode not in CROP_MODES:
             raise ValueError(f"no crop_mode is called {crop_mode!r}; there are {', '.join(CROP_MODES)}")
-        self.mode = MODES[in_chans]
-        how = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation, "mean": mean}
-        steps = transforms_imagenet_eval(image_size, normalize=False, **how)  # type: ignore[arg-type]
-        self.resize_and_crop = Compose(steps.transforms[:-1])  # the last one makes a tensor
+        self.mode = PILLOW_MODES[in_chans]
+        steps = transforms_imagenet_eval(
+            image_size,
+            crop_pct=crop_pct,
+            crop_mode=crop_mode,
+            interpolation=interpolation,
+            mean=mean,
+            normalize=False,
+        )
+        # timm's last step converts the image to a tensor, which `collate` does here.
+        self.resize_and_crop = Compose(steps.transforms[:-1])
 
     def __call__(self, sample: dict) -> dict:
         image = Image.fromarray(sample["image"])
@@ -147,7 +199,19 @@ class EvalTransform:
 
 
 class TrainTransform:
-    """Crop, resize, mirror, then timm's colour and shape augmentations; draws from the global generators."""
+    """Crop, resize and mirror a training sample, then apply timm's augmentations of colour and shape.
+
+    All random numbers come from the global generators.
+
+    Args:
+        augment: the recipe's augmentation.
+        image_size: side, or (height, width), of the result.
+        mean: mean of each channel, which fills pixels that a shift uncovers.
+        in_chans: 3, or 1 for grey.
+
+    Raises:
+        ValueError: if `pad_crop` is not less than the image size, or `auto_augment` is not a string of timm.
+    """
 
     def __init__(
         self,
@@ -159,58 +223,63 @@ class TrainTransform:
     ):
         self.augment = augment
         self.size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.mode = MODES[in_chans]
+        self.mode = PILLOW_MODES[in_chans]
         if augment.pad_crop >= min(self.size):
             raise ValueError(f"augment.pad_crop={augment.pad_crop} is not less than the image size, {min(self.size)}")
         try:
-            _, self.recolour, _ = transforms_imagenet_train(
+            _, self.color_and_shape, _ = transforms_imagenet_train(
                 self.size,
                 auto_augment=augment.auto_augment,
-                color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]
+                color_jitter=augment.color_jitter if augment.color_jitter else None,  # type: ignore[arg-type]
                 force_color_jitter=True,
                 interpolation=augment.interpolation,
-                mean=tuple(mean) * (3 // in_chans),  # fills what a shift uncovers, before any turn to grey
+                # A grey mean is repeated, because shifts precede the conversion to grey.
+                mean=tuple(mean) * (3 // in_chans),
                 separate=True,
             )
         except (AssertionError, KeyError, ValueError) as error:
             raise ValueError(
-                f"augment.auto_augment={augment.auto_augment!r} is not one of timm's strings ({error}): it is like "
-                "rand-m9-mstd0.5-inc1, augmix-m3-w3, 3a, original, originalr, v0 or v0r"
+                f"augment.auto_augment={augment.auto_augment!r} is not one of timm's strings ({error}): examples are "
+                "rand-m9-mstd0.5-inc1, augmix-m3-w3, 3a, original, originalr, v0 and v0r"
             ) from error
-        for transform in self.recolour.transforms:
-            quicken(transform)
+        for transform in self.color_and_shape.transforms:
+            accelerate(transform)
 
     def __call__(self, sample: dict) -> dict:
         image = self._crop(sample["image"])
         flips = [axis for axis, p in enumerate((self.augment.vflip, self.augment.hflip)) if random.random() < p]
         if flips:
-            image = torch.from_numpy(image).flip(flips).numpy()  # much quicker than copying NumPy's reversed view
-        if self.recolour.transforms or self.mode != "RGB":
-            picture = self.recolour(Image.fromarray(image))
+            # torch's flip takes a small part of the time of copying NumPy's reversed view.
+            image = torch.from_numpy(image).flip(flips).numpy()
+        if self.color_and_shape.transforms or self.mode != "RGB":
+            picture = self.color_and_shape(Image.fromarray(image))
             image = to_array(picture if picture.mode == self.mode else picture.convert(self.mode))
         return sample | {"image": image}
 
     def _crop(self, image: np.ndarray) -> np.ndarray:
-        """uint8 (H, W, 3) → (h, w, 3) of the image size."""
+        """Return a random crop of an image, uint8 (H, W, 3), resized to the image size."""
         height, width = image.shape[:2]
         if self.augment.scale is not None:
             channels_first = torch.from_numpy(image).permute(2, 0, 1)
             crop = RandomResizedCropAndInterpolation.get_params(channels_first, self.augment.scale, self.augment.ratio)
-            top, left, h, w = crop if min(crop[2:]) > 0 else (0, 0, height, width)  # of one pixel it may take none
-            return resize(image[top : top + h, left : left + w], self.size, self._filter())
+            # timm may draw an empty crop from an image of one pixel.
+            top, left, h, w = crop if min(crop[2:]) > 0 else (0, 0, height, width)
+            return resize(image[top : top + h, left : left + w], self.size, self._draw_interpolation())
         h, w = self.size
         factor = max(h / height, w / width)
-        image = resize(image, (max(h, round(height * factor)), max(w, round(width * factor))), self._filter())
-        rows, columns = (self._window(side, length) for side, length in zip(image.shape, self.size, strict=False))
+        image = resize(
+            image, (max(h, round(height * factor)), max(w, round(width * factor))), self._draw_interpolation()
+        )
+        rows, columns = (self._draw_positions(image.shape[axis], self.size[axis]) for axis in (0, 1))
         return image[rows[:, None], columns]
 
-    def _window(self, side: int, length: int) -> np.ndarray:
-        """Positions of a random window of `length` in a side that is padded by mirroring."""
+    def _draw_positions(self, side: int, length: int) -> np.ndarray:
+        """Return the positions of a random window of `length` in a side of the image that is padded by mirroring."""
         pad = self.augment.pad_crop
         start = random.randint(-pad, side - length + pad)
         positions = np.abs(np.arange(start, start + length))
         return side - 1 - np.abs(side - 1 - positions)
 
-    def _filter(self) -> str:
+    def _draw_interpolation(self) -> str:
         name = self.augment.interpolation
         return random.choice(("bilinear", "bicubic")) if name == "random" else name

@@ -1,4 +1,4 @@
-"""Pascal VOC (host.robots.ox.ac.uk/pascal/VOC), and any set with annotations in its XML."""
+"""Pascal VOC (host.robots.ox.ac.uk/pascal/VOC), and any data set with annotations in VOC's XML format."""
 
 import os
 from collections.abc import Sequence
@@ -13,20 +13,28 @@ from datamodules.detection import DetectionData
 from datamodules.images import EXTENSIONS
 from retinue.utils.suggestions import nearest
 
-SETS, ANNOTATIONS, IMAGES = Path("ImageSets/Main"), "Annotations", "JPEGImages"
+# Folders of a VOC data set: the lists of images ("image sets"), the XML files and the images.
+IMAGE_SETS, ANNOTATIONS, IMAGES = Path("ImageSets/Main"), "Annotations", "JPEGImages"
 
 
 class VOC(DetectionData):
-    """Folders of ImageSets/Main/<set>.txt (an image's name a line), Annotations/<name>.xml and JPEGImages/<name>.jpg.
+    """Folders with ImageSets/Main/<set>.txt, Annotations/<name>.xml and JPEGImages/<name>.jpg.
 
-    Difficult objects are crowds in COCO's sense: ignored in training, and in evaluation neither found nor missed. A box
-    includes the pixels of its four sides, which VOC counts from 1: xmin..xmax is x from xmin - 1 to xmax.
+    An image set is a text file with one image name per line. Difficult objects are crowds in COCO's sense: training
+    ignores them, and evaluation counts them neither as found nor as missed. A box includes the pixels of its four
+    sides, and VOC counts pixels from 1: xmin..xmax covers x from xmin - 1 to xmax. Only boxes are read.
 
     Args:
-        train, val, test: the sets of a split, each SET, or FOLDER/SET below `root`: [VOC2007/trainval,
-            VOC2012/trainval]. No test: val.
-        classes: names in the order of the labels; None: those in the training annotations, sorted (VOC's own order).
+        train: image sets of the training split; each is SET, or FOLDER/SET with a folder below `root`, such as
+            [VOC2007/trainval, VOC2012/trainval].
+        val: image sets of the validation split.
+        test: image sets of the test split. None tests on the validation split.
+        classes: names of the classes in the order of the labels. None takes the names in the training annotations,
+            sorted, which is VOC's own order.
         common: arguments of `DetectionData`.
+
+    Raises:
+        ValueError: if an argument is a single name instead of a list.
     """
 
     def __init__(
@@ -39,69 +47,85 @@ class VOC(DetectionData):
         **common: Any,
     ):
         super().__init__(**common)
-        self.sets = {"train": train, "val": val, "test": test}
-        for split, sets in self.sets.items():
-            if isinstance(sets, str):
-                raise ValueError(f"data.{split} must be a list of sets, like [{sets}], not {sets!r}")
+        self.image_sets = {"train": train, "val": val, "test": test}
+        for split, names in self.image_sets.items():
+            if isinstance(names, str):
+                raise ValueError(f"data.{split} must be a list of image sets, like [{names}], not {names!r}")
         if isinstance(classes, str):
             raise ValueError(f"data.classes must be a list of names, like [{classes}], not {classes!r}")
         self.classes = classes
 
     @property
     def splits(self) -> Sequence[str]:
-        return SPLITS if self.sets["test"] else SPLITS[:2]
+        return SPLITS if self.image_sets["test"] else SPLITS[:2]
 
     @cached_property
     def class_names(self) -> Sequence[str]:
+        """Names of the classes, by label."""
         if self.classes:
             return list(self.classes)
         return sorted({name for entry in self._entries("train") for name, _, _ in entry["objects"]})
 
     def read(self, split: str) -> tuple[CocoIndex, Path]:
         assert self.root is not None
-        source = f"{self.root} ({', '.join(self.sets[split] or ())})"
+        source = f"{self.root} ({', '.join(self._image_sets(split))})"
         labels = {name: label for label, name in enumerate(self.class_names)}
         images, annotations = [], []
         for position, entry in enumerate(self._entries(split)):
             images.append({"id": position, **{key: entry[key] for key in ("file_name", "height", "width")}})
             for name, difficult, (x1, y1, x2, y2) in entry["objects"]:
                 if name not in labels:
-                    known = ", ".join(self.class_names)
-                    raise ValueError(f"{entry['xml']} has a {name!r}, which is none of the classes: {known}")
-                box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
-                row = {"id": len(annotations), "image_id": position, "category_id": labels[name]}
-                annotations.append(row | {"bbox": box, "iscrowd": difficult})
+                    classes = ", ".join(self.class_names)
+                    raise ValueError(f"{entry['xml']} has a {name!r}, which is none of the classes: {classes}")
+                annotations.append(
+                    {
+                        "id": len(annotations),
+                        "image_id": position,
+                        "category_id": labels[name],
+                        "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1],
+                        "iscrowd": difficult,
+                    }
+                )
         categories = [{"id": label, "name": name} for name, label in labels.items()]
         content = {"images": images, "annotations": annotations, "categories": categories}
         return index_coco(content, source), self.root
 
+    def _image_sets(self, split: str) -> Sequence[str]:
+        names = self.image_sets[split]
+        return () if names is None else names
+
     def _entries(self, split: str) -> list[dict[str, Any]]:
-        """A split's images: `file_name`, `height`, `width`, `xml`, and `objects`, each (class, difficult, corners)."""
+        """Return `file_name`, `height`, `width`, `xml` and `objects` of each image; see `_read_xml`."""
         assert self.root is not None
         entries = []
-        for name in self.sets[split] or ():
-            inside, set_name = os.path.split(name)
-            folder = self.root / inside
-            files = {Path(file).stem: file for file in _list(folder / IMAGES) if file.lower().endswith(EXTENSIONS)}
-            for stem in _read_set(folder, set_name):
+        for name in self._image_sets(split):
+            parent, set_name = os.path.split(name)
+            folder = self.root / parent
+            files = {
+                Path(file).stem: file for file in _list_files(folder / IMAGES) if file.lower().endswith(EXTENSIONS)
+            }
+            for stem in _read_image_set(folder, set_name):
                 if stem not in files:
-                    raise ValueError(f"{stem} of {folder / SETS / set_name}.txt has no image in {folder / IMAGES}")
+                    raise ValueError(
+                        f"{stem} of {folder / IMAGE_SETS / set_name}.txt has no image in {folder / IMAGES}"
+                    )
                 entry = _read_xml(folder / ANNOTATIONS / f"{stem}.xml")
-                entries.append(entry | {"file_name": os.path.join(inside, IMAGES, files[stem])})
+                entries.append(entry | {"file_name": os.path.join(parent, IMAGES, files[stem])})
         return entries
 
 
-def _list(folder: Path) -> list[str]:
+def _list_files(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is missing: expected {ANNOTATIONS}, {SETS} and {IMAGES} in {folder.parent}")
+        raise ValueError(f"{folder} is missing: expected {ANNOTATIONS}, {IMAGE_SETS} and {IMAGES} in {folder.parent}")
     return os.listdir(folder)
 
 
-def _read_set(folder: Path, name: str) -> list[str]:
-    path = folder / SETS / f"{name}.txt"
+def _read_image_set(folder: Path, name: str) -> list[str]:
+    """Return the image names in ImageSets/Main/`name`.txt."""
+    path = folder / IMAGE_SETS / f"{name}.txt"
     if not path.is_file():
-        names = sorted(file.removesuffix(".txt") for file in _list(folder / SETS) if file.endswith(".txt"))
-        raise ValueError(f"no set is called {name!r} in {folder / SETS}.{nearest(name, names)}")
+        names = sorted(file.removesuffix(".txt") for file in _list_files(folder / IMAGE_SETS) if file.endswith(".txt"))
+        raise ValueError(f"no image set is called {name!r} in {folder / IMAGE_SETS}.{nearest(name, names)}")
     stems = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
     if not stems:
         raise ValueError(f"{path} is empty")
@@ -109,21 +133,28 @@ def _read_set(folder: Path, name: str) -> list[str]:
 
 
 def _read_xml(path: Path) -> dict[str, Any]:
+    """Read an XML file: `xml` (its path), `height`, `width`, and `objects`, a list of (class, difficult, corners)."""
     try:
         root = ElementTree.parse(path).getroot()
         objects = [
             (
-                str(one.findtext("name", "")).strip(),
-                int(one.findtext("difficult", "0").strip() or 0),
-                [float(one.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")],
+                str(element.findtext("name", "")).strip(),
+                _read_flag(element, "difficult"),
+                [float(element.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")],
             )
-            for one in root.iter("object")
+            for element in root.iter("object")
         ]
         height, width = (int(root.findtext(f"size/{side}", "")) for side in ("height", "width"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(
-            f"{path} is not an annotation like VOC's, with a size, and a name and bndbox an object: {error}"
+            f"{path} is not an annotation like VOC's, with a size, and a name and bndbox for each object: {error}"
         ) from error
     return {"xml": path, "height": height, "width": width, "objects": objects}
+
+
+def _read_flag(element: ElementTree.Element, name: str) -> int:
+    """Return the 0 or 1 of a child element; 0 if the child is missing or empty."""
+    text = element.findtext(name, "").strip()
+    return int(text) if text else 0

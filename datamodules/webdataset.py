@@ -1,4 +1,4 @@
-"""WebDataset tar shards, read by position."""
+"""Tar shards in WebDataset's format, read by position."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from datamodules.base import SPLITS, ClassificationData
 from datamodules.images import EXTENSIONS, EncodedImages
 from retinue.utils.files import replacing
 
+# Columns of the table that `index_shards` returns.
 COLUMNS = ("shard", "offset", "size", "label", "name")
 
 
@@ -23,11 +24,12 @@ def _open(path: str) -> BinaryIO:
 
 
 class ShardImages(EncodedImages):
-    """Images inside tar files.
+    """Set of images inside tar files.
 
     Args:
         shards: the tar files.
-        table: of each image the shard's number, offset and size in it, label and name; see `index_shards`.
+        table: for each image the number of its shard, its offset and size in the shard in bytes, its label and its
+            name; see `index_shards`.
     """
 
     def __init__(self, shards: Sequence[Path], table: dict[str, np.ndarray]):
@@ -44,13 +46,13 @@ class ShardImages(EncodedImages):
 
 
 def index_shard(path: Path) -> list[tuple[int, int, int, str]]:
-    """(offset, size, label, name) of each image of a shard, in its order.
+    """Return (offset, size, label, name) of each image in a shard, in the order of the shard.
 
-    A sample is what shares a key, the path up to the first dot of the file's name: the image, `.cls` (its label) and
-    maybe `.json`, whose `name` is then the image's name.
+    The files of a sample share a key, which is the path up to the first dot of the file name. They are the image,
+    `.cls` (its label) and optionally `.json`, whose `name` is the name of the image. Without it the name is the key.
 
     Raises:
-        ValueError: it is not a whole tar file, or a sample lacks its image or label.
+        ValueError: if the file is not a complete tar file, or a sample lacks its image or label.
     """
     samples: dict[str, dict] = {}
     try:
@@ -69,16 +71,29 @@ def index_shard(path: Path) -> list[tuple[int, int, int, str]]:
                     sample[suffix] = json.loads(content.read())
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a whole tar shard: {error}") from error
-    found = []
+    rows = []
     for key, sample in samples.items():
         if "image" not in sample or not isinstance(sample.get("cls"), int):
-            raise ValueError(f"{path}: sample {key} has no {'whole number in .cls' if 'image' in sample else 'image'}")
-        found.append((*sample["image"], sample["cls"], sample.get("json", {}).get("name", key)))
-    return found
+            missing = "whole number in .cls" if "image" in sample else "image"
+            raise ValueError(f"{path}: sample {key} has no {missing}")
+        rows.append((*sample["image"], sample["cls"], sample.get("json", {}).get("name", key)))
+    return rows
 
 
 def index_shards(shards: Sequence[Path], cache: Path) -> dict[str, np.ndarray]:
-    """The table of `ShardImages`, kept in `cache` and read from there while the shards are the same files."""
+    """Return the table of `ShardImages`, and keep it in a file.
+
+    Args:
+        shards: the tar files.
+        cache: file that keeps the table. It is used as long as the names, sizes and modification times of the shards
+            stay the same. If the file cannot be written, the shards are indexed each time.
+
+    Returns:
+        Arrays (N,) for the keys `COLUMNS`: int64, and bytes for the name.
+
+    Raises:
+        ValueError: if a shard is malformed or there are no images.
+    """
     stats = [shard.stat() for shard in shards]
     stamp = json.dumps([[shard.name, s.st_size, s.st_mtime_ns] for shard, s in zip(shards, stats, strict=True)])
     if cache.is_file():
@@ -87,7 +102,7 @@ def index_shards(shards: Sequence[Path], cache: Path) -> dict[str, np.ndarray]:
                 return {column: saved[column] for column in COLUMNS}
     rows = [(number, *row) for number, shard in enumerate(shards) for row in index_shard(shard)]
     if not rows:
-        raise ValueError(f"no images in the {len(shards)} shards beside {shards[0]}")
+        raise ValueError(f"no images in the {len(shards)} shards next to {shards[0]}")
     *numbers, names = zip(*rows, strict=True)
     table = {column: np.array(values, np.int64) for column, values in zip(COLUMNS, numbers, strict=False)}
     table["name"] = np.array([os.fsencode(name) for name in names])
@@ -95,18 +110,19 @@ def index_shards(shards: Sequence[Path], cache: Path) -> dict[str, np.ndarray]:
         with replacing(cache) as temporary:
             np.savez(temporary, allow_pickle=False, stamp=np.array(stamp), **table)
     except OSError:
-        pass  # a folder that cannot be written to is indexed anew each time
+        # The folder may be read-only; then the shards are indexed each time.
+        pass
     return table
 
 
 class WebDataset(ClassificationData):
-    """`root`/{train,val[,test]}-*.tar with samples of key.jpg (or .png, ...), key.cls and maybe key.json.
+    """Tar shards `root`/{train,val[,test]}-*.tar with the samples' files key.jpg (or .png, ...), key.cls and key.json.
 
-    The shards' headers are read once for the places of the images, which are then read by position and not as a
-    stream: order, shuffling and resumption are those of a folder with the same images, to the bit, where a stream is
-    shuffled in a buffer and dealt out by workers. Class names come from `root`/classes.txt, one a line; without it
-    classes are called by their numbers. Without test shards the test split is the validation split.
-    `scripts/make_shards.py` writes such a folder.
+    The shards' headers are read once to locate the images. Images are then read by position, so order, shuffling and
+    resumption are exactly those of a folder with the same images. (A usual stream of shards is shuffled in a buffer and
+    distributed among workers, so its order depends on both.) The .json file of a sample is optional. The names of the
+    classes are the lines of `root`/classes.txt; without that file they are numbers. Without test shards, the test split
+    is the validation split. `scripts/make_shards.py` writes such a folder.
     """
 
     @cached_property
@@ -115,8 +131,8 @@ class WebDataset(ClassificationData):
         path = self.root / "classes.txt"
         if path.is_file():
             return path.read_text(encoding="utf-8").splitlines()
-        first = self._read(self.splits[0] if self.splits else "train")
-        return [str(label) for label in range(int(first.labels.max()) + 1)]
+        images = self._read(self.splits[0] if self.splits else "train")
+        return [str(label) for label in range(int(images.labels.max()) + 1)]
 
     @property
     def splits(self) -> Sequence[str]:
@@ -124,10 +140,10 @@ class WebDataset(ClassificationData):
 
     def load(self, split: str) -> ShardImages:
         images = self._read(split)
-        least, most = int(images.labels.min()), int(images.labels.max())
-        if least < 0 or most >= self.num_classes:
-            wrong = least if least < 0 else most
-            raise ValueError(f"{self.root} has the label {wrong} in {split}, but {self.num_classes} classes")
+        low, high = int(images.labels.min()), int(images.labels.max())
+        if low < 0 or high >= self.num_classes:
+            invalid = low if low < 0 else high
+            raise ValueError(f"{self.root} has the label {invalid} in {split}, but {self.num_classes} classes")
         return images
 
     def _shards(self, split: str) -> list[Path]:

@@ -1,1 +1,1 @@
-"""From predictions to figures with confidence intervals, tables and plots; on numpy arrays, for any task's code."""
+"""Evaluation: it turns predictions, as NumPy arrays, into figures with confidence intervals, tables and plots."""

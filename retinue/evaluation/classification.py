@@ -1,4 +1,4 @@
-"""What a classifier's predictions are worth: accuracy, loss and calibration, each with a confidence interval."""
+"""Evaluation of classification: accuracy, loss and calibration, each with a confidence interval."""
 
 from __future__ import annotations
 
@@ -12,69 +12,74 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Number of confidence bins of the calibration error.
 CALIBRATION_BINS = 15
-Z95 = 1.959963984540054  # the standard normal's 97.5 % point
+# The 97.5 % quantile of the standard normal distribution.
+Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The likeliest classes of N images, and the loss on each.
+    """Most probable classes of N images, and the loss on each image.
 
-    `scores` are the probabilities of `topk`, descending. An image's `index` is its place in the data set; -1 marks
-    padding of an uneven batch.
+    Attributes:
+        index: int (N,), position of each image in its split; -1 marks padding of an incomplete batch.
+        label: int (N,), true class of each image.
+        topk: int (N, k), the k most probable classes, in descending order of their probability.
+        scores: float (N, k), probabilities of `topk`.
+        loss: float (N,), cross-entropy of each image.
     """
 
-    index: np.ndarray  # (N,) int
-    label: np.ndarray  # (N,) int
-    topk: np.ndarray  # (N, k) int
-    scores: np.ndarray  # (N, k) float
-    loss: np.ndarray  # (N,) float
+    index: np.ndarray
+    label: np.ndarray
+    topk: np.ndarray
+    scores: np.ndarray
+    loss: np.ndarray
 
     def __len__(self) -> int:
+        """Return the number of images."""
         return len(self.index)
 
     @property
     def correct(self) -> np.ndarray:
-        """(N,) bool: is the likeliest class the label?"""
+        """Array (N,) of bool, True if the most probable class is the label."""
         return self.topk[:, 0] == self.label
 
     @property
     def confidence(self) -> np.ndarray:
-        """(N,) float: the probability of the likeliest class."""
+        """Array (N,) of float, the probability of the most probable class."""
         return self.scores[:, 0]
 
     @staticmethod
     def concatenate(parts: Sequence[Predictions]) -> Predictions:
-        """Those of all parts, by index, each image once, padding left out."""
+        """Join predictions: sorted by index, each image once, without padding."""
         index = np.concatenate([part.index for part in parts])
         _, first = np.unique(index, return_index=True)
         order = first[index[first] >= 0]
-        return Predictions(*(np.concatenate([getattr(p, f.name) for p in parts])[order] for f in fields(Predictions)))
+        columns = (np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Predictions))
+        return Predictions(*(column[order] for column in columns))
 
 
 def topk_predictions(
     logits: Tensor, label: Tensor, index: Tensor, subset: Sequence[int] | None = None, k: int = 5
 ) -> Predictions:
-    """The predictions of one batch.
+    """Return the predictions for one batch.
 
     Args:
         logits: (B, K), of any float type.
-        label: (B,), in 0..K-1.
-        index: (B,).
-        subset: the only classes to choose from; the softmax runs over them alone, and images of other classes are left
-            out. `topk` and `label` still number the classes as `logits` does.
-        k: as many as there are classes, where those are fewer.
+        label: (B,), 0 to K - 1.
+        index: (B,), position of each image in its split; -1 marks padding.
+        subset: classes to choose from. The softmax runs over these classes alone, and images of other classes are left
+            out. The classes keep the numbers that they have in `logits`. None means all classes.
+        k: number of classes to keep for each image; with fewer classes, all of them are kept.
 
     Raises:
-        ValueError: `subset` is empty, names a class twice or one that `logits` does not have.
+        ValueError: if `subset` is empty, has a class twice, or has a class that `logits` lacks.
     """
     num_classes = logits.shape[1]
     classes = np.arange(num_classes) if subset is None else np.asarray(subset, dtype=np.int64)
-    if (
-        not len(classes)
-        or len(np.unique(classes)) < len(classes)
-        or not 0 <= classes.min() <= classes.max() < num_classes
-    ):
+    distinct = len(np.unique(classes)) == len(classes) > 0
+    if not (distinct and classes.min() >= 0 and classes.max() < num_classes):
         raise ValueError(f"a subset must hold different classes of 0..{num_classes - 1}, not {list(classes)}")
     position = np.full(num_classes, -1)
     position[classes] = np.arange(len(classes))
@@ -95,20 +100,26 @@ def topk_predictions(
 def summarize(
     predictions: Predictions, class_names: Sequence[str], *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
-    """What to report of a test set, ready for JSON; rates are fractions of 1.
+    """Compute the figures of a test set, ready for JSON; rates are fractions of 1.
 
-    `top1`, `top5` (of all classes, where they are fewer), `loss`, `ece`, `mean_class_accuracy` (over the classes that
-    have images), each with `<name>_ci95` [low, high]; `n` images; `ci_methods`; `per_class`: {name: {n, accuracy,
-    ci95}}, None for a class without images. A bootstrap tells nothing of one image: None again. Where two classes
-    have one name, their numbers stand behind it.
+    Args:
+        predictions: predictions for all images, without padding.
+        class_names: names of the classes, by label.
+        resamples: number of resamples of the bootstrap.
+        seed: seed of the bootstrap.
+
+    Returns: `top1`, `top5`, `loss`, `ece` (expected calibration error) and `mean_class_accuracy` (over the classes that
+        have images), each with its interval `<name>_ci95` [low, high]; `n`, the number of images; `ci_methods`; and
+        `per_class`: {name: {n, accuracy, ci95}}. A rate is None for a class without images. A bootstrap interval is
+        None for a single image. If several classes have the same name, their labels follow the name.
 
     Raises:
-        ValueError: there is no image, a label has no name, or a loss or score is not finite.
+        ValueError: if there is no image, a label has no name, or a loss or score is not finite.
     """
     n, num_classes = len(predictions), len(class_names)
     label, correct = predictions.label, predictions.correct
     if not n:
-        raise ValueError("there are no predictions to summarize")
+        raise ValueError("there are no predictions to evaluate")
     if label.max() >= num_classes:
         raise ValueError(f"label {label.max()} has no name: there are {num_classes} classes")
     finite = np.isfinite(predictions.loss) & np.isfinite(predictions.scores).all(1)
@@ -123,14 +134,15 @@ def summarize(
     top1 = correct.mean()
     top5 = (predictions.topk[:, :5] == label[:, None]).any(1).mean()
     mean = accuracy[present].mean()
-    # The effective number of images: Kish's (all classes alike), or what the classes' own variances say, if fewer.
+    # The effective number of images is Kish's, which supposes equal accuracies of all classes, or the number that
+    # follows from the variances of the classes if that is smaller.
     effective = present.sum() ** 2 / (1 / counts[present]).sum()
     if variance := (accuracy * (1 - accuracy))[present] @ (1 / counts[present]) / present.sum() ** 2:
         effective = min(effective, mean * (1 - mean) / variance)
     loss_interval, ece_interval = _bootstrap(predictions, resamples, seed) if n > 1 else (None, None)
 
-    repeated = {name for name, times in Counter(class_names).items() if times > 1}
-    keys = [f"{name} ({i})" if name in repeated else name for i, name in enumerate(class_names)]
+    repeated = {name for name, count in Counter(class_names).items() if count > 1}
+    keys = [f"{name} ({label})" if name in repeated else name for label, name in enumerate(class_names)]
     bootstrap = f"{resamples} resamples, seed {seed}"
     return {
         "n": n,
@@ -164,7 +176,15 @@ def summarize(
 
 
 def wilson(rate: np.ndarray | float, n: np.ndarray | float) -> np.ndarray:
-    """(..., 2): the 95 % score interval (Wilson 1927) of a proportion `rate` seen in `n` > 0 trials."""
+    """Return the 95 % score interval (Wilson 1927) of a proportion.
+
+    Args:
+        rate: (...), the observed proportion, 0 to 1.
+        n: (...), the number of trials, above 0.
+
+    Returns:
+        (..., 2), the lower and the upper limit.
+    """
     rate, n = np.asarray(rate), np.asarray(n)
     centre = (rate + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * np.sqrt(rate * (1 - rate) / n + Z95**2 / (4 * n**2))
@@ -172,14 +192,14 @@ def wilson(rate: np.ndarray | float, n: np.ndarray | float) -> np.ndarray:
 
 
 def calibration_bins(confidence: np.ndarray) -> np.ndarray:
-    """The bin of each confidence: bin b of B holds those in (b / B, (b + 1) / B]."""
+    """Return the bin of each confidence; bin b of B bins holds the confidences in (b / B, (b + 1) / B]."""
     return np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
 
 
 def calibration_gaps(predictions: Predictions) -> np.ndarray:
-    """(B,): accuracy less mean confidence in each bin, times the bin's share of the images.
+    """Return (accuracy - mean confidence) of each of B bins, times the bin's share of the images: (B,).
 
-    Their magnitudes sum up to the expected calibration error (Guo et al. 2017, On Calibration of Modern Neural
+    The sum of the absolute values is the expected calibration error (Guo et al. 2017, On Calibration of Modern Neural
     Networks).
     """
     gap = predictions.correct - predictions.confidence.astype(np.float64)
@@ -187,28 +207,31 @@ def calibration_gaps(predictions: Predictions) -> np.ndarray:
 
 
 def _bootstrap(predictions: Predictions, resamples: int, seed: int) -> tuple[list[float], list[float]]:
-    """95 % intervals of the mean loss and of the expected calibration error."""
+    """Return the 95 % intervals of the mean loss and of the expected calibration error."""
     n = len(predictions)
     bins = calibration_bins(predictions.confidence)
     order = np.argsort(bins, kind="stable")
-    starts = np.flatnonzero(np.diff(bins[order], prepend=-1))  # of the bins that are not empty
+    # First entry of each bin that is not empty.
+    starts = np.flatnonzero(np.diff(bins[order], prepend=-1))
     gap = (predictions.correct - predictions.confidence.astype(np.float64))[order] / n
     loss = predictions.loss.astype(np.float64)[order] / n
     losses, gaps = np.empty(resamples), np.empty((resamples, len(starts)))
     rng = np.random.default_rng(seed)
     for i in range(resamples):
-        times = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)  # that each image is drawn
-        losses[i] = times @ loss
-        gaps[i] = np.add.reduceat(times * gap, starts)
+        # Number of times that each image is drawn.
+        draws = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
+        losses[i] = draws @ loss
+        gaps[i] = np.add.reduceat(draws * gap, starts)
 
-    # Noise adds to the magnitudes of the gaps, so a resample's error lies above the estimate as that lies above the
-    # truth, and the percentile interval of a calibrated net never holds its true error. Instead: of the gaps scaled by
-    # 0 to 3, those under which the error that was seen is among the middle 95 % (Carpenter 1999, Test inversion
-    # bootstrap confidence intervals).
+    # Sampling noise increases the absolute values of the gaps. So the error of a resample is above the estimate, just
+    # as the estimate is above the true error, and the percentile interval of a calibrated net never contains its true
+    # error. The test is inverted instead (Carpenter 1999, Test inversion bootstrap confidence intervals): suppose that
+    # the true gaps are the observed gaps times a scale from 0 to 3, and keep the scales for which the observed error is
+    # within the central 95 % of the resampled errors.
     observed = np.add.reduceat(gap, starts)
     error, noise = np.abs(observed).sum(), gaps - observed
     scales = np.linspace(0, 3, 301)
     limits = np.array([np.percentile(np.abs(scale * observed + noise).sum(1), [2.5, 97.5]) for scale in scales])
-    possible = scales[(limits[:, 0] <= error) & (error <= limits[:, 1])]
-    ece_interval = [possible.min(initial=1) * error, possible.max(initial=1) * error]
+    plausible = scales[(limits[:, 0] <= error) & (error <= limits[:, 1])]
+    ece_interval = [plausible.min(initial=1) * error, plausible.max(initial=1) * error]
     return np.percentile(losses, [2.5, 97.5]).tolist(), np.clip(ece_interval, 0, 1).tolist()

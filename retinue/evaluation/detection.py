@@ -1,4 +1,4 @@
-"""What a detector's predictions are worth: COCO's figures of boxes and masks, and the results file that COCO defines.
+"""Evaluation of detection: COCO's figures of boxes and masks, and files in COCO's results format.
 
 pycocotools is the reference evaluator (Microsoft COCO, arXiv:1405.0312; repository cocodataset/cocoapi).
 """
@@ -19,44 +19,66 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from retinue.utils.files import replacing
+from retinue.utils.files import write_text
 from retinue.utils.masks import run_lengths
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS: dict[str, Any] = {"box": "bbox", "mask": "segm"}  # ours -> pycocotools'
+# Names of pycocotools for our two kinds of predictions.
+IOU_TYPES: dict[str, Any] = {"box": "bbox", "mask": "segm"}
+# Names of the twelve figures, in the order of pycocotools' summary.
 FIGURES = (
     "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
     "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large",
-)  # fmt: skip  # in the order of pycocotools' summary
+)  # fmt: skip
+# Thresholds of intersection over union over which average precision is averaged.
 IOUS = np.linspace(0.5, 0.95, 10)
 
 
 @dataclass(frozen=True)
 class ImageDetections:
-    """What was found in one image, the likeliest first; boxes and masks are in pixels of the original image."""
+    """Detections in one image, in descending order of their scores.
 
-    index: int  # position in the split
-    size: tuple[int, int]  # height, width
-    boxes: np.ndarray  # (N, 4) float32: x1, y1, x2, y2
-    scores: np.ndarray  # (N,) float32
-    labels: np.ndarray  # (N,) int64
-    masks: list[bytes] | None  # COCO's compressed run lengths; None from a detector without masks
+    Attributes:
+        index: position of the image in its split; -1 marks padding.
+        size: height and width of the original image.
+        boxes: float32 (N, 4), (x1, y1, x2, y2) in pixels of the original image.
+        scores: float32 (N,).
+        labels: int64 (N,).
+        masks: N masks of the size of the original image, as COCO's compressed run lengths. None if the detector
+            predicts no masks.
+    """
+
+    index: int
+    size: tuple[int, int]
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    masks: list[bytes] | None
 
     @staticmethod
     def from_tensors(
         index: int, boxes: Tensor, scores: Tensor, labels: Tensor, masks: Tensor | None, size: Sequence[int]
     ) -> ImageDetections:
-        """`masks` is bool (N, H, W), `size` the image's (H, W)."""
+        """Sort and convert the output of a detector for one image.
+
+        Args:
+            index: position of the image in its split.
+            boxes: (N, 4), (x1, y1, x2, y2) in pixels of the original image.
+            scores: (N,).
+            labels: (N,).
+            masks: bool (N, H, W), or None.
+            size: height and width (H, W) of the original image.
+        """
         order = scores.float().argsort(descending=True, stable=True)
         height, width = (int(side) for side in size)
         counts = None
         if masks is not None:
-            # pycocotools reads columns: (N, H, W) → (N, W, H) in memory, seen as (H, W, N) in Fortran's order
+            # pycocotools needs (H, W, N) in Fortran order, which is (N, W, H) in memory.
             columns = masks[order].transpose(1, 2).contiguous().byte().cpu().numpy()
             encoded: Any = rle.encode(columns.transpose(2, 1, 0))
-            counts = [each["counts"] for each in encoded]
+            counts = [mask["counts"] for mask in encoded]
         return ImageDetections(
             index,
             (height, width),
@@ -68,61 +90,71 @@ class ImageDetections:
 
 
 def merge(detections: Iterable[ImageDetections]) -> list[ImageDetections]:
-    """By index, each image once, padding (index -1) left out."""
-    first: dict[int, ImageDetections] = {}
-    for each in detections:
-        first.setdefault(each.index, each)
-    return [first[index] for index in sorted(first) if index >= 0]
+    """Return the detections sorted by index: each image once, without padding (index -1)."""
+    by_index: dict[int, ImageDetections] = {}
+    for image in detections:
+        by_index.setdefault(image.index, image)
+    return [by_index[index] for index in sorted(by_index) if index >= 0]
 
 
 def coco_results(
     detections: Iterable[ImageDetections], image_ids: Sequence[Any], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """COCO's results format: `image_id`, `category_id`, `bbox` (x, y, width, height), `score` and, of masks,
-    `segmentation` (compressed run lengths).
+    """Convert detections to COCO's results format.
 
     Args:
-        image_ids: by position in the split.
-        category_ids: by label.
+        detections: detections of several images.
+        image_ids: id of each image, by position in the split.
+        category_ids: id of each class, by label.
+
+    Returns:
+        A dict for each detection: `image_id`, `category_id`, `bbox` (x, y, width, height), `score` and, if there are
+        masks, `segmentation` (compressed run lengths).
     """
     results = []
-    for found in detections:
-        corners = found.boxes.astype(np.float64)
+    for image in detections:
+        corners = image.boxes.astype(np.float64)
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).round(3).tolist()
-        for i, (box, score, label) in enumerate(zip(boxes, found.scores.tolist(), found.labels, strict=True)):
+        for i, (box, score, label) in enumerate(zip(boxes, image.scores.tolist(), image.labels, strict=True)):
             result = {
-                "image_id": image_ids[found.index],
+                "image_id": image_ids[image.index],
                 "category_id": category_ids[label],
                 "bbox": box,
                 "score": score,
             }
-            if found.masks is not None:
-                result["segmentation"] = {"size": list(found.size), "counts": found.masks[i].decode("ascii")}
+            if image.masks is not None:
+                result["segmentation"] = {"size": list(image.size), "counts": image.masks[i].decode("ascii")}
             results.append(result)
     return results
 
 
 def decode_mask(segmentation: Any, size: Sequence[int]) -> np.ndarray:
-    """(H, W) bool of COCO's polygons or run lengths, for an image of `size` (H, W)."""
+    """Decode COCO's polygons or run lengths to bool (H, W), for an image of `size` (H, W)."""
     return rle.decode(run_lengths(segmentation, *size)).astype(bool)
 
 
 def write_results(path: str | Path, results: Sequence[Mapping]) -> None:
-    """As JSON, in the form that COCO's evaluation servers take."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(results, separators=(",", ":")))
+    """Write results as JSON, in the format that COCO's evaluation servers accept."""
+    write_text(path, json.dumps(results, separators=(",", ":")))
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """COCO's evaluation of boxes or of masks."""
+    """Result of COCO's evaluation of boxes or of masks.
 
-    figures: dict[str, float | None]  # the twelve, by `FIGURES`; None of an area range without objects
-    precision: np.ndarray  # (10, 101, K): at the `IOUS`, recall 0, 0.01, ..., 1, of each label; NaN without objects
+    Attributes:
+        figures: the twelve figures, by the names in `FIGURES`. None if no object has an area in the range of the
+            figure.
+        precision: (10, 101, K), precision at each threshold in `IOUS`, at recall 0, 0.01, ..., 1, for each label. NaN
+            for a label without objects.
+    """
+
+    figures: dict[str, float | None]
+    precision: np.ndarray
 
     @property
     def class_ap(self) -> np.ndarray:
-        """(K,): average precision of each label; NaN without objects."""
+        """Average precision of each label, (K,); NaN for a label without objects."""
         return self.precision.mean((0, 1))
 
 
@@ -133,32 +165,37 @@ def evaluate(
     image_ids: Sequence[Any],
     category_ids: Sequence[int],
 ) -> Accuracy:
-    """Average precision and recall by pycocotools, over `image_ids`; a crowd is neither to be found nor wrong to find.
+    """Compute average precision and recall with pycocotools.
+
+    Crowds are ignored: they need not be detected, and detections on them are not wrong.
 
     Args:
         kind: `box` or `mask`.
-        results: as `coco_results` gives them.
-        truth: annotations in COCO's format.
-        image_ids: of the images that the detector has seen.
-        category_ids: by label.
+        results: detections in COCO's results format (`coco_results`).
+        truth: annotations in COCO's format; they are not changed.
+        image_ids: ids of the images to evaluate.
+        category_ids: id of each class, by label.
     """
-    seen = set(image_ids)
-    # Copied, since pycocotools writes into them; numbered from 1, since it takes a match with number 0 for none.
-    there = [each for each in truth["annotations"] if each["image_id"] in seen]
-    objects = [{"iscrowd": 0, **each, "id": i} for i, each in enumerate(there, 1)]
+    evaluated_ids = set(image_ids)
+    annotations = [annotation for annotation in truth["annotations"] if annotation["image_id"] in evaluated_ids]
+    # The annotations are copied because pycocotools writes into them. Their ids start at 1 because pycocotools treats a
+    # match with id 0 as no match.
+    objects = [{"iscrowd": 0, **annotation, "id": i} for i, annotation in enumerate(annotations, 1)]
     if kind == "mask":
-        sizes = {each["id"]: (each["height"], each["width"]) for each in truth["images"]}
-        for each in objects:
-            each["segmentation"] = run_lengths(each["segmentation"], *sizes[each["image_id"]])
-    found = [{**each, "id": i, "iscrowd": 0, "area": _area(kind, each)} for i, each in enumerate(results, 1)]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-        evaluator = COCOeval(_coco(truth, objects), _coco(truth, found), KINDS[kind])
+        sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+        for annotation in objects:
+            annotation["segmentation"] = run_lengths(annotation["segmentation"], *sizes[annotation["image_id"]])
+    detections = [{**result, "id": i, "iscrowd": 0, "area": _area(kind, result)} for i, result in enumerate(results, 1)]
+    # pycocotools prints its progress and its summary.
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOeval(_coco(truth, objects), _coco(truth, detections), IOU_TYPES[kind])
         evaluator.params.imgIds, evaluator.params.catIds = list(image_ids), list(category_ids)
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
     figures = {name: None if value < 0 else float(value) for name, value in zip(FIGURES, evaluator.stats, strict=True)}
-    precision = evaluator.eval["precision"][..., 0, -1]  # of all areas and 100 detections, by ascending category id
+    # Precision for all areas and 100 detections per image, sorted by category id; it is put in the order of the labels.
+    precision = evaluator.eval["precision"][..., 0, -1]
     precision = precision[..., np.argsort(np.argsort(category_ids))]
     return Accuracy(figures, np.where(precision < 0, np.nan, precision))
 
@@ -170,24 +207,37 @@ def per_class(
     category_ids: Sequence[int],
     class_names: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
-    """{name: {n, box_ap, mask_ap}}: objects that are no crowd, and the average precision; None for a class without.
+    """Return {name: {n, box_ap, mask_ap}}: each class's number of objects, without crowds, and its average precision.
 
-    Where two classes have one name, their numbers stand behind it.
+    Args:
+        accuracies: results of `evaluate` by kind, `box` or `mask`.
+        truth: annotations in COCO's format.
+        image_ids: ids of the evaluated images.
+        category_ids: id of each class, by label.
+        class_names: name of each class, by label. If several classes have the same name, their labels follow the name.
+
+    Returns:
+        The table; average precision is None for a class without objects.
     """
-    seen, repeated = set(image_ids), {name for name, times in Counter(class_names).items() if times > 1}
+    evaluated_ids = set(image_ids)
+    repeated = {name for name, count in Counter(class_names).items() if count > 1}
     objects = Counter(
-        each["category_id"] for each in truth["annotations"] if each["image_id"] in seen and not each.get("iscrowd", 0)
+        annotation["category_id"]
+        for annotation in truth["annotations"]
+        if annotation["image_id"] in evaluated_ids and not annotation.get("iscrowd", 0)
     )
     table = {}
     for label, name in enumerate(class_names):
-        aps = {f"{kind}_ap": float(each.class_ap[label]) for kind, each in accuracies.items()}
-        figures = {key: None if np.isnan(ap) else ap for key, ap in aps.items()}
-        table[f"{name} ({label})" if name in repeated else name] = {"n": objects[category_ids[label]], **figures}
+        row: dict[str, Any] = {"n": objects[category_ids[label]]}
+        for kind, accuracy in accuracies.items():
+            ap = float(accuracy.class_ap[label])
+            row[f"{kind}_ap"] = None if np.isnan(ap) else ap
+        table[f"{name} ({label})" if name in repeated else name] = row
     return table
 
 
 def _area(kind: str, result: Mapping[str, Any]) -> float:
-    """In pixels: pycocotools judges a detection that meets no object by the range that its area is in."""
+    """Return the area of a detection in pixels; pycocotools uses it for detections that match no object."""
     return result["bbox"][2] * result["bbox"][3] if kind == "box" else float(rle.area(result["segmentation"]))
 
 

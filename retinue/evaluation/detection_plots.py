@@ -1,4 +1,7 @@
-"""Pictures of a detector's test: precision-recall curves, average precision by class, detections beside the truth."""
+"""Plots of a detection test: precision-recall curves, average precision by class, detections next to the truth.
+
+matplotlib is imported when a plot is drawn.
+"""
 
 from __future__ import annotations
 
@@ -9,42 +12,53 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retinue.evaluation.detection import IOUS, Accuracy, ImageDetections, decode_mask
-from retinue.evaluation.plots import BLUE, GREY, ORANGE
-from retinue.utils.files import replacing
+from retinue.evaluation.plots import BLUE, GREY, ORANGE, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DRAWN_FROM = 0.3  # score
+# Minimum score of a detection that is drawn.
+MIN_DRAWN_SCORE = 0.3
 COLOURS = {"box": BLUE, "mask": ORANGE}
 
 
 def plot_precision_recall(path: str | Path, accuracies: Mapping[str, Accuracy]) -> None:
-    """Precision against recall at IoU 0.5 and 0.75: classes faint, their mean bold; a row each of boxes and masks."""
+    """Plot precision against recall at IoU 0.5 and 0.75, each class in grey and the mean of the classes in colour.
+
+    Args:
+        path: file to write; its suffix determines the format.
+        accuracies: results of `evaluate` by kind, `box` or `mask`; each kind is a row of the plot.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure((9, 0.5 + 4 * len(accuracies)), dpi=120, layout="constrained")
     grid = figure.subplots(len(accuracies), 2, squeeze=False, sharex=True, sharey=True)
     recall = np.linspace(0, 1, 101)
     for row, (kind, accuracy) in zip(grid, accuracies.items(), strict=True):
-        there = ~np.isnan(accuracy.class_ap)
+        has_objects = ~np.isnan(accuracy.class_ap)
         for axes, iou in zip(row, (0.5, 0.75), strict=True):
-            curves = accuracy.precision[np.argmin(np.abs(IOUS - iou))][:, there]  # (101, classes with objects)
+            # (101, classes with objects)
+            curves = accuracy.precision[np.argmin(np.abs(IOUS - iou))][:, has_objects]
             axes.plot(recall, curves, color=GREY, alpha=0.3, linewidth=0.8)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
             title = f"{kind}, IoU {iou}"
-            if there.any():
+            if has_objects.any():
                 axes.plot(recall, curves.mean(1), color=COLOURS[kind], linewidth=2.5)
                 title += f": AP {curves.mean():.3f}"
             axes.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
             axes.label_outer()
-    with replacing(path) as temporary:
-        figure.savefig(temporary)
+    save_figure(figure, path)
 
 
 def plot_class_ap(path: str | Path, accuracies: Mapping[str, Accuracy], class_names: Sequence[str]) -> None:
-    """Bars of the average precision (IoU 0.5 to 0.95) of each class that has objects, the best above."""
+    """Plot a bar for the average precision (IoU 0.5 to 0.95) of each class that has objects, the best class at the top.
+
+    Args:
+        path: file to write; its suffix determines the format.
+        accuracies: results of `evaluate` by kind, `box` or `mask`.
+        class_names: name of each class, by label.
+    """
     from matplotlib.figure import Figure
 
     first = next(iter(accuracies.values())).class_ap
@@ -53,71 +67,85 @@ def plot_class_ap(path: str | Path, accuracies: Mapping[str, Accuracy], class_na
     axes = figure.add_subplot()
     height = 0.8 / len(accuracies)
     for i, (kind, accuracy) in enumerate(accuracies.items()):
-        places = np.arange(len(order)) + 0.4 - height * (i + 0.5)
+        positions = np.arange(len(order)) + 0.4 - height * (i + 0.5)
         mean = accuracy.figures["ap"]
         label = kind if mean is None else f"{kind}, mean {mean:.3f}"
-        axes.barh(places, accuracy.class_ap[order], height, color=COLOURS[kind], label=label)
+        axes.barh(positions, accuracy.class_ap[order], height, color=COLOURS[kind], label=label)
     axes.set(xlabel="average precision, IoU 0.5 to 0.95", xlim=(0, 1), ylim=(-0.6, len(order) - 0.4))
     axes.set_yticks(range(len(order)), [str(class_names[label]) for label in order], fontsize=8)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(accuracies), frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary)
+    save_figure(figure, path)
 
 
 def plot_detections(
     path: str | Path,
     image: np.ndarray,
-    found: ImageDetections,
+    detections: ImageDetections,
     truth: Sequence[Mapping[str, Any]],
     category_ids: Sequence[int],
     class_names: Sequence[str],
 ) -> None:
-    """An image (H, W, C) twice: with what was found with a score of at least `DRAWN_FROM`, and with its annotations (in
-    COCO's format), crowds dashed."""
+    """Draw an image twice: on the left with its detections, on the right with its annotations.
+
+    Detections with a score below `MIN_DRAWN_SCORE` are left out. Crowds are dashed.
+
+    Args:
+        path: file to write; its suffix determines the format.
+        image: uint8 (H, W, C), C is 1 or 3.
+        detections: detections in the image.
+        truth: the image's annotations in COCO's format.
+        category_ids: id of each class, by label.
+        class_names: name of each class, by label.
+    """
     from matplotlib.figure import Figure
 
     height, width = image.shape[:2]
     figure = Figure((14, 0.4 + 7 * height / width), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
-    sure = np.flatnonzero(found.scores >= DRAWN_FROM)
-    left.set_title(f"found: {len(sure)} with a score of {DRAWN_FROM} or more")
+    drawn = np.flatnonzero(detections.scores >= MIN_DRAWN_SCORE)
+    left.set_title(f"detections: {len(drawn)} with a score of {MIN_DRAWN_SCORE} or more")
     right.set_title(f"truth: {len(truth)}")
     for axes in (left, right):
         axes.imshow(np.broadcast_to(image, (height, width, 3)), extent=(0, width, height, 0), interpolation="nearest")
         axes.set_axis_off()
-    for i in sure[::-1]:  # the likeliest on top
-        x1, y1, x2, y2 = found.boxes[i].tolist()
-        label = int(found.labels[i])
-        mask = decode_mask({"size": found.size, "counts": found.masks[i]}, found.size) if found.masks else None
-        _draw(left, label, f"{class_names[label]} {found.scores[i]:.2f}", (x1, y1, x2 - x1, y2 - y1), mask)
+    # The detections with the highest scores are drawn last, on top.
+    for i in drawn[::-1]:
+        x1, y1, x2, y2 = detections.boxes[i].tolist()
+        label = int(detections.labels[i])
+        mask = None
+        if detections.masks is not None:
+            mask = decode_mask({"size": detections.size, "counts": detections.masks[i]}, detections.size)
+        _draw(left, label, f"{class_names[label]} {detections.scores[i]:.2f}", (x1, y1, x2 - x1, y2 - y1), mask)
     labels = {category: label for label, category in enumerate(category_ids)}
-    for each in truth:
-        label = labels[each["category_id"]]
-        mask = decode_mask(each["segmentation"], (height, width)) if each.get("segmentation") else None
-        _draw(right, label, class_names[label], each["bbox"], mask, "--" if each.get("iscrowd") else "-")
-    with replacing(path) as temporary:
-        figure.savefig(temporary)
+    for annotation in truth:
+        label = labels[annotation["category_id"]]
+        mask = decode_mask(annotation["segmentation"], (height, width)) if annotation.get("segmentation") else None
+        linestyle = "--" if annotation.get("iscrowd") else "-"
+        _draw(right, label, class_names[label], annotation["bbox"], mask, linestyle)
+    save_figure(figure, path)
 
 
 def _draw(
     axes: Axes, label: int, text: str, box: Sequence[float], mask: np.ndarray | None, linestyle: str = "-"
 ) -> None:
-    """A box (x, y, width, height) and a mask (H, W), in the colour of the label."""
+    """Draw a box (x, y, width, height) and a mask (H, W) in the colour of the label."""
     from matplotlib.colors import hsv_to_rgb
     from matplotlib.patches import Rectangle
 
-    colour = tuple(hsv_to_rgb((label * 0.618 % 1, 0.85, 0.75)))  # far apart for neighbouring labels
+    # The golden ratio keeps the hues of neighbouring labels far apart.
+    colour = tuple(hsv_to_rgb((label * 0.618 % 1, 0.85, 0.75)))
     if mask is not None:
         height, width = mask.shape
-        veil = np.where(mask[..., None], (*colour, 0.45), 0.0)
-        axes.imshow(veil, extent=(0, width, height, 0), interpolation="nearest")
+        overlay = np.where(mask[..., None], (*colour, 0.45), 0.0)
+        axes.imshow(overlay, extent=(0, width, height, 0), interpolation="nearest")
     x, y, width, height = box
     axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linestyle=linestyle, linewidth=1.5))
-    above = "bottom" if y > 0.03 * axes.get_ylim()[0] else "top"  # of the box, unless that is outside the image
+    # The text stands above the box unless it would be outside the image.
+    alignment = "bottom" if y > 0.03 * axes.get_ylim()[0] else "top"
     axes.text(
-        x, y, text, fontsize=7, color="white", verticalalignment=above, clip_on=True,
+        x, y, text, fontsize=7, color="white", verticalalignment=alignment, clip_on=True,
         bbox={"facecolor": colour, "edgecolor": "none", "alpha": 0.8, "pad": 1},
     )  # fmt: skip

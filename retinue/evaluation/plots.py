@@ -1,6 +1,6 @@
-"""Pictures of a run: confusion matrix, reliability diagram, learning curves.
+"""Plots of a run: confusion matrix, reliability diagram, learning curves.
 
-matplotlib is imported when something is drawn, and used through its objects alone, without a global state or display.
+matplotlib is imported when a plot is drawn. Only its objects are used, so there is no global state and no display.
 """
 
 from __future__ import annotations
@@ -20,24 +20,28 @@ from retinue.utils.files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE, LIGHT_BLUE, ORANGE, GREEN, GREY = "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#999999"  # of Okabe & Ito
+# Colours of Okabe and Ito, which colour-blind readers can tell apart, and a grey.
+BLUE, LIGHT_BLUE, ORANGE, GREEN, GREY = "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#999999"
 STAGE_COLOURS = {"train": BLUE, "val": ORANGE, "test": GREEN}
-MOST_NUMBERED, MOST_NAMED = 20, 60  # classes up to which a confusion matrix is legible with numbers, with names
+# Largest numbers of classes for which a confusion matrix shows numbers and class names.
+MAX_NUMBERED, MAX_NAMED = 20, 60
 
 
 def plot_confusion(path: str | Path, predictions: Predictions, class_names: Sequence[str]) -> None:
-    """The confusion matrix of a classifier's images."""
+    """Plot the confusion matrix of a classification test."""
     k = len(class_names)
     pairs = np.bincount(predictions.label * k + predictions.topk[:, 0], minlength=k * k).reshape(k, k)
     draw_confusion(path, pairs, class_names, "images")
 
 
 def draw_confusion(path: str | Path, pairs: np.ndarray, class_names: Sequence[str], unit: str) -> None:
-    """Row by row, the share of a class's images or pixels that went to each class.
+    """Plot a confusion matrix; each row shows the shares of a true class that were predicted as each class.
 
     Args:
-        pairs: (K, K), at [t, p] how many of class t were taken for p.
-        unit: what was counted.
+        path: file to write; its suffix determines the format.
+        pairs: (K, K), at [t, p] the number of items of class t that were predicted as p.
+        class_names: name of each class, by label.
+        unit: name of the items that were counted, in the plural.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
@@ -45,30 +49,31 @@ def draw_confusion(path: str | Path, pairs: np.ndarray, class_names: Sequence[st
     k = len(class_names)
     shares = pairs / np.maximum(pairs.sum(1, keepdims=True), 1)
 
-    side = 4 + 0.4 * min(k, MOST_NUMBERED) if k <= MOST_NUMBERED else 12
+    side = 4 + 0.4 * min(k, MAX_NUMBERED) if k <= MAX_NUMBERED else 12
     figure = Figure((side + 1, side), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    # The root brings out what is seldom confused, which is most of what a good net confuses.
-    cmap = "Blues" if k <= MOST_NAMED else "viridis"  # single pixels stand out from a dark ground
+    # Single pixels, as in a matrix of many classes, stand out from a dark background.
+    cmap = "Blues" if k <= MAX_NAMED else "viridis"
+    # The square root makes small shares visible, and most confusions of a good net are small shares.
     image = axes.imshow(shares, cmap=cmap, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     figure.colorbar(image, ax=axes, aspect=40, label=f"share of the class's {unit}")
     axes.set(xlabel="predicted class", ylabel="true class", title=f"Confusion matrix, {pairs.sum():,} {unit}")
-    if k <= MOST_NAMED:
-        size = 9 if k <= MOST_NUMBERED else 6
-        long = max(map(len, class_names)) > 2
+    if k <= MAX_NAMED:
+        size = 9 if k <= MAX_NUMBERED else 6
+        rotate = max(map(len, class_names)) > 2
         axes.set_xticks(
-            range(k), class_names, fontsize=size, rotation=45 if long else 0, ha="right" if long else "center"
+            range(k), class_names, fontsize=size, rotation=45 if rotate else 0, ha="right" if rotate else "center"
         )
         axes.set_yticks(range(k), class_names, fontsize=size)
-    if k <= MOST_NUMBERED:
+    if k <= MAX_NUMBERED:
         for i, j in zip(*np.nonzero(pairs), strict=True):
             colour = "white" if shares[i, j] > 0.4 else "black"
             axes.text(j, i, f"{shares[i, j]:.2f}", ha="center", va="center", fontsize=8, color=colour)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_reliability(path: str | Path, predictions: Predictions) -> None:
-    """Accuracy against confidence, bin by bin (Guo et al. 2017), over a histogram of the confidences."""
+    """Plot accuracy against confidence for each bin (Guo et al. 2017), above a histogram of the confidences."""
     from matplotlib.figure import Figure
 
     bins = calibration_bins(predictions.confidence)
@@ -90,22 +95,24 @@ def plot_reliability(path: str | Path, predictions: Predictions) -> None:
     error = np.abs(calibration_gaps(predictions)).sum()
     top.set(ylabel="accuracy", ylim=(0, 1), title=f"Expected calibration error {error:.4f}")
     bottom.bar(centres, counts / len(predictions), color=GREY, **bars)
-    marks = {"accuracy": (predictions.correct.mean(), BLUE), "confidence": (predictions.confidence.mean(), ORANGE)}
-    for name, (mean, colour) in marks.items():
+    means = {"accuracy": (predictions.correct.mean(), BLUE), "confidence": (predictions.confidence.mean(), ORANGE)}
+    for name, (mean, colour) in means.items():
         bottom.axvline(float(mean), color=colour, label=f"mean {name} {mean:.3f}")
     bottom.legend(frameon=False, fontsize="small")
     bottom.set(xlabel="confidence", ylabel="share of images", xlim=(0, 1))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_curves(path: str | Path, metrics_csv: str | Path) -> None:
-    """The learning curves of a run: a panel for each quantity of its `<stage>/<quantity>` columns, stages together.
+    """Plot the learning curves of a run, with one panel per quantity for all of its stages.
 
     Args:
-        metrics_csv: a column `epoch` (fractional within an epoch) or `step`, and any others; cells may be empty.
+        path: file to write; its suffix determines the format.
+        metrics_csv: table with a column `epoch` (fractional within an epoch) or `step`, and columns
+            `<stage>/<quantity>` such as train/loss; cells may be empty.
 
     Raises:
-        ValueError: there is nothing to draw.
+        ValueError: if the table has no curves.
     """
     from matplotlib.figure import Figure
 
@@ -118,7 +125,7 @@ def plot_curves(path: str | Path, metrics_csv: str | Path) -> None:
     unit = "epoch" if "epoch" in columns else "step"
     if not panels or unit not in columns:
         raise ValueError(f"{metrics_csv} has no curves: a column epoch or step and columns such as train/loss")
-    # The loss first, then what is also measured in evaluation, then learning rate and speed.
+    # The loss comes first, then quantities that evaluation measures too, then quantities of training alone.
     order = sorted(panels, key=lambda quantity: (quantity != "loss", panels[quantity].keys() == {"train"}))
 
     width = math.ceil(math.sqrt(len(order)))
@@ -127,8 +134,8 @@ def plot_curves(path: str | Path, metrics_csv: str | Path) -> None:
     grid = figure.subplots(height, width, squeeze=False).flat
     for quantity, axes in zip(order, grid, strict=False):
         for stage, column in panels[quantity].items():
-            there = np.isfinite(columns[column])
-            x, y = columns[unit][there], columns[column][there]
+            finite = np.isfinite(columns[column])
+            x, y = columns[unit][finite], columns[column][finite]
             colour, marker = STAGE_COLOURS.get(stage, GREY), "o" if len(x) <= 40 else None
             axes.plot(x, y, color=colour, marker=marker, markersize=3, label=stage)
         axes.set(title=quantity, xlabel=unit)
@@ -137,18 +144,23 @@ def plot_curves(path: str | Path, metrics_csv: str | Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if panels[quantity].keys() != {"train"}:
             axes.legend(frameon=False)
+    # The iterator `grid` still holds the panels that no quantity uses.
     for axes in grid:
         axes.remove()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _read_columns(metrics_csv: str | Path) -> dict[str, np.ndarray]:
-    """NaN where a cell is empty."""
+    """Read the columns of a table; empty cells become NaN."""
     with open(metrics_csv, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return {column: np.array([float(row[column] or "nan") for row in rows]) for column in (rows[0] if rows else ())}
+    if not rows:
+        return {}
+    cells = {column: [row[column] for row in rows] for column in rows[0]}
+    return {column: np.array([float(text) if text else math.nan for text in texts]) for column, texts in cells.items()}
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure, completely or not at all; the suffix of `path` determines the format."""
     with replacing(path) as temporary:
         figure.savefig(temporary)

@@ -1,4 +1,4 @@
-"""Predictions as a table, one row an image."""
+"""Table of predictions with one row per image."""
 
 import csv
 from collections.abc import Sequence
@@ -11,10 +11,15 @@ from retinue.utils.files import replacing
 def write_predictions_csv(
     path: str | Path, predictions: Predictions, class_names: Sequence[str], image_names: Sequence[str]
 ) -> None:
-    """Columns image, label, prediction, correct (1 or 0), confidence, loss, top5 (names joined by ' | ').
+    """Write predictions as a CSV table.
+
+    The columns are image, label, prediction, correct (1 or 0), confidence, loss and top5 (names joined by " | ").
 
     Args:
-        image_names: by the images' `index`.
+        path: file to write.
+        predictions: predictions without padding.
+        class_names: name of each class, by label.
+        image_names: name of each image, by position in the split.
     """
     names = list(class_names)
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -23,6 +28,6 @@ def write_predictions_csv(
         for index, label, topk, scores, loss in zip(
             predictions.index, predictions.label, predictions.topk, predictions.scores, predictions.loss, strict=True
         ):
-            top5 = [names[c] for c in topk[:5]]
+            top5 = [names[predicted] for predicted in topk[:5]]
             figures = int(topk[0] == label), f"{scores[0]:.6g}", f"{loss:.6g}"
             writer.writerow([image_names[index], names[label], top5[0], *figures, " | ".join(top5)])

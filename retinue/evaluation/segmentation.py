@@ -1,4 +1,4 @@
-"""What a segmentor's predictions are worth: intersection over union, and accuracy of pixels and classes."""
+"""Evaluation of segmentation: intersection over union, and accuracy of pixels and classes."""
 
 from __future__ import annotations
 
@@ -16,56 +16,77 @@ from retinue.utils.masks import IGNORED
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Names of the figures, in the order of `_rates`.
 FIGURES = ("miou", "pixel_accuracy", "mean_accuracy")
 
 
 def confusion_matrix(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """(K, K) int64: at [t, p] the pixels of class t that were taken for p; `prediction` and `mask` are of one shape."""
-    seen = mask != IGNORED
-    pairs = mask[seen].long() * num_classes + prediction[seen]
+    """Count the pixels of each true and predicted class.
+
+    Args:
+        prediction: labels 0 to K - 1, of any shape.
+        mask: true labels of the same shape, 0 to K - 1, or 255 for pixels that are not counted.
+        num_classes: K.
+
+    Returns:
+        int64 (K, K), at [t, p] the number of pixels of class t that were predicted as p.
+    """
+    counted = mask != IGNORED
+    pairs = mask[counted].long() * num_classes + prediction[counted]
     return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
 
 
 class PixelCounts:
-    """Pixels of a test set: `confusion` (K, K) of all images, and `areas` (3, K) of each by its place in the set."""
+    """Pixel counts of a test set.
+
+    Args:
+        num_classes: K.
+
+    Attributes:
+        confusion: int64 (K, K), the confusion matrix of all images.
+        areas: the `areas` (3, K) of each image, by its position in the split.
+    """
 
     def __init__(self, num_classes: int):
         self.confusion = np.zeros((num_classes, num_classes), np.int64)
         self.areas: dict[int, np.ndarray] = {}
 
     def add(self, index: int, confusion: np.ndarray) -> None:
+        """Add the confusion matrix (K, K) of the image at a position."""
         self.confusion += confusion
         self.areas[index] = areas(confusion)
 
     def merge(self, other: PixelCounts) -> None:
-        """Add the images of another process."""
+        """Add the images that another process has counted."""
         self.confusion += other.confusion
         self.areas |= other.areas
 
 
 def areas(confusion: np.ndarray) -> np.ndarray:
-    """(3, K): of each class the pixels that are right, that are predicted, and that there are."""
+    """Return (3, K): the numbers of correct, predicted and true pixels of each class."""
     return np.stack([confusion.diagonal(), confusion.sum(0), confusion.sum(1)])
 
 
 def class_iou(areas: np.ndarray) -> np.ndarray:
-    """(K,): NaN for a class that is neither in the truth nor predicted."""
-    right, predicted, true = areas
-    return _divide(right, predicted + true - right)
+    """Return the intersection over union of each class, (K,); NaN for a class that is neither true nor predicted."""
+    correct, predicted, true = areas
+    return _divide(correct, predicted + true - correct)
 
 
 def class_accuracy(areas: np.ndarray) -> np.ndarray:
-    """(K,): the share of a class's pixels that is right; NaN for a class without any."""
-    right, _, true = areas
-    return _divide(right, true)
+    """Return the share of each class's pixels that is correct, (K,); NaN for a class without pixels."""
+    correct, _, true = areas
+    return _divide(correct, true)
 
 
 def figures(areas: np.ndarray) -> dict[str, float]:
-    """`miou` (over the classes that are in the truth or predicted), `pixel_accuracy`, `mean_accuracy` (over the classes
-    in the truth), as mmsegmentation's mIoU, aAcc and mAcc.
+    """Compute the figures from the areas (3, K) of a test set.
+
+    Returns: `miou` (the mean over the classes that are true or predicted somewhere), `pixel_accuracy` and
+        `mean_accuracy` (the mean over the classes that have pixels), which are mmsegmentation's mIoU, aAcc and mAcc.
 
     Raises:
-        ValueError: no pixel has a class.
+        ValueError: if all pixels are ignored.
     """
     if not areas[2].sum():
         raise ValueError(f"there is nothing to evaluate: all pixels of the masks are {IGNORED}, which is ignored")
@@ -75,13 +96,20 @@ def figures(areas: np.ndarray) -> dict[str, float]:
 def summarize(
     counts: PixelCounts, class_names: Sequence[str], *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
-    """What to report of a test set, ready for JSON; rates are fractions of 1.
+    """Compute the figures of a test set, ready for JSON; rates are fractions of 1.
 
-    `figures`, each with `<name>_ci95` [low, high] by a bootstrap over the images, None for one image; `n` images;
-    `ci_methods`; `per_class`: {name: {iou, accuracy, pixels}}, None where a rate has no pixels to speak of.
+    Args:
+        counts: pixel counts of all images.
+        class_names: name of each class, by label.
+        resamples: number of resamples of the bootstrap.
+        seed: seed of the bootstrap.
+
+    Returns: The `figures`, each with its interval `<name>_ci95` [low, high] by a bootstrap over the images, which is
+        None for a single image; `n`, the number of images; `ci_methods`; and `per_class`: {name: {iou, accuracy,
+        pixels}}, where a rate is None if the class has no pixels.
 
     Raises:
-        ValueError: no pixel has a class.
+        ValueError: if all pixels are ignored.
     """
     images = np.stack([counts.areas[index] for index in sorted(counts.areas)])  # (N, 3, K)
     total = images.sum(0)
@@ -93,7 +121,7 @@ def summarize(
         **intervals,
         "ci_methods": dict.fromkeys(FIGURES, f"percentile bootstrap over images, {resamples} resamples, seed {seed}"),
         "per_class": {
-            name: {"iou": _or_none(iou), "accuracy": _or_none(accuracy), "pixels": int(pixels)}
+            name: {"iou": _json_number(iou), "accuracy": _json_number(accuracy), "pixels": int(pixels)}
             for name, iou, accuracy, pixels in zip(
                 class_names, class_iou(total), class_accuracy(total), total[2], strict=True
             )
@@ -102,7 +130,7 @@ def summarize(
 
 
 def write_iou_csv(path: str | Path, counts: PixelCounts, class_names: Sequence[str]) -> None:
-    """Columns class, iou, accuracy (empty where there is none), true_pixels, predicted_pixels."""
+    """Write a CSV table: class, iou, accuracy (both empty if undefined), true_pixels, predicted_pixels."""
     total = areas(counts.confusion)
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -113,28 +141,32 @@ def write_iou_csv(path: str | Path, counts: PixelCounts, class_names: Sequence[s
 
 
 def _bootstrap(images: np.ndarray, resamples: int, seed: int) -> list[list[float]]:
-    """95 % intervals of the figures: the images are drawn anew, and their pixels summed up."""
+    """Return the 95 % intervals of the figures; a resample draws images with replacement and adds up their areas."""
     n, (_, *shape) = len(images), images.shape
-    flat = images.reshape(n, -1).astype(np.float64)  # (N, 3 K); a float holds whole numbers up to 2^53
+    # (N, 3·K); float64 represents whole numbers up to 2^53 exactly.
+    flat = images.reshape(n, -1).astype(np.float64)
     rng = np.random.default_rng(seed)
-    drawn = np.empty((resamples, len(FIGURES)))
+    resampled = np.empty((resamples, len(FIGURES)))
     for i in range(resamples):
-        times = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
-        drawn[i] = _rates((times @ flat).reshape(shape))
-    return np.nanpercentile(drawn, [2.5, 97.5], axis=0).T.tolist()
+        # Number of times that each image is drawn.
+        draws = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
+        resampled[i] = _rates((draws @ flat).reshape(shape))
+    return np.nanpercentile(resampled, [2.5, 97.5], axis=0).T.tolist()
 
 
 def _rates(areas: np.ndarray) -> np.ndarray:
-    """The `FIGURES`, NaN without a pixel."""
+    """Return the values of `FIGURES`, NaN if there are no pixels."""
     if not areas[2].sum():
         return np.full(len(FIGURES), np.nan)
-    right, _, true = areas
-    return np.array([np.nanmean(class_iou(areas)), right.sum() / true.sum(), np.nanmean(class_accuracy(areas))])
+    correct, _, true = areas
+    return np.array([np.nanmean(class_iou(areas)), correct.sum() / true.sum(), np.nanmean(class_accuracy(areas))])
 
 
 def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Return part / whole, NaN for a whole of 0."""
     return np.divide(part, whole, where=whole > 0, out=np.full(len(whole), np.nan))
 
 
-def _or_none(value: float) -> float | None:
+def _json_number(value: float) -> float | None:
+    """Return the value, or None for NaN, which JSON lacks."""
     return None if math.isnan(value) else float(value)

@@ -1,4 +1,4 @@
-"""Means over seeds, and how sure they are."""
+"""Mean, standard deviation and confidence interval of a figure over several seeds."""
 
 import math
 from collections.abc import Sequence
@@ -9,29 +9,38 @@ from scipy.special import stdtrit
 
 
 class Summary(NamedTuple):
-    """Of n values; a spread of fewer than two is not a number."""
+    """Summary of n values.
+
+    Attributes:
+        n: number of values.
+        mean: mean of the values.
+        std: standard deviation of the sample (divisor n - 1); NaN for one value.
+        ci95: half the width of the 95 % confidence interval of the mean by Student's t; NaN for one value.
+    """
 
     n: int
     mean: float
-    std: float  # of a sample (n - 1)
-    ci95: float  # half the width of the mean's 95 % confidence interval by Student's t
+    std: float
+    ci95: float
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Mean and spread; the interval is over what differs between the values (seeds, say), not over the test images.
+    """Return the mean of the values, their standard deviation and a confidence interval.
+
+    The interval covers the variation between the values, for example between seeds, not between the test images.
 
     Raises:
-        ValueError: there is no value.
+        ValueError: if there is no value.
     """
     n = len(values)
     if not n:
         raise ValueError("no values to take the mean of")
     std = float(np.std(values, ddof=1)) if n > 1 else math.nan
-    half = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n) if n > 1 else math.nan
-    return Summary(n, float(np.mean(values)), std, half)
+    half_width = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n) if n > 1 else math.nan
+    return Summary(n, float(np.mean(values)), std, half_width)
 
 
 def mean_ci95(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % confidence interval; see `summarise`."""
+    """Return the mean and half the width of its 95 % confidence interval; see `summarise`."""
     summary = summarise(values)
     return summary.mean, summary.ci95

@@ -1,3 +1,5 @@
+"""Normalising, erasing and mixing of classification batches agree with timm."""
+
 import random
 
 import numpy as np
@@ -11,7 +13,7 @@ from datamodules.loader import private_rng, seed_rng
 from datamodules.transforms import Augment
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-EVERYTHING = Augment(mixup=0.8, cutmix=1.0, mixup_prob=0.9, erasing=0.5, label_smoothing=0.1)
+ALL_ON = Augment(mixup=0.8, cutmix=1.0, mixup_prob=0.9, erasing=0.5, label_smoothing=0.1)
 
 
 def make_batch(size=6, seed=5):
@@ -31,7 +33,7 @@ def test_normalise():
 def test_evaluation_is_only_normalised():
     batch = make_batch()
     del batch["seed"]
-    out = BatchTransform(MEAN, STD, 4, EVERYTHING)(batch)
+    out = BatchTransform(MEAN, STD, 4, ALL_ON)(batch)
     assert "target" not in out
     torch.testing.assert_close(out["image"], normalise(batch["image"], torch.tensor(MEAN), torch.tensor(STD)))
 
@@ -39,13 +41,13 @@ def test_evaluation_is_only_normalised():
 @pytest.mark.parametrize(
     "augment",
     [
-        EVERYTHING,
+        ALL_ON,
         Augment(mixup=0.2),
         Augment(cutmix=1.0, label_smoothing=0.2),
         Augment(mixup=1.0, cutmix=1.0, switch_prob=0.2),
     ],
 )
-def test_mixing_and_erasing_are_timms(augment):
+def test_mixing_and_erasing_agree_with_timm(augment):
     ours = BatchTransform(MEAN, STD, 4, augment)
     mix = Mixup(
         augment.mixup,
@@ -70,14 +72,14 @@ def test_mixing_and_erasing_are_timms(augment):
 
 
 @pytest.mark.parametrize("size", [1, 5, 40])
-def test_any_size_mixes(size):
+def test_batches_of_any_size_are_mixed(size):
     batch = make_batch(size) | {"label": torch.arange(size)}
     out = BatchTransform(MEAN, STD, 40, Augment(mixup=1.0))(batch)
-    kept = out["target"][0, 0].item()
-    plain = normalise(batch["image"], torch.tensor(MEAN), torch.tensor(STD))
+    lam = out["target"][0, 0].item()
+    normalised = normalise(batch["image"], torch.tensor(MEAN), torch.tensor(STD))
     if size > 1:
-        assert 0 < kept < 1
-        torch.testing.assert_close(out["image"], kept * plain + (1 - kept) * plain.flip(0), atol=1e-5, rtol=0)
+        assert 0 < lam < 1
+        torch.testing.assert_close(out["image"], lam * normalised + (1 - lam) * normalised.flip(0), atol=1e-5, rtol=0)
     torch.testing.assert_close(out["target"].sum(1), torch.ones(size))
 
 
@@ -85,8 +87,8 @@ def test_no_target_without_mixing():
     assert "target" not in BatchTransform(MEAN, STD, 4, Augment(label_smoothing=0.1, erasing=1.0))(make_batch())
 
 
-def test_follows_from_the_seed_and_leaves_the_global_generators_alone():
-    transform = BatchTransform(MEAN, STD, 4, EVERYTHING)
+def test_result_depends_on_the_seed_alone_and_global_generators_are_restored():
+    transform = BatchTransform(MEAN, STD, 4, ALL_ON)
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
@@ -94,7 +96,7 @@ def test_follows_from_the_seed_and_leaves_the_global_generators_alone():
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    one = transform(make_batch(seed=7))["image"]
+    first = transform(make_batch(seed=7))["image"]
     assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected
-    assert torch.equal(one, transform(make_batch(seed=7))["image"])
-    assert not torch.equal(one, transform(make_batch(seed=8))["image"])
+    assert torch.equal(first, transform(make_batch(seed=7))["image"])
+    assert not torch.equal(first, transform(make_batch(seed=8))["image"])

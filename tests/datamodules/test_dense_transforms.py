@@ -11,11 +11,11 @@ from datamodules.dense_transforms import (
     DenseAugment,
     DenseEvalTransform,
     DenseTrainTransform,
+    crop_resize_flip,
     distort,
-    fit,
+    fit_size,
     normalise_padded,
     pad_images,
-    reframe,
     tight_boxes,
 )
 from retinue.utils.masks import IGNORED
@@ -31,7 +31,7 @@ POLICIES = {
 
 
 def make_sample(height=180, width=240):
-    """Four rectangles of one colour each on black, with their boxes and masks of both kinds."""
+    """Return four rectangles, each of one colour, on black, with boxes, instance masks and a semantic mask."""
     boxes = np.array([[10, 20, 70, 80], [100, 30, 230, 90], [40, 100, 90, 170], [150, 110, 180, 140]], np.float32)
     image, mask = np.zeros((height, width, 3), np.uint8), np.full((height, width), 9, np.uint8)
     masks = np.zeros((len(boxes), height, width), np.uint8)
@@ -41,8 +41,8 @@ def make_sample(height=180, width=240):
     return {"image": image, "boxes": boxes, "labels": np.arange(4), "masks": masks, "mask": mask, "ignored": ignored}
 
 
-def iou(one, other):
-    return (one & other).sum() / max(1, (one | other).sum())
+def iou(a, b):
+    return (a & b).sum() / max(1, (a | b).sum())
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -67,8 +67,8 @@ def test_image_boxes_and_masks_move_together(policy):
         for label, box, mask in zip(sample["labels"], sample["boxes"], sample["masks"], strict=True):
             if mask.sum() < 400:
                 continue
-            seen = np.abs(sample["image"].astype(int) - COLOURS[label]).max(-1) < 110
-            assert iou(seen, mask == 1) > 0.85
+            visible = np.abs(sample["image"].astype(int) - COLOURS[label]).max(-1) < 110
+            assert iou(visible, mask == 1) > 0.85
             assert iou(sample["mask"] == label, mask == 1) == 1
             assert np.abs(tight_boxes(mask[None])[0] - box).max() <= 1
     assert len(shapes) > 1 or policy in ("one size", "segmentation")
@@ -76,36 +76,40 @@ def test_image_boxes_and_masks_move_together(policy):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_boxes_are_exactly_those_of_the_masks(flip):
+def test_boxes_fit_their_masks_exactly(flip):
     sample = make_sample()
-    whole = reframe(sample, (0, 0, 180, 240), (360, 720), flip)  # whole multiples
+    # The new size is a whole multiple of the old one, so that no pixel is split.
+    whole = crop_resize_flip(sample, (0, 0, 180, 240), (360, 720), flip)
     assert np.array_equal(whole["boxes"], tight_boxes(whole["masks"]))
     assert np.array_equal(whole["labels"], range(4))
     x1, y1, x2, y2 = (sample["boxes"] * [3, 2, 3, 2]).T
     expected = np.stack([720 - x2, y1, 720 - x1, y2] if flip else [x1, y1, x2, y2], axis=1)
     assert np.array_equal(whole["boxes"], expected)
     assert np.array_equal(whole["ignored"][:, 0], [0, 0] if flip else [0, 600])
-    assert np.array_equal(sample["boxes"], make_sample()["boxes"])  # the data set's own
+    # The arrays belong to the data set and must not change.
+    assert np.array_equal(sample["boxes"], make_sample()["boxes"])
 
 
-def test_what_a_window_cuts_off_is_gone():
+def test_parts_outside_the_window_are_removed():
     sample = make_sample()
-    sample["masks"][1, :60, 100:130] = 0  # an L: cut at x = 130, its upper part is not there
-    out = reframe(sample, (0, 0, 95, 130), (95, 130))
+    # The object becomes an L: left of x = 130 its upper part is missing.
+    sample["masks"][1, :60, 100:130] = 0
+    out = crop_resize_flip(sample, (0, 0, 95, 130), (95, 130))
     assert out["labels"].tolist() == [0, 1]
     assert out["boxes"].tolist() == [[10, 20, 70, 80], [100, 60, 130, 90]]
     assert out["ignored"].tolist() == [[0, 0, 130, 15]]
-    sample["masks"][1, 60:90, 100:130] = 0  # and now nothing of it is in the window
-    assert reframe(sample, (0, 0, 95, 130), (95, 130))["labels"].tolist() == [0]
+    # Now the window contains no part of the object.
+    sample["masks"][1, 60:90, 100:130] = 0
+    assert crop_resize_flip(sample, (0, 0, 95, 130), (95, 130))["labels"].tolist() == [0]
     del sample["masks"]
-    out = reframe(sample, (0, 0, 95, 130), (95, 130))
+    out = crop_resize_flip(sample, (0, 0, 95, 130), (95, 130))
     assert out["boxes"].tolist() == [[10, 20, 70, 80], [100, 30, 130, 90]]
-    empty = reframe(make_sample(), (0, 232, 8, 8), (16, 16))
+    empty = crop_resize_flip(make_sample(), (0, 232, 8, 8), (16, 16))
     assert empty["boxes"].shape == (0, 4)
     assert empty["masks"].shape == (0, 16, 16)
 
 
-def test_no_objects_at_all():
+def test_samples_without_objects():
     sample = make_sample() | {key: make_sample()[key][:0] for key in ("boxes", "labels", "masks", "ignored")}
     for policy in POLICIES.values():
         out = DenseTrainTransform(DenseAugment.from_config(policy), (200, 333))(sample)
@@ -124,7 +128,7 @@ def test_no_objects_at_all():
     ],
 )
 def test_sizes_keep_the_ratio_within_the_limits(size, limits, expected):
-    assert fit(size, limits) == expected
+    assert fit_size(size, limits) == expected
     sample = {"image": np.zeros((*size, 3), np.uint8), "mask": np.zeros(size, np.uint8)}
     out = DenseEvalTransform(limits)(sample)
     assert out["image"].shape[:2] == expected
@@ -134,68 +138,76 @@ def test_sizes_keep_the_ratio_within_the_limits(size, limits, expected):
 
 def test_detr_crops_half_of_the_images_to_sides_of_384_to_600():
     rows, columns = np.mgrid[:480, :640]
-    image = np.stack([columns % 256, columns // 256, rows // 2], axis=-1).astype(np.uint8)  # its own position
+    # The value of each pixel is its position.
+    image = np.stack([columns % 256, columns // 256, rows // 2], axis=-1).astype(np.uint8)
     transform = DenseTrainTransform(DenseAugment(detr_crop=True, sizes=((480, 1333),)), (480, 640))
     random.seed(1)
+    # Share of the image's height that each result covers.
     shares = []
     for _ in range(200):
-        cut = transform({"image": image})["image"]
-        shares.append((int(cut[..., 2].max()) - int(cut[..., 2].min())) / 239)  # of the height
+        rows_of_result = transform({"image": image})["image"][..., 2]
+        shares.append((int(rows_of_result.max()) - int(rows_of_result.min())) / 239)
     cropped = np.array([share for share in shares if share < 0.999])
-    assert 60 < len(cropped) < 130  # half, less those that take the whole height
-    assert 384 / 600 - 0.01 <= cropped.min() < 0.7  # the least crop at the largest size
+    # Half of the images are cropped, and some crops take the whole height.
+    assert 60 < len(cropped) < 130
+    # The smallest share is the smallest crop of the largest size.
+    assert 384 / 600 - 0.01 <= cropped.min() < 0.7
     assert cropped.max() > 0.9
 
 
-def test_a_crop_is_not_nearly_all_of_one_class():
+def test_no_class_covers_nearly_the_whole_crop():
     mask = np.zeros((100, 400), np.uint8)
-    mask[:, 300:], mask[:50] = 1, IGNORED  # a sixth of the crops has at most 75 % of either class
+    # In a sixth of the crops, either class covers at most 75 %.
+    mask[:, 300:], mask[:50] = 1, IGNORED
     sample = {"image": np.zeros((100, 400, 3), np.uint8), "mask": mask}
     uneven = {}
-    for most in (None, 0.75):
-        augment = DenseAugment(sizes=((100, 400),), crop=(100, 100), cat_max_ratio=most)
+    for max_share in (None, 0.75):
+        augment = DenseAugment(sizes=((100, 400),), crop=(100, 100), cat_max_ratio=max_share)
         random.seed(0)
         crops = [DenseTrainTransform(augment, (100, 400))(sample)["mask"] for _ in range(100)]
-        uneven[most] = np.mean([not 0.25 <= (crop == 1).sum() / (crop != IGNORED).sum() <= 0.75 for crop in crops])
+        uneven[max_share] = np.mean([not 0.25 <= (crop == 1).sum() / (crop != IGNORED).sum() <= 0.75 for crop in crops])
     assert uneven[None] > 0.7
-    assert uneven[0.75] < 0.3  # 5/6 to the power of ten tries: 0.16
+    # Ten tries fail with a probability of (5/6)^10 = 0.16.
+    assert uneven[0.75] < 0.3
 
 
-def fixed(monkeypatch, draws, values):
-    """Python's generator gives these: what is below 0.5 is done, by these amounts."""
+def fix_random_numbers(monkeypatch, draws, values):
+    """Let Python's generator return `draws` (below 0.5 a change is made) and `values` (the amounts of the changes)."""
     draws, values = iter(draws), iter(values)
     monkeypatch.setattr(random, "random", lambda: next(draws))
     monkeypatch.setattr(random, "uniform", lambda low, high: next(values))
 
 
-def test_photometric_distortion_by_the_formulas(monkeypatch):
+def test_photometric_distortion_follows_its_formulas(monkeypatch):
     image = np.random.default_rng(0).integers(0, 256, (9, 11, 3), np.uint8)
     values = image.astype(float)
-    order = {"brightness": 0, "contrast": 1, "contrast first": 2, "saturation": 3, "hue": 4}
+    order = ["brightness", "contrast", "contrast first", "saturation", "hue"]
 
-    def draws(*done):
-        return [0.1 if name in done else 0.9 for name in order]
+    def draws(*changes):
+        return [0.1 if name in changes else 0.9 for name in order]
 
-    fixed(monkeypatch, draws(), [])
+    fix_random_numbers(monkeypatch, draws(), [])
     assert np.array_equal(distort(image), image)
-    fixed(monkeypatch, draws("brightness", "contrast", "contrast first"), [20, 0.5])
+    fix_random_numbers(monkeypatch, draws("brightness", "contrast", "contrast first"), [20, 0.5])
     assert np.array_equal(distort(image), ((values + 20).clip(0, 255) * 0.5).round())
-    fixed(monkeypatch, draws("contrast"), [1.5])
+    fix_random_numbers(monkeypatch, draws("contrast"), [1.5])
     assert np.array_equal(distort(image), (values * 1.5).round().clip(0, 255))
-    fixed(monkeypatch, draws("saturation", "hue"), [0.6, 0.1])
+    fix_random_numbers(monkeypatch, draws("saturation", "hue"), [0.6, 0.1])
     expected = [colorsys.rgb_to_hsv(*pixel) for pixel in values.reshape(-1, 3) / 255]
     expected = np.array([colorsys.hsv_to_rgb((h + 0.1) % 1, s * 0.6, v) for h, s, v in expected]).reshape(image.shape)
-    assert np.abs(distort(image) - 255 * expected).max() < 8  # hue and saturation are bytes in between
+    # The intermediate hue and saturation are rounded to bytes.
+    assert np.abs(distort(image) - 255 * expected).max() < 8
 
 
-def test_photometric_distortion_draws_all_that_it_may():
+def test_photometric_distortion_covers_its_ranges():
     image = np.full((4, 4, 3), (90, 120, 150), np.uint8)
     random.seed(0)
     out = np.array([distort(image)[0, 0] for _ in range(400)], int)
     assert 0.03 < np.mean((out == (90, 120, 150)).all(1)) < 0.1  # a sixteenth
     assert out[:, 1].min() < 60
     assert out[:, 1].max() > 180
-    assert (out[:, 0] > out[:, 2]).sum() == 0  # the hue does not turn that far
+    # The hue never changes enough for this order of the channels.
+    assert (out[:, 0] > out[:, 2]).sum() == 0
 
 
 def test_padding_is_zero_after_normalising():
@@ -207,10 +219,10 @@ def test_padding_is_zero_after_normalising():
     assert sizes.tolist() == [[20, 30], [32, 17]]
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     out = normalise_padded(batch, sizes, mean, std)
-    for image, (h, w), one in zip(images, sizes.tolist(), out, strict=True):
+    for image, (h, w), normalised in zip(images, sizes.tolist(), out, strict=True):
         expected = torch.from_numpy((image / 255 - mean) / std).permute(2, 0, 1).float()
-        torch.testing.assert_close(one[:, :h, :w], expected)
-        assert one[:, h:].abs().sum() == one[:, :, w:].abs().sum() == 0
+        torch.testing.assert_close(normalised[:, :h, :w], expected)
+        assert normalised[:, h:].abs().sum() == normalised[:, :, w:].abs().sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -223,10 +235,10 @@ def test_padding_is_zero_after_normalising():
         ({"sizes": [[1333, 800]]}, "augment.sizes must be one or more pairs"),
         ({"ratio": [2.0, 0.5]}, "augment.ratio must be"),
         ({"ratio": 2.0}, "augment.ratio must be"),
-        ({"ratio": [0.5, 2.0], "sizes": [[400, 600], [500, 600]]}, "one pair where augment.ratio is set"),
+        ({"ratio": [0.5, 2.0], "sizes": [[400, 600], [500, 600]]}, "a single pair if augment.ratio is set"),
         ({"crop": 512}, "augment.crop must be"),
         ({"crop": [0, 512]}, "augment.crop must be"),
-        ({"cat_max_ratio": 0.75}, "augment.cat_max_ratio must be null where augment.crop is"),
+        ({"cat_max_ratio": 0.75}, "augment.cat_max_ratio must be null if augment.crop is null"),
         ({"cat_max_ratio": 75, "crop": [9, 9]}, "augment.cat_max_ratio must be above 0"),
         ({"hflip": 1.5}, "augment.hflip must be from 0 to 1"),
     ],

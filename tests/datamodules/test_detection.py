@@ -1,4 +1,4 @@
-"""COCO's files as batches: objects, masks of every form, crowds, and all that may be wrong with a set."""
+"""Data in COCO's format as batches: objects, every form of mask, crowds, and errors in the files."""
 
 import json
 import logging
@@ -66,7 +66,11 @@ def annotation(id, image_id, category_id, box, segmentation, **more):
 
 
 def content():
-    """Five images: 12 has one object in each form of mask; 5 a crowd and what is no box; 9 none; 30 and 31 one."""
+    """Return five images.
+
+    12 has an object with each form of mask, 5 has a crowd and invalid boxes, 9 is empty, 30 and 31 have one object
+    each.
+    """
     box = (10, 20, 30, 25)
     crowd = annotation(41, 5, 3, (40, 5, 20, 20), uncompressed(rectangle(40, 5, 20, 20)), iscrowd=1)
     annotations = [
@@ -107,10 +111,10 @@ def make_data(root, **kwargs):
     return Coco(**usual | PATHS | kwargs)
 
 
-def same(one, other):
-    if isinstance(one, list):
-        return len(one) == len(other) and all(same(*pair) for pair in zip(one, other, strict=True))
-    return torch.equal(one, other) if torch.is_tensor(one) else one == other
+def equal(a, b):
+    if isinstance(a, list):
+        return len(a) == len(b) and all(equal(*pair) for pair in zip(a, b, strict=True))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 def test_a_training_sample_has_every_form_of_mask(root):
@@ -135,7 +139,7 @@ def test_crowds_are_ignored_and_boxes_without_area_dropped(root, caplog):
     assert sample["masks"].sum((1, 2)).tolist() == [12 * 14, 10 * 10]
 
 
-def test_images_without_objects_are_trained_on_where_asked_for(root):
+def test_images_without_objects_are_trained_on_with_keep_empty(root):
     images = make_data(root, keep_empty=True).images("train")
     assert images.ids.tolist() == [12, 5, 9, 30, 31]
     assert images[2]["boxes"].shape == (0, 4)
@@ -145,7 +149,7 @@ def test_images_without_objects_are_trained_on_where_asked_for(root):
     assert len(batch["boxes"][empty]) == len(batch["masks"][empty]) == 0
 
 
-def test_the_truth_is_that_of_the_file(root):
+def test_the_ground_truth_equals_the_file(root):
     data = make_data(root)
     images, truth = data.images("val"), data.images("val").truth
     expected = content()
@@ -165,7 +169,7 @@ def test_the_truth_is_that_of_the_file(root):
     assert all(np.array_equal(mask, coco.annToMask(row)) for mask, row in zip(masks, rows, strict=True))
 
 
-def test_a_training_batch(root):
+def test_training_batch(root):
     data = make_data(root, batch_size=4, augment=AUGMENT)
     loaded = next(iter(data.train_dataloader()))
     batch = data.on_after_batch_transfer(dict(loaded), 0)
@@ -181,9 +185,9 @@ def test_a_training_batch(root):
         assert batch["masks"][i].dtype == torch.uint8
         assert batch["masks"][i].shape == (len(batch["boxes"][i]), height, width)
         assert image[i, :, height:].abs().sum() == image[i, :, :, width:].abs().sum() == 0
-        bytes_ = loaded["image"][i, :, :height, :width].float() / 255
+        raw = loaded["image"][i, :, :height, :width].float() / 255
         mean, std = torch.tensor(data.mean)[:, None, None], torch.tensor(data.std)[:, None, None]
-        torch.testing.assert_close(image[i, :, :height, :width], (bytes_ - mean) / std)
+        torch.testing.assert_close(image[i, :, :height, :width], (raw - mean) / std)
 
 
 def test_batches_do_not_depend_on_workers(root):
@@ -195,14 +199,15 @@ def test_batches_do_not_depend_on_workers(root):
             loader.set_epoch(epoch)
             epochs[-1] += list(loader)
     assert len(epochs[0]) == 4
-    assert all(one.keys() == other.keys() for one, other in zip(*epochs, strict=True))
-    assert all(same(one[key], other[key]) for one, other in zip(*epochs, strict=True) for key in one)
+    assert all(a.keys() == b.keys() for a, b in zip(*epochs, strict=True))
+    assert all(equal(a[key], b[key]) for a, b in zip(*epochs, strict=True) for key in a)
     plan = next(iter(loader.sampler))
-    fetched = pickle.loads(pickle.dumps(loader.dataset))[plan]  # a spawned worker's
-    assert same(fetched["masks"], loader.dataset[plan]["masks"])
+    # A spawned worker unpickles the data set.
+    fetched = pickle.loads(pickle.dumps(loader.dataset))[plan]
+    assert equal(fetched["masks"], loader.dataset[plan]["masks"])
 
 
-def test_upright_images_are_batched_with_upright_ones(tmp_path):
+def test_batches_hold_portrait_or_landscape_images_only(tmp_path):
     truth = content()
     truth["annotations"] = [annotation(i, i, 7, (3, 4, 20, 30), polygon(3, 4, 20, 30)) for i in range(12)]
     sizes = [(WIDTH, HEIGHT) if i % 3 == 0 else (HEIGHT, WIDTH) for i in range(12)]
@@ -224,18 +229,18 @@ def test_evaluation_batches(root):
     assert batches[0].keys() == {"image", "sizes", "original_sizes", "index"}
 
 
-def test_lists_travel_to_a_device(root):
+def test_lists_are_moved_to_a_device(root):
     batch = next(iter(make_data(root).train_dataloader()))
     moved = move_data_to_device(batch, torch.device("meta"))
-    assert all(one.is_meta for key in ("boxes", "labels", "masks", "ignored") for one in moved[key])
+    assert all(tensor.is_meta for key in ("boxes", "labels", "masks", "ignored") for tensor in moved[key])
 
 
-def test_a_mirrored_digit_is_another_one(root):
+def test_no_mirroring_if_mirrored_objects_have_other_classes(root):
     assert make_data(root, augment=AUGMENT, flip=False).train_transform.augment.hflip == 0
     assert make_data(root, augment=AUGMENT).train_transform.augment.hflip == 0.5
 
 
-def test_sets_without_masks(tmp_path, caplog):
+def test_data_without_masks(tmp_path, caplog):
     truth = content()
     for row in truth["annotations"]:
         del row["segmentation"], row["area"], row["iscrowd"]
@@ -248,7 +253,7 @@ def test_sets_without_masks(tmp_path, caplog):
     (tmp_path / "mixed.json").write_text(json.dumps(content() | {"annotations": mixed}))
     with caplog.at_level(logging.WARNING):
         assert not make_data(tmp_path, val_annotations="mixed.json").has_masks
-    assert "masks are not used, as 1 of 10 annotations have none" in caplog.text
+    assert "masks are not used, because 1 of 10 annotations have none" in caplog.text
 
 
 def edit(part, at, **values):
@@ -296,7 +301,7 @@ def all_crowds(truth):
         (all_crowds, "has no box to train on"),
     ],
 )
-def test_a_wrong_set_is_refused_in_one_line(root, tmp_path, change, message):
+def test_errors_in_a_file_are_one_line(root, tmp_path, change, message):
     truth = content()
     change(truth)
     write(tmp_path, truth, images=False)
@@ -325,7 +330,7 @@ def test_missing_and_broken_files(root, tmp_path):
             make_data(root, image_size=size)
 
 
-def test_what_does_not_fit_its_image_is_named_when_read(root, tmp_path):
+def test_a_mask_or_image_of_another_size_is_reported_when_read(root, tmp_path):
     truth = content()
     truth["annotations"][1]["segmentation"]["size"] = [WIDTH, HEIGHT]
     truth["images"][1]["width"] = WIDTH + 1
@@ -335,7 +340,7 @@ def test_what_does_not_fit_its_image_is_named_when_read(root, tmp_path):
     garbage["annotations"][1]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": "garbage"}
     with pytest.raises(ValueError, match=r"set: annotation 11 has a mask that cannot be read: Invalid RLE"):
         index = index_coco(garbage, "set")
-        index.masks(0, np.flatnonzero(index.image == 0))
+        index.masks(0, np.flatnonzero(index.image_index == 0))
     with pytest.raises(ValueError, match=r"annotation 11 has a mask that cannot be read: its size is \[90, 60\]"):
         images[0]
     with pytest.raises(ValueError, match=r"000005\.png is 90 x 60 px, but 91 x 60 in"):
@@ -352,7 +357,7 @@ def test_a_broken_image_is_replaced(root, tmp_path):
     assert next(iter(data.val_dataloader()))["index"].tolist() == [-1, 1, 2, 3]
 
 
-def test_a_mask_of_too_few_corners_is_empty():
+def test_a_polygon_with_too_few_corners_is_empty():
     index = index_coco(content() | {"annotations": [annotation(1, 9, 3, (1, 1, 9, 9), [[1, 1, 9, 9]])]}, "set")
     assert index.masks(2, [0]).shape == (1, HEIGHT, WIDTH)
     assert index.masks(2, [0]).sum() == 0
@@ -368,7 +373,7 @@ def test_the_config_files_fit_their_classes(root, name):
         assert (len(data.images("train")), len(data.images("val"))) == (4, 5)
 
 
-def test_pidray_is_laid_out_like_its_archive(tmp_path):
+def test_pidray_has_the_layout_of_its_archive(tmp_path):
     (tmp_path / "annotations").mkdir()
     for name, folder in (("train", "train"), ("test_easy", "easy"), ("test_hidden", "hidden")):
         truth = content()
@@ -381,5 +386,5 @@ def test_pidray_is_laid_out_like_its_archive(tmp_path):
         data = PIDray(root=str(tmp_path), image_size=[500, 500], test=test)
         assert data.names("test") == data.names("val") == [f"{test}_{id:06d}.png" for id in (12, 5, 9, 30, 31)]
         assert data.names("train")[0] == "train_000012.png"
-    with pytest.raises(ValueError, match=r"data\.test must be easy, hard or hidden, not 'heard'"):
-        PIDray(root=str(tmp_path), image_size=[500, 500], test="heard")
+    with pytest.raises(ValueError, match=r"data\.test must be easy, hard or hidden, not 'medium'"):
+        PIDray(root=str(tmp_path), image_size=[500, 500], test="medium")

@@ -1,4 +1,4 @@
-"""Batches do not depend on workers, fetching disturbs nothing, broken images are skipped, named and limited."""
+"""Batches do not depend on workers; loading leaves global generators alone; broken images are named and limited."""
 
 import logging
 import pickle
@@ -11,7 +11,7 @@ import torch
 from datamodules.decode import BrokenImage
 from datamodules.imagenet import ImageNet
 from datamodules.images import ArrayImages
-from datamodules.loader import Fetch, Loader, TrainLoader
+from datamodules.loader import BatchFetcher, Loader, TrainLoader
 from datamodules.sampler import EvalSampler, TrainSampler
 from tests.imagenet_folder import make_imagenet_folder
 
@@ -47,29 +47,30 @@ def epochs(data, count=2):
     return batches
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        torch.equal(one[key], other[key]) if torch.is_tensor(one[key]) else one[key] == other[key] for key in one
+def equal_batches(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key] for key in a
     )
 
 
 def test_batches_do_not_depend_on_workers(root):
-    plain, with_workers = epochs(make_data(root, num_workers=0)), epochs(make_data(root, num_workers=2))
-    assert len(plain) == 14
-    assert all(same(one, other) for one, other in zip(plain, with_workers, strict=True))
-    batch = plain[0]
+    batches, with_workers = epochs(make_data(root, num_workers=0)), epochs(make_data(root, num_workers=2))
+    assert len(batches) == 14
+    assert all(equal_batches(a, b) for a, b in zip(batches, with_workers, strict=True))
+    batch = batches[0]
     assert batch["image"].shape == (5, 3, 24, 24)
     assert batch["image"].dtype == batch["target"].dtype == torch.float32
     assert batch["image"].is_contiguous(memory_format=torch.channels_last)
     assert batch["label"].dtype == batch["index"].dtype == torch.int64
     assert isinstance(batch["seed"], int)
-    assert not any(torch.equal(one["image"], other["image"]) for one, other in zip(plain[:7], plain[7:], strict=True))
+    # The second epoch differs from the first one.
+    assert not any(torch.equal(a["image"], b["image"]) for a, b in zip(batches[:7], batches[7:], strict=True))
 
 
-def test_what_workers_get_can_be_sent_to_a_spawned_process(root):
+def test_the_data_set_can_be_sent_to_a_spawned_process(root):
     loader = make_data(root, num_workers=0).train_dataloader()
     plan = next(iter(loader.sampler))
-    assert same(pickle.loads(pickle.dumps(loader.dataset))[plan], loader.dataset[plan])
+    assert equal_batches(pickle.loads(pickle.dumps(loader.dataset))[plan], loader.dataset[plan])
 
 
 def test_copies_of_an_image_are_augmented_differently(root):
@@ -80,7 +81,7 @@ def test_copies_of_an_image_are_augmented_differently(root):
     assert not torch.equal(batch["image"][0], batch["image"][1])
 
 
-def test_fetching_leaves_the_global_generators_alone(root):
+def test_loading_leaves_the_global_generators_alone(root):
     def draw():
         return random.random(), np.random.rand(), torch.rand(()).item()
 
@@ -96,7 +97,7 @@ def test_fetching_leaves_the_global_generators_alone(root):
     assert draw() == expected
 
 
-def test_state_counts_what_was_taken_not_what_was_prefetched(root):
+def test_state_counts_consumed_not_prefetched_batches(root):
     for workers in (0, 2):
         loader = make_data(root, num_workers=workers).train_dataloader()
         batches = iter(loader)
@@ -131,8 +132,8 @@ def test_broken_images_are_left_out_of_evaluation(tmp_path):
     path = sorted((root / "val").glob("*/*"))[4]
     path.write_bytes(path.read_bytes()[:200])
     data = make_data(root, num_workers=0)
-    seen = [index for batch in data.val_dataloader() for index in batch["index"].tolist()]
-    assert sorted(seen) == [-1, 0, 1, 2, 3, *range(5, 18)]
+    indices = [index for batch in data.val_dataloader() for index in batch["index"].tolist()]
+    assert sorted(indices) == [-1, 0, 1, 2, 3, *range(5, 18)]
 
 
 def test_too_many_broken_images_stop_the_run(root):
@@ -141,7 +142,7 @@ def test_too_many_broken_images_stop_the_run(root):
         epochs(data)
 
 
-class Flaky(ArrayImages):
+class OddImagesBroken(ArrayImages):
     def image(self, index):
         if index % 2:
             raise BrokenImage("odd")
@@ -152,9 +153,9 @@ def identity(sample):
     return sample
 
 
-def test_the_limit_counts_images_not_sightings():
-    images = Flaky(np.zeros((40, 32, 32, 3), np.uint8), np.arange(40), "flaky")
-    loader = TrainLoader(Fetch(images, identity), TrainSampler(40, 4), broken_limit=0.5)
+def test_the_limit_counts_each_broken_image_once():
+    images = OddImagesBroken(np.zeros((40, 32, 32, 3), np.uint8), np.arange(40), "flaky")
+    loader = TrainLoader(BatchFetcher(images, identity), TrainSampler(40, 4), broken_limit=0.5)
     for epoch in range(3):
         loader.set_epoch(epoch)
         for batch in loader:
@@ -162,4 +163,4 @@ def test_the_limit_counts_images_not_sightings():
             assert batch["label"].tolist() == batch["index"].tolist()
     assert len(loader.broken) == 20
     with pytest.raises(ValueError, match="20 of 40 images are broken"):
-        list(Loader(Fetch(images, identity), EvalSampler(40, 4), broken_limit=0.475))
+        list(Loader(BatchFetcher(images, identity), EvalSampler(40, 4), broken_limit=0.475))

@@ -1,4 +1,4 @@
-"""What a real Trainer sees after resuming: exactly the batches that an unbroken run would have seen."""
+"""After resuming, a real Trainer receives exactly the batches that an uninterrupted run receives."""
 
 import pytest
 import pytorch_lightning as pl
@@ -18,20 +18,20 @@ class FewDigits(Digits):
 
 
 class Recorder(pl.LightningModule):
-    """Trains a linear net on the mean pixel and keeps a fingerprint of every batch.
+    """Linear net on the mean pixel that keeps a fingerprint of every batch.
 
-    Saves a checkpoint in `folder` after every batch and at the end of every epoch.
+    It saves a checkpoint in `folder` after every batch and at the end of every epoch.
     """
 
     def __init__(self, folder=None):
         super().__init__()
         self.net = nn.Linear(3, 10)
         self.folder = folder
-        self.seen = []
+        self.fingerprints = []
 
     def training_step(self, batch, batch_idx):
         digest = (batch["image"].double().sum().item(), batch["index"].tolist(), batch["seed"])
-        self.seen.append((self.current_epoch, batch_idx, digest))
+        self.fingerprints.append((self.current_epoch, batch_idx, digest))
         return nn.functional.cross_entropy(self.net(batch["image"].mean((2, 3))), batch["label"])
 
     def validation_step(self, batch, batch_idx):
@@ -63,21 +63,22 @@ def fit(workers, folder=None, ckpt_path=None):
         enable_model_summary=False,
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    return module.seen
+    return module.fingerprints
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of checkpoints and the fingerprints of a whole run."""
+def whole_run(tmp_path_factory):
+    """Return the folder of checkpoints and the fingerprints of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    seen = fit(2, folder)
-    assert [place[:2] for place in seen] == [(epoch, i) for epoch in range(EPOCHS) for i in range(STEPS)]
-    assert len({str(place) for place in seen}) == EPOCHS * STEPS  # every batch is another
-    return folder, seen
+    fingerprints = fit(2, folder)
+    assert [fingerprint[:2] for fingerprint in fingerprints] == [(e, i) for e in range(EPOCHS) for i in range(STEPS)]
+    # All batches differ.
+    assert len({str(fingerprint) for fingerprint in fingerprints}) == EPOCHS * STEPS
+    return folder, fingerprints
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name, batches", [("0-0", 1), ("0-2", 3), ("0-end", 3), ("1-1", 5), ("1-2", 6), ("1-end", 6)])
-def test_the_rest_is_what_the_whole_run_saw(whole, name, batches, workers):
-    folder, seen = whole
-    assert fit(workers, ckpt_path=folder / f"{name}.ckpt") == seen[batches:]
+def test_a_resumed_run_gets_the_remaining_batches(whole_run, name, batches, workers):
+    folder, fingerprints = whole_run
+    assert fit(workers, ckpt_path=folder / f"{name}.ckpt") == fingerprints[batches:]

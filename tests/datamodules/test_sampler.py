@@ -1,3 +1,5 @@
+"""Samplers: order, groups, repeats, ranks and resumption."""
+
 import itertools
 
 import numpy as np
@@ -11,20 +13,20 @@ def indices(sampler):
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_two_ranks_take_what_one_process_with_twice_the_batch_takes(repeats):
-    one = TrainSampler(103, 8, seed=5, repeats=repeats)
-    two = [TrainSampler(103, 4, seed=5, repeats=repeats, rank=rank, world_size=2) for rank in range(2)]
-    for sampler in (one, *two):
+def test_two_ranks_take_the_samples_of_one_process_with_twice_the_batch(repeats):
+    single = TrainSampler(103, 8, seed=5, repeats=repeats)
+    ranks = [TrainSampler(103, 4, seed=5, repeats=repeats, rank=rank, world_size=2) for rank in range(2)]
+    for sampler in (single, *ranks):
         sampler.set_epoch(2)
-    assert len(one) == len(two[0]) == 103 // 8
-    for whole, *parts in zip(one, *two, strict=True):
+    assert len(single) == len(ranks[0]) == 103 // 8
+    for whole, *parts in zip(single, *ranks, strict=True):
         pairs = sorted(zip(whole.index, whole.copy, strict=True))
         assert pairs == sorted(pair for part in parts for pair in zip(part.index, part.copy, strict=True))
         assert whole.key == parts[0].key == (5, 2)
         assert parts[0].seed != parts[1].seed
 
 
-def test_order_follows_from_seed_and_epoch():
+def test_order_depends_on_seed_and_epoch_alone():
     def order(seed, epoch):
         sampler = TrainSampler(50, 10, seed=seed)
         sampler.set_epoch(epoch)
@@ -37,20 +39,21 @@ def test_order_follows_from_seed_and_epoch():
     assert len(set(seeds)) == 5
 
 
-def test_a_global_batch_is_of_one_group_but_for_the_last_ones():
+def test_a_global_batch_holds_one_group_except_at_the_end_of_an_epoch():
     groups = np.random.default_rng(0).random(203) < 0.3
-    plain, grouped = TrainSampler(203, 10), TrainSampler(203, 10, groups=groups)
+    ungrouped, grouped = TrainSampler(203, 10), TrainSampler(203, 10, groups=groups)
     mixed = [len({bool(groups[i]) for i in index}) == 2 for index in indices(grouped)]
-    assert len(mixed) == len(plain) == 20 and not any(mixed[:-1])
-    assert sum(len({bool(groups[i]) for i in index}) == 2 for index in indices(plain)) > 10
-    seen = list(itertools.chain(*indices(grouped)))
-    assert len(set(seen)) == len(seen) == 200
-    kinds = [bool(groups[index[0]]) for index in indices(grouped)[:-1]]
-    assert len(set(kinds[:8])) == len(set(kinds[-8:])) == 2  # both all the time, not one after the other
+    assert len(mixed) == len(ungrouped) == 20 and not any(mixed[:-1])
+    assert sum(len({bool(groups[i]) for i in index}) == 2 for index in indices(ungrouped)) > 10
+    order = list(itertools.chain(*indices(grouped)))
+    assert len(set(order)) == len(order) == 200
+    batch_groups = [bool(groups[index[0]]) for index in indices(grouped)[:-1]]
+    # Batches of both groups alternate; one group does not come after the other.
+    assert len(set(batch_groups[:8])) == len(set(batch_groups[-8:])) == 2
     ranks = [TrainSampler(203, 5, groups=groups, rank=rank, world_size=2) for rank in range(2)]
     for whole, *parts in zip(indices(grouped), *map(indices, ranks), strict=True):
         assert sorted(whole) == sorted(itertools.chain(*parts))
-    assert indices(TrainSampler(203, 10, groups=np.zeros(203))) == indices(plain)
+    assert indices(TrainSampler(203, 10, groups=np.zeros(203))) == indices(ungrouped)
 
 
 def test_repeats_keep_the_number_of_steps_and_go_to_different_ranks():
@@ -58,12 +61,14 @@ def test_repeats_keep_the_number_of_steps_and_go_to_different_ranks():
     assert len(ranks[0]) == len(TrainSampler(96, 4, rank=0, world_size=3)) == 8
     for plans in zip(*ranks, strict=True):
         for place in range(4):
-            assert len({plan.index[place] for plan in plans}) == 1  # each rank has a copy of it
+            # Each rank has one copy of the image.
+            assert len({plan.index[place] for plan in plans}) == 1
             assert {plan.copy[place] for plan in plans} == {0, 1, 2}
-    assert len(set(itertools.chain(*indices(ranks[0])))) == 32  # a third of the images an epoch
+    # An epoch has a third of the images.
+    assert len(set(itertools.chain(*indices(ranks[0])))) == 32
 
 
-def test_the_uneven_end_is_dropped_but_a_small_set_is_one_batch():
+def test_an_incomplete_batch_is_dropped_but_a_small_data_set_makes_one_batch():
     assert [len(index) for index in indices(TrainSampler(29, 10))] == [10, 10]
     assert [len(index) for index in indices(TrainSampler(7, 10))] == [7]
     assert [len(index) for index in indices(TrainSampler(7, 10, rank=1, world_size=2))] == [3]
@@ -76,12 +81,14 @@ def test_resuming():
     fresh.set_epoch(3)
     whole = list(fresh)
     sampler.load_state_dict({"epoch": 3, "batches": 7})
-    sampler.set_epoch(3)  # the epoch that is being resumed
+    # Epoch 3 is being resumed.
+    sampler.set_epoch(3)
     assert sampler.state_dict() == {"epoch": 3, "batches": 7}
     assert list(sampler) == whole[7:]
     assert list(sampler) == whole
     sampler.load_state_dict({"epoch": 2, "batches": 10})
-    sampler.set_epoch(3)  # after a whole epoch
+    # Epoch 2 was complete, so epoch 3 starts at its first batch.
+    sampler.set_epoch(3)
     assert sampler.state_dict() == {"epoch": 3, "batches": 0}
     assert list(sampler) == whole
 
@@ -90,7 +97,7 @@ def test_resuming():
 def test_evaluation_sees_each_sample_once_on_ranks_of_equal_length(length, batch_size, world_size):
     ranks = [indices(EvalSampler(length, batch_size, rank=r, world_size=world_size)) for r in range(world_size)]
     assert len({tuple(map(len, batches)) for batches in ranks}) == 1
-    seen = [i for batches in ranks for batch in batches for i in batch]
-    assert sorted(i for i in seen if i >= 0) == list(range(length))
-    assert seen.count(-1) < world_size
+    positions = [i for batches in ranks for batch in batches for i in batch]
+    assert sorted(i for i in positions if i >= 0) == list(range(length))
+    assert positions.count(-1) < world_size
     assert len(ranks[0]) == len(EvalSampler(length, batch_size, world_size=world_size))

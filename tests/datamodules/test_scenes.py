@@ -1,4 +1,4 @@
-"""The embedded scenes: both kinds of truth agree, nothing leaks between splits, and they are written whole or not."""
+"""The embedded scenes: both kinds of ground truth agree, splits share nothing, and writing is all or nothing."""
 
 import hashlib
 import json
@@ -29,14 +29,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_both_kinds_of_truth_agree(folder, split):
+def test_both_kinds_of_ground_truth_agree(folder, split):
     truth = json.loads((folder / f"annotations/instances_{split}.json").read_text())
     assert len(truth["images"]) == COUNTS[split]
     assert len({annotation["id"] for annotation in truth["annotations"]}) == len(truth["annotations"]) > COUNTS[split]
     for position, image in enumerate(truth["images"]):
         scene = make_scene(split, position)
         read = decode((folder / f"images/{split}/{image['file_name']}").read_bytes()).astype(float)
-        assert np.abs(read - scene.image).mean() < 2  # the file is a JPEG
+        # The file is a JPEG, which is not exact.
+        assert np.abs(read - scene.image).mean() < 2
         stem = image["file_name"].removesuffix(".jpg")
         semantic = np.array(Image.open(folder / f"masks/{split}/{stem}.png"))
         assert semantic.shape == (image["height"], image["width"])
@@ -56,38 +57,39 @@ def test_both_kinds_of_truth_agree(folder, split):
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_the_truth_itself_scores_one(folder, kind):
+def test_the_ground_truth_itself_scores_one(folder, kind):
     truth = COCO(str(folder / "annotations/instances_train.json"))
     clear = [annotation | {"score": 0.9} for annotation in truth.dataset["annotations"] if not annotation["iscrowd"]]
     evaluation = COCOeval(truth, truth.loadRes(clear), kind)  # pyright: ignore[reportArgumentType]: it takes lists
     evaluation.evaluate()
     evaluation.accumulate()
-    precision = evaluation.eval["precision"][..., 0, 2]  # of digits of all sizes, 100 an image
+    # Precision for digits of all sizes and 100 detections per image.
+    precision = evaluation.eval["precision"][..., 0, 2]
     assert (precision == 1).all()
 
 
-def test_unclear_digits_are_those_of_which_little_is_seen():
+def test_unclear_digits_have_a_small_visible_part():
     unclear, clear = [], []
     for index in range(60):
         scene = make_scene("train", index)
-        seen = np.bincount(scene.instances.ravel(), minlength=len(scene.labels) + 1)[1:]
-        unclear += seen[scene.unclear].tolist()
-        clear += seen[~scene.unclear].tolist()
+        visible_pixels = np.bincount(scene.instances.ravel(), minlength=len(scene.labels) + 1)[1:]
+        unclear += visible_pixels[scene.unclear].tolist()
+        clear += visible_pixels[~scene.unclear].tolist()
         assert {255} >= set(semantic_mask(scene)[np.isin(scene.instances, np.flatnonzero(scene.unclear) + 1)])
-    assert min(clear) >= scenes.LEAST_PIXELS
+    assert min(clear) >= scenes.MIN_VISIBLE_PIXELS
     assert 0 < len(unclear) < 0.05 * len(clear)
 
 
 def test_splits_share_neither_digits_nor_photos():
-    digits = [scenes._materials(split)[1] for split in SPLITS]
+    digits = [scenes._source_images(split)[1] for split in SPLITS]
     assert len({digit.tobytes() for part in digits for digit in part}) == sum(map(len, digits))
-    spans = sorted(scenes.COLUMNS.values())
+    spans = sorted(scenes.PHOTO_COLUMNS.values())
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
-    for split, (left, right) in scenes.COLUMNS.items():
-        assert {photo.shape for photo in scenes._materials(split)[0]} == {(427, right - left, 3)}
+    for split, (left, right) in scenes.PHOTO_COLUMNS.items():
+        assert {photo.shape for photo in scenes._source_images(split)[0]} == {(427, right - left, 3)}
 
 
-def test_a_scene_follows_from_seed_split_and_position():
+def test_a_scene_depends_on_seed_split_and_position_alone():
     first, again = make_scene("train", 3), make_scene("train", 3)
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -95,33 +97,34 @@ def test_a_scene_follows_from_seed_split_and_position():
     assert not any(np.array_equal(first.image, other.image) for other in others)
 
 
-def test_the_scenes_of_this_version_are_these():
-    """Where this fails because scenes are meant to change, `VERSION` goes up: caches have the former ones."""
+def test_scenes_change_only_with_the_version():
+    """To change the scenes, increase `VERSION` too, because users' caches hold the scenes of the old version."""
     truth = [semantic_mask(make_scene(split, index)) for split in SPLITS for index in range(4)]
     digest = hashlib.sha256(np.stack(truth).tobytes()).hexdigest()[:16]
     assert (scenes.VERSION, digest) == (2, "9a721d51167ca754")
 
 
-def test_written_once_by_however_many(tmp_path, monkeypatch):
+def test_scenes_are_written_once_by_several_threads(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(scenes, "COUNTS", COUNTS)
-    scenes._materials("train")  # not by two threads at once
+    # The cache of the source images is filled first, so that the threads do not compute them several times.
+    scenes._source_images("train")
     with ThreadPoolExecutor(3) as pool:
-        found = {future.result() for future in [pool.submit(scenes.find_scenes) for _ in range(3)]}
-    assert found == {tmp_path / "retinue" / "scenes-2"}
+        folders = {future.result() for future in [pool.submit(scenes.find_scenes) for _ in range(3)]}
+    assert folders == {tmp_path / "retinue" / "scenes-2"}
     assert [entry.name for entry in (tmp_path / "retinue").iterdir()] == ["scenes-2"]
-    before = {path: path.stat().st_mtime_ns for path in found.pop().rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in folders.pop().rglob("*")}
     assert scenes.find_scenes().is_dir()
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_nothing_is_left_of_scenes_that_fail(tmp_path, monkeypatch):
-    def full(*_):
+def test_nothing_remains_of_scenes_that_cannot_be_written(tmp_path, monkeypatch):
+    def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(scenes, "COUNTS", COUNTS)
-    monkeypatch.setattr(scenes, "coco_annotations", full)
+    monkeypatch.setattr(scenes, "coco_annotations", fail)
     with pytest.raises(
         ValueError, match=r"^the scenes cannot be written to .*scenes-2 \(No space left on device\): set"
     ):
@@ -144,14 +147,14 @@ def test_script_refuses(tmp_path, arguments, message):
         make_scenes.main([str(tmp_path), *arguments])
 
 
-def test_segmentation_reads_them(folder):
+def test_segmentation_reads_the_scenes(folder):
     data = ScenesSegmentation(root=str(folder), image_size=(256, 320), batch_size=2)
     assert data.num_classes == 11
     assert {split: len(data.images(split)) for split in SPLITS} == COUNTS
     np.testing.assert_array_equal(data.images("val")[2]["mask"], semantic_mask(make_scene("val", 2)))
 
 
-def test_detection_reads_them(folder):
+def test_detection_reads_the_scenes(folder):
     data = Scenes(
         root=str(folder), image_size=(256, 320), batch_size=2, num_workers=0, augment={"hflip": 1.0}, flip=False
     )
@@ -159,9 +162,9 @@ def test_detection_reads_them(folder):
     batch = next(iter(data.train_dataloader()))
     for place, index in enumerate(batch["index"].tolist()):
         scene = make_scene("train", index)
-        shown = np.isin(np.arange(len(scene.labels)) + 1, scene.instances)
-        clear = shown & ~scene.unclear
+        visible = np.isin(np.arange(len(scene.labels)) + 1, scene.instances)
+        clear = visible & ~scene.unclear
         assert batch["labels"][place].tolist() == scene.labels[clear].tolist()
-        assert len(batch["ignored"][place]) == (shown & scene.unclear).sum()
+        assert len(batch["ignored"][place]) == (visible & scene.unclear).sum()
         expected = scene.instances == np.flatnonzero(clear)[:, None, None] + 1
         np.testing.assert_array_equal(batch["masks"][place], expected)

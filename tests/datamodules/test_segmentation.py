@@ -1,4 +1,4 @@
-"""Segmentation data: pairs of images and masks, what their values mean, batches, and what is said of wrong folders."""
+"""Segmentation data: pairs of images and masks, the meaning of mask values, batches, and errors in folders."""
 
 import numpy as np
 import pytest
@@ -13,16 +13,16 @@ from datamodules.segmentation import pair_files
 RNG = np.random.default_rng(0)
 
 
-def write(path, array, **how):
+def write(path, array, palette=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(array)
-    if "palette" in how:
-        image.putpalette(how["palette"])
+    if palette is not None:
+        image.putpalette(palette)
     image.save(path)
 
 
 def write_pair(root, split, name, mask, suffix=".png"):
-    """A random image of the mask's size, and the mask; the image."""
+    """Write a mask and a random image of the same size, and return the image."""
     image = RNG.integers(0, 256, (*mask.shape, 3), np.uint8)
     write(root / f"images/{split}/{name}{suffix}", image)
     write(root / f"masks/{split}/{name}.png", mask)
@@ -31,7 +31,7 @@ def write_pair(root, split, name, mask, suffix=".png"):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three training and three validation pairs of different sizes with the values 0, 1, 2 and 255."""
+    """Write three training and three validation pairs of different sizes with the mask values 0, 1, 2 and 255."""
     for split in ("train", "val"):
         for i, size in enumerate([(40, 60), (60, 40), (50, 50)]):
             write_pair(tmp_path, split, f"{i}", RNG.choice(np.array([0, 1, 2, 255], np.uint8), size))
@@ -43,26 +43,26 @@ def mask_folder(root, **args):
     return MaskFolder(root=str(root), **defaults | args)
 
 
-def values(root, **args):
-    """What the mask file's values 0, 1, 2, 3 and 255 become."""
+def read_labels(root, **args):
+    """Return the labels for the values 0, 1, 2, 3 and 255 of a mask file."""
     write_pair(root, "train", "a/x", np.array([[0, 1, 2, 3, 255]], np.uint8))
     write_pair(root, "val", "x", np.zeros((1, 5), np.uint8))
     return mask_folder(root, **args).images("train")[0]["mask"].tolist()[0]
 
 
-def test_values_of_masks(tmp_path):
-    assert values(tmp_path, classes=4) == [0, 1, 2, 3, 255]
-    assert values(tmp_path, classes=3, ignore=[3]) == [0, 1, 2, 255, 255]
-    assert values(tmp_path, classes=["a", "b", "c"], background_ignored=True) == [255, 0, 1, 2, 255]
-    assert values(tmp_path, classes=2, background_ignored=True, ignore=[3]) == [255, 0, 1, 255, 255]
+def test_labels_of_mask_values(tmp_path):
+    assert read_labels(tmp_path, classes=4) == [0, 1, 2, 3, 255]
+    assert read_labels(tmp_path, classes=3, ignore=[3]) == [0, 1, 2, 255, 255]
+    assert read_labels(tmp_path, classes=["a", "b", "c"], background_ignored=True) == [255, 0, 1, 2, 255]
+    assert read_labels(tmp_path, classes=2, background_ignored=True, ignore=[3]) == [255, 0, 1, 255, 255]
     with pytest.raises(
         ValueError, match=r"masks/train/a/x\.png has the value 3: none of the 3 classes, and not ignored"
     ):
-        values(tmp_path, classes=3)
+        read_labels(tmp_path, classes=3)
 
 
 @pytest.mark.parametrize("kind", ["palette", "16 bits", "1 bit"])
-def test_kinds_of_png(tmp_path, kind):
+def test_png_formats(tmp_path, kind):
     mask = RNG.integers(0, 2, (6, 7)).astype(np.uint8)
     write_pair(tmp_path, "train", "x", mask)
     path = tmp_path / "masks/train/x.png"
@@ -93,7 +93,8 @@ def test_ade20k(tmp_path):
         "chest of drawers",
     )
     assert len(set(data.class_names)) == 150
-    assert data.names("test") == ["ADE_val_00000001.jpg"]  # validation's, for want of a test split
+    # Without a test split, the validation split is tested.
+    assert data.names("test") == ["ADE_val_00000001.jpg"]
     assert data.images("train")[0]["mask"].tolist() == [[255, *range(150)]]
 
 
@@ -121,12 +122,13 @@ def test_training_batches(folder):
     assert (batch["mask"].dtype, batch["mask"].shape) == (torch.int64, (3, 48, 48))
     assert sorted(batch["index"].tolist()) == [0, 1, 2]
     padded = (batch["image"] == 0).all(1)
-    assert (batch["mask"][padded] == 255).all()  # images are zero where masks are padded, and nowhere else
+    # Images are zero only where they are padded, and masks are padded there too.
+    assert (batch["mask"][padded] == 255).all()
     assert padded.any() and not padded.all()
 
 
-def test_masks_stay_on_their_images(tmp_path):
-    """Mask and image are of the same blocks of classes, so that they can be compared after any geometry."""
+def test_masks_stay_aligned_with_their_images(tmp_path):
+    """Mask and image show the same blocks of classes, so that they can be compared after any change of geometry."""
     levels = np.array([20, 120, 220])
     for split in ("train", "val"):
         for i in range(4):
@@ -141,15 +143,17 @@ def test_masks_stay_on_their_images(tmp_path):
         loader.set_epoch(epoch)
         for batch in loader:
             batch = data.on_after_batch_transfer(batch, 0)
-            shown = (batch["image"][:, :1] * 255 - torch.from_numpy(levels)[:, None, None]).abs().argmin(1)
-            agree.append((shown == batch["mask"])[batch["mask"] != 255].float().mean())
-    assert torch.stack(agree).min() > 0.9  # all but the blocks' blurred edges
+            label = (batch["image"][:, :1] * 255 - torch.from_numpy(levels)[:, None, None]).abs().argmin(1)
+            agree.append((label == batch["mask"])[batch["mask"] != 255].float().mean())
+    # The edges of the blocks are blurred and may differ.
+    assert torch.stack(agree).min() > 0.9
 
 
 def test_without_a_crop_batches_are_padded_to_multiples_of_32(folder):
     data = mask_folder(folder, mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7))
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
-    assert batch["image"].shape == (3, 3, 64, 64)  # 32 x 48, 48 x 32 and 32 x 32 without the padding
+    # The images are 32 x 48, 48 x 32 and 32 x 32 without the padding.
+    assert batch["image"].shape == (3, 3, 64, 64)
     i = batch["index"].tolist().index(2)
     assert (batch["mask"][i, 32:] == 255).all() and (batch["mask"][i, :, 32:] == 255).all()
     assert not batch["image"][i, :, 32:].any() and not batch["image"][i, :, :, 32:].any()
@@ -168,22 +172,22 @@ def test_evaluation_batches(folder):
     for i, mask in enumerate(first["mask"]):
         assert mask.dtype == torch.int64
         np.testing.assert_array_equal(mask, Image.open(folder / f"masks/val/{i}.png"))
-    same = mask_folder(folder, image_size=(50, 50), mean=mean, std=std)
-    *_, image = next(iter(same.val_dataloader()))["image"]
+    unresized = mask_folder(folder, image_size=(50, 50), mean=mean, std=std)
+    *_, image = next(iter(unresized.val_dataloader()))["image"]
     np.testing.assert_array_equal(image, np.array(Image.open(folder / "images/val/2.png")).transpose(2, 0, 1))
-    normalised = same.on_after_batch_transfer(next(iter(same.val_dataloader())), 0)["image"][2]
+    normalised = unresized.on_after_batch_transfer(next(iter(unresized.val_dataloader())), 0)["image"][2]
     expected = (image / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(normalised, expected)
 
 
-def test_workers_change_nothing(folder):
+def test_batches_do_not_depend_on_workers(folder):
     augment = {"ratio": [0.5, 2.0], "crop": [32, 40], "hflip": 0.5, "cat_max_ratio": 0.75, "photometric": True}
     batches = [next(iter(mask_folder(folder, augment=augment, num_workers=n).train_dataloader())) for n in (0, 2)]
     for key in ("image", "mask", "index"):
         assert torch.equal(batches[0][key], batches[1][key])
 
 
-def test_no_flip_where_it_changes_classes(folder):
+def test_no_mirroring_if_it_changes_classes(folder):
     assert mask_folder(folder, augment={"hflip": 0.5}).augment.hflip == 0.5
     assert mask_folder(folder, augment={"hflip": 0.5}, flip=False).augment.hflip == 0
 
@@ -199,7 +203,7 @@ def test_files_that_cannot_be_read_are_left_out(folder, caplog):
 
 
 @pytest.mark.parametrize(
-    "harm, message",
+    "damage, message",
     [
         (lambda root: (root / "masks/val/1.png").unlink(), r"1\.png: image without its mask in .*masks/val \(1 of 3"),
         (lambda root: (root / "images/val/1.png").unlink(), r"1\.png: mask without its image in .*images/val \(1 of 3"),
@@ -209,7 +213,7 @@ def test_files_that_cannot_be_read_are_left_out(folder, caplog):
         ),
         (
             lambda root: write(root / "images/val/1.jpg", np.zeros((9, 9), np.uint8)),
-            r"1\.jpg and 1\.png in .* one name",
+            r"1\.jpg and 1\.png in .* the same name",
         ),
         (
             lambda root: write(root / "masks/val/0.png", np.zeros((9, 8), np.uint8)),
@@ -223,8 +227,8 @@ def test_files_that_cannot_be_read_are_left_out(folder, caplog):
         (lambda root: (root / "masks/val").rename(root / "masks/validation"), r"^there is no folder .*masks/val$"),
     ],
 )
-def test_wrong_folders(folder, harm, message):
-    harm(folder)
+def test_errors_in_folders(folder, damage, message):
+    damage(folder)
     with pytest.raises(ValueError, match=message) as error:
         mask_folder(folder).images("val")[0]
     assert "\n" not in str(error.value)
@@ -246,12 +250,12 @@ def test_wrong_folders(folder, harm, message):
         ({"augment": {"hflp": 0.5}}, "augment has no 'hflp'. Did you mean 'hflip'"),
     ],
 )
-def test_wrong_arguments(folder, args, message):
+def test_invalid_arguments(folder, args, message):
     with pytest.raises(ValueError, match=message):
         mask_folder(folder, **args)
 
 
-def test_pairs_are_found_by_their_paths(tmp_path):
+def test_pairs_have_equal_paths(tmp_path):
     mask = np.zeros((4, 4), np.uint8)
     for name in ("b/1", "a/1", "a/x.y"):
         write(tmp_path / f"images/{name}_image.JPG", mask)

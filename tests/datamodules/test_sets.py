@@ -1,4 +1,4 @@
-"""The data sets: what they hold, their splits, and what they say when something is wrong with a folder."""
+"""Classification data sets: their content, their splits, and their messages for errors in folders."""
 
 import gzip
 import hashlib
@@ -15,8 +15,8 @@ from datamodules.cifar10 import CIFAR10
 from datamodules.digits import Digits
 from datamodules.fashion_mnist import FashionMNIST
 from datamodules.image_folder import ImageFolder
-from datamodules.imagenet import ImageNet, readable, synsets
-from datamodules.images import rank_in_class
+from datamodules.imagenet import ImageNet, readable_names, synsets
+from datamodules.images import index_in_class
 from tests.imagenet_folder import WNIDS, make_imagenet_folder
 
 RNG = np.random.default_rng(0)
@@ -26,30 +26,31 @@ def arrays(images):
     return [images.image(i) for i in range(len(images))]
 
 
-def test_rank_in_class():
-    assert rank_in_class(np.array([2, 0, 2, 2, 0, 1])).tolist() == [0, 0, 1, 2, 1, 0]
+def test_index_in_class():
+    assert index_in_class(np.array([2, 0, 2, 2, 0, 1])).tolist() == [0, 0, 1, 2, 1, 0]
 
 
-def test_digits_are_split_for_good():
+def test_digits_have_fixed_splits():
     data = Digits(image_size=32, flip=False, augment={"hflip": 0.5})
-    parts = {split: data.images(split) for split in ("train", "val", "test")}
-    assert {split: len(images) for split, images in parts.items()} == {"train": 1255, "val": 185, "test": 357}
-    seen = {image.tobytes() for images in parts.values() for image in arrays(images)}
-    assert len(seen) == 1797
-    assert hashlib.sha256(parts["test"].labels.tobytes()).hexdigest()[:16] == "b070f04a562e00f2"
-    assert all(np.bincount(images.labels).min() >= 18 for images in parts.values())
-    assert parts["train"][0]["image"].shape == (32, 32, 3)
+    splits = {split: data.images(split) for split in ("train", "val", "test")}
+    assert {split: len(images) for split, images in splits.items()} == {"train": 1255, "val": 185, "test": 357}
+    distinct = {image.tobytes() for images in splits.values() for image in arrays(images)}
+    assert len(distinct) == 1797
+    assert hashlib.sha256(splits["test"].labels.tobytes()).hexdigest()[:16] == "b070f04a562e00f2"
+    assert all(np.bincount(images.labels).min() >= 18 for images in splits.values())
+    assert splits["train"][0]["image"].shape == (32, 32, 3)
     assert (data.num_classes, data.class_names[3], data.names("val")[:2]) == (
         10,
         "3",
         ["digits/val/00000", "digits/val/00001"],
     )
-    assert data.augment.hflip == 0  # a mirrored digit is no digit
+    # A mirrored digit is not a digit, so the recipe's hflip is not applied.
+    assert data.augment.hflip == 0
 
 
 def write_idx(path, array, compress):
     data = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-    path.with_name(path.name + ".gz" * compress).write_bytes(gzip.compress(data) if compress else data)
+    path.with_name(f"{path.name}.gz" if compress else path.name).write_bytes(gzip.compress(data) if compress else data)
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -65,7 +66,7 @@ def test_fashion_mnist(tmp_path, compress):
     np.testing.assert_array_equal(data.images("val").image(3)[..., 2], train[3])
 
 
-def test_fashion_mnist_that_is_cut_off(tmp_path):
+def test_incomplete_fashion_mnist(tmp_path):
     with pytest.raises(ValueError, match=r"^no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz in .*fetch_data.py"):
         FashionMNIST(root=str(tmp_path)).images("test")
     write_idx(tmp_path / "t10k-images-idx3-ubyte", np.zeros((3, 28, 28), np.uint8), True)
@@ -78,7 +79,7 @@ def test_fashion_mnist_that_is_cut_off(tmp_path):
 
 @pytest.fixture(scope="module")
 def cifar10():
-    """20 images a batch: (images (120, 32, 32, 3), labels)."""
+    """Return images (120, 32, 32, 3), which are 20 per batch, and their labels (120,)."""
     return RNG.integers(0, 256, (120, 32, 32, 3), np.uint8), RNG.permutation(120) % 10
 
 
@@ -86,41 +87,42 @@ def write_cifar10(root, form, images, labels):
     root.mkdir()
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     for i, name in enumerate(names):
-        part, mine = images[20 * i : 20 * i + 20], labels[20 * i : 20 * i + 20]
-        planes = part.transpose(0, 3, 1, 2).reshape(20, 3072)
+        rows = slice(20 * i, 20 * i + 20)
+        batch_images, batch_labels = images[rows], labels[rows]
+        planes = batch_images.transpose(0, 3, 1, 2).reshape(20, 3072)
         if form == "pickle":
-            (root / name).write_bytes(pickle.dumps({b"data": planes, b"labels": mine.tolist()}, protocol=2))
+            (root / name).write_bytes(pickle.dumps({b"data": planes, b"labels": batch_labels.tolist()}, protocol=2))
         elif form == "binary":
-            rows = np.concatenate([mine[:, None].astype(np.uint8), planes], axis=1)
-            (root / f"{name}.bin").write_bytes(rows.tobytes())
+            records = np.concatenate([batch_labels[:, None].astype(np.uint8), planes], axis=1)
+            (root / f"{name}.bin").write_bytes(records.tobytes())
         else:
-            Image.fromarray(part.reshape(20, 1024, 3)).save(root / f"{name}.png")
+            Image.fromarray(batch_images.reshape(20, 1024, 3)).save(root / f"{name}.png")
     if form == "png":
         (root / "train_lables.json").write_text(json.dumps(labels[:100].tolist()))
         (root / "test_lables.json").write_text(json.dumps(labels[100:].tolist()))
 
 
 @pytest.mark.parametrize("form", ["pickle", "binary", "png"])
-def test_cifar10_in_each_form(tmp_path, cifar10, form):
+def test_cifar10_in_each_format(tmp_path, cifar10, form):
     images, labels = cifar10
     write_cifar10(tmp_path / "batches", form, images, labels)
     data = CIFAR10(root=str(tmp_path), image_size=32)
     test = data.images("test")
     np.testing.assert_array_equal(np.stack(arrays(test)), images[100:])
     assert test.labels.tolist() == labels[100:].tolist()
-    held_out = rank_in_class(labels[:100]) % 10 == 0
-    for split, mine in (("train", ~held_out), ("val", held_out)):
-        np.testing.assert_array_equal(np.stack(arrays(data.images(split))), images[:100][mine])
-        assert data.images(split).labels.tolist() == labels[:100][mine].tolist()
+    held_out = index_in_class(labels[:100]) % 10 == 0
+    for split, in_split in (("train", ~held_out), ("val", held_out)):
+        np.testing.assert_array_equal(np.stack(arrays(data.images(split))), images[:100][in_split])
+        assert data.images(split).labels.tolist() == labels[:100][in_split].tolist()
 
 
-class Harm:
+class RunsCode:
     def __reduce__(self):
         return print, ("this ran",)
 
 
 def test_cifar10_runs_no_code(tmp_path, capsys):
-    (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": Harm(), b"labels": [1]}, protocol=2))
+    (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": RunsCode(), b"labels": [1]}, protocol=2))
     with pytest.raises(ValueError, match=r"test_batch is not a batch of CIFAR-10: it would run .*print"):
         CIFAR10(root=str(tmp_path)).images("test")
     assert capsys.readouterr().out == ""
@@ -129,7 +131,7 @@ def test_cifar10_runs_no_code(tmp_path, capsys):
 @pytest.mark.parametrize(
     "name, content", [("test_batch", b"\x80\x02}."), ("test_batch.bin", b"123"), ("test_batch.png", b"1")]
 )
-def test_cifar10_that_is_something_else(tmp_path, name, content):
+def test_files_that_are_not_cifar10(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} is not a batch of CIFAR-10: "):
         CIFAR10(root=str(tmp_path)).images("test")
@@ -155,7 +157,7 @@ def test_image_folder_with_splits(tmp_path):
     assert data.names("test") == data.names("val")
 
 
-def test_image_folder_of_classes_alone(tmp_path):
+def test_image_folder_with_class_folders_only(tmp_path):
     write_images(tmp_path / "cat" / "inner", 11)
     write_images(tmp_path / "dog", 6)
     data = ImageFolder(root=str(tmp_path))
@@ -171,8 +173,8 @@ def test_imagenet_with_folders_and_flat(tmp_path):
     flat = ImageNet(root=str(make_imagenet_folder(tmp_path / "b", flat_val=True)), image_size=32)
     assert folders.class_names == flat.class_names == ["tench", "goldfish", "great white shark"]
     assert flat.images("val").labels.tolist() == folders.images("val").labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
-    for one, other in zip(arrays(folders.images("val")), arrays(flat.images("val")), strict=True):
-        np.testing.assert_array_equal(one, other)
+    for in_folder, in_flat in zip(arrays(folders.images("val")), arrays(flat.images("val")), strict=True):
+        np.testing.assert_array_equal(in_folder, in_flat)
     assert folders.names("val")[0] == "n01440764/ILSVRC2012_val_00000001.JPEG"
     assert (len(folders.images("train")), folders.class_subset) == (36, None)
 
@@ -207,7 +209,7 @@ def test_imagenet_classes(tmp_path):
     assert set(named.images("val").labels) <= set(named.class_subset or [])
 
 
-def test_a_folder_for_evaluation_alone(tmp_path):
+def test_a_folder_for_evaluation_only(tmp_path):
     root = make_imagenet_folder(tmp_path / "in") / "val"
     data = ImageNet(root=str(root), synsets="imagenet1k")
     assert data.names("test")[0] == "n01440764/ILSVRC2012_val_00000001.JPEG"
@@ -215,15 +217,15 @@ def test_a_folder_for_evaluation_alone(tmp_path):
         data.train_dataloader()
 
 
-def test_names_for_people():
-    names = readable(synsets())
+def test_readable_names():
+    names = readable_names(synsets())
     assert len(set(names)) == 1000
     assert names[0] == "tench"
     assert sorted(name for name in names if name.startswith("crane")) == ["crane (n02012849)", "crane (n03126707)"]
-    assert readable(["n01440764", "dishes"]) == ["tench", "dishes"]
+    assert readable_names(["n01440764", "dishes"]) == ["tench", "dishes"]
 
 
-def test_one_mistake_one_line(tmp_path):
+def test_each_error_is_one_line(tmp_path):
     root = make_imagenet_folder(tmp_path / "whole", classes=2)
     (tmp_path / "empty").mkdir()
     write_images(tmp_path / "plain" / "cat", 2)
@@ -287,7 +289,7 @@ def test_one_mistake_one_line(tmp_path):
         ),
         (lambda: Digits(crop_mode="middle"), "no crop_mode is called 'middle'; there are center, squash, border"),
         (lambda: Digits(crop_pct=1.5), "data.crop_pct must be above 0 and at most 1, not 1.5"),
-        (lambda: Digits(broken_limit=2), "data.broken_limit is a share from 0 to 1, not 2"),
+        (lambda: Digits(broken_limit=2), "data.broken_limit must be a share from 0 to 1, not 2"),
         (lambda: Digits(batch_size=0), "batch_size must be at least 1, not 0"),
     ]
     for call, message in cases:

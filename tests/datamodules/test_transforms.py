@@ -1,3 +1,5 @@
+"""Transforms for classification agree with timm and Pillow."""
+
 import random
 from typing import Any
 
@@ -10,12 +12,13 @@ from timm.data import auto_augment
 from timm.data import create_transform as typed_create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from datamodules.auto_augment import slide_rows
+from datamodules.auto_augment import shift_rows
 from datamodules.batch import normalise
 from datamodules.loader import private_rng, seed_rng
 from datamodules.transforms import Augment, EvalTransform, TrainTransform
 
-create_transform: Any = typed_create_transform  # whose annotated result is too wide
+# The annotated return type of timm's function is too wide for the type checker.
+create_transform: Any = typed_create_transform
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PHOTO = np.array(load_sample_images().images[0])
 SHAPES = [(427, 640), (300, 200), (57, 83), (224, 224)]
@@ -25,8 +28,8 @@ def photo(shape):
     return np.ascontiguousarray(PHOTO[: shape[0], : shape[1]])
 
 
-def gap(one, other):
-    return int(np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max())
+def max_difference(a, b):
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -34,11 +37,11 @@ def gap(one, other):
 @pytest.mark.parametrize(
     "size, crop_pct, interpolation", [(224, 0.875, "bicubic"), (96, 0.9, "bilinear"), (64, 1.0, "bicubic")]
 )
-def test_evaluation_is_timms(shape, crop_mode, size, crop_pct, interpolation):
-    how = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation, "mean": MEAN}
+def test_evaluation_agrees_with_timm(shape, crop_mode, size, crop_pct, interpolation):
+    options = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation, "mean": MEAN}
     image = photo(shape)
-    expected = create_transform(size, is_training=False, std=STD, **how)(Image.fromarray(image))
-    ours = EvalTransform(size, **how)({"image": image, "label": 3})
+    expected = create_transform(size, is_training=False, std=STD, **options)(Image.fromarray(image))
+    ours = EvalTransform(size, **options)({"image": image, "label": 3})
     assert ours["label"] == 3
     batch = torch.from_numpy(ours["image"].copy())[None].permute(0, 3, 1, 2)
     torch.testing.assert_close(normalise(batch, torch.tensor(MEAN), torch.tensor(STD))[0], expected, atol=1e-6, rtol=0)
@@ -55,40 +58,43 @@ def test_evaluation_of_a_rectangle_and_of_grey():
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
-def test_random_resized_crop_is_timms(interpolation):
+def test_random_resized_crop_agrees_with_timm(interpolation):
     ours = TrainTransform(Augment(scale=(0.08, 1.0), interpolation=interpolation), 96)
     timms = RandomResizedCropAndInterpolation(96, interpolation=interpolation)
     for i, shape in enumerate(SHAPES * 5):
         random.seed(i)
         expected = timms(Image.fromarray(photo(shape)))
         random.seed(i)
-        assert gap(ours({"image": photo(shape)})["image"], expected) <= 1
+        assert max_difference(ours({"image": photo(shape)})["image"], expected) <= 1
 
 
 @pytest.mark.parametrize("name", ["ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel"])
 @pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
-def test_slides_are_pillows(name, resample):
+def test_shears_and_translations_agree_with_pillow(name, resample):
     hparams = {"translate_const": 40, "img_mean": (1, 200, 3), "interpolation": resample}
     picture = Image.fromarray(photo((90, 120)))
     transform = TrainTransform(Augment(auto_augment="rand-m9-inc1"), 90)
-    ours = {op.name: op.aug_fn for op in transform.recolour.transforms[0].ops}
+    ours = {op.name: op.aug_fn for op in transform.color_and_shape.transforms[0].ops}
     for magnitude in (0, 1, 4, 9, 10):
-        for seed in range(4):  # for the sign
+        # The seeds give both signs.
+        for seed in range(4):
             op = auto_augment.AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=hparams)
             random.seed(seed)
             expected = op(picture)
             op.aug_fn = ours.get(name, op.aug_fn)
             random.seed(seed)
-            assert gap(op(picture), expected) <= 1
+            assert max_difference(op(picture), expected) <= 1
 
 
-def test_slides_beyond_the_image_leave_the_fill():
+def test_pixels_from_outside_the_image_have_the_fill_colour():
     picture = Image.fromarray(photo((20, 30)))
     for shift in (-45.5, 29.7, 200.0):
         expected = picture.transform(
             picture.size, Image.Transform.AFFINE, (1, 0, shift, 0, 1, 0), Image.Resampling.BICUBIC, fillcolor=(9, 8, 7)
         )
-        assert gap(slide_rows(picture, torch.full((20,), shift, dtype=torch.float64), (9, 8, 7)), expected) <= 1
+        assert (
+            max_difference(shift_rows(picture, torch.full((20,), shift, dtype=torch.float64), (9, 8, 7)), expected) <= 1
+        )
 
 
 @pytest.mark.parametrize(
@@ -103,44 +109,46 @@ def test_auto_augment_draws_what_timm_draws(recipe):
     with private_rng():
         for seed in range(40):
             seed_rng(seed)
-            ours = transform.recolour(picture)
+            ours = transform.color_and_shape(picture)
             seed_rng(seed)
             try:
                 expected = timms(picture)
-            except ValueError:  # posterize without bits: see the test below
+            except ValueError:
+                # timm's posterize fails with 0 bits; see test_posterize_at_its_highest_magnitude.
                 expected = ours
             close += np.abs(np.asarray(ours).astype(int) - np.asarray(expected).astype(int)).mean() < 1
-    assert close >= 34  # two ops in a row may make more of a rounding
+    # Two consecutive ops may amplify a rounding difference.
+    assert close >= 34
 
 
 def test_posterize_at_its_highest_magnitude():
-    """timm's own op fails there with newer Pillows: about one image in 600 of DeiT's recipe."""
+    """With newer versions of Pillow, timm's own op fails at this magnitude: one image in 600 with DeiT's recipe."""
     transform = TrainTransform(Augment(auto_augment="rand-m10-inc1"), 16)
-    op = next(op for op in transform.recolour.transforms[0].ops if op.name == "PosterizeIncreasing")
+    op = next(op for op in transform.color_and_shape.transforms[0].ops if op.name == "PosterizeIncreasing")
     op.prob = 1.0
-    assert gap(op(Image.fromarray(photo((16, 16)))), np.zeros((16, 16, 3))) == 0
+    assert max_difference(op(Image.fromarray(photo((16, 16)))), np.zeros((16, 16, 3))) == 0
 
 
 def test_flips():
     image = photo((32, 48))
     both = TrainTransform(Augment(hflip=1.0, vflip=1.0), (32, 48))({"image": image})["image"]
     np.testing.assert_array_equal(both, image[::-1, ::-1])
-    seen = [TrainTransform(Augment(hflip=0.5), (32, 48))({"image": image})["image"] for _ in range(40)]
-    same = sum(np.array_equal(i, image) for i in seen)
+    results = [TrainTransform(Augment(hflip=0.5), (32, 48))({"image": image})["image"] for _ in range(40)]
+    same = sum(np.array_equal(i, image) for i in results)
     assert 5 < same < 35
-    assert all(np.array_equal(i, image) or np.array_equal(i, image[:, ::-1]) for i in seen)
+    assert all(np.array_equal(i, image) or np.array_equal(i, image[:, ::-1]) for i in results)
 
 
 def test_padded_crop():
     image = photo((32, 32))
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")
-    places = set()
+    positions = set()
     for _ in range(60):
         crop = TrainTransform(Augment(pad_crop=4), 32)({"image": image})["image"]
-        found = [(y, x) for y in range(9) for x in range(9) if np.array_equal(padded[y : y + 32, x : x + 32], crop)]
-        assert len(found) == 1
-        places.add(found[0])
-    assert len(places) > 20
+        matches = [(y, x) for y in range(9) for x in range(9) if np.array_equal(padded[y : y + 32, x : x + 32], crop)]
+        assert len(matches) == 1
+        positions.add(matches[0])
+    assert len(positions) > 20
     assert TrainTransform(Augment(), 24)({"image": photo((57, 83))})["image"].shape == (24, 24, 3)
 
 
@@ -148,35 +156,38 @@ def test_color_jitter_changes_colours_and_grey_has_one_channel():
     image = photo((32, 32))
     with private_rng():
         seed_rng(1)
-        assert gap(TrainTransform(Augment(color_jitter=0.4), 32)({"image": image})["image"], image) > 5
+        assert max_difference(TrainTransform(Augment(color_jitter=0.4), 32)({"image": image})["image"], image) > 5
     grey = TrainTransform(Augment(auto_augment="rand-m9-inc1"), 32, mean=(0.5,), in_chans=1)({"image": image})["image"]
     assert grey.shape == (32, 32, 1)
 
 
-def test_one_pixel_is_enough():
+def test_an_image_of_one_pixel():
     for _ in range(10):
         crop = TrainTransform(Augment(scale=(0.08, 1.0)), 8)({"image": np.full((1, 1, 3), 7, np.uint8)})["image"]
-        assert gap(crop, np.full((8, 8, 3), 7)) == 0
+        assert max_difference(crop, np.full((8, 8, 3), 7)) == 0
 
 
 @pytest.mark.parametrize(
     "config, message",
     [
         ({"mixupp": 0.8}, "augment has no 'mixupp'. Did you mean 'mixup'?"),
-        ({"scale": [0.5, 0.2]}, "augment.scale must be (least, most) with 0 < least <= most <= 1, not (0.5, 0.2)"),
+        (
+            {"scale": [0.5, 0.2]},
+            "augment.scale must be (minimum, maximum) with 0 < minimum <= maximum <= 1, not (0.5, 0.2)",
+        ),
         ({"hflip": 2}, "augment.hflip must be from 0 to 1, not 2"),
         ({"interpolation": "cubic"}, "augment.interpolation must be bilinear, bicubic or random, not 'cubic'"),
         ({"repeats": 0}, "augment.repeats must be a whole number from 1 up, not 0"),
         ({"erasing_mode": "noise"}, "augment.erasing_mode must be pixel, rand or const, not 'noise'"),
     ],
 )
-def test_wrong_augment(config, message):
+def test_invalid_augment(config, message):
     with pytest.raises(ValueError) as error:
         Augment.from_config(config)
     assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize("recipe", ["randaugment", "rand-q9", "v7"])
-def test_wrong_auto_augment(recipe):
+def test_invalid_auto_augment(recipe):
     with pytest.raises(ValueError, match=f"augment.auto_augment='{recipe}' is not one of timm's strings"):
         TrainTransform(Augment(auto_augment=recipe), 32)

@@ -1,4 +1,4 @@
-"""VOC's folders and XML: sets of several years, classes, difficult objects, pixels counted from 1."""
+"""VOC's folders and XML files: image sets of several years, classes, difficult objects, pixels counted from 1."""
 
 import numpy as np
 import pytest
@@ -44,17 +44,19 @@ def make_data(root, **kwargs):
     return VOC(**{"root": str(root), "image_size": [30, 40]} | usual | kwargs)
 
 
-def test_years_become_one_set(root):
+def test_years_become_one_split(root):
     data = make_data(root)
     train = data.images("train")
     assert list(data.class_names) == ["cat", "dog", "person"]
     assert not data.has_masks
     assert data.names("train") == ["VOC2007/JPEGImages/000001.jpg", "VOC2012/JPEGImages/2008_000003.jpg"]
-    assert train.ids.tolist() == [0, 2]  # the image without objects is not trained on
+    # The image without objects is not trained on.
+    assert train.ids.tolist() == [0, 2]
     sample = train[0]
-    assert sample["boxes"].tolist() == [[0, 0, 40, 30]]  # the whole image
+    assert sample["boxes"].tolist() == [[0, 0, 40, 30]]
     assert sample["labels"].tolist() == [1]
-    assert sample["ignored"].tolist() == [[4, 5, 20, 16]]  # difficult
+    # The difficult object is ignored.
+    assert sample["ignored"].tolist() == [[4, 5, 20, 16]]
     assert train[1]["boxes"].tolist() == [[1.5, 0, 12.5, 10]]
     assert train[1]["labels"].tolist() == [2]
     assert data.names("test") == data.names("val") == ["VOC2007/JPEGImages/000002.jpg"]
@@ -66,7 +68,7 @@ def test_years_become_one_set(root):
     assert crowds == [0, 1]
 
 
-def test_classes_are_in_the_order_asked_for(root):
+def test_labels_follow_the_order_of_the_argument_classes(root):
     data = make_data(root, classes=["person", "dog", "cat"])
     assert data.images("train")[0]["labels"].tolist() == [1]
     with pytest.raises(ValueError, match=r"000001.xml has a 'dog', which is none of the classes: person, dgo"):
@@ -80,9 +82,9 @@ def replace_xml(text):
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        (None, {"val": ["VOC2007/tset"]}, "no set is called 'tset' in"),
+        (None, {"val": ["VOC2007/tset"]}, "no image set is called 'tset' in"),
         (None, {"val": ["VOC2009/test"]}, "VOC2009"),
-        (None, {"val": "test"}, "data.val must be a list of sets, like [test], not 'test'"),
+        (None, {"val": "test"}, "data.val must be a list of image sets, like [test], not 'test'"),
         (None, {"classes": "cat"}, "data.classes must be a list of names, like [cat], not 'cat'"),
         (None, {"val": ["VOC2012/empty"]}, "empty.txt is empty"),
         (None, {"val": ["VOC2012/gap"]}, "5 of"),
@@ -95,7 +97,7 @@ def replace_xml(text):
         (replace_xml(xml([])), {}, "annotations is empty"),
     ],
 )
-def test_a_wrong_set_is_refused_in_one_line(root, change, arguments, message):
+def test_errors_in_a_data_set_are_one_line(root, change, arguments, message):
     if change:
         change(root)
     with pytest.raises(ValueError) as error:

@@ -1,3 +1,5 @@
+"""Predictions of a simulated classifier, which several tests share."""
+
 import numpy as np
 import pytest
 
@@ -5,7 +7,7 @@ from retinue.evaluation.classification import Predictions
 
 
 def predict(num_images: int, num_classes: int, seed: int = 0, sharpness: float = 1.0) -> Predictions:
-    """A net that is mostly right; how sure it is goes with `sharpness`."""
+    """Return the predictions of a net that is mostly right; `sharpness` scales its confidence."""
     rng = np.random.default_rng(seed)
     label = rng.integers(num_classes, size=num_images)
     logits = rng.normal(size=(num_images, num_classes))

@@ -1,3 +1,5 @@
+"""Plots depend on their data, and a failed plot leaves the previous file unchanged."""
+
 import csv
 import math
 import subprocess
@@ -12,7 +14,7 @@ from tests.retinue.evaluation.conftest import predict
 
 
 def pixels(path) -> np.ndarray:
-    """(H, W, 3): the picture, which must be one worth the name."""
+    """Read a plot, (H, W, 3), which must have a minimum size and number of colours."""
     image = np.asarray(Image.open(path).convert("RGB"))
     assert min(image.shape[:2]) > 300
     assert len(np.unique(image @ np.array([65536, 256, 1]))) > 10
@@ -20,33 +22,34 @@ def pixels(path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("draw", [plot_reliability, lambda *a: plot_confusion(*a, class_names=list("abcdefghij"))])
-def test_a_picture_follows_its_data(tmp_path, draw):
+def test_plots_depend_on_their_data(tmp_path, draw):
     pictures = {}
-    for name, data in {"one": predict(500, 10), "same": predict(500, 10), "other": predict(500, 10, 1, 3.0)}.items():
+    for name, data in {"first": predict(500, 10), "same": predict(500, 10), "other": predict(500, 10, 1, 3.0)}.items():
         draw(tmp_path / f"{name}.png", data)
         pictures[name] = pixels(tmp_path / f"{name}.png")
-    assert np.array_equal(pictures["one"], pictures["same"])
-    assert not np.array_equal(pictures["one"], pictures["other"])
+    assert np.array_equal(pictures["first"], pictures["same"])
+    assert not np.array_equal(pictures["first"], pictures["other"])
 
 
-def test_a_confusion_is_coloured_where_it_happens(tmp_path):
-    """Truth runs downwards: with all images of class 0 taken for class 2, only the first row's third cell is dark."""
+def test_the_confused_cell_is_dark(tmp_path):
+    """Rows are true classes: with class 0 predicted as class 2, only the third cell of row 0 is dark."""
     p = predict(50, 3)
     p.label[:], p.topk[:, 0] = 0, 2
     plot_confusion(tmp_path / "c.png", p, ["left", "middle", "right"])
     image = pixels(tmp_path / "c.png")[:, : -image_margin(tmp_path / "c.png")].astype(int)
-    rows, columns = np.nonzero((image[..., 2] - image[..., 0] > 60) & (image.sum(-1) < 300))  # dark blue
+    # Pixels that are dark blue.
+    rows, columns = np.nonzero((image[..., 2] - image[..., 0] > 60) & (image.sum(-1) < 300))
     height, width = image.shape[:2]
     assert rows.max() < 0.45 * height
     assert columns.min() > 0.55 * width
 
 
 def image_margin(path) -> int:
-    """Pixels at the right that the colour bar may take."""
+    """Return the number of pixels at the right that the colour bar may take."""
     return Image.open(path).width // 4
 
 
-def test_the_gap_is_drawn_where_confidence_is_not_accuracy(tmp_path):
+def test_the_gap_between_confidence_and_accuracy_is_drawn(tmp_path):
     orange = {}
     for confidence in (0.5, 0.9):
         p = predict(100, 3)
@@ -55,7 +58,8 @@ def test_the_gap_is_drawn_where_confidence_is_not_accuracy(tmp_path):
         image = pixels(tmp_path / "r.png").astype(int)
         upper = image[image.shape[0] // 10 : image.shape[0] // 2]
         orange[confidence] = ((upper[..., 0] > 190) & (upper[..., 2] < 60)).sum()
-    assert orange[0.9] > 20 * orange[0.5]  # the edge of an empty bar is a line
+    # The edge of an empty bar is still a line.
+    assert orange[0.9] > 20 * orange[0.5]
 
 
 def test_many_classes_are_drawn_without_names(tmp_path):
@@ -66,12 +70,12 @@ def test_many_classes_are_drawn_without_names(tmp_path):
 
 
 def first_column(image: np.ndarray) -> int:
-    """Where the matrix begins: the first column that is not mostly the white ground."""
+    """Return the column at which the matrix begins: the first one that is not mostly white background."""
     return int(np.argmax((image == 255).all(-1).mean(0) < 0.5))
 
 
 def write_metrics(path, epochs: int, **columns) -> None:
-    """Sparse rows: training figures twice an epoch, the others at its end."""
+    """Write sparse rows: figures of training twice per epoch, other figures at its end."""
     with open(path, "w", newline="") as file:
         names = [name.replace("_", "/", 1) for name in columns]
         writer = csv.DictWriter(file, ["step", "epoch", *names])
@@ -103,7 +107,7 @@ def test_curves_without_epochs_go_by_step_and_without_rows_are_an_error(tmp_path
         plot_curves(tmp_path / "steps.png", tmp_path / "empty.csv")
 
 
-def test_a_failed_picture_leaves_the_one_that_was_there(tmp_path, monkeypatch):
+def test_a_failed_plot_leaves_the_previous_file(tmp_path, monkeypatch):
     path = tmp_path / "r.png"
     path.write_text("before")
 
@@ -117,6 +121,7 @@ def test_a_failed_picture_leaves_the_one_that_was_there(tmp_path, monkeypatch):
 
 
 def test_evaluation_imports_neither_torch_nor_matplotlib():
-    code = "import sys, retinue.evaluation.classification, retinue.evaluation.plots, retinue.evaluation.predictions; "
+    modules = ", ".join(f"retinue.evaluation.{name}" for name in ("classification", "plots", "predictions"))
+    code = f"import sys, {modules}; "
     code += "sys.exit(' '.join({'torch', 'matplotlib'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""

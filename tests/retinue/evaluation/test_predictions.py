@@ -1,3 +1,5 @@
+"""The table of predictions can be read back, and a failure leaves the previous file unchanged."""
+
 import csv
 
 import numpy as np
@@ -10,7 +12,7 @@ CLASSES = ['say "cheese", please', "tench, Tinca tinca", "Ærø, ü"]
 IMAGES = ["a/0.jpg", "b, c.jpg", 'd "e".jpg', "f.jpg"]
 
 
-def make() -> Predictions:
+def make_predictions() -> Predictions:
     return Predictions(
         index=np.array([1, 3]),
         label=np.array([0, 2]),
@@ -20,9 +22,9 @@ def make() -> Predictions:
     )
 
 
-def test_rows_come_back_as_they_were_written(tmp_path):
+def test_rows_are_read_back_as_they_were_written(tmp_path):
     path = tmp_path / "made" / "predictions.csv"
-    write_predictions_csv(path, make(), CLASSES, IMAGES)
+    write_predictions_csv(path, make_predictions(), CLASSES, IMAGES)
     with open(path, newline="", encoding="utf-8") as file:
         first, second = csv.DictReader(file)
     assert list(first) == ["image", "label", "prediction", "correct", "confidence", "loss", "top5"]
@@ -33,10 +35,10 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     assert first["top5"].split(" | ") == [CLASSES[0], CLASSES[2], CLASSES[1]]
 
 
-def test_a_failure_leaves_the_file_that_was_there(tmp_path):
+def test_a_failure_leaves_the_previous_file(tmp_path):
     path = tmp_path / "predictions.csv"
     path.write_text("before")
     with pytest.raises(IndexError):
-        write_predictions_csv(path, make(), CLASSES, IMAGES[:2])
+        write_predictions_csv(path, make_predictions(), CLASSES, IMAGES[:2])
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]

@@ -1,3 +1,5 @@
+"""Confidence intervals of means over few values."""
+
 import math
 
 import numpy as np
@@ -6,13 +8,14 @@ import pytest
 from retinue.evaluation.statistics import mean_ci95
 
 
-def test_interval_covers_the_true_mean_as_often_as_it_says():
+def test_intervals_cover_the_true_mean_in_95_percent_of_samples():
     rng = np.random.default_rng(0)
-    inside = 0
+    covered = 0
     for sample in rng.normal(3.0, 2.0, (2000, 3)):
         mean, half = mean_ci95(sample)
-        inside += abs(mean - 3.0) <= half
-    assert 0.935 < inside / 2000 < 0.965  # the normal's 1.96 would cover 80 %
+        covered += abs(mean - 3.0) <= half
+    # With the normal distribution's 1.96 instead of Student's t, the coverage would be 80 %.
+    assert 0.935 < covered / 2000 < 0.965
 
 
 def test_few_values():
