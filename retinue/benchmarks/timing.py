@@ -1,5 +1,6 @@
 """What the benchmark scripts share: interleaved timing, peak memory, and one format of rows."""
 
+import contextlib
 import csv
 import gc
 import math
@@ -227,6 +228,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def autocast(device: str | torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """Return the autocast context for a type such as "bfloat16", which does nothing for "float32"."""
+    return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def describe_device(device: str | torch.device) -> str:
