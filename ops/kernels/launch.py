@@ -1,7 +1,8 @@
 """What the Triton kernels share: how they become PyTorch operators, and how their tiles are chosen."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,17 +22,36 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# (kernel, compute capability, bytes of a value, padded width of a head, tokens of a window) -> tiles timed on a GPU,
-# which go before a kernel's own choice.
-TUNED: dict[tuple[str, tuple[int, int], int, int, int], Tiles] = {}
+# (kernel, compute capability, bytes of a value, padded width of a head, tokens of a window)
+TileKey = tuple[str, tuple[int, int], int, int, int]
+
+# Tiles that were timed on a GPU. They take precedence over a kernel's own choice.
+TUNED: dict[TileKey, Tiles] = {}
+
+# Look-ups of tiles so far, one mapping from keys to default tiles for each open context of `recorded_lookups`.
+_recordings: list[dict[TileKey, Tiles]] = []
 
 
 def tiles(kernel: str, x: Tensor, width: int, tokens: int, default: Tiles) -> Tiles:
     """The tiles of `TUNED` for a kernel on the values and the device of `x`, or else `default`."""
-    if not TUNED:
+    if not TUNED and not _recordings:
         return default
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
-    return TUNED.get((kernel, capability, x.element_size(), width, tokens), default)
+    key = (kernel, capability, x.element_size(), width, tokens)
+    for lookups in _recordings:
+        lookups.setdefault(key, default)
+    return TUNED.get(key, default)
+
+
+@contextmanager
+def recorded_lookups() -> Iterator[dict[TileKey, Tiles]]:
+    """Record the keys that kernels look up in `TUNED` within the context, each with the kernel's default tiles."""
+    lookups: dict[TileKey, Tiles] = {}
+    _recordings.append(lookups)
+    try:
+        yield lookups
+    finally:
+        _recordings.pop()
 
 
 def padded(size: int, most: int | None = None) -> int:
