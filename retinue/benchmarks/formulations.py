@@ -62,7 +62,7 @@ class Formulation:
 
 
 def mask_too_large(call: Call) -> str | None:
-    """Return why a dense mask between all tokens cannot be allocated, or None if it can."""
+    """Return the reason why a dense mask between all tokens cannot be allocated, or None if it can."""
     entries = call.batch * (call.size[0] * call.size[1]) ** 2
     max_entries = MAX_MASK_ENTRIES.get(call.device, 0)
     if entries <= max_entries:
@@ -71,30 +71,30 @@ def mask_too_large(call: Call) -> str | None:
 
 
 def not_on_cuda(call: Call) -> str | None:
-    """Return why the device does not suffice, or None on a CUDA device."""
+    """Return the reason why the device does not suffice, or None on a CUDA device."""
     return None if call.device == "cuda" else f"it is measured on a CUDA device, not on {call.device}"
 
 
 def windows_not_in_blocks(call: Call) -> str | None:
-    """Return why the windows do not consist of FlexAttention's blocks, or None if they do."""
+    """Return the reason why windows do not consist of FlexAttention's blocks, or None if they do."""
     if call.window_tokens % peers.FLEX_BLOCK == 0:
         return None
     return f"its windows must have a multiple of {peers.FLEX_BLOCK} tokens, not {call.window_tokens} tokens"
 
 
 def too_many_pairs(call: Call) -> str | None:
-    """Return why FlexAttention's mask cannot be made from all pairs of tokens, or None if it can."""
+    """Return the reason why FlexAttention's mask would be too expensive to make, or None if it is not."""
     tokens = call.size[0] * call.size[1]
     return f"its mask of {tokens} tokens is made from all pairs of tokens" if tokens > MAX_FLEX_TOKENS else None
 
 
 def natten_missing(call: Call) -> str | None:
-    """Return that natten is not installed, or None if it is."""
+    """Return the reason why NATTEN cannot run, or None if it is installed."""
     return None if neighborhood.NATTEN_INSTALLED else "natten is not installed"
 
 
 def biased(call: Call) -> str | None:
-    """Return that a formulation without a bias cannot run a call with one, or None if the call has none."""
+    """Return the reason why a formulation without a bias cannot run, or None if the call has no bias."""
     return "it does not support a bias" if call.biased else None
 
 

@@ -13,7 +13,7 @@ from retinue.benchmarks.options import Pair
 from retinue.benchmarks.timing import Row, interleave, make_row, peak_memory_mb
 from retinue.utils.arithmetic import ceil_div
 
-# As in DINO: 8 heads of 32 channels and 4 points on maps of four strides; the decoder has 900 queries.
+# DINO's configuration: 8 heads of 32 channels and 4 points on maps of four strides; the decoder has 900 queries.
 HEADS, HEAD_DIM, POINTS, STRIDES, QUERIES = 8, 32, 4, (8, 16, 32, 64), 900
 STAND_IN, COMPILED_MMCV, PLAIN_MMCV = "stand-in", "compiled mmcv", "mmcv's plain PyTorch"
 

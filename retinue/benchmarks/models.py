@@ -1,6 +1,5 @@
 """Parameters, MACs, speed and memory of models, ours and timm's."""
 
-import contextlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,10 +38,6 @@ class Setting:
     channels_last: bool
     compile: bool
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """Return the autocast context of `dtype`, which does nothing for float32."""
-        return autocast(self.device, self.dtype)
-
 
 def build(model: Mapping[str, Any], image_size: int) -> torch.nn.Module:
     """Build a model for 1000 classes from the arguments of `models.create_model`."""
@@ -66,11 +61,11 @@ def make_step(model: Mapping[str, Any], setting: Setting, train: bool) -> Callab
 
     @torch.inference_mode()
     def infer() -> None:
-        with setting.autocast():
+        with autocast(setting.device, setting.dtype):
             net(image)
 
     def learn() -> None:
-        with setting.autocast():
+        with autocast(setting.device, setting.dtype):
             loss = F.cross_entropy(net(image), label)
         loss.backward()
         optimizer.step()

@@ -21,6 +21,7 @@ from retinue.benchmarks.options import Pair
 from retinue.benchmarks.timing import autocast
 from retinue.utils.arithmetic import ceil_div
 
+# Names of formulations: our op or net, and timm's net.
 OURS, TIMM = "", "timm"
 # An op is measured as in the first of four stages, where maps are largest.
 OP_DIM, OP_HEADS, OP_STRIDE = 64, 2, 4
@@ -53,7 +54,7 @@ class Subject:
 
     @property
     def is_op(self) -> bool:
-        """Whether the subject is an op rather than a net."""
+        """True for an op, False for a net."""
         return self.name in list_ops()
 
     def describe(self) -> str:

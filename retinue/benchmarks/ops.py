@@ -45,7 +45,7 @@ class MeasuringSetting:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether the device is a GPU."""
+        """True if the device is a GPU."""
         return self.device.type == "cuda"
 
     def floor(self, moved_bytes: float, flops: float) -> float | None:
@@ -77,7 +77,7 @@ def make_setting(device: torch.device, dtype: str | None, rounds: int | None) ->
 
 
 class Figures(NamedTuple):
-    """What was measured of a formulation.
+    """The measurements of one formulation.
 
     Attributes:
         timing: its time.
@@ -210,13 +210,13 @@ def measure_subject(subject: Subject, setting: MeasuringSetting, compiling: bool
 def make_rows(
     measured: Measured, setting: MeasuringSetting, shape: str, series: str, batch: int, pixels: int, name: str = ""
 ) -> list[Row]:
-    """Return the rows of what was measured together; `ratio` is relative to the second formulation, the baseline.
+    """Return the rows of formulations that were timed in turn; `ratio` is relative to the second one, the baseline.
 
     Args:
         measured: figures of the formulations.
         setting: conditions of the measurement.
         shape: shape of the input, in words.
-        series: name of what was measured, the same for every size of the image.
+        series: name of the layer, op or net, the same for every size of the image.
         batch: images of the batch.
         pixels: pixels of an image.
         name: name of the op or net; empty for primitives, whose formulations have names.
@@ -279,7 +279,7 @@ def measure_primitive(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, in this order.
+    """The ops and nets to measure, in this order.
 
     Attributes:
         nets: names of nets.
@@ -306,7 +306,7 @@ def make_plan(
     cuda: bool,
     tune: bool = False,
 ) -> Plan:
-    """Return what is measured; each argument that is None is chosen to fit the machine.
+    """Return the plan of a benchmark; each argument that is None is chosen to fit the machine.
 
     Args:
         ops: names of primitives and ops. All of them by default if `models` is None, too, or with `tune`; else none.
@@ -349,7 +349,7 @@ def make_plan(
 
 
 def measure_tables(plan: Plan, setting: MeasuringSetting) -> Iterator[tuple[str, list[Row]]]:
-    """Measure what is planned, and yield each table's title and rows."""
+    """Carry out a plan, and yield the title and the rows of each table."""
     device = str(setting.device)
     for name in plan.nets:
         subject = nets.make_subject(name, NET_IMAGE_SIZE, plan.net_batch, device, setting.dtype)

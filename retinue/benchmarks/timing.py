@@ -1,4 +1,4 @@
-"""What all benchmarks share: timing in turn, peak memory, and one format of rows."""
+"""Tools that all benchmarks share: timing in turn, peak memory, and one format of rows."""
 
 import contextlib
 import csv
