@@ -40,12 +40,12 @@ format: setup ## put the code into its form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup ## the benchmarks, as ratios against named peers
+bench: setup ## speed and memory relative to named peers
 	$(BIN)/python scripts/benchmark_ops.py
 	$(BIN)/python scripts/benchmark_heads.py
 	$(BIN)/python scripts/benchmark_pipeline.py
 	$(BIN)/python scripts/benchmark_trainer.py
-	$(BIN)/python scripts/benchmark_models.py --models biformer_tiny swin_tiny resnet50
+	$(BIN)/python scripts/benchmark_models.py 'models=[biformer_tiny,swin_tiny,resnet50]'
 
 docker: ## build the image `retinue`
 	docker build -t retinue .

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ops.backend import automatic, obstacle_to_kernels, use_triton
+from ops.backend import automatic, obstacle_to_kernels, primitive, use_triton
 from ops.functional import biased_scores_attention, merge_heads, split_heads
 from ops.windows import from_windows, to_windows
 from retinue.utils.arithmetic import ceil_div, round_up
@@ -23,6 +23,7 @@ Pair = tuple[int, int]
 NATTEN_INSTALLED = find_spec("natten") is not None
 
 
+@primitive
 def neighborhood_attention(
     qkv: Tensor,
     bias: Tensor | None,

@@ -23,6 +23,7 @@ from timm.layers import to_2tuple
 
 from models import model_name
 from ops import list_ops
+from retinue.benchmarks.models import Setting, benchmark
 from retinue.benchmarks.timing import Row, describe_device, pick_device, print_rows, write_csv
 from retinue.evaluation.statistics import mean_ci95
 from retinue.runs.config import register_resolvers
@@ -32,7 +33,6 @@ from retinue.utils.errors import user_errors
 from retinue.utils.files import replacing
 from retinue.utils.paths import CONF
 from retinue.utils.suggestions import nearest
-from scripts.benchmark_models import Setting, benchmark
 
 SMALL = ("data.image_size=16", "recipe.epochs=3")
 
@@ -80,7 +80,7 @@ def accuracy(results: Sequence[Mapping[str, Any]]) -> Row:
 
 def measure(nets: Mapping[str, Mapping[str, Any]], setting: Setting, rounds: int) -> dict[str, Row]:
     """Speed and memory of each net at one resolution: columns for the op's row."""
-    size, columns = setting.img_size, {op: {} for op in nets}
+    size, columns = setting.image_size, {op: {} for op in nets}
     for row in benchmark(nets, setting, rounds=rounds):
         kind = "train" if row["mode"] == "training" else "infer"
         columns[str(row["what"])] |= {f"{kind}_images_per_s@{size}": row["images_per_s"]}

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models import complexity
+from retinue.benchmarks.models import Setting, benchmark
 from retinue.benchmarks.timing import Row, describe_device, pick_device, write_csv
 from retinue.evaluation.statistics import mean_ci95
 from retinue.results.collection import Run, find_runs
@@ -46,7 +47,6 @@ from retinue.utils.errors import user_errors
 from retinue.utils.files import replacing
 from retinue.utils.paths import CONF
 from retinue.utils.suggestions import nearest
-from scripts.benchmark_models import Setting, benchmark
 
 FIGURES = {  # of each table: key -> heading and, where a run measures it, the run's metric
     "variants": {"params_m": ("params (M)", ""), "flops_g": ("MACs (G)", ""), "top1": ("top-1 (%)", "test/top1")},

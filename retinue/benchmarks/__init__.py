@@ -1,1 +1,1 @@
-"""Timing attention primitives, ops and nets against named peers, and tuning the kernels."""
+"""Measuring speed and memory: attention, models, deformable attention of heads, the input pipeline and the trainer."""

@@ -1,14 +1,13 @@
-"""The attention primitives in the formulations that they are compared with.
+"""Other formulations of the attention primitives, which ours are compared with.
 
-All of a primitive take its arguments, in order, and mean the same; what one of them cannot do, its `obstacle` says.
-Written after what these compute: rayleizhu/BiFormer (bi-level routing, arXiv:2303.08810), microsoft/Swin-Transformer
-(arXiv:2103.14030), torch's FlexAttention (arXiv:2412.05496) and SHI-Labs/NATTEN (arXiv:2403.04690).
+Every function here takes the arguments of a primitive in the same order and has its meaning. Each docstring says whose
+formulation it is: that of rayleizhu/BiFormer (bi-level routing, arXiv:2303.08810), of microsoft/Swin-Transformer
+(arXiv:2103.14030), of torch's FlexAttention (arXiv:2412.05496) or of SHI-Labs/NATTEN (arXiv:2403.04690), or one written
+for this comparison. All but NATTEN's are our code, written after what these projects compute.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,65 +15,57 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from ops import functional, neighborhood
-from ops.backend import _state as backend_state
-from ops.backend import set_backend
-from ops.functional import from_groups, map_attention, merge_heads, shift_mask, split_heads, to_groups
+from ops.functional import (
+    biased_sdpa,
+    from_groups,
+    map_attention,
+    merge_heads,
+    routing_mask,
+    shift_mask,
+    split_heads,
+    to_groups,
+)
 from ops.windows import from_windows, to_windows
+from retinue.benchmarks.options import Pair
 
-Pair = tuple[int, int]
-Attend = Callable[..., Tensor]
-
-MASK_ENTRIES = {"cuda": 2**31, "cpu": 2**23}  # most of a dense mask between all tokens of a batch
-FLEX_BLOCK = 64  # tokens: FlexAttention's own blocks divide those of a mask
-FLEX_TOKENS = 2**15  # most of a map whose mask is made from all pairs of its tokens
+# Tokens of a block of FlexAttention's kernels. They divide the blocks of a mask, which are whole windows.
+FLEX_BLOCK = 64
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Let `ops.backend` be `name` for a while."""
-    former = backend_state["backend"]
-    set_backend(name)
-    try:
-        yield
-    finally:
-        set_backend(former)
+@functools.cache
+def compiled_flex() -> Callable[..., Any]:
+    """Return FlexAttention through torch.compile: without it, FlexAttention keeps all scores."""
+    return torch.compile(flex_attention, dynamic=False)
 
 
-def running(name: str, attend: Attend) -> Attend:
-    """`attend` under `ops.backend=name`."""
-
-    @functools.wraps(attend)
-    def run(*args: Any) -> Tensor:
-        with backend(name):
-            return attend(*args)
-
-    return run
-
-
-# routed attention
+# Routed attention
 
 
 def authors_routed(qkv: Tensor, index: Tensor, grid: Pair, num_heads: int, scale: float) -> Tensor:
-    """As rayleizhu/BiFormer computes it."""
+    """Compute `routed_attention` as rayleizhu/BiFormer does: gather keys and values, matrix products, softmax."""
     size, dim = qkv.shape[1:3], qkv.shape[-1] // 3
     q, kv = (to_windows(t, grid) for t in qkv.split((dim, 2 * dim), dim=-1))
     B, P, T, C = kv.shape
-    places = index.view(B, P, -1, 1, 1).expand(-1, -1, -1, T, C)
-    kv = torch.gather(kv.unsqueeze(1).expand(-1, P, -1, -1, -1), 2, places).flatten(2, 3)  # (B, P, topk * T, 2C)
+    gather_index = index.view(B, P, -1, 1, 1).expand(-1, -1, -1, T, C)
+    kv = torch.gather(kv.unsqueeze(1).expand(-1, P, -1, -1, -1), 2, gather_index).flatten(2, 3)  # (B, P, topk * T, 2C)
     q, k, v = (split_heads(t, num_heads) for t in (q, *kv.chunk(2, dim=-1)))
     weights = ((q * scale) @ k.transpose(-2, -1)).softmax(-1)
     return from_windows(merge_heads(weights @ v), grid, size)
 
 
 def masked_routed(qkv: Tensor, index: Tensor, grid: Pair, num_heads: int, scale: float) -> Tensor:
+    """Compute `routed_attention` by torch's SDPA with a dense mask; written for this comparison."""
     q, k, v = qkv.chunk(3, dim=-1)
-    mask = functional.routing_mask(index, grid, qkv.shape[1:3], qkv.dtype)
-    return map_attention(q, k, v, num_heads, scale, mask)
+    return map_attention(q, k, v, num_heads, scale, routing_mask(index, grid, qkv.shape[1:3], qkv.dtype))
 
 
 def routing_blocks(index: Tensor, tokens: int) -> BlockMask:
-    """FlexAttention's list of the windows of `tokens` tokens that each window attends to, all of them whole."""
+    """Return FlexAttention's mask in which every window attends to whole windows.
+
+    Args:
+        index: (B, P, topk), the windows that each of P windows attends to.
+        tokens: tokens of a window, which is one block of the mask.
+    """
     B, windows, topk = index.shape
     chosen = F.pad(index, (0, windows - topk)).int().unsqueeze(1)  # (B, 1, P, P)
     count = torch.full((B, 1, windows), topk, dtype=torch.int32, device=index.device)
@@ -82,7 +73,10 @@ def routing_blocks(index: Tensor, tokens: int) -> BlockMask:
 
 
 def flex_routed(qkv: Tensor, index: Tensor, grid: Pair, num_heads: int, scale: float) -> Tensor:
-    """The map's tokens in order of windows, a window a block of the mask."""
+    """Compute `routed_attention` by torch's FlexAttention.
+
+    Tokens are reordered window by window, so that a window is a block of the mask.
+    """
     size = qkv.shape[1:3]
     windows = to_windows(qkv, grid)
     q, k, v = (split_heads(t, num_heads) for t in windows.flatten(1, 2).chunk(3, dim=-1))
@@ -92,15 +86,10 @@ def flex_routed(qkv: Tensor, index: Tensor, grid: Pair, num_heads: int, scale: f
     return from_windows(merge_heads(out).unflatten(1, windows.shape[1:3]), grid, size)
 
 
-@functools.cache
-def compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+# Window attention
 
 
-# window attention
-
-
-def cut_attention(
+def windowed_attention(
     attend: Callable[..., Tensor],
     qkv: Tensor,
     bias: Tensor | None,
@@ -110,7 +99,12 @@ def cut_attention(
     scale: float | None = None,
     pattern: str = "window",
 ) -> Tensor:
-    """Roll, cut into windows, `attend` in each, put together, roll back."""
+    """Compute `window_attention` by copies: shift the map, cut it into windows, attend, and undo both.
+
+    `attend` takes queries, keys and values (B, P, heads, N, D), the bias (heads, N, N) or None, the mask of the shift
+    (P, 1, N, N) or None, and the scale, and returns (B, P, heads, N, D). All further arguments are those of
+    `window_attention`.
+    """
     size = qkv.shape[1:3]
     if any(shift):
         qkv = qkv.roll((-shift[0], -shift[1]), dims=(1, 2))
@@ -121,213 +115,169 @@ def cut_attention(
     return out.roll(shift, dims=(1, 2)) if any(shift) else out
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
+def _matmul_softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
     scores = (q * scale) @ k.transpose(-2, -1)
-    for added in (bias, mask):
-        scores = scores if added is None else scores + added
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = scores + mask
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
+def _masked_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
     added = [t for t in (bias, mask) if t is not None]
     if added:
-        return functional.biased_sdpa(q, k, v, functools.reduce(torch.add, added), scale)
+        return biased_sdpa(q, k, v, functools.reduce(torch.add, added), scale)
     out = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale=scale)
     return out.unflatten(0, q.shape[:2])
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
+def _flex_batch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
     windows = q.shape[1]
 
-    def score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def modify(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         score = score if bias is None else score + bias[h, i, j]
         return score if mask is None else score + mask[b % windows, 0, i, j]
 
-    modified = None if bias is None and mask is None else score
+    modification = None if bias is None and mask is None else modify
     attend = compiled_flex() if q.is_cuda else flex_attention
-    out: Any = attend(*(t.flatten(0, 1) for t in (q, k, v)), score_mod=modified, scale=scale)
+    out: Any = attend(*(t.flatten(0, 1) for t in (q, k, v)), score_mod=modification, scale=scale)
     return out.unflatten(0, q.shape[:2])
 
 
-authors_window = functools.partial(cut_attention, _products)  # as microsoft/Swin-Transformer computes it
-masked_window = functools.partial(cut_attention, _sdpa)  # to which bias and shift are one mask
-flex_window = functools.partial(cut_attention, _flex)  # windows as a batch
+# The formulation of microsoft/Swin-Transformer: matrix products and softmax in each window.
+authors_window = functools.partial(windowed_attention, _matmul_softmax)
+# torch's SDPA in each window, as in timm's Swin: the sum of bias and shift mask is SDPA's mask.
+masked_window = functools.partial(windowed_attention, _masked_sdpa)
+# torch's FlexAttention with the windows as a batch; written for this comparison.
+flex_window = functools.partial(windowed_attention, _flex_batch)
 
 
-# neighbourhood attention
+# Neighbourhood attention
 
 
-def seen_along(n: int, kernel: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Places of the keys that each of n tokens of a side sees, and their offsets in its class: (n, kernel) both."""
+def neighbors_along_side(n: int, kernel_size: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the neighbourhood of each of the n tokens of a side.
+
+    Tokens whose positions have the same remainder modulo `dilation` are a dilation group. A neighbourhood lies within
+    its token's group.
+
+    Returns:
+        (n, kernel_size): positions of the neighbours;
+        (n, kernel_size): their offsets from the token, counted in the tokens of the group.
+    """
     token = torch.arange(n, device=device).unsqueeze(1)
-    offset, place = token % dilation, token // dilation
-    length = (n - 1 - offset) // dilation + 1
-    first = (place - kernel // 2).clamp(min=0).minimum(length - kernel)
-    key = first + torch.arange(kernel, device=device)
-    return key * dilation + offset, key - place
+    residue, position = token % dilation, token // dilation
+    length = (n - 1 - residue) // dilation + 1
+    first = (position - kernel_size // 2).clamp(min=0).minimum(length - kernel_size)
+    neighbor = first + torch.arange(kernel_size, device=device)
+    return neighbor * dilation + residue, neighbor - position
 
 
-def bias_by_key(bias: Tensor, offsets: Sequence[Tensor], kernel: Pair) -> Tensor:
-    """(heads, H * W, keys) from the table by offset."""
-    y, x = (t + k - 1 for t, k in zip(offsets, kernel, strict=True))
+def bias_of_neighbors(bias: Tensor, offsets: Sequence[Tensor], kernel_size: Pair) -> Tensor:
+    """Return the bias of each query and neighbour, (heads, H * W, K), from the table of offsets.
+
+    Args:
+        bias: (heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1).
+        offsets: (H, kernel_size[0]) and (W, kernel_size[1]), from `neighbors_along_side`.
+        kernel_size: K = kernel_size[0] * kernel_size[1] neighbours of a token.
+    """
+    y, x = (t + k - 1 for t, k in zip(offsets, kernel_size, strict=True))
     return bias[:, y[:, None, :, None], x[None, :, None, :]].flatten(3).flatten(1, 2)
 
 
 def gathered_neighborhood(
-    qkv: Tensor, bias: Tensor | None, num_heads: int, kernel: Pair, dilation: Pair = (1, 1), *rest: Any
+    qkv: Tensor, bias: Tensor | None, num_heads: int, kernel_size: Pair, dilation: Pair = (1, 1), *others: Any
 ) -> Tensor:
-    """Each token's keys and values copied together."""
+    """Compute `neighborhood_attention` from copies of each token's neighbours; written for this comparison."""
     (B, H, W), C = qkv.shape[:3], qkv.shape[-1] // 3
-    (rows, columns), offsets = zip(*map(seen_along, (H, W), kernel, dilation, [qkv.device] * 2), strict=True)
+    rows, row_offsets = neighbors_along_side(H, kernel_size[0], dilation[0], qkv.device)
+    columns, column_offsets = neighbors_along_side(W, kernel_size[1], dilation[1], qkv.device)
     q, kv = qkv.split((C, 2 * C), dim=-1)
     kv = kv.index_select(1, rows.flatten()).index_select(2, columns.flatten())
-    kv = kv.view(B, H, kernel[0], W, kernel[1], 2 * C).transpose(2, 3).reshape(B * H * W, -1, 2 * C)
+    kv = kv.view(B, H, kernel_size[0], W, kernel_size[1], 2 * C).transpose(2, 3).reshape(B * H * W, -1, 2 * C)
     q, k, v = (split_heads(t, num_heads) for t in (q.reshape(-1, 1, C), *kv.chunk(2, dim=-1)))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B * H * W, heads, 1, K)
     if bias is not None:
-        added = bias_by_key(bias, offsets, kernel).transpose(0, 1).unsqueeze(2)
+        added = bias_of_neighbors(bias, (row_offsets, column_offsets), kernel_size).transpose(0, 1).unsqueeze(2)
         scores = (scores.unflatten(0, (B, -1)) + added).flatten(0, 1)
     return merge_heads(scores.softmax(-1).to(v.dtype) @ v).view(B, H, W, C)
 
 
 def masked_neighborhood(
-    qkv: Tensor, bias: Tensor | None, num_heads: int, kernel: Pair, dilation: Pair = (1, 1), *rest: Any
+    qkv: Tensor, bias: Tensor | None, num_heads: int, kernel_size: Pair, dilation: Pair = (1, 1), *others: Any
 ) -> Tensor:
+    """Compute `neighborhood_attention` by torch's SDPA with a dense mask; written for this comparison."""
     H, W = qkv.shape[1:3]
-    (rows, columns), offsets = zip(*map(seen_along, (H, W), kernel, dilation, [qkv.device] * 2), strict=True)
+    rows, row_offsets = neighbors_along_side(H, kernel_size[0], dilation[0], qkv.device)
+    columns, column_offsets = neighbors_along_side(W, kernel_size[1], dilation[1], qkv.device)
     keys = (rows[:, None, :, None] * W + columns[None, :, None, :]).flatten(2).flatten(0, 1)  # (H * W, K)
-    added = qkv.new_zeros(1, *keys.shape) if bias is None else bias_by_key(bias, offsets, kernel)
+    if bias is None:
+        added = qkv.new_zeros(1, *keys.shape)
+    else:
+        added = bias_of_neighbors(bias, (row_offsets, column_offsets), kernel_size)
     mask = qkv.new_full((len(added), H * W, H * W), -torch.inf).scatter(2, keys.expand_as(added), added)
     q, k, v = qkv.chunk(3, dim=-1)
     return map_attention(q, k, v, num_heads, mask=mask)
 
 
 @functools.lru_cache(maxsize=8)
-def neighborhood_blocks(size: Pair, kernel: Pair, dilation: Pair, device: torch.device) -> BlockMask:
-    starts = [seen_along(n, k, d, device)[0][:, 0] for n, k, d in zip(size, kernel, dilation, strict=True)]
+def neighborhood_blocks(size: Pair, kernel_size: Pair, dilation: Pair, device: torch.device) -> BlockMask:
+    """Return FlexAttention's mask of the neighbourhoods of a map of size[0] x size[1] tokens."""
+    starts = [
+        neighbors_along_side(n, k, d, device)[0][:, 0] for n, k, d in zip(size, kernel_size, dilation, strict=True)
+    ]
 
-    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        there = j >= 0
-        places = ((i // size[1], j // size[1]), (i % size[1], j % size[1]))
-        for (query, key), start, k, d in zip(places, starts, kernel, dilation, strict=True):
+    def is_neighbor(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        mask = j >= 0
+        positions = ((i // size[1], j // size[1]), (i % size[1], j % size[1]))
+        for (query, key), start, k, d in zip(positions, starts, kernel_size, dilation, strict=True):
             first = start[query]
-            there = there & (query % d == key % d) & (key >= first) & (key < first + k * d)
-        return there
+            mask = mask & (query % d == key % d) & (key >= first) & (key < first + k * d)
+        return mask
 
     tokens = size[0] * size[1]
-    return create_block_mask(seen, None, None, tokens, tokens, device=device)
+    return create_block_mask(is_neighbor, None, None, tokens, tokens, device=device)
 
 
 def flex_neighborhood(
-    qkv: Tensor, bias: Tensor | None, num_heads: int, kernel: Pair, dilation: Pair = (1, 1), *rest: Any
+    qkv: Tensor, bias: Tensor | None, num_heads: int, kernel_size: Pair, dilation: Pair = (1, 1), *others: Any
 ) -> Tensor:
+    """Compute `neighborhood_attention` by torch's FlexAttention, with the bias as a modification of the scores."""
     H, W = qkv.shape[1:3]
-    mask = neighborhood_blocks((H, W), kernel, dilation, qkv.device)
+    mask = neighborhood_blocks((H, W), kernel_size, dilation, qkv.device)
+    y_max, x_max = kernel_size[0] - 1, kernel_size[1] - 1
 
-    def score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         assert bias is not None
-        y = (j // W // dilation[0] - i // W // dilation[0]).clamp(1 - kernel[0], kernel[0] - 1) + kernel[0] - 1
-        x = (j % W // dilation[1] - i % W // dilation[1]).clamp(1 - kernel[1], kernel[1] - 1) + kernel[1] - 1
+        y = (j // W // dilation[0] - i // W // dilation[0]).clamp(-y_max, y_max) + y_max
+        x = (j % W // dilation[1] - i % W // dilation[1]).clamp(-x_max, x_max) + x_max
         return score + bias[h, y, x]
 
     q, k, v = (split_heads(t.flatten(1, 2), num_heads) for t in qkv.chunk(3, dim=-1))
     attend = compiled_flex() if qkv.is_cuda else flex_attention
-    out: Any = attend(q, k, v, score_mod=None if bias is None else score, block_mask=mask)
+    out: Any = attend(q, k, v, score_mod=None if bias is None else add_bias, block_mask=mask)
     return merge_heads(out).unflatten(1, (H, W))
 
 
 def natten_neighborhood(
-    qkv: Tensor, bias: Tensor | None, num_heads: int, kernel: Pair, dilation: Pair = (1, 1), *rest: Any, **options: Any
+    qkv: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    kernel_size: Pair,
+    dilation: Pair = (1, 1),
+    *others: Any,
+    **options: Any,
 ) -> Tensor:
-    """NATTEN's own choice of kernels, or with `options` of another of its back ends."""
+    """Compute `neighborhood_attention` without a bias by SHI-Labs/NATTEN.
+
+    `options` choose a back end of NATTEN; without them NATTEN chooses itself.
+    """
     import natten  # pyright: ignore[reportMissingImports]
 
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)  # (B, H, W, heads, D)
-    return natten.na2d(q, k, v, kernel_size=kernel, dilation=dilation, **options).flatten(-2)
+    return natten.na2d(q, k, v, kernel_size=kernel_size, dilation=dilation, **options).flatten(-2)
 
 
-# which there are
-
-
-@dataclass(frozen=True)
-class Formulation:
-    attend: Attend
-    needs: tuple[Callable[..., str | None], ...] = ()  # each says why it cannot run
-    foreign: bool = False  # a compiler or a library that is not ours and may fail
-
-    def obstacle(self, call: "Call") -> str | None:
-        return next((reason for need in self.needs if (reason := need(call))), None)
-
-
-@dataclass(frozen=True)
-class Call:
-    """What decides whether a formulation can run."""
-
-    batch: int
-    size: Pair
-    device: str  # its type
-    window_tokens: int = 0
-    biased: bool = False
-
-
-def a_mask(call: Call) -> str | None:
-    entries = call.batch * (call.size[0] * call.size[1]) ** 2
-    most = MASK_ENTRIES.get(call.device, 0)
-    return None if entries <= most else f"its mask would have {entries:.1e} entries, more than {most:.1e}"
-
-
-def cuda(call: Call) -> str | None:
-    return None if call.device == "cuda" else f"it is measured on a CUDA device, not on {call.device}"
-
-
-def whole_blocks(call: Call) -> str | None:
-    tokens = call.window_tokens
-    return f"windows of {tokens} tokens are no multiple of its {FLEX_BLOCK}" if tokens % FLEX_BLOCK else None
-
-
-def few_pairs(call: Call) -> str | None:
-    tokens = call.size[0] * call.size[1]
-    return f"its mask of {tokens} tokens is made from all pairs" if tokens > FLEX_TOKENS else None
-
-
-def natten(call: Call) -> str | None:
-    return None if neighborhood.NATTEN_INSTALLED else "natten is not installed"
-
-
-def no_bias(call: Call) -> str | None:
-    return "it has no bias" if call.biased else None
-
-
-def compiled(attend: Attend) -> Formulation:
-    return Formulation(running("torch", torch.compile(attend, dynamic=False)), (cuda,), foreign=True)
-
-
-FLEX_FNA = functools.partial(natten_neighborhood, backend="flex-fna", torch_compile=True)
-PLAIN = "plain PyTorch"
-PRIMITIVES = {  # ours, the formulation that the others' speed is told over, and others
-    "routed_attention": {
-        "routed_attention": Formulation(running("auto", functional.routed_attention)),
-        "gather, matmul, softmax": Formulation(authors_routed),
-        "index_select + SDPA": Formulation(functional.gathered_attention),
-        "masked SDPA": Formulation(masked_routed, (a_mask,)),
-        "FlexAttention": Formulation(flex_routed, (cuda, whole_blocks), foreign=True),
-        "torch.compile": compiled(functional.routed_attention),
-    },
-    "window_attention": {
-        "window_attention": Formulation(running("auto", functional.window_attention)),
-        "cut, matmul, softmax": Formulation(authors_window),
-        "cut, masked SDPA": Formulation(masked_window),
-        "FlexAttention": Formulation(flex_window, (cuda,), foreign=True),
-        "torch.compile": compiled(functional.window_attention),
-    },
-    "neighborhood_attention": {
-        "neighborhood_attention": Formulation(running("auto", neighborhood.neighborhood_attention)),
-        PLAIN: Formulation(running("torch", neighborhood.neighborhood_attention)),
-        "gather, matmul, softmax": Formulation(gathered_neighborhood),
-        "masked SDPA": Formulation(masked_neighborhood, (a_mask,)),
-        "FlexAttention": Formulation(flex_neighborhood, (cuda, few_pairs), foreign=True),
-        "NATTEN": Formulation(natten_neighborhood, (cuda, natten, no_bias), foreign=True),
-        "NATTEN, FlexAttention": Formulation(FLEX_FNA, (cuda, natten, no_bias), foreign=True),
-        "torch.compile": compiled(neighborhood.neighborhood_attention),
-    },
-}
+# NATTEN's back end on FlexAttention.
+natten_flex_neighborhood = functools.partial(natten_neighborhood, backend="flex-fna", torch_compile=True)

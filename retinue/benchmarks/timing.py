@@ -1,5 +1,6 @@
-"""What the benchmark scripts share: interleaved timing, peak memory, and one format of rows."""
+"""Tools that all benchmarks share: timing in turn, peak memory, and one format of rows."""
 
+import contextlib
 import csv
 import gc
 import math
@@ -24,19 +25,21 @@ from retinue.utils.files import replacing
 
 Row = dict[str, str | int | float | None]
 
-FLUSHED_BYTES = 2**29  # several times the cache of any GPU
-QUEUEING_CYCLES = 5_000_000  # some milliseconds, in which the kernels of a call are queued
+# Bytes that are written to flush the GPU's cache: several times the cache of any GPU.
+FLUSHED_BYTES = 2**29
+# Cycles for which the GPU waits while the kernels of a call are queued: some milliseconds.
+QUEUEING_CYCLES = 5_000_000
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, one figure a round."""
+    """Seconds per call, one figure per round."""
 
     seconds: tuple[float, ...]
 
     @classmethod
     def sum(cls, parts: Sequence[tuple[int, "Timing"]]) -> "Timing":
-        """Of calls one after another: how many of each."""
+        """Return the total time of running each call `count` times; parts are (count, timing)."""
         return cls(tuple(np.sum([count * np.array(timing.seconds) for count, timing in parts], axis=0).tolist()))
 
     @property
@@ -52,9 +55,9 @@ class Timing:
         return float(np.percentile(self.seconds, 80))
 
     def speedup(self, other: "Timing") -> float:
-        """How many times quicker than `other`, which was timed in the same rounds: the median of the rounds' ratios.
+        """Return the speed relative to `other`, which was timed in the same rounds: the median of the rounds' ratios.
 
-        What slows the machine for a while slows both, so this is steadier than a ratio of medians.
+        A load on the machine slows both, so this is steadier than a ratio of medians.
         """
         return float(np.median(np.divide(other.seconds, self.seconds)))
 
@@ -66,11 +69,14 @@ def interleave(
     min_seconds: float = 0.0,
     on_gpu: bool = False,
 ) -> dict[str, Timing]:
-    """Time the callables in turn, round by round, the order reversed in every second round.
+    """Time the callables in turn, round by round, with the order reversed in every second round.
 
-    A call is finished when the GPU, if one is in use, is. A callable quicker than `min_seconds` is called as many
-    times in a round as fill them, and the mean counts. With `on_gpu` a round is one call, of which the GPU's own time
-    between two events counts, with other data in its cache before.
+    Args:
+        callables: the functions to time, by name. If a GPU is in use, a call ends when the GPU has finished.
+        rounds: number of rounds.
+        warmup: calls of each function before the first round.
+        min_seconds: minimum time of a round: a quicker function is called several times, and the mean is recorded.
+        on_gpu: make one call per round, record the GPU's own time between two events, and flush its cache before.
     """
     cache = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda") if on_gpu else None
     calls = {}
@@ -80,7 +86,10 @@ def interleave(
         calls[name] = math.ceil(min_seconds / _seconds(call, 1)) if min_seconds else 1
     samples: dict[str, list[float]] = {name: [] for name in callables}
     for i in range(rounds):
-        for name in list(callables)[:: -1 if i % 2 else 1]:
+        order = list(callables)
+        if i % 2:
+            order.reverse()
+        for name in order:
             if cache is None:
                 samples[name].append(_seconds(callables[name], max(1, calls[name])))
             else:
@@ -89,7 +98,7 @@ def interleave(
 
 
 def _gpu_seconds(call: Callable[[], object], cache: torch.Tensor) -> float:
-    """Seconds from the start of a call's first kernel to the end of its last."""
+    """Return the seconds from the start of a call's first kernel to the end of its last kernel."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     cache.zero_()
@@ -102,7 +111,7 @@ def _gpu_seconds(call: Callable[[], object], cache: torch.Tensor) -> float:
 
 
 def _seconds(call: Callable[[], object], calls: int) -> float:
-    """Mean seconds of a call."""
+    """Return the mean seconds of a call."""
     synchronize()
     start = time.perf_counter()
     for _ in range(calls):
@@ -118,11 +127,15 @@ def synchronize() -> None:
 
 
 def peak_memory_mb(make: Callable[[], Callable[[], object]], device: str | torch.device) -> float:
-    """Peak memory in MB (10^6 bytes) of what `make` builds and of two calls of the function that it returns.
+    """Return the peak memory, in MB (10^6 bytes), of building a function and calling it twice.
 
-    On a GPU what the allocator holds for tensors at most (`max_memory_allocated`), less what was held before. On the
-    CPU `make` (which must be picklable) runs in a process of its own, and the figure is the growth of that process's
-    resident set: weights, activations and the libraries' scratch memory, the interpreter and the imports left out.
+    On a GPU, this is the maximum that PyTorch's allocator held for tensors (`max_memory_allocated`), less what it held
+    before. On the CPU, `make` runs in a process of its own, and the figure is the growth of that process's resident
+    set: weights, activations and the scratch memory of libraries, but neither the interpreter nor the imports.
+
+    Args:
+        make: builds and returns the function. For the CPU it must be picklable.
+        device: the device on which the function runs.
     """
     if torch.device(device).type == "cuda":
         gc.collect()
@@ -130,7 +143,8 @@ def peak_memory_mb(make: Callable[[], Callable[[], object]], device: str | torch
         before = torch.cuda.memory_allocated(device)
         _run_twice(make)
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    server = multiprocessing.get_context("forkserver")  # its forks start alike, with the imports done and no threads
+    # All processes forked from a fork server start equal: with the imports done and without threads.
+    server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["__main__", "timm"])
     with ProcessPoolExecutor(1, mp_context=server) as pool:
         return pool.submit(_resident_growth, make, torch.get_num_threads()).result() / 1e6
@@ -138,8 +152,9 @@ def peak_memory_mb(make: Callable[[], Callable[[], object]], device: str | torch
 
 def _run_twice(make: Callable[[], Callable[[], object]]) -> None:
     step = make()
+    # The first step allocates gradients and the optimiser's state; the second step runs with them.
     step()
-    step()  # gradients and the optimiser's state are there from the first step on
+    step()
     synchronize()
 
 
@@ -151,7 +166,7 @@ def _resident_growth(make: Callable[[], Callable[[], object]], threads: int) -> 
 
 
 def _peak_resident() -> int:
-    """Bytes. The system counts in KiB, macOS in bytes."""
+    """Return the peak resident set in bytes; Linux reports KiB, macOS bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -166,7 +181,18 @@ def make_row(
     peak_mb: float | None = None,
     **extra: str | int | float | None,
 ) -> Row:
-    """One line of a benchmark. `ratio` is the speed over that of `against`; `extra` columns stand before `versions`."""
+    """Return one row of a benchmark.
+
+    Args:
+        what: name of what was timed.
+        timing: its time.
+        shape: shape of the input, in words.
+        dtype: type of the computation.
+        device: device of the computation.
+        against: name and timing of the baseline; the column `ratio` is the speed relative to it.
+        peak_mb: peak memory in MB (10^6 bytes).
+        extra: further columns, which precede the last column, `versions`.
+    """
     return {
         "what": what,
         "against": against[0] if against else None,
@@ -184,7 +210,7 @@ def make_row(
 
 
 def print_rows(rows: Sequence[Row], title: str | None = None) -> None:
-    """A table on stdout; words that are the same in all rows stand below it."""
+    """Print the rows as a table, and below it the text columns that are the same in all rows."""
     columns = [c for c in _columns(rows) if any(row.get(c) is not None for row in rows)]
     words = [c for c in columns if not any(isinstance(row.get(c), int | float) for row in rows)]
     common = [c for c in words if c != "what" and len({row.get(c) for row in rows}) == 1]
@@ -205,7 +231,7 @@ def _format(value: str | int | float | None) -> str:
 
 
 def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
-    """All rows, with every column that any of them has; numbers unrounded."""
+    """Write all rows with every column that any of the rows has; numbers are not rounded."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _columns(rows))
         writer.writeheader()
@@ -213,44 +239,74 @@ def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
-    """In the order in which they first come; versions last."""
+    """Return the columns in the order in which they first appear, with `versions` last."""
     columns = dict.fromkeys(column for row in rows for column in row)
     return sorted(columns, key=lambda column: column == "versions")
 
 
 def versions() -> dict[str, str]:
-    """Of what a timing depends on."""
-    found = {"python": platform.python_version()}
+    """Return the versions of the packages that a timing depends on."""
+    numbers = {"python": platform.python_version()}
     for package in ("torch", "timm", "triton"):
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers
+
+
+def autocast(device: str | torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """Return the autocast context for a type such as "bfloat16", which does nothing for "float32"."""
+    return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def describe_device(device: str | torch.device) -> str:
-    """'NVIDIA H200', or the processor's name and the number of threads in use."""
+    """Return the GPU's name, such as "NVIDIA H200", or the processor's name and the number of threads in use."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name, threads = names[0] if names else platform.processor() or platform.machine(), torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' * (threads > 1)}"
+    # platform.processor() is empty on some systems.
+    candidates = [*names, platform.processor(), platform.machine()]
+    name = next((candidate for candidate in candidates if candidate), "unknown processor")
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is the GPU where there is one; a GPU becomes the current one, for which alone `synchronize` waits.
+    """Return the device of this name, and make a GPU the current one: `synchronize` waits for the current GPU only.
+
+    Args:
+        name: "cpu", "cuda", "cuda:N", or "auto", which is the GPU if there is one.
 
     Raises:
-        ValueError: a GPU is asked for that is not there, or something else.
+        ValueError: there is no such device.
     """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name == "auto":
         name = "cuda" if gpus else "cpu"
-    if name not in ("cpu", *gpus, *["cuda"] * bool(gpus)):
+    devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
+    if name not in devices:
         raise ValueError(f"device must be auto, cpu or one of the {len(gpus)} GPUs (cuda:N), not {name!r}")
     device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
     return device
+
+
+def device_rates(device: torch.device, dtype: torch.dtype, rounds: int = 10) -> tuple[float, float]:
+    """Measure the device's rates of copying, in bytes/s (read plus written), and of matrix products, in FLOP/s.
+
+    Args:
+        device: the device to measure.
+        dtype: type of the matrices.
+        rounds: how often both are timed.
+    """
+    cuda = device.type == "cuda"
+    source = torch.empty(2**30 if cuda else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    n = 8192 if cuda else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    calls: Mapping[str, Callable[[], object]] = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
+    timings = interleave(calls, rounds, on_gpu=cuda)
+    return 2 * source.numel() / timings["copy"].median, 2 * n**3 / timings["product"].median

@@ -1,118 +1,129 @@
-"""Tiles of the Triton kernels that are quickest on the GPU at hand, as lines of `TUNED` in ops/kernels/launch.py.
+"""Search for the fastest tiles of the Triton kernels on this GPU, as lines of `TUNED` in ops/kernels/launch.py.
 
-A kernel's candidates are its module's `configs`. From the kernel's own choice on, those are tried that differ from the
-best so far in one number, until none is quicker: some dozens of compilations, where all would be hundreds.
+The candidates of a kernel are its module's `configs`. The search starts from the kernel's own choice and repeatedly
+tries all candidates that differ from the best one in one number, until none of them is faster. That takes some dozens
+of compilations, where trying all candidates would take hundreds.
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
-from unittest import mock
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from retinue.benchmarks.layers import Inputs, Layer, check, layers, make_inputs, make_step
-from retinue.benchmarks.peers import Pair
+from retinue.benchmarks.layers import Layer, layers
+from retinue.benchmarks.options import Pair
+from retinue.benchmarks.primitives import Inputs, check, make_inputs, make_step
 from retinue.benchmarks.timing import describe_device, interleave
 
 ROUNDS = 15
 
 
-class Kernel(NamedTuple):
-    """What `launch.tiles` is asked for."""
-
-    name: str  # "routed_attention.forward"
-    width: int
-    tokens: int
-    default: tuple[int, ...]
-
-
-def kernels_module(primitive: str) -> Any:
+def kernels_module(primitive: str) -> ModuleType:
+    """Return the module with the Triton kernels of a primitive."""
     return importlib.import_module(f"ops.kernels.{primitive}")
 
 
-@contextmanager
-def asked(primitive: str) -> Iterator[dict[Kernel, Any]]:
-    """Notes which kernels look up their tiles, with what default."""
-    module = kernels_module(primitive)
-    own, seen = module.tiles, {}
+def coordinate_descent(
+    start: Any, candidates: Sequence[Any], seconds: Callable[[Any], float]
+) -> tuple[Any, Mapping[Any, float]]:
+    """Find the fastest candidate that can be reached from `start` by changing one number at a time.
 
-    def note(kernel: str, x: Tensor, width: int, tokens: int, default: Any) -> Any:
-        seen[Kernel(kernel, width, tokens, tuple(default))] = None
-        return own(kernel, x, width, tokens, default)
+    Args:
+        start: the candidate to begin with, a tuple of numbers.
+        candidates: tuples of the same length.
+        seconds: measures a candidate.
 
-    with mock.patch.object(module, "tiles", note):
-        yield seen
-
-
-def descend(start: Any, candidates: Sequence[Any], seconds: Callable[[Any], float]) -> tuple[Any, Mapping[Any, float]]:
-    """The quickest of the candidates that can be reached from `start` by one number at a time, and all times taken."""
+    Returns:
+        The fastest candidate, and the seconds of each candidate that was measured.
+    """
     times = {start: seconds(start)}
-    best, former = start, None
-    while best != former:
-        former = best
+    best, previous_best = start, None
+    while best != previous_best:
+        previous_best = best
         for candidate in candidates:
-            if candidate not in times and sum(a != b for a, b in zip(candidate, former, strict=True)) == 1:
+            differences = sum(a != b for a, b in zip(candidate, previous_best, strict=True))
+            if candidate not in times and differences == 1:
                 times[candidate] = seconds(candidate)
         best = min(times, key=times.__getitem__)
     return best, times
 
 
-def near(a: Tensor, b: Tensor) -> bool:
-    """Whether they differ by roundings only; `op_layers.check` is stricter, and follows for the best."""
+def agree(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors differ by roundings only.
+
+    This is a quick test for each candidate; the best one must also pass the stricter `primitives.check`.
+    """
     return float((a - b).norm()) <= 0.01 * float(b.norm())
 
 
 def tune(layer: Layer, inputs: Inputs, done: set[tuple], rounds: int = ROUNDS) -> list[str]:
-    """Lines for `TUNED`, one a kernel of the layer that is not `done`; the tiles are in use from then on.
+    """Tune the kernels of a layer, and use the tiles that were found from then on.
+
+    Args:
+        layer: the layer that calls the primitive.
+        inputs: inputs of the layer.
+        done: keys of `TUNED` that are skipped; the keys that are tuned here are added.
+        rounds: how often each candidate is timed.
+
+    Returns:
+        Lines for `TUNED`, one for each kernel that was tuned.
 
     Raises:
-        ValueError: the kernels are not exact with them.
+        ValueError: the kernels are not exact with the tiles that were found.
     """
     from triton.errors import TritonError
 
     from ops.kernels import launch
 
-    names = [layer.primitive]
     train, infer = (make_step(layer, layer.primitive, inputs, train) for train in (True, False))
-    with asked(layer.primitive) as seen:
+    with launch.recorded_lookups() as lookups:
         reference = train()
-    capability = torch.cuda.get_device_capability() if inputs.qkv.is_cuda else (0, 0)
-    itemsize, lines = inputs.qkv.element_size(), []
-    for kernel in seen:
-        key = (kernel.name, capability, itemsize, kernel.width, kernel.tokens)
+    lines = []
+    for key, default in lookups.items():
         if key in done:
             continue
         done.add(key)
-        step = infer if kernel.name.endswith(".forward") else train
+        kernel, *_, tokens = key
+        step = infer if kernel.endswith(".forward") else train
 
         def seconds(tiles: Any, key: Any = key, step: Callable[[], object] = step) -> float:
             launch.TUNED[key] = tiles
             try:
-                agrees = all(map(near, train(), reference))
-            except (RuntimeError, TritonError):  # they do not fit the GPU
+                exact = all(map(agree, train(), reference))
+            except (RuntimeError, TritonError):
+                # These tiles do not fit the GPU.
                 return float("inf")
-            return interleave({"": step}, rounds, on_gpu=inputs.qkv.is_cuda)[""].median if agrees else float("inf")
+            if not exact:
+                return float("inf")
+            return interleave({"step": step}, rounds, on_gpu=inputs.qkv.is_cuda)["step"].median
 
-        start = launch.Tiles(*kernel.default)
-        best, times = descend(start, kernels_module(layer.primitive).configs(kernel.tokens), seconds)
+        best, times = coordinate_descent(default, kernels_module(layer.primitive).configs(tokens), seconds)
         launch.TUNED[key] = best
-        gain = f"{1e3 * times[best]:.4g} ms, by default {1e3 * times[start]:.4g} ms"
-        lines.append(f"    {key!r}: Tiles{tuple(best)},  # {gain}, {len(times)} tried, {layer.describe(len(inputs))}")
-    check(layer, names, inputs)
+        gain = f"{1e3 * times[best]:.4g} ms, by default {1e3 * times[default]:.4g} ms"
+        comment = f"{gain}, {len(times)} tried, {layer.describe(inputs.batch)}"
+        lines.append(f"    {key!r}: {type(best).__name__}{tuple(best)},  # {comment}")
+    check(layer, [layer.primitive], inputs)
     return lines
 
 
 def tune_all(primitives: Sequence[str], batches: Mapping[Pair, int], dtype: torch.dtype, device: torch.device) -> None:
-    """Tune for images of these sizes and numbers, and print the lines."""
+    """Tune the kernels of primitives in the layers of nets, and print the lines for `TUNED`.
+
+    Args:
+        primitives: names of the primitives.
+        batches: images of a batch for each image size (height, width).
+        dtype: type of the computation.
+        device: a CUDA device.
+    """
     done: set[tuple] = set()
     console = Console(width=240, highlight=False)
     console.print(f"For TUNED in ops/kernels/launch.py, on {describe_device(device)}:", markup=False)
-    for size, batch in batches.items():
+    for image_size, batch in batches.items():
         for primitive in primitives:
-            for layer in layers(primitive, size):
+            for layer in layers(primitive, image_size):
                 for line in tune(layer, make_inputs(layer, batch, dtype, device), done):
                     console.print(line, markup=False, soft_wrap=True)
