@@ -106,15 +106,16 @@ class DetectionData(DenseData):
 
     Args:
         keep_empty: train on images without objects too.
+        read_masks: give training batches the instance masks that the data have. A detector of boxes alone does not
+            need them, and reading them takes time.
         common: arguments of `DenseData`.
     """
 
     collate = staticmethod(collate)
-    reads_masks = True  # in training, where there are any; for a detector of boxes alone they would only cost time
 
-    def __init__(self, *, keep_empty: bool = False, **common: Any):
+    def __init__(self, *, keep_empty: bool = False, read_masks: bool = True, **common: Any):
         super().__init__(**common)
-        self.keep_empty = keep_empty
+        self.keep_empty, self.read_masks = keep_empty, read_masks
 
     @abstractmethod
     def read(self, split: str) -> tuple[CocoIndex, Path]:
@@ -140,7 +141,7 @@ class DetectionData(DenseData):
         if not (self.keep_empty or used.all()):
             logger.info("%s: %d of %d images have no objects", index.source, (~used).sum(), len(used))
             index = index.select(used)
-        return DetectionImages(index, folder, training=True, masks=self.has_masks and self.reads_masks)
+        return DetectionImages(index, folder, training=True, masks=self.has_masks and self.read_masks)
 
     def groups(self, images: DetectionImages) -> np.ndarray:
         """Upright images or not: a batch of both would be padded to the height of one and the width of the other."""

@@ -55,8 +55,13 @@ class Task(pl.LightningModule):
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
-        """The net of a run's config for the data's classes and images."""
+        """Build the net of a run's config for the classes and images of `datamodule`, which is only read."""
         raise NotImplementedError
+
+    @staticmethod
+    def data_arguments(cfg: Any) -> dict[str, Any]:
+        """Return further arguments of the data module of a run's config, for data that depend on the net."""
+        return {}
 
     def start_from(self, weights: str, drop_classifier: bool) -> None:
         """Load what training begins with: weights of the whole net."""

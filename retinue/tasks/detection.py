@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.complexity import complexity
 from models.openmmlab.build import Detector, build_detector
+from models.openmmlab.config import learns_masks
 from retinue.evaluation.detection import (
     Accuracy,
     ImageDetections,
@@ -43,9 +44,12 @@ class Detection(DenseTask):
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
-        detector = build_detector(cfg, datamodule)
-        datamodule.reads_masks = detector.masks
-        return detector
+        return build_detector(cfg, datamodule)
+
+    @staticmethod
+    def data_arguments(cfg: Any) -> dict[str, Any]:
+        """Return `read_masks`, so that the data module reads masks only for a detector that learns them."""
+        return {"read_masks": learns_masks(cfg.head, cfg.data.kind == "small")}
 
     def complexity(self, datamodule: Any) -> tuple[int, int]:
         """Parameters, and multiply-accumulates for one image of the data's size, padded as a batch is."""

@@ -278,11 +278,43 @@ def test_mask_rcnn_is_trained_and_tested_on_scenes(scenes, tmp_path):
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["00000.png"]
 
 
+NO_MASK_HEAD = "+head.args.roi_head.mask_head=null"
+
+
+@pytest.mark.parametrize(
+    ("head", "masks"),
+    [
+        (["head=retinanet"], False),
+        (["head=dino"], False),
+        (["head=mask_rcnn"], True),
+        (["head=cascade_mask_rcnn"], True),
+        (["head=mask_rcnn", NO_MASK_HEAD], False),
+    ],
+)
+def test_data_are_built_to_read_the_masks_that_the_detector_learns(scenes, head, masks):
+    cfg = composed("task=detection", "model.size=nano", f"data.root={scenes}", *head)
+    data = build_data(cfg)
+    before = dict(vars(data))
+    with torch.device("meta"):
+        detector = Detection.build_net(cfg, data)
+    assert data.read_masks == detector.masks == masks
+    after = {key: value for key, value in vars(data).items() if key in before}
+    assert after == before, "building a net must not change the data module"
+
+
+def test_parameters_have_the_names_of_the_weights(scenes):
+    """Lightning restores a sharded net (FSDP) by the names of its parameters, not by its `load_state_dict`."""
+    task, _ = real(scenes)
+    names = {name for name, _ in task.named_parameters()}
+    assert names <= set(task.state_dict())
+    assert {name.split(".")[1] for name in names} == {"backbone", "neck", "rpn_head", "roi_head"}
+
+
 def test_a_detector_of_boxes_alone_reads_no_masks(scenes):
-    for head, there in (("retinanet", False), ("mask_rcnn", True)):
+    for head, masks in (("retinanet", False), ("mask_rcnn", True)):
         task, data = real(scenes, head)
         batch = next(iter(data.train_dataloader()))
-        assert ("masks" in batch) == there and len(batch["boxes"][0]) == len(batch["labels"][0]) > 0
+        assert ("masks" in batch) == masks and len(batch["boxes"][0]) == len(batch["labels"][0]) > 0
         trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(task, datamodule=data)
         assert task.running_figures()["train/loss"] > 0
 
