@@ -26,7 +26,7 @@ from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from models.openmmlab.config import FINEST, changes, finest_stride, fit, read_model
-from models.weights import rename_state
+from models.weights import apply_renames
 from retinue.utils.masks import IGNORED
 from retinue.utils.suggestions import nearest
 
@@ -85,7 +85,7 @@ class DensePredictor(nn.Module):
         inside = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
         rest = {key: value for key, value in state.items() if not key.startswith("backbone.")}
         backbone = self.backbone.checkpoint_filter(inside)
-        return {f"backbone.{key}": value for key, value in backbone.items()} | rename_state(self, rest)
+        return {f"backbone.{key}": value for key, value in backbone.items()} | apply_renames(self, rest)
 
     def is_whole(self, names: Iterable[str]) -> bool:
         """Whether weights of such names are a net's of this kind, not a backbone's alone."""

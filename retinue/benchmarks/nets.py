@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models  # registers our nets
-from models.weights import renamed
+from models.weights import rename_weights
 from ops import create_ops, list_ops
 from ops.functional import routed_attention
 from retinue.benchmarks.layers import CHECKED_IMAGES, EXACT, errors, first_line
@@ -213,7 +213,7 @@ def check(subject: Subject, names: Sequence[str], optional: Sequence[str] = ()) 
             print(f"{name} is left out of {subject.name}: {first_line(error)}")
             continue
         if name == TIMM:
-            ours = {"output": ours.pop("output"), **renamed(subject.build(), by_authors_names(ours))}
+            ours = {"output": ours.pop("output"), **rename_weights(subject.build(), by_authors_names(ours))}
         times = {  # a bias before batch norm has no gradient but noise
             key: errors([ours[key]], [plain[key]], [exact[key]], 0.0 if key == "output" else greatest)[0]
             for key in exact

@@ -120,7 +120,7 @@ def test_what_gives_no_pyramid_is_refused_in_one_line():
 
 def test_a_net_for_one_size_says_so():
     net = DenseBackbone("test_vit_relpos", img_size=64)  # 16 pixel patches, a bias for each pair of them
-    assert net.only == (64, 64) and net(torch.randn(1, 3, 64, 64))[0].shape[2:] == (4, 4)
+    assert net.only_size == (64, 64) and net(torch.randn(1, 3, 64, 64))[0].shape[2:] == (4, 4)
     with pytest.raises(ValueError, match=r"images of \(64, 64\) pixels only, not \(64, 80\)"):
         net(torch.randn(1, 3, 64, 80))
 
