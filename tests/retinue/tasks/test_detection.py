@@ -41,7 +41,7 @@ def recipe(name: str) -> dict[str, Any]:
 
 
 class Oracle(nn.Module):
-    """Detector that reads an image's index from its first pixel and returns the true objects, moved by `shifts` pixels."""
+    """Detector that reads an image's index from its first pixel and returns the true objects, moved by `shifts`."""
 
     def __init__(self, truth: dict[str, Any], shifts: list[int], masks: bool = True):
         super().__init__()
