@@ -50,15 +50,16 @@ class Detections(NamedTuple):
 
 
 class DensePredictor(nn.Module):
-    """Interface that the tasks and timm's optimisers use of a detector or a segmentor: a backbone under a head.
+    """Interface of a detector or a segmentor, a backbone under a head, for the tasks and for timm's optimisers.
 
-    A subclass is either complete or mixed with a class of the package's by `mixed`. It has no wrapped model inside, so
-    its parameters and weights have the names of the packages' checkpoints, for FSDP too.
+    `mixed` makes a subclass of this class and of the package's class, so the net does not wrap the package's model but
+    is one. Parameters and weights therefore have the names of the package's checkpoints. Hooks on the state dict of a
+    wrapper would not suffice: Lightning restores a sharded net (FSDP) by the names of its parameters.
 
     Attributes:
         masks: Whether the net predicts instance masks.
         backbone: The backbone under the head.
-        undecayed: Names of the head's parameters that take no weight decay (Mask2Former's queries and levels).
+        undecayed: Pattern of the names of head parameters without weight decay: Mask2Former's queries and levels.
     """
 
     masks: bool
@@ -110,7 +111,7 @@ class DensePredictor(nn.Module):
 
 
 def mixed(interface: type[DensePredictor], package_class: type[nn.Module]) -> type[Any]:
-    """Return a subclass of the package's class whose methods `loss`, `predict` and `forward` are our interface's."""
+    """Return a subclass of a package's class with the methods of `interface`, which call the package's by `super()`."""
     return type(interface.__name__, (interface, package_class), {})
 
 
