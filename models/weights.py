@@ -1,7 +1,7 @@
 """Load weights into nets: released checkpoints and our own, whatever names they use, with errors for those that misfit.
 
-`load_weights` is the one way in. Its steps are functions of their own, in this order: `read_weights` (of
-`models.unpickling`), `unwrap`, `rename_weights`, `fit_table`, and a comparison of names and shapes.
+All loading goes through `load_weights`. Its steps are separate functions, in this order: `read_weights` (in
+`models.unpickling`), `unwrap`, `rename_weights` and `fit_table`; then it compares names and shapes.
 """
 
 import contextlib

@@ -45,7 +45,7 @@ class DensePredictionTask(Task):
 
     def configure_model(self) -> None:
         super().configure_model()
-        # FSDP gathers the weights for `forward` only, unless it is told of other methods.
+        # FSDP gathers the weights for `forward` and for registered methods only.
         if isinstance(self.model, FSDPModule):
             for method in self.methods:
                 register_fsdp_forward_method(self.model, method)

@@ -131,7 +131,7 @@ class Detection(DensePredictionTask):
         return {kind: evaluate(kind, results, images.truth, evaluated, categories) for kind in kinds}
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
-        """Return the number `n` of images, COCO's twelve figures of boxes and masks, and each class's precision.
+        """Return the number `n` of images, COCO's twelve figures of boxes and masks, and figures by class.
 
         Names are `box_ap`, ..., `mask_ap`, ...; `per_class` is a dictionary by class.
         """

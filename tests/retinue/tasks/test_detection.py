@@ -117,9 +117,9 @@ class Data(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         batch = self.eval_batch([0, 1])
-        boxes = [torch.rand(n, 4) for n in (3, 0)]
-        labels = [torch.zeros(len(each), dtype=torch.int64) for each in boxes]
-        masks = [torch.zeros(len(each), 32, 32, dtype=torch.uint8) for each in boxes]
+        boxes = [torch.rand(number, 4) for number in (3, 0)]
+        labels = [torch.zeros(number, dtype=torch.int64) for number in (3, 0)]
+        masks = [torch.zeros(number, 32, 32, dtype=torch.uint8) for number in (3, 0)]
         ignored = [boxes_of_image[:0] for boxes_of_image in boxes]
         batch |= {"boxes": boxes, "labels": labels, "masks": masks, "ignored": ignored, "seed": 5}
         return DataLoader([batch] * 4, batch_size=None)  # pyright: ignore[reportArgumentType]
