@@ -119,19 +119,16 @@ class DetectionData(DensePredictionData):
 
     Args:
         keep_empty: whether images without objects are trained on too.
+        read_masks: whether training samples have the instance masks of the data, if there are any. A detector that
+            predicts only boxes needs no masks, and decoding them takes time.
         common: arguments of `DensePredictionData`.
-
-    Attributes:
-        reads_masks: whether training samples have the masks of the data, if there are any. A detector that predicts
-            only boxes sets it to False to save the time of decoding them.
     """
 
     collate = staticmethod(collate)
-    reads_masks = True
 
-    def __init__(self, *, keep_empty: bool = False, **common: Any):
+    def __init__(self, *, keep_empty: bool = False, read_masks: bool = True, **common: Any):
         super().__init__(**common)
-        self.keep_empty = keep_empty
+        self.keep_empty, self.read_masks = keep_empty, read_masks
 
     @abstractmethod
     def read(self, split: str) -> tuple[CocoIndex, Path]:
@@ -158,7 +155,7 @@ class DetectionData(DensePredictionData):
         if not (self.keep_empty or has_objects.all()):
             logger.info("%s: %d of %d images have no objects", index.source, (~has_objects).sum(), len(has_objects))
             index = index.select(has_objects)
-        return DetectionImages(index, folder, training=True, masks=self.has_masks and self.reads_masks)
+        return DetectionImages(index, folder, training=True, masks=self.has_masks and self.read_masks)
 
     def groups(self, images: DetectionImages) -> np.ndarray:
         """Return whether each image is in portrait format.

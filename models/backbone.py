@@ -1,4 +1,4 @@
-"""What every backbone of ours shares, whatever its layout: its registration, classifier and weights."""
+"""Registration, classifier and weights: what all backbones of this project share, whatever their layout."""
 
 from typing import Any
 
@@ -6,19 +6,28 @@ from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from models.weights import Renames, load_weights, rename_state
+from models.weights import Renames, apply_renames, load_weights
 
 
 class Backbone(nn.Module):
     """The part of timm's interface that does not depend on a net's layout.
 
-    A subclass sets `num_features` and `head_drop`, makes the classifier by `reset_classifier`, and has
-    `forward_features` and the rest of timm's interface.
+    A subclass sets `num_features` and `head_drop`, creates the classifier by `reset_classifier`, and defines
+    `reset_pool`, `forward_features` and the rest of timm's interface.
+
+    Attributes:
+        renames: Renames from the weight names in the authors' checkpoints to ours. An op has its own renames.
+        map_norms: Whether the authors' detection and segmentation code applies a LayerNorm to each map.
+        out_indices: Indices of the maps that `features_only=True` returns by default.
+        num_features: Number of channels that the classifier reads.
+        global_pool: Module that pools the final features.
+        head_drop: Dropout before the classifier.
+        head: Classifier, or `nn.Identity` if there is none.
     """
 
-    renames: Renames = ()  # from the names in the authors' checkpoints to ours; an op's own are with the op
-    map_norms = False  # whether the authors' code for dense features has a LayerNorm on each map
-    out_indices: Any = (0, 1, 2, 3)  # of the maps that `features_only=True` gives
+    renames: Renames = ()
+    map_norms = False
+    out_indices: Any = (0, 1, 2, 3)
     num_features: int
     global_pool: nn.Module
     head_drop: nn.Module
@@ -26,7 +35,15 @@ class Backbone(nn.Module):
 
     @classmethod
     def build(cls, name: str, pretrained: bool = False, **kwargs) -> Any:
-        """What a function under timm's `@register_model` returns: the net, or its maps with `features_only=True`."""
+        """Build the net, or with `features_only=True` a module that returns its maps.
+
+        An entry point, which is a function under timm's `@register_model`, returns the result.
+
+        Args:
+            name: Registry name, which has an entry in the file's `default_cfgs`.
+            pretrained: Load the weights that the entry in `default_cfgs` names.
+            kwargs: Arguments of the class or of `timm.models.build_model_with_cfg`.
+        """
         return build_model_with_cfg(
             cls,
             name,
@@ -37,23 +54,26 @@ class Backbone(nn.Module):
         )
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one; 0 classes leave it out, and None keeps the pooling."""
         self.num_classes = num_classes
         if global_pool is not None:
             self.reset_pool(global_pool)
         self.head = nn.Identity()
         if num_classes:
-            like = next(self.parameters())
-            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            weight = next(self.parameters())
+            self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
     def reset_pool(self, global_pool: str) -> None:
+        """Set `global_pool` to a module of that kind; "" pools nothing."""
         raise NotImplementedError
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that take no weight decay, as each module's `no_weight_decay` lists them."""
         return {
             f"{prefix}.{name}"
             for prefix, module in self.named_modules()
@@ -62,17 +82,19 @@ class Backbone(nn.Module):
         }
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights under the authors' names, or ours, under our names."""
-        return rename_state(self, state)
+        """Return the weights under our names; `state` has the authors' names or ours."""
+        return apply_renames(self, state)
 
     def load_pretrained(self, path: str) -> None:
-        """What timm calls with the downloaded file of `pretrained=True`."""
+        """Load the file that timm has downloaded for `pretrained=True`; a classifier of another width is left out."""
         load_weights(self, path, drop_classifier=True)
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Compute the features before pooling."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool the features and classify them, (B, num_classes); `pre_logits` returns them before the classifier."""
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
 

@@ -11,9 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 def complexity(
     model: nn.Module | Callable[[], nn.Module], img_size: int | tuple[int, int], in_chans: int = 3
 ) -> tuple[int, int]:
-    """Parameters, and multiply-accumulates of one image's forward pass, of a net or of what builds one.
+    """Return a net's number of parameters and its multiply-accumulates (MACs) for a forward pass of one image.
 
-    Convolutions, linear layers and attention count. No weights are copied, allocated or run.
+    Convolutions, linear layers and attention are counted, on the meta device: no weights are copied or allocated and
+    nothing is computed.
+
+    Args:
+        model: The net, or a function that builds it. The function runs on the meta device.
+        img_size: Side of a square image, or (height, width), in pixels.
+        in_chans: Number of image channels.
     """
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
@@ -29,5 +35,6 @@ def complexity(
             functional_call(model, meta, (images,))
         return counter.get_total_flops()
 
-    # one image is too few for batch norm in training; a part that does not grow with the batch counts whole
+    # Batch norm in training needs more than one image. Two batch sizes give the cost of the first image including the
+    # parts that do not depend on the batch: a + b for flops(n) = a + n * b. A MAC is two FLOPs.
     return sum(parameter.numel() for parameter in model.parameters()), (2 * flops(2) - flops(3)) // 2

@@ -1,4 +1,4 @@
-"""Dense features: the stage maps of any net, for detection and segmentation heads."""
+"""Stage maps of any net, for detection and segmentation heads."""
 
 import inspect
 import re
@@ -14,42 +14,68 @@ from torch.func import functional_call
 
 from models.factory import build, resolve, size_pixels
 from models.hierarchical import HierarchicalBackbone
-from models.timm_nets import take_any_size
-from models.weights import renamed
+from models.timm_nets import pad_to_whole_patches
+from models.weights import rename_weights
+from retinue.utils.arithmetic import ceil_div, round_up
 
-MULTIPLES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 192, 224, 256, 384, 448, 512)  # of pixels, tried in turn
+# Multiples of pixels that a net's image sides may have to be, tried in this order.
+MULTIPLES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 192, 224, 256, 384, 448, 512)
 
-# The norms of maps in the authors' dense checkpoints: norm0 to norm3, norm1 to norm4, outnorm0, extra_norms.0.
+# Names of the maps' norms in the authors' detection and segmentation checkpoints: norm0 to norm3, norm1 to norm4,
+# outnorm0 to outnorm3, extra_norms.0 to extra_norms.3.
 MAP_NORM = re.compile(r"(?:extra_norms\.|outnorm|norm)(\d)\.(weight|bias)")
 
 
 def create_backbone(model_cfg: Mapping, data_cfg: Mapping, in_chans: int, min_stride: int = 4) -> "DenseBackbone":
-    """The stage maps of the net of a `conf/model/*.yaml`, with the norms that its paper's dense code has.
+    """Create the backbone of a detector or segmentor from a `conf/model/*.yaml`.
+
+    Its maps have norms if the detection and segmentation code of the net's paper has them.
+
+    Args:
+        model_cfg: A `conf/model/*.yaml`, as `models.factory.resolve` reads it.
+        data_cfg: A `conf/data/*.yaml`, whose images choose the net's size if `model_cfg` names none.
+        in_chans: Number of image channels.
+        min_stride: Smallest stride of the maps, in pixels.
 
     Raises:
-        ValueError: the size, the name or an argument is unknown, or the net has no pyramid of maps.
+        ValueError: The size, the name or an argument is unknown, or the net has no pyramid of maps.
     """
-    name, args = resolve(model_cfg, size_pixels(data_cfg), dense=True)
+    name, args = resolve(model_cfg, size_pixels(data_cfg), under_head=True)
     return DenseBackbone(name, **{"norms": None, "min_stride": min_stride, "in_chans": in_chans} | args)
 
 
 class DenseBackbone(nn.Module):
-    """Images (B, C, H, W) to a tuple of maps (B, channels[i], ⌈H / strides[i]⌉, ⌈W / strides[i]⌉), for any H and W.
+    """Net that maps images to one feature map per stage, for images of any height and width.
 
-    What no map needs is pruned or frozen, so each parameter to be trained has a gradient. For a net that takes only
-    multiples of its window, images are zero-padded on the right and at the bottom, and the maps cropped.
+    Images (B, C, H, W) become a tuple of maps (B, channels[i], ⌈H / strides[i]⌉, ⌈W / strides[i]⌉).
+
+    Parts of the net that no map needs are removed, and parameters on which no map depends are frozen. So every
+    parameter that requires a gradient gets one. Some nets take only image sides that are multiples of a window: the
+    images are zero-padded on the right and at the bottom to such a multiple, and the maps are cropped.
 
     Args:
-        name: of a net in timm's registry, where ours are too.
-        out_indices: the maps to give, by the net's `feature_info`; by default the last of each stride, at most four.
-        norms: put a LayerNorm on each map, as many papers' dense code does; None: where that of the net's paper does
-            (`map_norms` of its class).
-        min_stride: of the maps to give by default; none of a lower stride is among them.
-        kwargs: arguments of the net; `img_size` is passed only to nets that have it.
+        name: Name of a net in timm's registry, which has our nets too.
+        out_indices: Indices of the maps in the net's `feature_info`. By default the last map of each stride, at most
+            four: those of the largest strides.
+        norms: Apply a LayerNorm to each map. None does so if the detection and segmentation code of the net's paper
+            does (`map_norms` of the net's class).
+        min_stride: Smallest stride, in pixels, of the default maps.
+        kwargs: Arguments of the net. `img_size` is passed on only to nets that have this argument.
+
+    Attributes:
+        channels: Number of channels of each map.
+        strides: Stride in pixels of each map relative to the image.
+        multiple: Number of pixels of which padded image sides are multiples; 1 if the net takes any size.
+        only_size: The only (height, width) that the net takes, or None.
 
     Raises:
-        ValueError: the name, an argument or an index is unknown, or the net has no pyramid of maps. A forward pass
-            raises one where the net takes images of one size only, and these have another.
+        ValueError: The name, an argument or an index is unknown, or the net has no pyramid of maps. A forward pass
+            raises one if the net takes images of `only_size` and these have another size.
+
+    Example:
+        >>> backbone = DenseBackbone("swin_tiny", norms=True)
+        >>> [m.shape for m in backbone(torch.zeros(1, 3, 250, 310))][0]
+        torch.Size([1, 96, 63, 78])
     """
 
     def __init__(
@@ -61,40 +87,42 @@ class DenseBackbone(nn.Module):
         **kwargs: Any,
     ):
         super().__init__()
-        self.net: Any = build_size_free(name, kwargs)
+        self.net: Any = build_for_any_size(name, kwargs)
         info = list(self.net.feature_info)
-        wanted = pyramid(name, [level["reduction"] for level in info], min_stride)
-        wanted = wanted if out_indices is None else list(out_indices)
-        norms = getattr(self.net, "map_norms", False) if norms is None else norms
-        if not wanted or any(not -len(info) <= i < len(info) for i in wanted):
-            raise ValueError(f"{name} has maps 0 to {len(info) - 1}, so out_indices cannot be {wanted}")
+        default_indices = pyramid(name, [level["reduction"] for level in info], min_stride)
+        indices = default_indices if out_indices is None else list(out_indices)
+        if not indices or any(not -len(info) <= i < len(info) for i in indices):
+            raise ValueError(f"{name} has maps 0 to {len(info) - 1}, so out_indices cannot be {indices}")
         self.levels = len(info)
-        self.channels = [info[i]["num_chs"] for i in wanted]
-        self.strides = [info[i]["reduction"] for i in wanted]
-        whole = set(self.net.state_dict())
-        self.indices = self.net.prune_intermediate_layers(wanted, prune_norm=True, prune_head=True)
+        self.channels = [info[i]["num_chs"] for i in indices]
+        self.strides = [info[i]["reduction"] for i in indices]
+        names_before = set(self.net.state_dict())
+        self.indices = self.net.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)
 
+        if norms is None:
+            norms = getattr(self.net, "map_norms", False)
         eps = next((module.eps for module in self.net.modules() if isinstance(module, nn.LayerNorm)), 1e-6)
         eps = getattr(self.net, "map_norm_eps", eps)
-        self.norms = nn.ModuleList(LayerNorm2d(width, eps=eps) for width in self.channels if norms)
-        self.unused_weights = {f"net.{key}" for key in whole - set(self.net.state_dict())}  # of a classifier's weights
+        self.norms = nn.ModuleList([LayerNorm2d(width, eps=eps) for width in self.channels] if norms else [])
+        # `load_weights` reads both: a classifier's checkpoint has weights of the removed parts, and no norms of maps.
+        self.unused_weights = {f"net.{key}" for key in names_before - set(self.net.state_dict())}
         self.optional_weights = {f"norms.{key}" for key in self.norms.state_dict()}
 
-        self.multiple, self.only = 1, None
+        self.multiple, self.only_size = 1, None
         if not isinstance(self.net, HierarchicalBackbone):
-            in_chans, *own_size = self.net.pretrained_cfg["input_size"]
-            self._probe(kwargs.get("in_chans", in_chans), to_2tuple(kwargs.get("img_size", own_size)))
+            in_chans, *default_size = self.net.pretrained_cfg["input_size"]
+            self._probe(kwargs.get("in_chans", in_chans), to_2tuple(kwargs.get("img_size", default_size)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         H, W = x.shape[2:]
-        if self.only not in (None, (H, W)):
-            raise ValueError(f"{type(self.net).__name__} takes images of {self.only} pixels only, not {(H, W)}")
+        if self.only_size not in (None, (H, W)):
+            raise ValueError(f"{type(self.net).__name__} takes images of {self.only_size} pixels only, not {(H, W)}")
         x = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple))
         maps = self.net.forward_intermediates(
             x, indices=self.indices, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )
         if x.shape[2:] != (H, W):
-            maps = [m[..., : -(-H // s), : -(-W // s)] for m, s in zip(maps, self.strides, strict=True)]
+            maps = [m[..., : ceil_div(H, s), : ceil_div(W, s)] for m, s in zip(maps, self.strides, strict=True)]
         if self.norms:
             maps = [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
         return tuple(maps)
@@ -102,60 +130,92 @@ class DenseBackbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.net.set_grad_checkpointing(enable)
 
-    def _probe(self, in_chans: int, own_size: Any) -> None:
-        """Find on the meta device the images that the net takes, and freeze parameters that no map depends on."""
+    def _probe(self, in_chans: int, default_size: Any) -> None:
+        """Find the image sizes that the net takes, and freeze the parameters on which no map depends.
+
+        The net runs on the meta device, for each of `MULTIPLES` and last for its default (height, width) alone. The
+        first size whose maps have exactly the expected shapes counts, else the first one that runs at all.
+        """
         tensors = [*self.named_parameters(), *self.named_buffers()]
         weights = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
         parameters = [weights[name].requires_grad_() for name, _ in self.named_parameters()]
-        sizes = {multiple: (side := -(-96 // multiple) * multiple, side + multiple) for multiple in MULTIPLES}
+        # Two different sides, of at least 96 pixels, so that the maps' heights and widths differ.
+        sizes = {multiple: (round_up(96, multiple), round_up(96, multiple) + multiple) for multiple in MULTIPLES}
         runs = []
         self.eval()
-        for multiple, size in (*sizes.items(), (None, tuple(own_size))):
+        for multiple, size in (*sizes.items(), (None, tuple(default_size))):
             images = torch.empty(1, in_chans, *size, device="meta")
             try:
                 maps = functional_call(self, weights, (images,))
-            except Exception:  # nets refuse sizes in every way
+            except Exception:
+                # Nets refuse an image size by exceptions of any kind.
                 continue
-            exact = [m.shape[2:] for m in maps] == [torch.Size(-(-n // s) for n in size) for s in self.strides]
+            expected = [torch.Size(ceil_div(side, stride) for side in size) for stride in self.strides]
+            exact = [m.shape[2:] for m in maps] == expected
             runs.append((exact, multiple or 1, None if multiple else size, maps))
             if exact:
                 break
         if not runs:
-            raise ValueError(f"{type(self.net).__name__} gives no maps of images of {own_size} pixels")
-        _, self.multiple, self.only, maps = max(runs, key=lambda run: run[0])  # the first, exact if any is
+            raise ValueError(f"{type(self.net).__name__} gives no maps of images of {default_size} pixels")
+        # `max` returns the first of several equal runs.
+        _, self.multiple, self.only_size, maps = max(runs, key=lambda run: run[0])
         self.train()
         grads = torch.autograd.grad([m.sum() for m in maps], parameters, allow_unused=True)
         for parameter, grad in zip(self.parameters(), grads, strict=True):
             parameter.requires_grad_(grad is not None)
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Our own weights, the authors' dense ones or a classifier's under our names; for `load_weights`."""
+        """Rename weights to the names of this module; `load_weights` calls it.
+
+        Args:
+            state: Our own weights, those of the authors' detection or segmentation backbone, or a classifier's.
+        """
         norms = {key: value for key, value in state.items() if key.startswith("norms.")}
-        theirs = {key: match for key in state if (match := MAP_NORM.fullmatch(key))} if self.norms else {}
-        numbers = {int(match[1]) for match in theirs.values()}
-        start = 1 if numbers and 0 not in numbers and max(numbers) == self.levels else 0
-        for key, match in theirs.items():
-            if (index := int(match[1]) - start) in self.indices:
-                norms[f"norms.{self.indices.index(index)}.{match[2]}"] = state[key]
-        rest = {key.removeprefix("net."): value for key, value in state.items() if key not in {*norms, *theirs}}
-        return norms | {f"net.{key}": value for key, value in renamed(self.net, rest).items()}
+        authors_norms = {key: match for key in state if (match := MAP_NORM.fullmatch(key))} if self.norms else {}
+        numbers = {int(match[1]) for match in authors_norms.values()}
+        counts_from_1 = bool(numbers) and 0 not in numbers and max(numbers) == self.levels
+        for key, match in authors_norms.items():
+            level = int(match[1]) - int(counts_from_1)
+            if level in self.indices:
+                norms[f"norms.{self.indices.index(level)}.{match[2]}"] = state[key]
+        net = {
+            key.removeprefix("net."): value
+            for key, value in state.items()
+            if key not in norms and key not in authors_norms
+        }
+        return norms | {f"net.{key}": value for key, value in rename_weights(self.net, net).items()}
 
 
-def build_size_free(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """The net, with any image size allowed where the net has an argument for that."""
+def build_for_any_size(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """Build a net so that it takes images of any size, if it has an argument for this.
+
+    Raises:
+        ValueError: The name or an argument is unknown.
+    """
     with torch.device("meta"):
-        takes = inspect.signature(type(build(name)).__init__).parameters
-    if "img_size" not in takes:
+        arguments = inspect.signature(type(build(name)).__init__).parameters
+    if "img_size" not in arguments:
         kwargs = {key: value for key, value in kwargs.items() if key != "img_size"}
-    free = {"dynamic_img_size": True, "strict_img_size": False}
-    option: dict[str, Any] = next(({key: value} for key, value in free.items() if key in takes), {})
-    net = build(name, **option | kwargs)
-    take_any_size(net)
+    if "dynamic_img_size" in arguments:
+        kwargs = {"dynamic_img_size": True} | kwargs
+    elif "strict_img_size" in arguments:
+        kwargs = {"strict_img_size": False} | kwargs
+    net = build(name, **kwargs)
+    pad_to_whole_patches(net)
     return net
 
 
 def pyramid(name: str, strides: Sequence[int], min_stride: int = 1) -> list[int]:
-    """The last map of each stride from `min_stride` on, at most four."""
+    """Return the indices of the last map of each stride, without strides below `min_stride`, the last four at most.
+
+    Args:
+        name: The net's name, for the error.
+        strides: Stride of each of the net's maps.
+        min_stride: Smallest stride of a map.
+
+    Raises:
+        ValueError: A stride is not a multiple of the previous one.
+    """
     last = [i for i, stride in enumerate(strides) if stride not in strides[i + 1 :]]
     if any(strides[j] % strides[i] for i, j in pairwise(last)):
         raise ValueError(f"{name} has no pyramid of maps: its strides are {sorted(set(strides))}")

@@ -1,9 +1,8 @@
-"""Nets from config."""
+"""Create classification nets from a config, and check names, arguments and image sizes on the way."""
 
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import timm
@@ -16,34 +15,57 @@ from retinue.utils.suggestions import nearest
 
 
 def create_model(model_cfg: Mapping, num_classes: int, in_chans: int, img_size: int | Sequence[int]) -> nn.Module:
-    """The classification net of a `conf/model/*.yaml`, as `resolve` reads it.
+    """Create the classification net of a `conf/model/*.yaml`.
+
+    Args:
+        model_cfg: The composed config of the model, or any mapping with its keys; `resolve` explains them.
+        num_classes: Number of classes; 0 leaves out the classifier.
+        in_chans: Number of image channels.
+        img_size: Side of square images, or (height, width), in pixels.
 
     Raises:
-        ValueError: the size, the name or an argument is unknown, or the net cannot take images of `img_size`.
+        ValueError: The size, the name or an argument is unknown, or the net cannot take images of `img_size`.
+
+    Example:
+        >>> net = create_model({"name": "swin_tiny", "mixers": "agent"}, num_classes=10, in_chans=3, img_size=224)
     """
     image = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
     name, args = resolve(model_cfg, max(image))
     return build(name, image, num_classes=num_classes, in_chans=in_chans, **args)
 
 
-def resolve(model_cfg: Mapping, pixels: int, dense: bool = False) -> tuple[str, dict[str, Any]]:
-    """The registry name and the arguments of the net of a `conf/model/*.yaml`, for images of so many pixels a side.
+def resolve(model_cfg: Mapping, pixels: int, under_head: bool = False) -> tuple[str, dict[str, Any]]:
+    """Return the registry name and the arguments of the net of a `conf/model/*.yaml`.
 
-    With `dense`, of the net under a head for detection or segmentation.
+    These keys have a meaning of their own:
 
-    `sizes` maps names to the arguments of `timm.create_model`, `name` among them; `size` picks one. Where it is null,
-    it is the first that is for such images: one with `images_up_to` is for images of up to so many pixels a side, and
-    its `dense` are arguments under such a head. `args` and all other keys but `recipe` are further arguments; null ones
-    are left out.
+    - `name`: the net's name in timm's registry.
+    - `sizes`: a mapping from the names of sizes to arguments of `timm.create_model`, the net's `name` among them. In
+      a size, `images_up_to` is the largest side of an image, in pixels, for which the size is a default, and `dense`
+      holds arguments for the net under a detection or segmentation head.
+    - `size`: the size to take; null takes the first size that is a default for images of `pixels`.
+    - `args`: further arguments.
+    - `recipe`: not read here.
+
+    Every other key is an argument too. Arguments outside `sizes` win over those of the size, and null ones are left
+    out.
+
+    Args:
+        model_cfg: The composed config of the model, or any mapping with its keys.
+        pixels: Longer side of the images, in pixels.
+        under_head: Return the arguments for the net under a detection or segmentation head.
 
     Raises:
-        ValueError: the size is unknown, or there is no name.
+        ValueError: The size is unknown, or there is no name.
     """
     cfg: Any = OmegaConf.to_container(model_cfg, resolve=True) if OmegaConf.is_config(model_cfg) else model_cfg
-    chosen = {**pick_size(cfg.get("sizes") or {}, cfg.get("size"), pixels)}
-    chosen |= {key: value for key, value in chosen.pop("dense", {}).items() if dense}
-    own = {key: value for key, value in cfg.items() if key not in ("recipe", "size", "sizes", "args")}
-    args = {key: value for key, value in {**chosen, **own, **(cfg.get("args") or {})}.items() if value is not None}
+    args = dict(pick_size(cfg.get("sizes") or {}, cfg.get("size"), pixels))
+    args_under_head = args.pop("dense", {})
+    if under_head:
+        args |= args_under_head
+    args |= {key: value for key, value in cfg.items() if key not in ("recipe", "size", "sizes", "args")}
+    args |= cfg.get("args") or {}
+    args = {key: value for key, value in args.items() if value is not None}
     args.pop("images_up_to", None)
     name = args.pop("name", None)
     if name is None:
@@ -52,9 +74,10 @@ def resolve(model_cfg: Mapping, pixels: int, dense: bool = False) -> tuple[str, 
 
 
 def size_pixels(data_cfg: Mapping) -> int:
-    """Pixels a side by which a model's size is chosen where none is named: those of the images of a `conf/data/*.yaml`.
+    """Return the side of images, in pixels, by which `resolve` chooses a model's size if the config names none.
 
-    Small sets for detection and segmentation have images of many pixels, and take the smallest size all the same.
+    This is the longer side of the images of a `conf/data/*.yaml`. The small detection and segmentation data sets are
+    an exception: their images are large, but their models are to be the smallest, so the side is 1.
     """
     if data_cfg["task"] != "classification" and data_cfg["kind"] == "small":
         return 1
@@ -63,14 +86,23 @@ def size_pixels(data_cfg: Mapping) -> int:
 
 
 def model_name(model_cfg: Mapping, img_size: int | Sequence[int]) -> str:
-    """The registry name of the net that `create_model` would make."""
+    """Return the registry name of the net that `create_model` would create for images of `img_size` pixels."""
     pixels = img_size if isinstance(img_size, int) else max(img_size)
-    chosen = pick_size(model_cfg.get("sizes") or {}, model_cfg.get("size"), pixels)
-    return str(chosen["name"] if chosen else model_cfg["name"])
+    size = pick_size(model_cfg.get("sizes") or {}, model_cfg.get("size"), pixels)
+    return str(size["name"] if size else model_cfg["name"])
 
 
 def pick_size(sizes: Mapping[str, dict], size: str | None, pixels: int) -> dict:
-    """The arguments of the size called `size`, or of the first for images of so many pixels a side."""
+    """Return the arguments of one size of a model, {} if the model has no sizes.
+
+    Args:
+        sizes: Arguments by the size's name, as `resolve` explains them.
+        size: Name of the size; None picks the first that is a default for images of `pixels`.
+        pixels: Longer side of the images, in pixels.
+
+    Raises:
+        ValueError: The size is unknown.
+    """
     if not sizes:
         return {}
     if size is None:
@@ -81,7 +113,11 @@ def pick_size(sizes: Mapping[str, dict], size: str | None, pixels: int) -> dict:
 
 
 def check_name(name: str) -> str:
-    """The name without the tag of weights that may follow a dot; a ValueError where no net is registered under it."""
+    """Return the name of the architecture: `name` without a tag of weights, as in `resnet50.a1_in1k`.
+
+    Raises:
+        ValueError: No net is registered under the name.
+    """
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         raise ValueError(f"no net is called {name!r}.{nearest(architecture, timm.list_models())}")
@@ -89,67 +125,80 @@ def check_name(name: str) -> str:
 
 
 def build(name: str, image: tuple[int, int] | None = None, **args) -> nn.Module:
-    """`timm.create_model`, for images of that size in pixels if one is given.
+    """Call `timm.create_model`, with errors of one line.
+
+    Args:
+        name: Name of a net in timm's registry, with or without a tag of weights.
+        image: (height, width) of the images in pixels. timm's nets are checked to take them, and built for them if
+            they are built for one size; ours take any size.
+        args: Arguments of `timm.create_model`.
 
     Raises:
-        ValueError: the name or an argument is unknown, or the net cannot take such images.
+        ValueError: The name or an argument is unknown, or the net cannot take such images.
     """
     architecture = check_name(name)
     if image is not None:
-        if timm.models.model_entrypoint(architecture).__module__.startswith("timm."):  # ours take any size
-            check_size(name, image, args)
-        args |= sized(name, image)
+        if timm.models.model_entrypoint(architecture).__module__.startswith("timm."):
+            check_image_size(name, image, args)
+        args |= image_size_argument(name, image)
     try:
         return timm.create_model(name, **args)
     except TypeError as error:
-        raise ValueError(_reason(name, error)) from error
+        raise ValueError(_one_line_reason(name, error)) from error
 
 
-def sized(name: str, image: tuple[int, int]) -> dict:
-    """The image size as an argument, for nets that are built for one."""
+def image_size_argument(name: str, image: tuple[int, int]) -> dict[str, Any]:
+    """Return the argument `img_size` for a net that is built for images of one size, else {}."""
     cfg = get_pretrained_cfg(name)
     return {"img_size": image} if cfg is not None and cfg.fixed_input_size else {}
 
 
-def check_size(name: str, image: tuple[int, int], args: Mapping) -> None:
-    """Raise a ValueError where a net of timm's does not run on such images: tried on the meta device."""
-    if _problem(name, image, args) is None:
+def check_image_size(name: str, image: tuple[int, int], args: Mapping) -> None:
+    """Run one of timm's nets on the meta device with an image of (height, width) pixels.
+
+    Raises:
+        ValueError: The net does not take such an image, or cannot be built at all. In the first case the message
+            names the nearest multiples of 16 that the net takes as sides of a square image.
+    """
+    if _error_for_image(name, image, args) is None:
         return
     cfg = get_pretrained_cfg(name)
     default = cfg.input_size[1:] if cfg is not None else image
-    error = _problem(name, default, args)
+    error = _error_for_image(name, default, args)
     if error is not None:
-        raise ValueError(_reason(name, error)) from error
+        raise ValueError(_one_line_reason(name, error)) from error
+    below = max(image) // 16 * 16
     near = []
-    for step in (-16, 16):
-        start = max(image) // 16 * 16 + max(step, 0)
-        tried = (side for side in range(start, start + 16 * step, step) if side > 0)
-        near += islice((str(side) for side in tried if _problem(name, (side, side), args) is None), 1)
+    for sides in (range(below, max(below - 256, 0), -16), range(below + 16, below + 272, 16)):
+        side = next((side for side in sides if _error_for_image(name, (side, side), args) is None), None)
+        if side is not None:
+            near.append(str(side))
     sides = ", ".join(near or map(str, default))
     raise ValueError(f"{name} takes no images of {image[0]} x {image[1]} pixels; sides near that it takes: {sides}")
 
 
-def _problem(name: str, image: tuple[int, int], args: Mapping) -> Exception | None:
-    """What keeps a net from being built for such images and run on them."""
+def _error_for_image(name: str, image: tuple[int, int], args: Mapping) -> Exception | None:
+    """Build a net on the meta device and run it on one image; return the exception, or None if there is none."""
     try:
         with torch.device("meta"), torch.no_grad():
-            net = timm.create_model(name, **sized(name, image), **{**args, "pretrained": False}).eval()
+            net = timm.create_model(name, **image_size_argument(name, image), **{**args, "pretrained": False}).eval()
             patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
-            # a number is EfficientViT's, whose padded convolutions cut nothing off
+            # EfficientViT's patch size is a number: its patches are padded convolutions, which cut no pixels off.
             if isinstance(patch, tuple) and any(side % p for side, p in zip(image, patch, strict=True)):
                 raise ValueError("pixels beyond the last whole patch would be cut off")
             net(torch.empty(1, args.get("in_chans", 3), *image))
-    except Exception as error:  # nets refuse sizes in every way
+    except Exception as error:
+        # Nets refuse an image size by exceptions of any kind.
         return error
     return None
 
 
-def _reason(name: str, error: Exception) -> str:
-    """One line on why a net cannot be built."""
+def _one_line_reason(name: str, error: Exception) -> str:
+    """Return one line on why a net cannot be built, with the nearest argument in place of an unknown one."""
     text = str(error).strip().partition("\n")[0]
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     if unknown:
         with torch.device("meta"):
             arguments = inspect.signature(type(timm.create_model(name)).__init__).parameters
         return f"{name} takes no argument {unknown[1]!r}.{nearest(unknown[1], arguments)}"
-    return text if isinstance(error, ValueError) else f"{name} cannot be built so: {text or type(error).__name__}"
+    return text if isinstance(error, ValueError) else f"{name} cannot be built: {text or type(error).__name__}"

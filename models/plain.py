@@ -1,4 +1,4 @@
-"""What every ViT-shaped backbone shares: tokens of one resolution, beside them a class token or none."""
+"""Base of the ViT-shaped backbones: tokens of one resolution, with or without a class token."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, trunc_normal_
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
+from timm.models._manipulate import MATCH_PREV_GROUP, checkpoint
 from torch import Tensor, nn
 
 from models.backbone import Backbone
@@ -19,7 +19,17 @@ from ops.registry import Spec, take_extra
 
 
 class Block(nn.Module):
-    """Token mixing and MLP, each added to the tokens (B, E + H * W, C), of which E stand beside the map."""
+    """Token mixing and MLP, each added to the tokens (B, E + H * W, C).
+
+    The first E tokens are extra ones, such as a class token; the others are a map of H rows and W columns.
+
+    Args:
+        dim: Channels C.
+        mixer: Op from (B, H, W, C) to the same shape; with extra tokens from (x, extra) to both.
+        mlp_ratio: Hidden channels of the MLP relative to `dim`.
+        drop_path: Drop path rate.
+        eps: Epsilon of the norms.
+    """
 
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float = 4.0, drop_path: float = 0.0, eps: float = 1e-6):
         super().__init__()
@@ -34,6 +44,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def mix(self, x: Tensor, size: Sequence[int], **context) -> Tensor:
+        """Apply the mixer to tokens (B, E + H * W, C), of which the last are a map of `size` (H, W)."""
         H, W = size
         extra, x = x[:, : -H * W], x[:, -H * W :].unflatten(1, (H, W))
         if not extra.shape[1]:
@@ -43,7 +54,15 @@ class Block(nn.Module):
 
 
 class TokenPool(nn.Module):
-    """Of tokens (B, E + N, C): the first ("token"), the mean of those of the map ("avg"), or all ("")."""
+    """Pooling of tokens (B, E + N, C), of which the first E are extra ones and N are a map.
+
+    Args:
+        kind: "token" returns the first token, "avg" the mean of the map's tokens, "" all tokens.
+        extra: Number of extra tokens E.
+
+    Raises:
+        ValueError: `kind` is another one, or "token" although there are no extra tokens.
+    """
 
     def __init__(self, kind: str, extra: int):
         super().__init__()
@@ -60,31 +79,47 @@ class TokenPool(nn.Module):
 class PlainBackbone(Backbone):
     """Patches, learned positions, blocks, a final norm and a linear classifier, with timm's interface.
 
-    A paper's file subclasses it and sets the attributes in which its net differs.
+    A paper's class inherits from this one and sets the attributes in which its net differs.
 
-    The class token, which is there if all ops take it, is what the classifier reads; else that is the mean of the map.
-    Images are zero-padded on the right and at the bottom to whole patches, and positions interpolated.
+    If all ops take a class token, there is one and the classifier reads it; else the classifier reads the mean of the
+    map. Images are zero-padded on the right and at the bottom to whole patches, and positions are interpolated.
 
     Args:
-        img_size: of the images that the positions are learned for.
-        patch: side of a patch in pixels.
-        dim, heads, mlp_ratio: of all blocks.
-        depths: the number of blocks, as of a net with one stage.
-        mixers: token mixers, as `ops.parse_mixers` reads them; a list of one entry, a list that the blocks take in
-            turn: [[agent, full]].
-        class_token: False leaves it out.
-        num_classes: 0 leaves out the classifier.
-        global_pool: "token", "avg" or "" in place of the above.
+        img_size: Size, in pixels, of the images that the positions are learned for.
+        patch: Side of a patch in pixels.
+        dim: Channels of all blocks.
+        depths: Number of blocks, as a list of one entry: the net counts as one stage.
+        heads: Attention heads of all blocks.
+        mlp_ratio: Hidden channels of the MLPs relative to `dim`.
+        mixers: Token mixers, as `ops.parse_mixers` reads them for one stage. A nested list has mixers that the blocks
+            take in turn: [[agent, full]].
+        class_token: False leaves out the class token.
+        num_classes: Number of classes; 0 leaves out the classifier.
+        in_chans: Number of image channels.
+        global_pool: "token", "avg" or "", as `TokenPool` reads it. By default "token" if there is a class token, else
+            "avg".
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
+
+    Attributes:
+        block: Class of the blocks.
+        positions: Whether the net learns positions.
+        patch_norm: Whether a norm follows the patch embedding.
+        eps: Epsilon of all norms.
+
+    Raises:
+        ValueError: `depths` has not exactly one entry, or `global_pool` is unknown.
     """
 
     block: type[nn.Module] = Block
     positions = True
     patch_norm = False
-    eps = 1e-6  # of all norms
+    eps = 1e-6
 
     blocks: nn.Sequential
     pos_embed: nn.Parameter | None
-    out_indices = 3  # the last three, as of timm's
+    # `features_only=True` returns the maps after the last three blocks, as in timm's ViTs.
+    out_indices = 3
 
     def __init__(
         self,
@@ -106,7 +141,8 @@ class PlainBackbone(Backbone):
         if len(depths) != 1:
             raise ValueError(f"depths must be one number of blocks, as in (12,), not {depths}")
         (specs,) = parse_mixers(mixers, depths)
-        self.extra = int(class_token and take_extra(specs))  # tokens beside the map
+        # Number of tokens that are not part of the map.
+        self.extra = int(class_token and take_extra(specs))
         self.in_chans, self.grad_checkpointing = in_chans, False
         self.num_features = self.head_hidden_size = self.embed_dim = dim
         norm: Any = partial(nn.LayerNorm, eps=self.eps)
@@ -124,14 +160,15 @@ class PlainBackbone(Backbone):
         tokens = self.extra + self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim)) if self.positions else None
 
-        stage = max(round(math.log2(patch / 4)), 0)  # that of a pyramid with this stride: the third of 16
+        # Ops choose defaults by the stage, so take the stage of a pyramid with this stride: stage 2 for stride 16.
+        stage = max(round(math.log2(patch / 4)), 0)
         ops, contexts = create_ops(specs, dim, heads, stage=stage, stride=patch, extra=self.extra)
         rates: Any = calculate_drop_path_rates(drop_path_rate, len(specs))
         self.blocks = nn.Sequential(
             *(self.block(dim, op, mlp_ratio, rate, self.eps) for op, rate in zip(ops, rates, strict=True))
         )
         self.contexts = nn.ModuleList(dict.fromkeys(module for module in contexts if module is not None))
-        self.context_of = [None if module is None else list(self.contexts).index(module) for module in contexts]
+        self.context_indices = [None if module is None else list(self.contexts).index(module) for module in contexts]
 
         self.norm = norm(dim)
         self.feature_info = [{"num_chs": dim, "reduction": patch, "module": f"blocks.{i}"} for i in range(len(specs))]
@@ -149,21 +186,22 @@ class PlainBackbone(Backbone):
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Depth order for layer decay: the stem, each block, the rest."""
+        """Group parameters by depth for layer decay: the stem, each block, the rest (timm's interface)."""
         return {
             "stem": r"^(?:cls_token|pos_embed|patch_embed|contexts)",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))],
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm\.", MATCH_PREV_GROUP)],
         }
 
     def no_weight_decay(self) -> set[str]:
-        own = {"pos_embed": self.pos_embed, "cls_token": self.cls_token}
-        return super().no_weight_decay() | {name for name, table in own.items() if table is not None}
+        tables = {"pos_embed": self.pos_embed, "cls_token": self.cls_token}
+        return super().no_weight_decay() | {name for name, table in tables.items() if table is not None}
 
     def resize_table(self, name: str, value: Tensor) -> Tensor:
+        """Interpolate a checkpoint's positions to the grid of this net; `load_weights` calls it."""
         return fit_positions(value, self.patch_embed.grid_size, self.extra) if name == "pos_embed" else value
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Images to tokens (B, E + H * W, C) with their positions, and (H, W)."""
+        """Return the tokens (B, E + H * W, C) of images (B, in_chans, h, w) with positions added, and (H, W)."""
         x = self.patch_embed(x)
         size, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
         if self.cls_token is not None:
@@ -181,35 +219,57 @@ class PlainBackbone(Backbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The maps (B, C, H, W) after the blocks `indices`, after the final tokens (timm's interface)."""
+        """Return the final tokens and the maps (B, C, H, W) after the blocks `indices` (timm's interface).
+
+        Args:
+            x: Images (B, in_chans, h, w).
+            indices: Indices of blocks, or the number of last blocks; None means all.
+            norm: Apply the final norm to the maps.
+            stop_early: Skip the blocks after the last index.
+            output_fmt: "NCHW" only.
+            intermediates_only: Return the list of maps only.
+
+        Raises:
+            ValueError: `output_fmt` is not "NCHW".
+        """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', not {output_fmt!r}")
         take, last = feature_take_indices(len(self.blocks), indices)
-        x, taken, size = self.run(x, take, last + 1 if stop_early else None)
-        taken = [self.norm(tokens) if norm else tokens for tokens in taken]
-        maps = [to_channels_last(t[:, self.extra :].unflatten(1, size).permute(0, 3, 1, 2)) for t in taken]
+        x, intermediates, size = self.run(x, take, last + 1 if stop_early else None)
+        if norm:
+            intermediates = [self.norm(tokens) for tokens in intermediates]
+        maps = [to_channels_last(t[:, self.extra :].unflatten(1, size).permute(0, 3, 1, 2)) for t in intermediates]
         return maps if intermediates_only else (self.norm(x), maps)
 
     def run(
         self, x: Tensor, take: Sequence[int] = (), blocks: int | None = None
     ) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
-        """Images through the first `blocks`, or all: the tokens after the last one, those after `take`, and (H, W)."""
-        taken = []
+        """Run images (B, in_chans, h, w) through the patch embedding and the first `blocks` blocks; None means all.
+
+        Returns:
+            The tokens (B, E + H * W, C) after the last block, a list of the tokens after each block of `take`, and
+            (H, W).
+        """
+        intermediates = []
         x, size = self.embed(x)
         contexts = [module(x[:, self.extra :].unflatten(1, size)) for module in self.contexts]
         for i, block in enumerate(list(self.blocks)[:blocks]):
-            index = self.context_of[i]
+            index = self.context_indices[i]
             context = {} if index is None else {"context": contexts[index]}
             recompute = self.grad_checkpointing and torch.is_grad_enabled()
             x = cast(Tensor, checkpoint(block, x, size, **context)) if recompute else block(x, size, **context)
             if i in take:
-                taken.append(x)
-        return x, taken, size
+                intermediates.append(x)
+        return x, intermediates, size
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the maps after the blocks `indices` do not need (timm's interface)."""
+        """Remove the parts that the maps after the blocks `indices` do not need (timm's interface).
+
+        Returns:
+            The indices, counted from 0.
+        """
         take, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = nn.Sequential(*list(self.blocks)[: last + 1])
         if prune_norm:
@@ -219,5 +279,5 @@ class PlainBackbone(Backbone):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The final tokens (B, E + H * W, C)."""
+        """Compute the final tokens (B, E + H * W, C)."""
         return self.norm(self.run(x)[0])

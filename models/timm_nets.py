@@ -1,4 +1,4 @@
-"""timm's nets that papers are about: the authors' names of weights, where timm's own filters do not know them."""
+"""Renames of weights for timm's nets: from the authors' names, where timm's own filters do not know them."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,22 +8,27 @@ import torch.nn.functional as F
 from timm.models.focalnet import Downsample, FocalNet
 from torch import Tensor, nn
 
-# Pairs of a regular expression and what replaces its match, as in `re.sub`; None drops the weight.
+# Renames are applied in order. Each is a regular expression and what replaces every match in a weight's name, as in
+# `re.sub`. None in place of the replacement drops the weight if its name has a match.
 Renames = Sequence[tuple[str, str | Callable[[re.Match], str] | None]]
 
 
 def _next_stage(match: re.Match) -> str:
-    """The authors keep a stage's downsampling at the end of the one before."""
+    """Name the next stage's downsampling, which the authors keep at the end of the stage before."""
     return f"stages.{int(match[1]) + 1}.downsample."
 
 
 def _block(match: re.Match) -> str:
-    """`blocks2.5.` of EfficientViT and SHViT, whose later stages begin with three layers of downsampling."""
+    """Name a block of EfficientViT or SHViT, such as `blocks2.5.`.
+
+    The authors' later stages begin with three layers of downsampling, which are no blocks in timm.
+    """
     stage, layer = int(match[1]) - 1, int(match[2])
     return f"stages.{stage}.blocks.{layer - 3 if stage else layer}."
 
 
-RENAMES: dict[str, Renames] = {  # by the class of timm's net
+# Renames by the name of the class of timm's net.
+RENAMES: dict[str, Renames] = {
     "CrossVit": ((r"^(pos_embed|cls_token)\.(\d)$", r"\1_\2"),),
     "EfficientVitMsra": (
         (r"\.attention_bias_idxs$", None),
@@ -52,7 +57,8 @@ RENAMES: dict[str, Renames] = {  # by the class of timm's net
         (r"^norm\.", "stages.3.norm."),
         (r"^head\.(weight|bias)$", r"head.fc.\1"),
     ),
-    "MaxxVit": ((r"^stages_(\d)\.", r"stages.\1."),),  # as timm's `features_only` has them
+    # The names of timm's `features_only=True`.
+    "MaxxVit": ((r"^stages_(\d)\.", r"stages.\1."),),
     "SHViT": (
         (r"^blocks(\d)\.((?<=1\.)\d|[3-9]|\d\d)\.", _block),
         (r"^blocks([23])\.0\.", lambda match: f"stages.{int(match[1]) - 1}.downsample."),
@@ -62,8 +68,11 @@ RENAMES: dict[str, Renames] = {  # by the class of timm's net
 }
 
 
-def take_any_size(net: nn.Module) -> None:
-    """Let a FocalNet take images that are not whole patches, as the authors' dense code does: zeros complete them."""
+def pad_to_whole_patches(net: nn.Module) -> None:
+    """Let a FocalNet take images of any size: zeros on the right and at the bottom complete the patches of each stage.
+
+    The authors' detection code does the same. Other nets are left as they are.
+    """
 
     def pad(patches: Downsample, args: tuple[Tensor]) -> Tensor:
         H, W = args[0].shape[2:]

@@ -1,4 +1,9 @@
-"""Reading weights files without executing anything that stands in them."""
+"""Read weights files without executing code that they contain.
+
+A torch file is a pickle, and a pickle may call any function. Released checkpoints often hold settings and random states
+beside the weights, which `torch.load(weights_only=True)` refuses. So our unpickler rebuilds tensors and plain
+containers, replaces objects of other classes by inert placeholders, and refuses a file that would call anything else.
+"""
 
 import pickle
 import sys
@@ -12,9 +17,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # of torch files before version 1.6
+# First bytes of torch files from before version 1.6.
+LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 
-# What rebuilds tensors from their storages, and plain containers. These alone are called.
+# Functions and classes that rebuild tensors from their storages, and plain containers. Nothing else is called.
 REBUILDERS = {
     "collections.OrderedDict",
     "torch.Size",
@@ -29,8 +35,8 @@ REBUILDERS = {
     "torch.serialization._get_layout",
 }
 
-# Functions and lower-case classes of settings and random states that checkpoints hold beside the weights. They are
-# not called: a placeholder stands for their result.
+# Functions and lower-case classes of the settings and random states that checkpoints hold beside the weights. They are
+# not called; a placeholder stands for the result of the call.
 HARMLESS = {
     "_codecs.encode",
     "argparse.Namespace",
@@ -64,10 +70,17 @@ HARMLESS = {
 
 
 class Placeholder(type):
-    """The class that stands for a global of the file. Its objects hold nothing and do nothing."""
+    """Metaclass of the classes that stand for the globals of a file, which are its functions and classes."""
 
     def __call__(cls, *args, **kwargs) -> Any:
-        """The file asks for a call: harmless is what builds an object of some library's class."""
+        """Return an inert object in place of the result of a call that the file asks for.
+
+        Only calls that build an object are replaced: those of `HARMLESS`, and those of a global that begins with a
+        capital letter, as classes do, and is not in Python's standard library.
+
+        Raises:
+            pickle.UnpicklingError: The file asks for any other call.
+        """
         module, _, name = cls.__qualname__.rpartition(".")
         library_class = module.partition(".")[0] not in sys.stdlib_module_names and name[:1].isupper()
         if not (library_class or cls.__qualname__ in HARMLESS):
@@ -76,6 +89,8 @@ class Placeholder(type):
 
 
 class Inert(metaclass=Placeholder):
+    """Object that holds nothing and does nothing, whatever state or items the file gives it."""
+
     def __new__(cls, *args, **kwargs):
         return object.__new__(cls)
 
@@ -86,8 +101,11 @@ class Inert(metaclass=Placeholder):
 
 
 class Unpickler(pickle.Unpickler):
+    """Unpickler that imports `REBUILDERS` and torch's dtypes, and makes a placeholder for every other global."""
+
     def find_class(self, module: str, name: str) -> Any:
-        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # of Python 2
+        # Pickles of Python 2 have that version's names of the standard library.
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full_name = f"{module}.{name}"
         if full_name in REBUILDERS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
@@ -98,14 +116,23 @@ def _load(file: Any, **kwargs) -> Any:
     return Unpickler(file, **kwargs).load()
 
 
-_PICKLE = types.SimpleNamespace(__name__=__name__, Unpickler=Unpickler, load=_load)  # for torch.load
+# `torch.load` takes a module like `pickle` as its argument `pickle_module`.
+_PICKLE = types.SimpleNamespace(__name__=__name__, Unpickler=Unpickler, load=_load)
 
 
 def read_weights(path: str | Path) -> Any:
-    """What a safetensors or torch file holds, its tensors on the CPU; settings become inert placeholders.
+    """Read a safetensors or torch file with all tensors on the CPU, and without executing code of the file.
+
+    Args:
+        path: The file. Its kind follows from its first bytes, not from its name.
+
+    Returns:
+        The content: a mapping from names to tensors, or what a checkpoint holds around such a mapping. Objects that
+        are neither tensors nor plain containers, numbers or strings are inert placeholders.
 
     Raises:
-        ValueError: there is no such file, it is truncated or of another kind, or its pickle would call something.
+        ValueError: There is no such file, it is truncated or of another kind, or it would call a function that builds
+            no tensor.
     """
     path = Path(path)
     if not path.is_file():
@@ -113,6 +140,7 @@ def read_weights(path: str | Path) -> Any:
     with path.open("rb") as file:
         head = file.read(512)
     try:
+        # A safetensors file begins with the header's length in 8 bytes, then the header, which is JSON.
         if head[8:9] == b"{":
             return load_file(path)
         if head.startswith(b"PK"):
@@ -128,10 +156,11 @@ def read_weights(path: str | Path) -> Any:
     except (SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} is truncated or damaged; fetch it again ({reason})") from None
-    raise ValueError(f"{path} is no weights file: {_kind(head)}")
+    raise ValueError(f"{path} is no weights file: {_describe(head)}")
 
 
-def _kind(head: bytes) -> str:
+def _describe(head: bytes) -> str:
+    """Say what a file is that is no weights file, from its first bytes."""
     if not head:
         return "it is empty"
     if head.startswith(b"version https://git-lfs"):

@@ -1,4 +1,8 @@
-"""Weights into nets: released checkpoints and our own, whatever their names, and a guard against misfits."""
+"""Load weights into nets: released checkpoints and our own, whatever names they use, with errors for those that misfit.
+
+All loading goes through `load_weights`. Its steps are separate functions, in this order: `read_weights` (in
+`models.unpickling`), `unwrap`, `rename_weights` and `fit_table`; then it compares names and shapes.
+"""
 
 import contextlib
 import re
@@ -15,127 +19,182 @@ from torch import Tensor, nn
 from models.timm_nets import RENAMES, Renames
 from models.unpickling import read_weights
 
-WRAPPERS = ("state_dict_ema", "state_dict", "model", "model_ema")  # under which checkpoints hold the weights
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # of DDP, torch.compile, a LightningModule, a detector
+# Keys under which checkpoints hold the weights, in order of preference.
+WRAPPERS = ("state_dict_ema", "state_dict", "model", "model_ema")
+# Prefixes that DDP, torch.compile, a LightningModule and a detector put before the names of the weights.
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 
 
 class Loaded(NamedTuple):
-    """What `load_weights` did, by names."""
+    """Report of `load_weights`: names of weights, by what was done with them. `str` counts them in one line.
+
+    Attributes:
+        loaded: Weights of the model that were loaded.
+        missing: Weights of the model that were not loaded and keep their values.
+        unexpected: Weights of the file that the model lacks.
+        resized: Loaded weights that are position tables and were interpolated.
+        dropped: Weights of the file that were left out on purpose: those of a classifier, of removed parts of the net,
+            or outside the backbone.
+    """
 
     loaded: list[str]
-    missing: list[str]  # of the model; left as they were
-    unexpected: list[str]  # of the file; not used
-    resized: list[str]  # position tables that were interpolated
-    dropped: list[str]  # of the file; left out on purpose: a classifier, pruned parts, what is not of the backbone
+    missing: list[str]
+    unexpected: list[str]
+    resized: list[str]
+    dropped: list[str]
 
     def __str__(self) -> str:
-        rest = (f"{len(names)} {field}" for field, names in zip(self._fields[1:], self[1:], strict=True) if names)
-        return ", ".join((f"{len(self.loaded)} weights loaded", *rest))
+        counts = [f"{len(self.loaded)} weights loaded"]
+        for field, names in zip(self._fields[1:], self[1:], strict=True):
+            if names:
+                counts.append(f"{len(names)} {field}")
+        return ", ".join(counts)
 
 
 def load_weights(
     model: nn.Module, path_or_state: str | Path | Mapping, strict: bool = True, drop_classifier: bool = False
 ) -> Loaded:
-    """Load a checkpoint: the authors', timm's or our own.
+    """Load a checkpoint of the authors, of timm or of our own into a net.
 
-    Nothing in a file is executed. Weights are looked for under `state_dict_ema`, `state_dict` and `model`, lose the
-    prefixes that wrappers add, and are renamed by `model.checkpoint_filter`, or timm's for timm's nets. Position
-    tables are interpolated to the model's size; a module may have `resize_table(name, value)` for those of its own.
-    A model may declare `optional_weights`, names that may be missing, and `unused_weights`, names of the file that it
-    has no use for.
+    No code in the file is executed. The weights are looked for under `state_dict_ema`, `state_dict`, `model` and
+    `model_ema`, lose the prefixes that wrappers add, and are renamed by `model.checkpoint_filter`, or by timm's filter
+    for timm's nets. Position tables are interpolated to the model's window or grid. Then every weight of the model must
+    be in the file with its shape, and every weight of the file must be in the model.
+
+    A model may take part in this by these methods and attributes, all optional:
+
+    - `checkpoint_filter(state) -> state`: renames the weights of a file.
+    - `renames` of the model or of a module inside: see `apply_renames`.
+    - `resize_table(name, value) -> value` of a module: interpolates its position tables, in place of `fit_table`.
+    - `optional_weights`: names of the model's weights that the file may lack.
+    - `unused_weights`: names of weights of the file that the model does not need.
 
     Args:
-        path_or_state: a safetensors or torch file, or what one holds.
-        strict: False loads the weights that fit and reports the others.
-        drop_classifier: leave out a classifier of another width.
+        model: The net, which is changed in place.
+        path_or_state: A safetensors or torch file, or the content of one.
+        strict: Raise an error for weights that are missing, unexpected or of another shape. False loads the weights
+            that fit and reports the others.
+        drop_classifier: Leave out a classifier of another width, and accept a file without a classifier.
+
+    Returns:
+        The names of the weights that were loaded, and of those that were not.
 
     Raises:
-        ValueError: the file cannot be read, or a weight is missing, unexpected or of another shape.
+        ValueError: The file cannot be read, no weight fits, or with `strict` a weight is missing, unexpected or of
+            another shape. The message lists the first of them and says what to do.
+
+    Example:
+        >>> net = timm.create_model("swin_tiny", num_classes=10)
+        >>> print(load_weights(net, "swin_tiny_patch4_window7_224.pth", drop_classifier=True))
     """
     source = "the state dict" if isinstance(path_or_state, Mapping) else str(path_or_state)
     content = path_or_state if isinstance(path_or_state, Mapping) else read_weights(path_or_state)
-    own = model.state_dict()
-    theirs, dropped = unwrap(content, own)
-    if not theirs:
+    model_state = model.state_dict()
+    file_state, dropped = unwrap(content, model_state)
+    if not file_state:
         raise ValueError(f"{source} holds no tensors by name, as a state dict does")
-    ours = renamed(model, theirs)
-    state = {key: resized(model, key, value, own) for key, value in ours.items()}
-    tables = [key for key in state if state[key].shape != theirs.get(key, ours[key]).shape]
+    renamed = rename_weights(model, file_state)
+    state = {key: fit_table(model, key, value, model_state) for key, value in renamed.items()}
+    tables = [key for key in state if state[key].shape != file_state.get(key, renamed[key]).shape]
 
-    misshapen = {key for key in state if key in own and state[key].shape != own[key].shape}
-    classifier = classifier_of(model, {**state, **own})
-    unused = {key for key in getattr(model, "unused_weights", ()) if key not in own}
-    unused |= classifier & misshapen if drop_classifier else set()
-    optional = {*getattr(model, "optional_weights", ()), *(classifier if drop_classifier else ())}
+    misshapen = {key for key in state if key in model_state and state[key].shape != model_state[key].shape}
+    classifier = classifier_of(model, {**state, **model_state})
+    unused = {key for key in getattr(model, "unused_weights", ()) if key not in model_state}
+    optional = set(getattr(model, "optional_weights", ()))
+    if drop_classifier:
+        unused |= classifier & misshapen
+        optional |= classifier
     dropped += [key for key in state if key in unused]
-    unexpected = [key for key in state if key not in own and key not in unused]
-    missing = [key for key in own if key not in state or key in misshapen]
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]  # no checkpoint need count batches
+    unexpected = [key for key in state if key not in model_state and key not in unused]
+    missing = [key for key in model_state if key not in state or key in misshapen]
+    # Counters of batch norms only matter for norms without momentum, and older checkpoints lack them.
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
 
-    wanting = {key for key in missing if key not in optional}
-    fits = {key: value for key, value in state.items() if key in own and key not in misshapen}
-    if not fits or (strict and (wanting or unexpected)):
-        shapes = [f"{key} {_shape(state[key])} for {_shape(own[key])}" for key in own if key in misshapen & wanting]
-        problems = {"missing": sorted(wanting - misshapen), "unexpected": unexpected, "of another shape": shapes}
+    required = {key for key in missing if key not in optional}
+    fits = {key: value for key, value in state.items() if key in model_state and key not in misshapen}
+    if not fits or (strict and (required or unexpected)):
+        shapes = [
+            f"{key} {_format_shape(state[key])} for {_format_shape(model_state[key])}"
+            for key in model_state
+            if key in misshapen & required
+        ]
+        problems = {"missing": sorted(required - misshapen), "unexpected": unexpected, "of another shape": shapes}
         if not fits:
             advice = "these are weights of another model"
-        elif {*wanting, *unexpected} <= classifier:
+        elif {*required, *unexpected} <= classifier:
             advice = "they have another classifier: leave it out with drop_classifier=True"
         else:
             advice = "check the model's name, size and arguments"
-        raise ValueError(f"{source} does not fit {type(model).__name__}: {_listed(problems)}; {advice}")
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {_format_problems(problems)}; {advice}")
     model.load_state_dict(fits, strict=False)
     for module in model.modules():
+        # Some of timm's nets cache biases in evaluation mode, computed from the weights that were just replaced.
         cache: Any = getattr(module, "attention_bias_cache", {})
-        cache.clear()  # timm's nets keep their biases when they do not train
+        cache.clear()
     return Loaded(list(fits), missing, unexpected, tables, dropped)
 
 
-def unwrap(content: Mapping, own: Iterable[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights in a checkpoint, without wrappers' prefixes, and the names of those that stand beside them."""
+def unwrap(content: Mapping, model_names: Iterable[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights in a checkpoint without the prefixes of wrappers, and the names of tensors that lack them.
+
+    A prefix is removed if one of the names has it and none of the model's names does. For example, of a detector's
+    weights those under `backbone.` are the weights, and all others are returned as names.
+
+    Args:
+        content: Content of a weights file.
+        model_names: Names of the model's weights.
+    """
     while isinstance(content, Mapping):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
         content = inner
     state = {key: value for key, value in content.items() if isinstance(value, Tensor) and isinstance(key, str)}
-    beside = []
-    prefixes = [prefix for prefix in PREFIXES if not any(key.startswith(prefix) for key in own)]
+    without_prefix = []
+    prefixes = [prefix for prefix in PREFIXES if not any(key.startswith(prefix) for key in model_names)]
     while prefix := next((p for p in prefixes if any(key.startswith(p) for key in state)), None):
-        beside += [key for key in state if not key.startswith(prefix)]
+        without_prefix += [key for key in state if not key.startswith(prefix)]
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    return state, beside
+    return state, without_prefix
 
 
-def renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the model's names."""
-    own_filter: Any = getattr(model, "checkpoint_filter", None)
-    if own_filter is not None:
-        return own_filter(state)
+def rename_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint under the model's names.
+
+    A model with a `checkpoint_filter` renames them itself. For a net of timm's, our `RENAMES` come first, else timm's
+    own filter. `apply_renames` follows after `RENAMES` and where there is neither.
+    """
+    model_filter: Any = getattr(model, "checkpoint_filter", None)
+    if model_filter is not None:
+        return model_filter(state)
     renames = RENAMES.get(type(model).__name__)
     filter_fn = timm_filter(model)
     if renames is not None:
         state = _rename_all(state, renames)
     elif filter_fn is not None:
-        # such a function may fail in any way on another net's weights, whose names then tell more
+        # timm's filters raise exceptions of any kind for another net's weights. Then keep the names as they are: the
+        # error of `load_weights`, which lists them, explains more.
         with contextlib.suppress(Exception):
             return filter_fn(dict(state), model)
-    return rename_state(model, state)
+    return apply_renames(model, state)
 
 
 def timm_filter(model: nn.Module) -> Callable | None:
-    """The function with which timm renames the weights of one of its nets."""
+    """Return the function by which timm renames the authors' weights of one of its nets, or None."""
     name = getattr(model, "pretrained_cfg", {}).get("architecture", "")
     modules = [timm.models.model_entrypoint(name).__module__] if timm.is_model(name) else []
-    found = (getattr(sys.modules[m], "checkpoint_filter_fn", None) for m in (*modules, type(model).__module__))
-    return next(filter(None, found), None)
+    for module in (*modules, type(model).__module__):
+        filter_fn = getattr(sys.modules[module], "checkpoint_filter_fn", None)
+        if filter_fn is not None:
+            return filter_fn
+    return None
 
 
-def rename_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Apply the `renames` of the model, then those of each of its modules to the names below it.
+def apply_renames(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Apply the `renames` of the model, then the `renames` of each module inside to the names below that module.
 
-    A 1 x 1 convolution's weight becomes a linear layer's where the model has one there, and the other way round; a
-    weight loses a first dimension of one that the model's lacks.
+    Shapes that differ in form only are changed to the model's: the weight of a 1 x 1 convolution to that of a linear
+    layer or vice versa, and a first dimension of 1 that the model's weight lacks is removed.
     """
     for prefix, module in model.named_modules():
         renames: Renames = getattr(module, "renames", ())
@@ -157,67 +216,79 @@ def rename_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def _rename_all(state: dict[str, Tensor], renames: Renames, prefix: str = "") -> dict[str, Tensor]:
-    """Apply `renames` to what follows `prefix` in the names that begin with it."""
+    """Apply `renames` to the names that begin with `prefix`, without changing the prefix."""
     result = {}
     for key, value in state.items():
         if key.startswith(prefix):
-            local = _rename(key.removeprefix(prefix), renames)
-            if local is None:
+            new_name = _rename(key.removeprefix(prefix), renames)
+            if new_name is None:
                 continue
-            key = prefix + local
+            key = prefix + new_name
         result[key] = value
     return result
 
 
 def _rename(key: str, renames: Renames) -> str | None:
-    for pattern, name in renames:
-        if name is None:
+    """Apply all `renames` in order to one name; None if one of them drops the weight."""
+    for pattern, replacement in renames:
+        if replacement is None:
             if re.search(pattern, key):
                 return None
         else:
-            key = re.sub(pattern, name, key)
+            key = re.sub(pattern, replacement, key)
     return key
 
 
-def resized(model: nn.Module, key: str, value: Tensor, own: Mapping[str, Tensor]) -> Tensor:
-    """A table of positions interpolated to the model's window or grid; any other weight as it is."""
-    if key not in own or value.shape == own[key].shape:
+def fit_table(model: nn.Module, key: str, value: Tensor, model_state: Mapping[str, Tensor]) -> Tensor:
+    """Return a position table interpolated to the model's window or grid, and any other weight unchanged.
+
+    Args:
+        model: The net.
+        key: Name of the weight in the model.
+        value: The weight in the checkpoint.
+        model_state: The model's weights, whose shapes count.
+    """
+    if key not in model_state or value.shape == model_state[key].shape:
         return value
-    owner, _, leaf = key.rpartition(".")
-    module: Any = model.get_submodule(owner)
-    if hasattr(module, "resize_table"):  # of a kind that only its owner knows
+    module_name, _, leaf = key.rpartition(".")
+    module: Any = model.get_submodule(module_name)
+    if hasattr(module, "resize_table"):
         return module.resize_table(leaf, value)
-    shape, bias = own[key].shape, leaf == "relative_position_bias_table"
-    heads = 0 if leaf == "attention_biases" or (bias and value.ndim == 3) else -1  # where the heads or channels are
-    if value.ndim != len(shape) or value.shape[heads] != shape[heads]:
+    shape, is_bias_table = model_state[key].shape, leaf == "relative_position_bias_table"
+    # Dimension of the heads or channels, which interpolation does not change.
+    dim = 0 if leaf == "attention_biases" or (is_bias_table and value.ndim == 3) else -1
+    if value.ndim != len(shape) or value.shape[dim] != shape[dim]:
         return value
     if leaf == "attention_biases":
         return resize_rel_pos_bias_table_levit(value.T, shape[::-1]).T
-    if bias:
+    if is_bias_table:
         return resize_rel_pos_bias_table_simple(value, module.window_size, shape)
     if re.fullmatch(r"pos_embed(_\d)?", leaf) and value.ndim == 3 and hasattr(module, "patch_embed"):
-        patches = module.patch_embed if leaf == "pos_embed" else module.patch_embed[int(leaf[-1])]  # CrossViT has two
+        # CrossViT has two position tables, pos_embed_0 and pos_embed_1, and a list of two patch embeddings.
+        patches = module.patch_embed if leaf == "pos_embed" else module.patch_embed[int(leaf[-1])]
         grid = [side // patch for side, patch in zip(patches.img_size, patches.patch_size, strict=True)]
-        resample: Any = resample_abs_pos_embed  # its decorator hides its type
+        # The decorator of timm's function hides its type from the type checker.
+        resample: Any = resample_abs_pos_embed
         return resample(value, grid, num_prefix_tokens=shape[1] - patches.num_patches)
     return value
 
 
 def classifier_of(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Those of the names that are of the model's classifier."""
+    """Return the names of the classifier's parameters among `names`."""
     layers = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{layer}." for layer in ((layers,) if isinstance(layers, str) else layers))
     return {name for name in names if name.startswith(prefixes)}
 
 
-def _shape(value: Tensor) -> str:
+def _format_shape(value: Tensor) -> str:
     return "x".join(map(str, value.shape)) or "scalar"
 
 
-def _listed(problems: Mapping[str, Sequence[str]], first: int = 3) -> str:
-    """'2 missing (a, b), 9 unexpected (c, d, e, ...)'"""
-    return ", ".join(
-        f"{len(names)} {problem} ({', '.join(names[:first])}{', ...' if len(names) > first else ''})"
-        for problem, names in problems.items()
-        if names
-    )
+def _format_problems(problems: Mapping[str, Sequence[str]], shown: int = 3) -> str:
+    """Format names by problem, the first `shown` of each: "2 missing (a, b), 9 unexpected (c, d, e, ...)"."""
+    parts = []
+    for problem, names in problems.items():
+        if names:
+            more = ", ..." if len(names) > shown else ""
+            parts.append(f"{len(names)} {problem} ({', '.join(names[:shown])}{more})")
+    return ", ".join(parts)

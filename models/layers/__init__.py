@@ -1,1 +1,1 @@
-"""Layers that several papers share and timm.layers lacks."""
+"""Layers that several papers share and that timm.layers lacks."""

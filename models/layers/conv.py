@@ -4,5 +4,5 @@ from torch import nn
 
 
 def conv_bn(in_dim: int, dim: int, stride: int = 2) -> list[nn.Module]:
-    """A 3 x 3 convolution, (B, C, H, W) to (B, dim, ⌈H / stride⌉, ⌈W / stride⌉), and batch norm."""
+    """Return a 3 x 3 convolution and a batch norm: (B, in_dim, H, W) to (B, dim, ⌈H / stride⌉, ⌈W / stride⌉)."""
     return [nn.Conv2d(in_dim, dim, 3, stride=stride, padding=1), nn.BatchNorm2d(dim)]

@@ -7,9 +7,14 @@ from torch import Tensor, nn
 
 
 class PatchConv2d(nn.Conv2d):
-    """Convolution of patches that do not overlap: (B, C, H, W) to (B, dim, ⌈H / patch⌉, ⌈W / patch⌉).
+    """Convolution of patches that do not overlap: (B, in_dim, H, W) to (B, dim, ⌈H / patch⌉, ⌈W / patch⌉).
 
-    Zeros pad the map on the right and at the bottom to whole patches.
+    The map is zero-padded on the right and at the bottom to whole patches.
+
+    Args:
+        in_dim: Channels of the map.
+        dim: Channels of the result.
+        patch: Side of a patch.
     """
 
     def __init__(self, in_dim: int, dim: int, patch: int):
@@ -21,7 +26,10 @@ class PatchConv2d(nn.Conv2d):
 
 
 class PatchMerging(nn.Module):
-    """Swin's downsampling: norm and linear map of 2 x 2 tokens, (B, C, H, W) to (B, dim, ⌈H / 2⌉, ⌈W / 2⌉)."""
+    """Norm and linear map of 2 x 2 tokens, (B, in_dim, H, W) to (B, dim, ⌈H / 2⌉, ⌈W / 2⌉): Swin's downsampling.
+
+    An odd side is zero-padded on the right or at the bottom (Liu et al., ICCV 2021, arXiv:2103.14030).
+    """
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
@@ -35,5 +43,13 @@ class PatchMerging(nn.Module):
 
 
 def patch_embed(in_chans: int, dim: int, patch: int = 4, norm: type[nn.Module] = LayerNorm2d, **norm_args) -> nn.Module:
-    """A stem: patches of the image (B, C, H, W) and a norm."""
+    """Return a stem of a patch convolution and a norm: (B, in_chans, H, W) to (B, dim, ⌈H / patch⌉, ⌈W / patch⌉).
+
+    Args:
+        in_chans: Number of image channels.
+        dim: Channels of the result.
+        patch: Side of a patch in pixels.
+        norm: Class of the norm.
+        norm_args: Further arguments of the norm.
+    """
     return nn.Sequential(PatchConv2d(in_chans, dim, patch), norm(dim, **norm_args))

@@ -1,4 +1,4 @@
-"""The frame of PVTv2 (Wang et al., CVMJ 2022, arXiv:2106.13797), which later papers fill with their attention."""
+"""Stages, blocks and MLPs of PVTv2 (Wang et al., CVMJ 2022, arXiv:2106.13797), to which later papers add their ops."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.hierarchical import Stage, init_weights
 
-# From the names in such nets' checkpoints to ours.
+# Renames from the weight names in the checkpoints of PVTv2 and the papers that build on it to ours.
 RENAMES = (
     (r"^patch_embed(\d)\.proj\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.0."),
     (r"^patch_embed(\d)\.norm\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.1."),
@@ -19,9 +19,17 @@ RENAMES = (
 
 
 class NormedStage(Stage):
-    """A stage of `dim` channels that begins with patches that overlap, and whose map is normed at its end.
+    """Stage that begins with a convolution of overlapping patches and ends with a norm of its map.
 
-    The norm is for the next stage as for a detector. The first stage's patches have strides of 4, the others' of 2.
+    The next stage and a detector both read the map after the norm.
+
+    Args:
+        in_dim: Channels of the previous stage's map, or of the image.
+        dim: Channels of the stage.
+        first: Whether this is the first stage, whose patches are 7 wide with a stride of 4; the patches of the other
+            stages are 3 wide with a stride of 2.
+        blocks: Blocks of the stage.
+        contexts: As in `Stage`.
     """
 
     def __init__(self, in_dim: int, dim: int, first: bool, blocks: Sequence[nn.Module], contexts: Sequence):
@@ -35,7 +43,7 @@ class NormedStage(Stage):
 
 
 class Block(nn.Module):
-    """Token mixing and an MLP that sees the map (B, H, W, C), each added to the map (B, C, H, W)."""
+    """Token mixing and an MLP, each added to the map (B, C, H, W); both take (B, H, W, C)."""
 
     def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, drop_path: float):
         super().__init__()
@@ -53,7 +61,7 @@ class Block(nn.Module):
 
 
 class DepthwiseMlp(nn.Module):
-    """MLP of (B, H, W, C) with a depthwise convolution of the hidden map."""
+    """MLP for maps (B, H, W, dim) with a 3 x 3 depthwise convolution of the hidden map."""
 
     renames = ((r"^dwconv\.dwconv\.", "dwconv."),)
 
@@ -71,7 +79,10 @@ class DepthwiseMlp(nn.Module):
 
 
 def init_conv(module: nn.Module) -> None:
-    """As most papers do linear layers, and convolutions by what leaves them; for `nn.Module.apply`."""
+    """Initialise a linear layer or a convolution as PVTv2 does; for `nn.Module.apply`.
+
+    Linear layers: `init_weights`. Convolutions: normal of variance 2 / fan-out per group, bias 0.
+    """
     init_weights(module)
     if isinstance(module, nn.Conv2d):
         fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from models.openmmlab.config import FINEST, changes, finest_stride, fit, read_model
-from models.weights import rename_state
+from models.weights import apply_renames
 from retinue.utils.masks import IGNORED
 from retinue.utils.suggestions import nearest
 
@@ -49,30 +49,33 @@ class Detections(NamedTuple):
     masks: Tensor | None  # (N, H0, W0) bool
 
 
-class DenseNet(nn.Module):
-    """A backbone under a head, with what timm's optimisers ask of a net.
+class DensePredictor(nn.Module):
+    """Interface of a detector or a segmentor, a backbone under a head, for the tasks and for timm's optimisers.
 
-    Its parts are those of `model`, so that parameters and weights have the names of the packages' checkpoints.
+    `mixed` makes a subclass of this class and of the package's class, so the net does not wrap the package's model but
+    is one. Parameters and weights therefore have the names of the package's checkpoints. Hooks on the state dict of a
+    wrapper would not suffice: Lightning restores a sharded net (FSDP) by the names of its parameters.
+
+    Attributes:
+        masks: Whether the net predicts instance masks.
+        backbone: The backbone under the head.
+        undecayed: Pattern of the names of head parameters without weight decay: Mask2Former's queries and levels.
     """
 
-    model: Any
-    masks: bool  # whether it predicts masks
+    masks: bool
     backbone: DenseBackbone
-    undecayed = re.compile(r"decode_head\.(query_embed|query_feat|level_embed)\.")  # Mask2Former's
+    undecayed = re.compile(r"decode_head\.(query_embed|query_feat|level_embed)\.")
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.__dict__["model"] = model  # not a part itself, which would stand before every name
-        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
-        for name, module in model.named_modules():
+    def keep_single_precision(self) -> None:
+        """Let some parts compute in float32 in mixed precision.
+
+        Call this once, after the net is built: it registers hooks.
+        """
+        for name, module in self.named_modules():
             if SINGLE_OUTPUT.search(name):
                 module.register_forward_hook(lambda _, args, output: single(output))
             elif SINGLE_INPUT.search(name):
                 module.register_forward_pre_hook(lambda _, args: single(args))
-
-    def train(self, mode: bool = True) -> Self:
-        self.model.training = mode
-        return super().train(mode)
 
     @property
     def unused_weights(self) -> set[str]:
@@ -83,7 +86,7 @@ class DenseNet(nn.Module):
         inside = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
         rest = {key: value for key, value in state.items() if not key.startswith("backbone.")}
         backbone = self.backbone.checkpoint_filter(inside)
-        return {f"backbone.{key}": value for key, value in backbone.items()} | rename_state(self.model, rest)
+        return {f"backbone.{key}": value for key, value in backbone.items()} | apply_renames(self, rest)
 
     def is_whole(self, names: Iterable[str]) -> bool:
         """Whether weights of such names are a net's of this kind, not a backbone's alone."""
@@ -107,19 +110,24 @@ class DenseNet(nn.Module):
         return lambda name: depths.get(name.removeprefix(BACKBONE), torch.inf)
 
 
+def mixed(interface: type[DensePredictor], package_class: type[nn.Module]) -> type[Any]:
+    """Return a subclass of a package's class with the methods of `interface`, which call the package's by `super()`."""
+    return type(interface.__name__, (interface, package_class), {})
+
+
 def has(net: nn.Module, method: str) -> bool:
     return callable(getattr(net, method, None))
 
 
-class Detector(DenseNet):
+class Detector(DensePredictor):
     """A detector of mmdetection's. Images are normalised and zero-padded on the right and at the bottom.
 
     `sizes` (B, 2) is the height and width of each image within the padding; boxes are xyxy in pixels.
     """
 
-    def __init__(self, model: nn.Module):
-        super().__init__(model)
-        self.masks = bool(getattr(model, "with_mask", False))
+    @property
+    def masks(self) -> bool:
+        return bool(getattr(self, "with_mask", False))
 
     def loss(
         self,
@@ -156,11 +164,13 @@ class Detector(DenseNet):
             sample.gt_instances = InstanceData(**truth)
             crowds = boxes[i].new_zeros(0, 4) if ignored is None else ignored[i].float()
             sample.ignored_instances = InstanceData(bboxes=crowds, labels=labels[i].new_zeros(len(crowds)))
-        return summed(self.model.loss(image, samples))
+        package: Any = super()
+        return summed(package.loss(image, samples))
 
     def predict(self, image: Tensor, sizes: Tensor, original_sizes: Tensor) -> list[Detections]:
         """Of images (B, C, H, W) of `sizes` (B, 2) that were resized from `original_sizes` (B, 2)."""
-        found = self.model.predict(image, self._samples(image, sizes, original_sizes), rescale=True)
+        package: Any = super()
+        found = package.predict(image, self._samples(image, sizes, original_sizes), rescale=True)
         results = [sample.pred_instances for sample in found]
         return [
             Detections(r.bboxes.float(), r.scores.float(), r.labels, r.masks if self.masks else None) for r in results
@@ -172,17 +182,17 @@ class Detector(DenseNet):
         Two-stage detectors score as many proposals of an image as they keep at most, and cut out masks of as many as
         they return at most (1,000 and 100 in the papers' settings). RoIAlign itself has no multiply-accumulates.
         """
-        model = self.model
+        net: Any = self
         with on_meta(image):
-            if not hasattr(model, "roi_head"):
+            if not hasattr(net, "roi_head"):
                 size = torch.tensor([list(image.shape[2:])] * len(image))
-                training, model.training = model.training, False  # no denoising queries
+                training, self.training = self.training, False  # no denoising queries
                 try:
-                    return model._forward(image, self._samples(image, size, size))
+                    return net._forward(image, self._samples(image, size, size))
                 finally:
-                    model.training = training
-            maps = model.extract_feat(image)
-            roi, kept, outputs = model.roi_head, model.test_cfg, [*model.rpn_head(maps)]
+                    self.training = training
+            maps = net.extract_feat(image)
+            roi, kept, outputs = net.roi_head, net.test_cfg, [*net.rpn_head(maps)]
             for kind, number in (("bbox", kept.rpn.max_per_img), ("mask", kept.rcnn.max_per_img)):
                 if kind == "mask" and not self.masks:
                     continue
@@ -211,7 +221,7 @@ class Detector(DenseNet):
         ]
 
 
-class Segmentor(DenseNet):
+class Segmentor(DensePredictor):
     """A segmentor of mmsegmentation's, for normalised images (B, C, H, W) of any size."""
 
     masks = False
@@ -224,11 +234,13 @@ class Segmentor(DenseNet):
         samples = [SegDataSample(metainfo=meta) for meta in self._metas(image)]
         for sample, classes in zip(samples, mask, strict=True):
             sample.gt_sem_seg = PixelData(data=classes[None])
-        return summed(self.model.loss(image, samples))
+        package: Any = super()
+        return summed(package.loss(image, samples))
 
     def logits(self, image: Tensor) -> Tensor:
         """(B, K, H, W). Mask2Former's are its masks, each weighted by the probability of its class."""
-        return self.model.encode_decode(image, self._metas(image))
+        package: Any = super()
+        return package.encode_decode(image, self._metas(image))
 
     def forward(self, image: Tensor) -> Tensor:
         with on_meta(image):
@@ -240,8 +252,11 @@ class Segmentor(DenseNet):
         return [{"img_shape": size, "ori_shape": size, "pad_shape": size}] * len(image)
 
 
-class Decoder(nn.Module):
-    """A backbone and a decoder of ours for four maps; those that the backbone lacks are its last, halved."""
+class DecoderSegmentor(Segmentor):
+    """A backbone and a decoder of ours for four maps; those that the backbone lacks are its last, halved.
+
+    The loss is cross-entropy, averaged over all pixels as mmsegmentation's: an ignored one is nought.
+    """
 
     def __init__(self, backbone: DenseBackbone, create: Callable[[list[int]], nn.Module]):
         super().__init__()
@@ -249,23 +264,16 @@ class Decoder(nn.Module):
         self.lacking = 4 - len(backbone.channels)
         self.decode_head = create(backbone.channels + backbone.channels[-1:] * self.lacking)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def loss(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        total = F.cross_entropy(self.logits(image).float(), mask, ignore_index=IGNORED, reduction="sum")
+        return {"loss_ce": total / mask.numel()}
+
+    def logits(self, image: Tensor) -> Tensor:
         maps = [*self.backbone(image)]
         for _ in range(self.lacking):
             maps.append(F.max_pool2d(maps[-1], 1, stride=2))
         logits = self.decode_head(maps)
         return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
-
-
-class DecoderSegmentor(Segmentor):
-    """A decoder of ours under cross-entropy, averaged over all pixels as mmsegmentation's: an ignored one is nought."""
-
-    def loss(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        total = F.cross_entropy(self.model(image).float(), mask, ignore_index=IGNORED, reduction="sum")
-        return {"loss_ce": total / mask.numel()}
-
-    def logits(self, image: Tensor) -> Tensor:
-        return self.model(image)
 
 
 def build_detector(cfg: Any, datamodule: Any) -> Detector:
@@ -275,7 +283,7 @@ def build_detector(cfg: Any, datamodule: Any) -> Detector:
         ValueError: the size, the neck or an argument of the head is unknown, the backbone does not fit, or the head
             learns masks and the data has none.
     """
-    detector = Detector(_build(cfg, datamodule))
+    detector = _build(Detector, cfg, datamodule)
     if detector.masks and not datamodule.has_masks:
         raise ValueError(
             f"head={cfg.head.name} learns masks, and data={cfg.data.name} has none: "
@@ -291,14 +299,17 @@ def build_segmentor(cfg: Any, datamodule: Any) -> Segmentor:
         ValueError: the size or an argument of the head is unknown, or the backbone does not fit.
     """
     if cfg.head.library != "own":
-        return Segmentor(_build(cfg, datamodule))
+        return _build(Segmentor, cfg, datamodule)
     backbone = create_backbone(cfg.model, cfg.data, datamodule.in_chans, min_stride=FINEST)
     args = changes(cfg.head, cfg.data.kind == "small") | {"num_classes": datamodule.num_classes}
-    return DecoderSegmentor(built(cfg.head.name, lambda: Decoder(backbone, partial(DECODERS[cfg.head.name], **args))))
+    create = partial(DECODERS[cfg.head.name], **args)
+    segmentor = built(cfg.head.name, lambda: DecoderSegmentor(backbone, create))
+    segmentor.keep_single_precision()
+    return segmentor
 
 
-def _build(cfg: Any, datamodule: Any) -> nn.Module:
-    """The package's model, initialised; the backbone keeps its own initialisation."""
+def _build(interface: type[DensePredictor], cfg: Any, datamodule: Any) -> Any:
+    """The package's model with our interface, initialised; the backbone keeps its own initialisation."""
     head = cfg.head
     config = read_model(head, cfg.data.kind == "small")
     from mmengine.config import ConfigDict
@@ -312,9 +323,14 @@ def _build(cfg: Any, datamodule: Any) -> nn.Module:
         if head.get("neck") is not None:
             neck = own_neck(head, config["neck"], MODELS.build)
             config["neck"] = {"type": lambda: neck}
+        package_class = MODELS.get(f"{head.library}.{config['type']}")
+        if package_class is None:
+            raise ValueError(f"head={head.name} cannot be built: {head.library} has no model {config['type']!r}")
+        config["type"] = mixed(interface, package_class)
         model = built(head.name, lambda: MODELS.build(ConfigDict(config)))
         if not any(parameter.is_meta for parameter in model.parameters()):
             model.init_weights()
+    model.keep_single_precision()
     return model
 
 

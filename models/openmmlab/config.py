@@ -127,3 +127,17 @@ def fit(model: dict[str, Any], backbone: DenseBackbone, num_classes: int) -> Non
     if model.get("auxiliary_head"):
         index = max(levels - 2, 0)
         model["auxiliary_head"] |= {"in_channels": channels[index], "in_index": index}
+
+
+def learns_masks(head: Any, small: bool) -> bool:
+    """Tell whether the detector of a `conf/head/*.yaml` learns instance masks, without building it.
+
+    Args:
+        head: The composed head config.
+        small: Whether the data are small, which chooses the head's default size.
+
+    Raises:
+        ValueError: the config or the size is unknown.
+    """
+    model = read_model(head, small)
+    return bool(model.get("mask_head") or (model.get("roi_head") or {}).get("mask_head"))

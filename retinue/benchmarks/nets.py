@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models  # registers our nets
-from models.weights import renamed
+from models.weights import rename_weights
 from ops import create_ops, list_ops
 from ops.backend import redirecting, using
 from retinue.benchmarks.formulations import FORMULATIONS, PLAIN_PYTORCH, TORCH_COMPILE, Attend
@@ -286,7 +286,7 @@ def check(subject: Subject, names: Sequence[str], optional: Sequence[str] = ()) 
             continue
         if name == TIMM:
             output = computed.pop("output")
-            computed = {"output": output, **renamed(subject.build(), by_authors_names(computed))}
+            computed = {"output": output, **rename_weights(subject.build(), by_authors_names(computed))}
         # The gradient of a bias that precedes batch norm is noise, so the scale of gradients is that of the largest.
         tensor_errors = {
             tensor: relative_errors(

@@ -153,6 +153,7 @@ def build_data(cfg: DictConfig) -> Any:
         augment=OmegaConf.to_container(cfg.recipe.augment, resolve=True),
         batch_size=per_device_batch(cfg),
         seed=cfg.seed,
+        **get_class(cfg.task._target_).data_arguments(cfg),
         _convert_="all",
     )
 

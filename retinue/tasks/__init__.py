@@ -1,1 +1,1 @@
-"""What a net is trained for: the LightningModules."""
+"""LightningModules that train and evaluate nets: classification, detection and segmentation."""

@@ -1,4 +1,4 @@
-"""What the tasks share: optimiser, schedule, randomness by step, running training figures, a guard against NaN."""
+"""Base of the tasks: optimiser, schedule, random seeds by step, running means of training, and a guard against NaN."""
 
 import math
 from collections.abc import Mapping
@@ -18,18 +18,25 @@ from retinue.tasks.optimization import check_optimizer, create_optimizer, create
 
 
 class Task(pl.LightningModule):
-    """A net and a recipe.
+    """A net that is trained by a recipe and evaluated.
 
-    A subclass builds its net (`build_net`), computes losses and figures (`track` sums the latter up between two rows of
-    the log; `val_figures` are the last validation's), and after a test gives its figures (`test_figures`) and writes
-    what a person wants to see of it (`write_report`).
+    A subclass builds the net (`build_net`), computes losses and figures in Lightning's steps, passes those of training
+    to `track`, sets `val_figures` after each validation, returns the figures of a test (`test_figures`) and writes
+    predictions and pictures of it (`write_report`).
 
     Args:
-        model: the net, as `timm.create_model` or a head's builder gives it.
-        recipe: epochs, batch_size, optimizer, schedule, ... (`conf/recipe/`).
-        compile: `torch.compile` the net.
-        channels_last: keep convolution weights in that memory format.
-        grad_checkpointing: recompute blocks in the backward pass.
+        model: The net, as `build_net` returns it.
+        recipe: Epochs, batch_size, optimizer, schedule, ...: a composed `conf/recipe/*.yaml`.
+        compile: Compile the net by `torch.compile`.
+        channels_last: Keep the weights of convolutions in channels-last memory.
+        grad_checkpointing: Recompute blocks in the backward pass, which takes less memory and more time.
+
+    Attributes:
+        val_figures: Figures of the last validation by name: `val/loss`, ...
+        save_images: Number of pictures of predictions in a report.
+
+    Raises:
+        ValueError: The recipe's optimiser or schedule is unknown.
     """
 
     def __init__(
@@ -48,30 +55,44 @@ class Task(pl.LightningModule):
         self.compile_model = compile
         if grad_checkpointing:
             model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
-        self._sums: dict[str, Tensor] = {}  # of figure x images, and `images`, since the last row of the log
+        # Sums since the last row of the log: of figure * images by the figure's name, and the number of `images`.
+        self._sums: dict[str, Tensor] = {}
         self._first_bad_step: Tensor | None = None
-        self.val_figures: dict[str, float] = {}  # of the last validation, as `val/loss`, ...
-        self.save_images = 0  # pictures of predictions in a report
+        self.val_figures: dict[str, float] = {}
+        self.save_images = 0
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
-        """The net of a run's config for the data's classes and images."""
+        """Build the net of a run's config for the classes and images of `datamodule`, which is only read."""
         raise NotImplementedError
 
+    @staticmethod
+    def data_arguments(cfg: Any) -> dict[str, Any]:
+        """Return further arguments for the data module of a run's config, where the data depend on the net."""
+        return {}
+
     def start_from(self, weights: str, drop_classifier: bool) -> None:
-        """Load what training begins with: weights of the whole net."""
+        """Load the weights that training starts from.
+
+        Args:
+            weights: A weights file of the whole net.
+            drop_classifier: Leave out a classifier of another width.
+
+        Raises:
+            ValueError: The file cannot be read, or its weights do not fit.
+        """
         load_weights(self.model, weights, drop_classifier=drop_classifier)
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
-        """Figures of the test that has just been run, on all ranks."""
+        """Return the figures of the last test by name, the same on all ranks."""
         raise NotImplementedError
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
-        """Predictions and pictures of that test."""
+        """Write predictions and pictures of the last test into `folder`."""
         raise NotImplementedError
 
     def complexity(self, datamodule: Any) -> tuple[int, int]:
-        """Parameters, and multiply-accumulates for one image of the data's size."""
+        """Return the number of parameters, and the multiply-accumulates for one image of the data's size."""
         return complexity(self.model, datamodule.image_size, datamodule.in_chans)
 
     def setup(self, stage: str) -> None:
@@ -79,12 +100,15 @@ class Task(pl.LightningModule):
             self.model.compile()
 
     def configure_model(self) -> None:
-        """Shard the net over the devices where the strategy asks for it (FSDP2)."""
+        """Shard the net over the devices if the strategy asks for it (FSDP2)."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            self.model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]  # FSDP2 takes no other
+            # FSDP2 takes contiguous weights only.
+            self.model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
             mesh = self.device_mesh["data_parallel"]  # pyright: ignore[reportOptionalSubscript]
-            for container in reversed(list(self.model.modules())):  # what is inside comes first
-                if isinstance(container, nn.Sequential | nn.ModuleList):  # of blocks, or of stages
+            # FSDP2 shards inner modules before outer ones. The units are the modules in each sequence or list: blocks,
+            # stages and the like.
+            for container in reversed(list(self.model.modules())):
+                if isinstance(container, nn.Sequential | nn.ModuleList):
                     for block in container:
                         if any(block.children()):
                             fully_shard(block, mesh=mesh)
@@ -99,18 +123,28 @@ class Task(pl.LightningModule):
         scheduler.step_update(self.global_step)
 
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch. Lightning's own estimate would drop the loader's state on resume."""
+        """Return the number of optimiser steps of an epoch.
+
+        Lightning's own estimate would create a new loader on resume and lose the loaded state of the old one.
+        """
         limit = self.trainer.limit_train_batches
         batches = len(self.trainer.datamodule.train_dataloader())  # pyright: ignore[reportAttributeAccessIssue]
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Dropout and drop path follow from (seed, epoch, batch, rank), so a resumed run draws what the other drew.
+        # Dropout and drop path follow from (seed, epoch, batch, rank), so a resumed run draws the same numbers as a run
+        # without interruption.
         torch.manual_seed(batch["seed"])
 
     def track(self, loss: Tensor, images: int, **figures: Tensor) -> None:
-        """Add a batch's mean loss and figures to the running means of the log."""
+        """Add a batch to the running means of the log.
+
+        Args:
+            loss: Mean loss of the batch, a scalar.
+            images: Number of images in the batch, the weight of its means.
+            figures: Further means of the batch by name, scalars.
+        """
         figures = {"loss": loss, **figures}
         for name, value in figures.items():
             value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
@@ -121,12 +155,18 @@ class Task(pl.LightningModule):
         self._first_bad_step = step if self._first_bad_step is None else torch.minimum(self._first_bad_step, step)
 
     def running_figures(self) -> dict[str, float]:
-        """Means on this rank since the last row of the log."""
+        """Return the means on this rank since the last row of the log, as `train/loss`, ..."""
         images = self._sums["images"]
         return {f"train/{name}": float(value / images) for name, value in self._sums.items() if name != "images"}
 
     def pop_figures(self) -> dict[str, float]:
-        """Means over all ranks since the last call, as `train/loss`, ...; empty where nothing was tracked."""
+        """Return the means over all ranks since the last call, as `train/loss`, ..., and start new ones.
+
+        The result is empty if nothing was tracked.
+
+        Raises:
+            ValueError: A loss or a weight is not finite.
+        """
         self.check_finite()
         sums = {
             name: float(self.trainer.strategy.reduce(value.clone(), reduce_op="sum"))
@@ -137,10 +177,17 @@ class Task(pl.LightningModule):
         return {f"train/{name}": value / images for name, value in sums.items()}
 
     def check_finite(self) -> None:
-        """Raises ValueError where a loss since the start, or a weight now, is NaN or infinite."""
+        """Check that every loss since the start and every weight now is finite.
+
+        Raises:
+            ValueError: A loss or a weight is NaN or infinite.
+        """
         advice = "A lower recipe.optimizer.lr, recipe.clip_grad, or another trainer.precision may help"
-        if self._first_bad_step is not None and math.isfinite(bad := float(self._first_bad_step)):
-            raise ValueError(f"the loss is not finite at step {int(bad)}; the last checkpoint is from before. {advice}")
+        first_bad_step = math.inf if self._first_bad_step is None else float(self._first_bad_step)
+        if math.isfinite(first_bad_step):
+            raise ValueError(
+                f"the loss is not finite at step {int(first_bad_step)}; the last checkpoint is from before. {advice}"
+            )
         shards = [p.to_local() if isinstance(p, DTensor) else p for p in self.parameters()]
         norms = torch.stack(torch._foreach_norm([shard.detach() for shard in shards if shard.numel()]))
         if not norms.isfinite().all():
@@ -152,5 +199,6 @@ class Task(pl.LightningModule):
         checkpoint["train_sums"] = {name: value.clone() for name, value in self._sums.items()}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        device = self.trainer.strategy.root_device  # where the net may not be yet
+        # The net may still be on the CPU, so take the device that it will train on.
+        device = self.trainer.strategy.root_device
         self._sums = {name: value.to(device) for name, value in checkpoint.get("train_sums", {}).items()}

@@ -1,4 +1,4 @@
-"""Image classification."""
+"""Task of image classification."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +18,23 @@ from retinue.tasks.distillation import Teacher
 
 
 class Classification(Task):
-    """Cross-entropy or binary cross-entropy on labels or soft targets (mixed, smoothed); top-1 and top-5.
+    """Classification by cross-entropy or binary cross-entropy; the figures are top-1 and top-5 accuracy.
+
+    Targets are labels or soft targets, which mixing and smoothing make.
 
     Args:
-        distillation: `teacher` (a timm name, null for none), `weights`, `mode`, `alpha`, `temperature`.
+        model: Net from images (B, C, H, W) to logits (B, num_classes).
+        recipe: As in `Task`, with `loss` (ce or bce), `augment.label_smoothing` and `bce_target_threshold`.
+        num_classes: Number of classes.
+        distillation: `teacher` (a timm name, null for none), and the further arguments of
+            `retinue.tasks.distillation.Teacher`.
+        kwargs: Further arguments of `Task`.
+
+    Attributes:
+        predictions: Predictions of all ranks for the test split, after a test.
+
+    Raises:
+        ValueError: `recipe.loss` is unknown, or an argument of `Task` or `Teacher` is wrong.
     """
 
     def __init__(self, model: nn.Module, recipe: Mapping, *, num_classes: int, distillation: Mapping, **kwargs):
@@ -33,9 +46,11 @@ class Classification(Task):
         self.smoothing = recipe["augment"]["label_smoothing"]
         bce = BinaryCrossEntropy(smoothing=self.smoothing, target_threshold=recipe["bce_target_threshold"])
         self.bce = bce if recipe["loss"] == "bce" else None
-        self._val: Tensor | None = None
-        self._predictions: list[Predictions] = []
-        self.predictions: Predictions | None = None  # of all ranks, after a test
+        # Sums of this rank in the current validation: (loss, top-1 hits, top-5 hits, images).
+        self._val_sums: Tensor | None = None
+        # Predictions of this rank in the current test, by batch.
+        self._rank_predictions: list[Predictions] = []
+        self.predictions: Predictions | None = None
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
@@ -46,7 +61,7 @@ class Classification(Task):
         return summarize(self.predictions, datamodule.class_names)
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
-        """`predictions.csv`, `confusion.png`, `reliability.png`."""
+        """Write `predictions.csv`, `confusion.png` and `reliability.png`."""
         assert self.predictions is not None
         names, classes = datamodule.names("test"), datamodule.class_names
         write_predictions_csv(folder / "predictions.csv", self.predictions, classes, names)
@@ -57,7 +72,12 @@ class Classification(Task):
         return self.model(image)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean loss of `logits` (B, K) for labels (B,), to be smoothed, or targets (B, K) that are mixed and smooth."""
+        """Compute the mean loss of a batch.
+
+        Args:
+            logits: (B, K).
+            target: Labels (B,), which are smoothed here, or soft targets (B, K), which are taken as they are.
+        """
         if self.bce is not None:
             return self.bce(logits, target)
         return F.cross_entropy(logits, target, label_smoothing=self.smoothing if target.ndim == 1 else 0.0)
@@ -73,27 +93,30 @@ class Classification(Task):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        seen = batch["index"] >= 0
-        logits, label = self(batch["image"])[seen].float(), batch["label"][seen]
-        ranks = (logits > logits.gather(1, label[:, None])).sum(1)  # classes that score higher than the true one
+        # Images that pad the last batch of a rank have the index -1.
+        valid = batch["index"] >= 0
+        logits, label = self(batch["image"])[valid].float(), batch["label"][valid]
+        # Number of classes that score higher than the true one.
+        ranks = (logits > logits.gather(1, label[:, None])).sum(1)
         sums = torch.stack(
-            [F.cross_entropy(logits, label, reduction="sum"), (ranks < 1).sum(), (ranks < 5).sum(), seen.sum()]
+            [F.cross_entropy(logits, label, reduction="sum"), (ranks < 1).sum(), (ranks < 5).sum(), valid.sum()]
         )
-        self._val = sums.double() if self._val is None else self._val + sums
+        self._val_sums = sums.double() if self._val_sums is None else self._val_sums + sums
 
     def on_validation_epoch_end(self) -> None:
-        assert self._val is not None
-        loss, top1, top5, images = self.trainer.strategy.reduce(self._val, reduce_op="sum").tolist()
-        self._val = None
+        assert self._val_sums is not None
+        loss, top1, top5, images = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
+        self._val_sums = None
         self.val_figures = {"val/loss": loss / images, "val/top1": top1 / images, "val/top5": top5 / images}
-        self.log_dict(self.val_figures, logger=False)  # for callbacks that monitor
+        # Callbacks that monitor a figure read it from Lightning's log.
+        self.log_dict(self.val_figures, logger=False)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         subset = self.trainer.datamodule.class_subset  # pyright: ignore[reportAttributeAccessIssue]
-        self._predictions.append(topk_predictions(self(batch["image"]), batch["label"], batch["index"], subset))
+        self._rank_predictions.append(topk_predictions(self(batch["image"]), batch["label"], batch["index"], subset))
 
     def on_test_epoch_end(self) -> None:
-        predictions, self._predictions = Predictions.concatenate(self._predictions), []
+        predictions, self._rank_predictions = Predictions.concatenate(self._rank_predictions), []
         if self.trainer.world_size > 1:
             parts: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(parts, predictions)

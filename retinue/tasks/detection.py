@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation."""
+"""Task of object detection and instance segmentation."""
 
 import math
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.complexity import complexity
 from models.openmmlab.build import Detector, build_detector
+from models.openmmlab.config import learns_masks
 from retinue.evaluation.detection import (
     Accuracy,
     ImageDetections,
@@ -20,110 +21,148 @@ from retinue.evaluation.detection import (
     write_results,
 )
 from retinue.evaluation.detection_plots import plot_class_ap, plot_detections, plot_precision_recall
-from retinue.tasks.dense import DenseTask
+from retinue.tasks.dense_prediction import DensePredictionTask
+from retinue.utils.arithmetic import round_up
 
-IN_VALIDATION = ("ap", "ap50", "ap75")  # of COCO's twelve figures
+# Figures of a validation; a test reports all twelve of COCO's.
+VALIDATION_FIGURES = ("ap", "ap50", "ap75")
 
 
-class Detection(DenseTask):
-    """The detector's own losses; COCO's average precision of boxes and, where there are any, of masks.
+class Detection(DensePredictionTask):
+    """Detection by the detector's own losses; the figures are COCO's average precision of boxes and masks.
 
-    A validation measures average precision alone: what the losses are computed from (sampled proposals, noised queries)
-    exists in training only.
+    Masks are evaluated if the detector predicts them and the data have them. A validation computes average precision
+    and no losses, since their inputs (sampled proposals, noised queries) exist in training only.
+
+    Args:
+        model: The detector, already built for the data's classes.
+        recipe: As in `Task`.
+        num_classes: Not used; all tasks receive it.
+        kwargs: Further arguments of `Task`.
+
+    Attributes:
+        detections: Detections of all ranks in the test split, after a test.
+        accuracies: Accuracy of boxes ("box") and masks ("mask"), after a test.
     """
 
     model: Detector
     methods = ("loss", "predict")
 
     def __init__(self, model: nn.Module, recipe: Mapping, *, num_classes: int, **kwargs):
-        super().__init__(model, recipe, **kwargs)  # the detector has been built for the classes
-        self._found: list[ImageDetections] = []  # of this rank, in the evaluation that is under way
-        self.found: list[ImageDetections] = []  # of all ranks, after a test
-        self.accuracies: dict[str, Accuracy] = {}  # of boxes and masks, then
+        super().__init__(model, recipe, **kwargs)
+        # Detections of this rank in the current evaluation.
+        self._rank_detections: list[ImageDetections] = []
+        self.detections: list[ImageDetections] = []
+        self.accuracies: dict[str, Accuracy] = {}
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
-        detector = build_detector(cfg, datamodule)
-        datamodule.reads_masks = detector.masks
-        return detector
+        return build_detector(cfg, datamodule)
+
+    @staticmethod
+    def data_arguments(cfg: Any) -> dict[str, Any]:
+        """Return `read_masks`, so that the data module reads masks only for a detector that learns them."""
+        return {"read_masks": learns_masks(cfg.head, cfg.data.kind == "small")}
 
     def complexity(self, datamodule: Any) -> tuple[int, int]:
-        """Parameters, and multiply-accumulates for one image of the data's size, padded as a batch is."""
-        height, width = (-(-side // 32) * 32 for side in datamodule.image_size)
+        """Return the number of parameters, and the multiply-accumulates for one image of the data's size.
+
+        The image is padded to multiples of 32 pixels, as a batch is.
+        """
+        height, width = (round_up(side, 32) for side in datamodule.image_size)
         return complexity(self.model, (height, width), datamodule.in_chans)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.model.loss(
             batch["image"], batch["sizes"], batch["boxes"], batch["labels"], batch.get("masks"), batch["ignored"]
         )
-        return self.summed(losses, len(batch["image"]))
+        return self.sum_losses(losses, len(batch["image"]))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         original_sizes = batch["original_sizes"]
         predictions = self.model.predict(batch["image"], batch["sizes"], original_sizes)
-        places = zip(batch["index"].tolist(), predictions, original_sizes.tolist(), strict=True)
-        self._found += [ImageDetections.from_tensors(i, *found, size=size) for i, found, size in places if i >= 0]
+        # Images that pad the last batch of a rank have the index -1.
+        self._rank_detections += [
+            ImageDetections.from_tensors(index, *prediction, size=size)
+            for index, prediction, size in zip(
+                batch["index"].tolist(), predictions, original_sizes.tolist(), strict=True
+            )
+            if index >= 0
+        ]
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         datamodule = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         accuracies = self._evaluate(self._gather(), datamodule, "val")
-        # NaN where there is nothing to find: such a figure makes no checkpoint the best one
+        # A figure is None if the data have no objects for it. NaN then makes no checkpoint the best one.
         self.val_figures = {
-            f"val/{kind}_{name}": math.nan if (value := each.figures[name]) is None else value
-            for kind, each in accuracies.items()
-            for name in IN_VALIDATION
+            f"val/{kind}_{name}": math.nan if (value := accuracy.figures[name]) is None else value
+            for kind, accuracy in accuracies.items()
+            for name in VALIDATION_FIGURES
         }
-        self.log_dict(self.val_figures, logger=False)  # for callbacks that monitor
+        # Callbacks that monitor a figure read it from Lightning's log.
+        self.log_dict(self.val_figures, logger=False)
 
     def on_test_epoch_end(self) -> None:
         datamodule = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        self.found = self._gather()
-        self.accuracies = self._evaluate(self.found, datamodule, "test")
+        self.detections = self._gather()
+        self.accuracies = self._evaluate(self.detections, datamodule, "test")
 
     def _gather(self) -> list[ImageDetections]:
-        """What all ranks have found."""
-        found, self._found = self._found, []
+        """Return the detections of all ranks, each image once, and forget those of this rank."""
+        detections, self._rank_detections = self._rank_detections, []
         if self.trainer.world_size > 1:
             parts: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, found)
-            found = [each for part in parts for each in part]
-        return merge(found)
+            torch.distributed.all_gather_object(parts, detections)
+            detections = [image for part in parts for image in part]
+        return merge(detections)
 
-    def _evaluate(self, found: list[ImageDetections], datamodule: Any, split: str) -> dict[str, Accuracy]:
-        """COCO's figures, on each rank anew: the others would have to wait for one that does it."""
+    def _evaluate(self, detections: list[ImageDetections], datamodule: Any, split: str) -> dict[str, Accuracy]:
+        """Compute COCO's figures of a split.
+
+        Every rank computes them: if one rank did, the others would only wait for it.
+        """
         images, categories = datamodule.images(split), datamodule.category_ids
         ids = images.ids.tolist()
-        seen = [ids[each.index] for each in found]
-        results = coco_results(found, ids, categories)
+        evaluated = [ids[image.index] for image in detections]
+        results = coco_results(detections, ids, categories)
         kinds = ("box", "mask") if self.model.masks and datamodule.has_masks else ("box",)
-        return {kind: evaluate(kind, results, images.truth, seen, categories) for kind in kinds}
+        return {kind: evaluate(kind, results, images.truth, evaluated, categories) for kind in kinds}
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
-        """COCO's twelve of boxes and masks, `n` images, and each class's average precision."""
+        """Return the number `n` of images, COCO's twelve figures of boxes and masks, and figures by class.
+
+        Names are `box_ap`, ..., `mask_ap`, ...; `per_class` is a dictionary by class.
+        """
         images = datamodule.images("test")
         figures = {
-            f"{kind}_{name}": value for kind, each in self.accuracies.items() for name, value in each.figures.items()
+            f"{kind}_{name}": value
+            for kind, accuracy in self.accuracies.items()
+            for name, value in accuracy.figures.items()
         }
-        seen = images.ids[[each.index for each in self.found]].tolist()
-        classes = per_class(self.accuracies, images.truth, seen, datamodule.category_ids, datamodule.class_names)
-        return {"n": len(self.found), **figures, "per_class": classes}
+        evaluated = images.ids[[image.index for image in self.detections]].tolist()
+        classes = per_class(self.accuracies, images.truth, evaluated, datamodule.category_ids, datamodule.class_names)
+        return {"n": len(self.detections), **figures, "per_class": classes}
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
-        """`detections.json`, `pr_curves.png`, `per_class.png`, and `save_images` of evenly spread `images/*.png`."""
+        """Write `detections.json`, `pr_curves.png`, `per_class.png` and `images/*.png`.
+
+        The last are pictures of `save_images` images, evenly spread over the split.
+        """
         images, names, categories = datamodule.images("test"), datamodule.class_names, datamodule.category_ids
         ids = images.ids.tolist()
-        write_results(folder / "detections.json", coco_results(self.found, ids, categories))
+        write_results(folder / "detections.json", coco_results(self.detections, ids, categories))
         plot_precision_recall(folder / "pr_curves.png", self.accuracies)
         plot_class_ap(folder / "per_class.png", self.accuracies, names)
 
-        every = max(1, len(self.found) // max(1, self.save_images))
-        drawn = self.found[::every][: self.save_images]
-        objects = {ids[found.index]: [] for found in drawn}
-        for each in images.truth["annotations"]:
-            if each["image_id"] in objects:
-                objects[each["image_id"]].append(each)
-        for found in drawn:
-            image, truth = images[found.index]["image"], objects[ids[found.index]]
-            plot_detections(self.picture(folder, images, found.index), image, found, truth, categories, names)
+        step = max(1, len(self.detections) // max(1, self.save_images))
+        drawn = self.detections[::step][: self.save_images]
+        objects = {ids[detections.index]: [] for detections in drawn}
+        for annotation in images.truth["annotations"]:
+            if annotation["image_id"] in objects:
+                objects[annotation["image_id"]].append(annotation)
+        for detections in drawn:
+            index = detections.index
+            path, image, truth = self.picture_path(folder, images, index), images[index]["image"], objects[ids[index]]
+            plot_detections(path, image, detections, truth, categories, names)

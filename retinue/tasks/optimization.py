@@ -1,4 +1,4 @@
-"""Optimiser and learning-rate schedule from a recipe; both are timm's."""
+"""Optimiser and learning-rate schedule of a recipe, built by timm."""
 
 import math
 from collections.abc import Mapping
@@ -18,8 +18,12 @@ SCHEDULES = ("cosine", "step", "poly")
 
 
 def check_optimizer(recipe: Mapping) -> None:
-    """Raises ValueError for an optimiser that timm does not have, or a schedule that is not here."""
-    name, known = recipe["optimizer"]["name"], [str(each) for each in timm.optim.list_optimizers()]
+    """Check that timm has the recipe's optimiser, and that the schedule is one of `SCHEDULES`.
+
+    Raises:
+        ValueError: The optimiser or the schedule is unknown, or a step schedule has no milestones.
+    """
+    name, known = recipe["optimizer"]["name"], [str(entry) for entry in timm.optim.list_optimizers()]
     if name not in known:
         raise ValueError(f"no optimiser is called {name!r}.{nearest(name, known)} There are: {', '.join(known)}")
     schedule = recipe["schedule"]
@@ -30,11 +34,20 @@ def check_optimizer(recipe: Mapping) -> None:
 
 
 def create_optimizer(model: nn.Module, recipe: Mapping) -> Optimizer:
-    """The recipe's optimiser: no weight decay on norms, biases and what `model.no_weight_decay()` names.
+    """Create the recipe's optimiser.
 
-    The learning rate is `optimizer.lr` times batch_size / optimizer.lr_batch_size. With `layer_decay`, a layer's rate
-    is that factor to the power of its distance from the classifier (BEiT, arXiv:2106.08254); with `backbone_factor`,
-    the rates of `model.backbone` are that factor of the heads'.
+    Norms, biases and the parameters that `model.no_weight_decay()` names take no weight decay. The learning rate is
+    `optimizer.lr` * batch_size / `optimizer.lr_batch_size`. Two factors change it by layer:
+
+    - `optimizer.layer_decay`: a layer's rate is multiplied by this factor to the power of the layer's distance from the
+      classifier (BEiT, arXiv:2106.08254).
+    - `optimizer.backbone_factor`: the rates of `model.backbone` are multiplied by this factor.
+
+    The other keys of `optimizer` are arguments of `timm.optim.create_optimizer_v2`; null ones are left out.
+
+    Args:
+        model: The net.
+        recipe: A composed `conf/recipe/*.yaml`.
     """
     settings = {key: value for key, value in recipe["optimizer"].items() if value is not None}
     settings["lr"] *= batch_scale(recipe)
@@ -44,42 +57,56 @@ def create_optimizer(model: nn.Module, recipe: Mapping) -> Optimizer:
         settings["betas"] = tuple(settings["betas"])
     optimizer = timm.optim.create_optimizer_v2(model, opt=settings.pop("name"), **settings)
     if factor is not None:
-        _slow_down(optimizer, model.backbone, factor)  # pyright: ignore[reportArgumentType]
+        _scale_backbone_rates(optimizer, model.backbone, factor)  # pyright: ignore[reportArgumentType]
     return optimizer
 
 
-def _slow_down(optimizer: Optimizer, backbone: nn.Module, factor: float) -> None:
-    """Split each group of parameters into the backbone's, whose rate is scaled, and the others."""
-    slow = {id(parameter) for parameter in backbone.parameters()}
+def _scale_backbone_rates(optimizer: Optimizer, backbone: nn.Module, factor: float) -> None:
+    """Split each parameter group in two: the backbone's parameters, whose rate is scaled by `factor`, and the others.
+
+    The schedule multiplies rates by a group's `lr_scale`.
+    """
+    backbone_ids = {id(parameter) for parameter in backbone.parameters()}
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         scale = group.get("lr_scale", 1.0)
-        for mine, relative in ((True, factor), (False, 1.0)):
-            chosen = [parameter for parameter in group["params"] if (id(parameter) in slow) == mine]
-            if chosen:
-                groups.append(group | {"params": chosen, "lr_scale": scale * relative})  # which the schedule applies
+        in_backbone = [parameter for parameter in group["params"] if id(parameter) in backbone_ids]
+        in_head = [parameter for parameter in group["params"] if id(parameter) not in backbone_ids]
+        if in_backbone:
+            groups.append(group | {"params": in_backbone, "lr_scale": scale * factor})
+        if in_head:
+            groups.append(group | {"params": in_head, "lr_scale": scale})
     optimizer.param_groups[:] = groups
 
 
 def create_schedule(optimizer: Optimizer, recipe: Mapping, steps_per_epoch: int) -> Scheduler:
-    """Linear warm-up, then `schedule.kind`, by optimiser step.
+    """Create the recipe's schedule: a linear warm-up, then `schedule.kind`, by optimiser step.
 
-    cosine falls to `min_lr`; poly falls to it as (1 - t / T) ** `power`; step multiplies by `gamma` after each epoch
-    of `milestones`. The warm-up takes `warmup_epochs`, or `warmup_steps`.
+    - cosine: the rate falls to `min_lr` along half a cosine.
+    - poly: the rate falls to `min_lr` as (1 - t / T) ** `power`.
+    - step: the rate is multiplied by `gamma` after each epoch of `milestones`.
+
+    The warm-up takes `warmup_steps` optimiser steps if that is set, else `warmup_epochs`. `warmup_lr` and `min_lr` are
+    scaled with the batch size as `optimizer.lr` is.
+
+    Args:
+        optimizer: The optimiser of `create_optimizer`.
+        recipe: A composed `conf/recipe/*.yaml`.
+        steps_per_epoch: Number of optimiser steps of an epoch.
     """
     schedule, scale = recipe["schedule"], batch_scale(recipe)
     total = total_epochs(recipe, steps_per_epoch) * steps_per_epoch
     warmup = schedule.get("warmup_steps")
-    warmup = round(schedule["warmup_epochs"] * steps_per_epoch) if warmup is None else warmup
+    if warmup is None:
+        warmup = round(schedule["warmup_epochs"] * steps_per_epoch)
     common: dict[str, Any] = {
         "warmup_t": min(warmup, total),
         "warmup_lr_init": schedule["warmup_lr"] * scale,
         "t_in_epochs": False,
     }
     if schedule["kind"] == "step":
-        milestones = [
-            round(epoch * steps_per_epoch) + 1 for epoch in schedule["milestones"]
-        ]  # timm's come a step early
+        # timm changes the rate one step before a milestone.
+        milestones = [round(epoch * steps_per_epoch) + 1 for epoch in schedule["milestones"]]
         return MultiStepLRScheduler(optimizer, milestones, schedule["gamma"], warmup_prefix=False, **common)
     common |= {"t_initial": max(1, total), "lr_min": schedule["min_lr"] * scale}
     if schedule["kind"] == "poly":
@@ -88,11 +115,11 @@ def create_schedule(optimizer: Optimizer, recipe: Mapping, steps_per_epoch: int)
 
 
 def total_epochs(recipe: Mapping, steps_per_epoch: int) -> int:
-    """The recipe's `epochs`, or the fewest whole ones that have its `steps`."""
+    """Return the recipe's `epochs`, or the smallest number of whole epochs with at least its `steps`."""
     steps = recipe.get("steps")
     return recipe["epochs"] if steps is None else math.ceil(steps / max(1, steps_per_epoch))
 
 
 def batch_scale(recipe: Mapping) -> float:
-    """All learning rates of a recipe are for `lr_batch_size` images a step and are linear in the batch size."""
+    """Return the factor of all learning rates, which a recipe gives for `lr_batch_size` images per step."""
     return recipe["batch_size"] / recipe["optimizer"]["lr_batch_size"]

@@ -1,4 +1,4 @@
-"""Semantic segmentation."""
+"""Task of semantic segmentation."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,8 @@ from models.openmmlab.build import Segmentor, build_segmentor
 from retinue.evaluation.plots import draw_confusion
 from retinue.evaluation.segmentation import PixelCounts, areas, confusion_matrix, figures, summarize, write_iou_csv
 from retinue.evaluation.segmentation_plots import draw_prediction, plot_class_iou
-from retinue.tasks.dense import DenseTask
+from retinue.tasks.dense_prediction import DensePredictionTask
+from retinue.utils.arithmetic import ceil_div, round_up
 from retinue.utils.suggestions import nearest
 
 MODES = ("whole", "slide")
@@ -21,18 +22,19 @@ MODES = ("whole", "slide")
 
 @dataclass(frozen=True)
 class Inference:
-    """From an image to scores of its pixels, by mmsegmentation's rules.
+    """Rules of mmsegmentation by which an image becomes scores of its pixels.
 
     Args:
-        mode: whole: the image goes through the net in one piece; slide: in windows, whose logits are averaged where
-            they overlap.
-        crop: (height, width) of a window; the last ones of a row and a column end with the image.
-        stride: steps between windows.
-        scales, flip: average the softmax over the image in these sizes, and over each and its mirror image.
-        multiple: enlarge images to sides that are multiples of this.
+        mode: "whole" runs the net on the whole image, "slide" on windows; where windows overlap, their logits are
+            averaged.
+        crop: (height, width) of a window in pixels. The last window of a row or column ends with the image.
+        stride: Distances (vertical, horizontal) between windows in pixels.
+        scales: Factors of the image's size. With several, the softmax is averaged over them.
+        flip: Average the softmax over each image and its mirror image.
+        multiple: Enlarge images to sides that are multiples of this number of pixels; None does not.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: A value is out of its range.
     """
 
     mode: str = "whole"
@@ -58,12 +60,17 @@ class Inference:
             raise ValueError(f"task.test.multiple must be null or a number of pixels, not {self.multiple!r}")
 
     def __call__(self, logits: Callable[[Tensor], Tensor], image: Tensor, size: tuple[int, int]) -> Tensor:
-        """Scores (K, *size) of an image (C, h, w), of which the highest is the class.
+        """Return the scores (K, *size) of an image; a pixel's class is the one with the highest score.
+
+        Scores are logits, or sums of softmax values with several scales or flipping.
 
         Args:
-            logits: from images (1, C, h, w) to logits (1, K, h, w).
+            logits: Function from images (1, C, h, w) to logits (1, K, h, w).
+            image: (C, h, w).
+            size: (height, width) of the result.
         """
-        views = [(scale, mirror) for scale in self.scales for mirror in ((False, True) if self.flip else (False,))]
+        mirrors = (False, True) if self.flip else (False,)
+        views = [(scale, mirror) for scale in self.scales for mirror in mirrors]
         total: Any = 0.0
         for scale, mirror in views:
             view = self._resize(image[None], scale)
@@ -73,44 +80,64 @@ class Inference:
         return total[0]
 
     def _resize(self, image: Tensor, scale: float) -> Tensor:
-        multiple = self.multiple or 1
-        height, width = (-(-int(side * scale + 0.5) // multiple) * multiple for side in image.shape[-2:])
+        """Scale an image (1, C, h, w), with sides that are multiples of `multiple`."""
+        multiple = 1 if self.multiple is None else self.multiple
+        height, width = (round_up(int(side * scale + 0.5), multiple) for side in image.shape[-2:])
         return resize(image, (max(1, height), max(1, width)))
 
     def _logits(self, logits: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+        """Compute the logits (1, K, h, w), float32, of an image (1, C, h, w) in one piece or by windows."""
         if self.mode == "whole":
             return logits(image).float()
         H, W = image.shape[-2:]
         total: Any = None
-        times = image.new_zeros(H, W, dtype=torch.float32)
+        # Number of windows that cover each pixel.
+        counts = image.new_zeros(H, W, dtype=torch.float32)
         for top, bottom in windows(H, self.crop[0], self.stride[0]):
             for left, right in windows(W, self.crop[1], self.stride[1]):
                 scores = logits(image[..., top:bottom, left:right]).float()
                 total = scores.new_zeros(*scores.shape[:2], H, W) if total is None else total
                 total[..., top:bottom, left:right] += scores
-                times[top:bottom, left:right] += 1
-        return total / times
+                counts[top:bottom, left:right] += 1
+        return total / counts
 
 
 def windows(length: int, crop: int, stride: int) -> list[tuple[int, int]]:
-    """Starts and ends of windows `stride` apart over a side of an image; the last one ends with it."""
-    count = max(0, -(-(length - crop) // stride)) + 1
+    """Return (start, end) of each window along a side of an image, in pixels; the last window ends with the image.
+
+    Args:
+        length: Length of the side.
+        crop: Length of a window; a shorter side has one window, which is the side.
+        stride: Distance between windows.
+    """
+    count = max(0, ceil_div(length - crop, stride)) + 1
     ends = [min(i * stride + crop, length) for i in range(count)]
     return [(max(0, end - crop), end) for end in ends]
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, without smoothing: what mmsegmentation's images and logits go through."""
+    """Resize (..., h, w) to `size` (height, width) as mmsegmentation does: bilinear, without antialiasing."""
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
-class Segmentation(DenseTask):
-    """The losses of the segmentor's heads; mean intersection over union.
+class Segmentation(DensePredictionTask):
+    """Segmentation by the losses of the segmentor's heads; the figure is the mean intersection over union (mIoU).
 
     A validation takes the test's `mode`, `crop`, `stride` and `multiple`, at one scale and without flipping.
 
     Args:
-        test: how images are read in a test, the fields of `Inference`.
+        model: The segmentor.
+        recipe: As in `Task`.
+        num_classes: Number of classes.
+        test: How images become predictions in a test: the fields of `Inference`.
+        kwargs: Further arguments of `Task`.
+
+    Attributes:
+        counts: Pixel counts of all ranks for the test split, after a test.
+        pictures: Predictions (H, W), uint8, that the report draws, by index in the split, after a test.
+
+    Raises:
+        ValueError: A value of `test` is out of its range.
     """
 
     model: Segmentor
@@ -120,10 +147,12 @@ class Segmentation(DenseTask):
         super().__init__(model, recipe, **kwargs)
         self.num_classes = num_classes
         self.inference = Inference(**test)
-        self._val: Tensor | None = None
-        self._counts = PixelCounts(num_classes)
-        self._pictures: dict[int, Any] = {}  # predictions (H, W) uint8 to be drawn, by index
-        self.counts: PixelCounts | None = None  # of all ranks, after a test
+        # Confusion matrix (K, K) of this rank in the current validation.
+        self._val_confusion: Tensor | None = None
+        # Counts and predictions of this rank in the current test.
+        self._rank_counts = PixelCounts(num_classes)
+        self._rank_pictures: dict[int, Any] = {}
+        self.counts: PixelCounts | None = None
         self.pictures: dict[int, Any] = {}
 
     @staticmethod
@@ -135,7 +164,10 @@ class Segmentation(DenseTask):
         return summarize(self.counts, datamodule.class_names)
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
-        """`iou.csv`, `per_class.png`, `confusion.png`, and the first `save_images` of evenly spread `images/*.png`."""
+        """Write `iou.csv`, `per_class.png`, `confusion.png` and `images/*.png`.
+
+        The last are pictures of `save_images` images, evenly spread over the split.
+        """
         assert self.counts is not None
         classes, images = datamodule.class_names, datamodule.images("test")
         write_iou_csv(folder / "iou.csv", self.counts, classes)
@@ -143,46 +175,53 @@ class Segmentation(DenseTask):
         draw_confusion(folder / "confusion.png", self.counts.confusion, classes, "pixels")
         for index, prediction in sorted(self.pictures.items()):
             sample = images[index]
-            draw_prediction(self.picture(folder, images, index), sample["image"], sample["mask"], prediction, classes)
+            path = self.picture_path(folder, images, index)
+            draw_prediction(path, sample["image"], sample["mask"], prediction, classes)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        return self.summed(self.model.loss(batch["image"], batch["mask"]), len(batch["image"]))
+        return self.sum_losses(self.model.loss(batch["image"], batch["mask"]), len(batch["image"]))
 
     def predictions(self, batch: dict[str, Any], inference: Inference) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Index, prediction (H, W) and true mask (H, W) of the images of a batch, one by one: what comes out does not
-        depend on the batch, and logits of many classes take much memory."""
+        """Yield the index, the prediction (H, W) and the true mask (H, W) of each image of a batch.
+
+        The net runs on one image at a time: so predictions do not depend on the batch, and the logits of many classes
+        take less memory.
+        """
         for index, image, mask in zip(batch["index"].tolist(), batch["image"], batch["mask"], strict=True):
             scores = inference(self.model.logits, image, tuple(mask.shape))  # pyright: ignore[reportArgumentType]
-            if index >= 0:  # padding goes through the net, too: ranks that share its weights keep step
+            # An image that pads the last batch of a rank has the index -1. The net runs on it all the same, since ranks
+            # that share sharded weights (FSDP) must run the net equally often.
+            if index >= 0:
                 yield index, scores.argmax(0), mask
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        if self._val is None:
-            self._val = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
+        if self._val_confusion is None:
+            self._val_confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
         for _, prediction, mask in self.predictions(batch, replace(self.inference, scales=(1.0,), flip=False)):
-            self._val += confusion_matrix(prediction, mask, self.num_classes)
+            self._val_confusion += confusion_matrix(prediction, mask, self.num_classes)
 
     def on_validation_epoch_end(self) -> None:
-        assert self._val is not None
-        confusion = self.trainer.strategy.reduce(self._val, reduce_op="sum")
-        self._val = None
+        assert self._val_confusion is not None
+        confusion = self.trainer.strategy.reduce(self._val_confusion, reduce_op="sum")
+        self._val_confusion = None
         self.val_figures = {f"val/{name}": value for name, value in figures(areas(confusion.cpu().numpy())).items()}
-        self.log_dict(self.val_figures, logger=False)  # for callbacks that monitor
+        # Callbacks that monitor a figure read it from Lightning's log.
+        self.log_dict(self.val_figures, logger=False)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images = len(self.trainer.datamodule.images("test"))  # pyright: ignore[reportAttributeAccessIssue]
-        every = max(1, images // max(1, self.save_images))
+        step = max(1, images // max(1, self.save_images))
         for index, prediction, mask in self.predictions(batch, self.inference):
-            self._counts.add(index, confusion_matrix(prediction, mask, self.num_classes).cpu().numpy())
-            if index % every == 0 and index < every * self.save_images:
-                self._pictures[index] = prediction.to(torch.uint8).cpu().numpy()
+            self._rank_counts.add(index, confusion_matrix(prediction, mask, self.num_classes).cpu().numpy())
+            if index % step == 0 and index < step * self.save_images:
+                self._rank_pictures[index] = prediction.to(torch.uint8).cpu().numpy()
 
     def on_test_epoch_end(self) -> None:
-        parts: list[Any] = [(self._counts, self._pictures)]
+        parts: list[Any] = [(self._rank_counts, self._rank_pictures)]
         if self.trainer.world_size > 1:
             parts = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, (self._counts, self._pictures))
-        self._counts, self._pictures = PixelCounts(self.num_classes), {}
+            torch.distributed.all_gather_object(parts, (self._rank_counts, self._rank_pictures))
+        self._rank_counts, self._rank_pictures = PixelCounts(self.num_classes), {}
         self.counts, self.pictures = PixelCounts(self.num_classes), {}
         for counts, pictures in parts:
             self.counts.merge(counts)

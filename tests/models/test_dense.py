@@ -1,4 +1,4 @@
-"""Maps of ours and timm's nets for detectors and decoders."""
+"""Tests of `DenseBackbone` over our nets and timm's."""
 
 from typing import Any
 
@@ -7,12 +7,13 @@ import timm
 import torch
 
 from models import DenseBackbone, load_weights
+from retinue.utils.arithmetic import ceil_div
 from tests.models.test_backbones import EVERY, NAMES, few_blocks
 
-TIMMS = [
-    # two convolutional nets, one that takes any size; windows; one map of many blocks; multiples of 32
+TIMM_NETS = [
+    # A convolutional net for any image size, windows, one stride for all blocks, and nets for multiples of 32 pixels.
     *("resnet18", "swin_tiny_patch4_window7_224", "test_vit", "test_efficientnet", "test_convnext"),
-    # those of papers
+    # Nets of the papers.
     *("davit_tiny", "maxvit_tiny_tf_224", "focalnet_tiny_srf", "efficientvit_m0", "shvit_s1"),
     *("mambaout_femto", "ghostnetv2_100", "halonet26t"),
 ]
@@ -25,16 +26,17 @@ SMALL = {
 
 def build(name: str, **kwargs: Any) -> Any:
     torch.manual_seed(0)
-    few = few_blocks(name, 1) if name in NAMES else SMALL.get(name, {})
-    return DenseBackbone(name, **few | kwargs)
+    small = few_blocks(name, 1) if name in NAMES else SMALL.get(name, {})
+    return DenseBackbone(name, **small | kwargs)
 
 
-@pytest.mark.parametrize("name", [*EVERY, *TIMMS])
-def test_maps_of_any_size_train_all_that_is_left(name):
+@pytest.mark.parametrize("name", [*EVERY, *TIMM_NETS])
+def test_every_unfrozen_parameter_gets_a_gradient_for_any_image_size(name):
     net = build(name)
     size = (66, 101)
     maps = net(torch.randn(2, 3, *size))
-    expected = [(2, c, -(-size[0] // s), -(-size[1] // s)) for c, s in zip(net.channels, net.strides, strict=True)]
+    levels = zip(net.channels, net.strides, strict=True)
+    expected = [(2, channels, ceil_div(size[0], stride), ceil_div(size[1], stride)) for channels, stride in levels]
     assert [tuple(m.shape) for m in maps] == expected and isinstance(maps, tuple) and len(maps) <= 4
     torch.stack([m.square().sum() for m in maps]).sum().backward()
     assert [key for key, p in net.named_parameters() if (p.grad is None) == p.requires_grad] == []
@@ -45,29 +47,29 @@ def test_an_image_is_padded_to_the_multiple_and_its_maps_cropped():
     net = build("swin_tiny_patch4_window7_224").eval()
     assert net.multiple == 4 and build("test_convnext").multiple == 32
     x = torch.randn(1, 3, 65, 70)
-    whole = net.net.forward_intermediates(torch.nn.functional.pad(x, (0, 2, 0, 3)), intermediates_only=True)
-    assert [m.shape[2:] for m in whole] == [(17, 18), (9, 9), (5, 5), (3, 3)]
-    for ours, theirs, stride in zip(net(x), whole, net.strides, strict=True):
-        assert torch.equal(ours, theirs[..., : -(-65 // stride), : -(-70 // stride)])
+    padded_maps = net.net.forward_intermediates(torch.nn.functional.pad(x, (0, 2, 0, 3)), intermediates_only=True)
+    assert [m.shape[2:] for m in padded_maps] == [(17, 18), (9, 9), (5, 5), (3, 3)]
+    for cropped, padded, stride in zip(net(x), padded_maps, net.strides, strict=True):
+        assert torch.equal(cropped, padded[..., : ceil_div(65, stride), : ceil_div(70, stride)])
 
 
-def test_focalnets_patches_are_completed_in_each_stage():
+def test_zeros_complete_the_patches_of_focalnet_in_each_stage():
     net, x = build("focalnet_tiny_srf").eval(), torch.randn(1, 3, 65, 70)
     assert net.multiple == 1
-    for ours, whole in zip(net(x), net(torch.nn.functional.pad(x, (0, 2, 0, 3))), strict=True):
-        assert torch.equal(ours, whole)
+    for m, map_of_padded_image in zip(net(x), net(torch.nn.functional.pad(x, (0, 2, 0, 3))), strict=True):
+        assert torch.equal(m, map_of_padded_image)
 
 
-def test_chosen_maps_prune_later_stages():
+def test_stages_after_the_chosen_maps_are_removed():
     net, whole = build("swin_nano", out_indices=(0, 2)), build("swin_nano")
     assert net.strides == [2, 8] and net.channels == [32, 128] and len(net.net.stages) == 3
     load_weights(net, whole.state_dict())
     x = torch.randn(1, 3, 32, 32)
-    for ours, theirs in zip(net(x), whole(x)[::2], strict=True):
-        assert torch.equal(ours, theirs)
+    for chosen, expected in zip(net(x), whole(x)[::2], strict=True):
+        assert torch.equal(chosen, expected)
 
 
-def test_norms_are_on_the_maps_and_not_in_the_stream():
+def test_norms_change_the_maps_but_not_the_input_of_the_next_stage():
     plain, normed = build("biformer_nano").eval(), build("biformer_nano", norms=True).eval()
     done = load_weights(normed, plain.state_dict())
     assert done.missing == [f"norms.{i}.{kind}" for i in range(4) for kind in ("weight", "bias")]
@@ -77,10 +79,11 @@ def test_norms_are_on_the_maps_and_not_in_the_stream():
         assert torch.allclose(
             n, torch.nn.functional.layer_norm(m.movedim(1, -1), (width,), eps=1e-6).movedim(-1, 1), atol=1e-5
         )
-    assert build("swin_nano", norms=True).norms[0].eps == 1e-5  # that of the net's own norms
+    # The maps' norms have the epsilon of the net's norms.
+    assert build("swin_nano", norms=True).norms[0].eps == 1e-5
 
 
-def test_a_classifiers_weights_load_without_what_is_pruned():
+def test_a_classifiers_weights_load_without_those_of_removed_parts():
     classifier: Any = timm.create_model("swin_nano", depths=(1, 1, 1, 1), num_classes=9)
     net = build("swin_nano", norms=True, out_indices=(0, 1))
     done = load_weights(net, {"model": classifier.state_dict()})
@@ -92,7 +95,7 @@ def test_a_classifiers_weights_load_without_what_is_pruned():
 
 
 @pytest.mark.parametrize("style", ["norm{}", "outnorm{}", "extra_norms.{}", "norm{} from 1"])
-def test_the_authors_dense_weights_load(style):
+def test_the_weights_of_the_authors_dense_backbones_load(style):
     net = build("swin_nano", norms=True, out_indices=(1, 3))
     state = {
         f"backbone.{key.removeprefix('net.')}": v for key, v in net.state_dict().items() if not key.startswith("norms")
@@ -107,7 +110,7 @@ def test_the_authors_dense_weights_load(style):
     assert [norm.weight[0].item() for norm in net.norms] == [1.0, 3.0]
 
 
-def test_what_gives_no_pyramid_is_refused_in_one_line():
+def test_nets_without_a_pyramid_and_wrong_arguments_are_refused_in_one_line():
     with pytest.raises(ValueError, match=r"crossvit_9_240 has no pyramid of maps: its strides are \[12, 17\]"):
         DenseBackbone("crossvit_9_240", out_indices=(0, 1))
     with pytest.raises(ValueError, match=r"no net is called 'swin_tinny'\. Did you mean 'swin_tiny'"):
@@ -118,9 +121,10 @@ def test_what_gives_no_pyramid_is_refused_in_one_line():
         DenseBackbone("swin_nano", windw=4)
 
 
-def test_a_net_for_one_size_says_so():
-    net = DenseBackbone("test_vit_relpos", img_size=64)  # 16 pixel patches, a bias for each pair of them
-    assert net.only == (64, 64) and net(torch.randn(1, 3, 64, 64))[0].shape[2:] == (4, 4)
+def test_a_net_that_takes_one_image_size_refuses_another():
+    # This net has a learned bias for each pair of patches.
+    net = DenseBackbone("test_vit_relpos", img_size=64)
+    assert net.only_size == (64, 64) and net(torch.randn(1, 3, 64, 64))[0].shape[2:] == (4, 4)
     with pytest.raises(ValueError, match=r"images of \(64, 64\) pixels only, not \(64, 80\)"):
         net(torch.randn(1, 3, 64, 80))
 

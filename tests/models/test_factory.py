@@ -1,6 +1,5 @@
-"""Nets from `conf/model`."""
+"""Tests of nets that are created from `conf/model`."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,16 +9,17 @@ from omegaconf import OmegaConf
 
 from models import create_model, model_name
 from models.factory import build, pick_size, resolve, size_pixels
+from retinue.utils.paths import CONF
 
-CONF = Path(__file__).parents[2] / "conf/model"
+MODEL_CONF = CONF / "model"
 
 
 def config(group: str, **values) -> Any:
-    return OmegaConf.merge(OmegaConf.load(CONF / f"{group}.yaml"), values)
+    return OmegaConf.merge(OmegaConf.load(MODEL_CONF / f"{group}.yaml"), values)
 
 
 @pytest.mark.parametrize("name", ["biformer", "swin"])
-def test_small_images_get_the_small_size(name):
+def test_small_images_choose_the_smallest_size(name):
     sizes = config(name).sizes
     assert [pick_size(sizes, None, pixels)["name"] for pixels in (28, 64)] == [f"{name}_nano"] * 2
     assert [pick_size(sizes, None, pixels)["name"] for pixels in (65, 224)] == [f"{name}_tiny"] * 2
@@ -40,28 +40,28 @@ def test_arguments_come_from_the_size_and_from_the_command_line():
     assert net.stages[-1].blocks[-1].drop_path.drop_prob == 0
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_size_is_registered_and_has_a_recipe(path):
+@pytest.mark.parametrize("path", sorted(MODEL_CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_size_can_be_built_and_every_model_has_a_recipe(path):
     cfg: Any = OmegaConf.load(path)
-    assert (CONF.parent / f"recipe/{cfg.recipe}.yaml").exists()
+    assert (CONF / f"recipe/{cfg.recipe}.yaml").exists()
     for size in cfg.get("sizes") or {}:
-        for dense in (False, True):
-            name, args = resolve(config(path.stem, size=size), 224, dense)
+        for under_head in (False, True):
+            name, args = resolve(config(path.stem, size=size), 224, under_head)
             with torch.device("meta"):
                 net: Any = build(name, num_classes=10, **args)
             assert net.num_classes == 10
 
 
-def test_small_data_take_the_smallest_size_under_a_head():
+def test_small_data_sets_choose_the_smallest_size_under_a_head():
     scenes = {"task": "detection", "kind": "small", "image_size": [256, 320]}
     assert model_name(config("swin"), size_pixels(scenes)) == "swin_nano"
-    assert resolve(config("swin"), size_pixels(scenes), dense=True)[1]["patch"] == 4
+    assert resolve(config("swin"), size_pixels(scenes), under_head=True)[1]["patch"] == 4
     assert "patch" not in resolve(config("swin"), size_pixels(scenes))[1]
     for data in (scenes | {"kind": "coco"}, scenes | {"task": "classification"}):
         assert size_pixels(data) == 320 and model_name(config("swin"), size_pixels(data)) == "swin_tiny"
 
 
-def test_timms_nets_are_built_for_the_images():
+def test_timms_nets_are_built_for_the_image_size():
     assert create_model(config("timm", name="resnet18"), 4, 1, 40)(torch.randn(1, 1, 40, 40)).shape == (1, 4)
     net: Any = create_model(config("timm", name="vit_tiny_patch16_224", args={"depth": 1}), 4, 3, 48)
     assert net.patch_embed.img_size == (48, 48) and net(torch.randn(1, 3, 48, 48)).shape == (1, 4)
@@ -89,6 +89,6 @@ def test_wrong_values_are_named_in_one_line(cfg, size, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_plain_mapping_will_do():
+def test_a_plain_mapping_is_a_model_config_too():
     assert create_model({"name": "resnet18"}, 2, 3, 32).num_classes == 2
     assert timm.is_model("biformer_nano")

@@ -175,7 +175,7 @@ def test_half_precision(head):
 def test_boxes_of_half_precision_are_not_on_a_grid(head):
     model = build(head, "swin").eval()
     if head == "retinanet":
-        model.model.bbox_head.retina_cls.bias.data.zero_()  # else nothing is found
+        model.bbox_head.retina_cls.bias.data.zero_()  # else nothing is found
     found_in = []
     for name, part in model.named_modules():
         if "roi_extractor" in name or name.endswith("value_proj"):
@@ -244,7 +244,7 @@ def test_small_nets_start_at_stride_4_under_a_head_and_large_data_take_large_net
     assert build("retinanet").backbone.strides == [8, 16, 32]
     with torch.device("meta"):
         large = build("upernet", "swin", data__kind="ade20k")
-    assert large.backbone.channels == [96, 192, 384, 768] and large.model.decode_head.channels == 512
+    assert large.backbone.channels == [96, 192, 384, 768] and large.decode_head.channels == 512
 
 
 def test_a_net_with_fewer_maps_fits():
@@ -286,10 +286,10 @@ def test_what_does_not_decay_is_named():
 def test_a_copy_is_whole_and_its_own():
     model = build("dino", "swin")  # which has a weight and a mode of its own beside its parts'
     copied = copy.deepcopy(model).eval()
-    assert not copied.model.training and model.model.training
+    assert not copied.training and model.training
     ours, theirs = ({id(p) for p in each.parameters()} for each in (model, copied))
-    assert ours.isdisjoint(theirs) and theirs == {id(p) for p in copied.model.parameters()}
-    assert "level_embed" in model.state_dict() and model.state_dict().keys() == model.model.state_dict().keys()
+    assert ours.isdisjoint(theirs) and theirs == {id(p) for p in copied.parameters()}
+    assert "level_embed" in model.state_dict()
 
 
 def test_checkpointing_gives_the_same_loss():

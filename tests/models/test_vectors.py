@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models import DenseBackbone, backbones, create_model, heads, load_weights, timm_nets
-from models.weights import renamed
+from models.weights import rename_weights
 from ops import attention, create_op
 from tests.reference import load_vector, make_input, official_state, relative_error
 
@@ -70,7 +70,7 @@ def test_matches_the_authors_code(path):
     model = build(path.name.removesuffix(".json.gz"), vector).eval()
     state = official_state(vector)
     unused = load_weights(model, state).dropped  # of dense features that the authors' code makes with the whole net
-    ours = renamed(model, state)
+    ours = rename_weights(model, state)
     params = sum(parameter.numel() for parameter in model.parameters())
     assert params + sum(ours[name].numel() for name in unused) == vector["num_params"]
 

@@ -1,4 +1,4 @@
-"""Reading and loading checkpoints: theirs, timm's and ours; misfits and unsafe files are refused in one line."""
+"""Tests of reading and loading weights; misfits and unsafe files are refused in one line."""
 
 import argparse
 import collections
@@ -41,7 +41,7 @@ def net():
     return swin()
 
 
-def equal(a: nn.Module, b: nn.Module) -> bool:
+def have_equal_weights(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
@@ -53,7 +53,9 @@ def error(call, *args, **kwargs) -> str:
     return message
 
 
-class Config:  # stands for a config node: a class that this process could import
+class Config:
+    """Node of a config in a checkpoint: a class that the test's process could import."""
+
     def __init__(self, **values):
         self.__dict__.update(values)
 
@@ -62,7 +64,7 @@ class Config:  # stands for a config node: a class that this process could impor
 
 
 def checkpoint(net: nn.Module) -> dict:
-    """What released checkpoints hold beside the weights."""
+    """Return weights beside the kinds of settings and random states that released checkpoints hold."""
     return {
         "model": collections.OrderedDict(net.state_dict()),
         "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": np.float64(1e-3)}]},
@@ -78,29 +80,29 @@ def checkpoint(net: nn.Module) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
-def test_reads_settings_beside_weights_without_running_them(tmp_path, net, source, kind):
+def test_settings_beside_the_weights_are_read_without_executing_them(tmp_path, net, source, kind):
     path = tmp_path / "net.pth"
     torch.save(checkpoint(source), path, _use_new_zipfile_serialization=kind == "zip")
     done = load_weights(net, path)
-    assert equal(net, source)
+    assert have_equal_weights(net, source)
     assert done == Loaded(list(net.state_dict()), [], [], [], []) and str(done) == f"{len(done.loaded)} weights loaded"
     content = read_weights(path)
     assert content["epoch"] == 299 and content["dtype"] == torch.bfloat16 and content["shape"] == (1, 2)
     assert type(content["args"]).__module__ == "models.unpickling" and not vars(content["args"])
 
 
-def test_reads_safetensors_and_state_dicts(tmp_path, net, source):
+def test_safetensors_files_and_state_dicts_load(tmp_path, net, source):
     save_file({key: value.contiguous() for key, value in source.state_dict().items()}, tmp_path / "net.bin")
     load_weights(net, str(tmp_path / "net.bin"))
-    assert equal(net, source)
+    assert have_equal_weights(net, source)
     torch.manual_seed(2)
     third = swin()
     load_weights(net, third.state_dict())
-    assert equal(net, third)
+    assert have_equal_weights(net, third)
 
 
 class Call:
-    """Pickles as a call of something."""
+    """Object whose pickle calls a function."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -120,22 +122,22 @@ class Call:
         (Call(pathlib.Path.touch, pathlib.PurePosixPath("{ran}")), "builtins.getattr"),
     ],
 )
-def test_a_file_that_would_call_something_is_refused(tmp_path, net, call, name, kind):
+def test_a_file_that_would_call_a_function_is_refused(tmp_path, net, call, name, kind):
     ran, path = tmp_path / "ran", tmp_path / "net.pth"
 
-    def aimed(value):
+    def with_path(value):
         if isinstance(value, Call):
             function, args = value.call
-            return Call(function, *(aimed(arg) for arg in args))
+            return Call(function, *(with_path(arg) for arg in args))
         return value.format(ran=ran) if isinstance(value, str) else value
 
-    torch.save({"model": net.state_dict(), "x": aimed(call)}, path, _use_new_zipfile_serialization=kind == "zip")
+    torch.save({"model": net.state_dict(), "x": with_path(call)}, path, _use_new_zipfile_serialization=kind == "zip")
     message = error(load_weights, net, path)
     assert message.startswith(f"{path} was refused") and f"it would call {name}" in message
     assert not ran.exists()
 
 
-def test_a_file_that_is_no_weights_file_is_named_as_what_it_is(tmp_path, net, source):
+def test_the_error_says_what_a_file_is_that_is_no_weights_file(tmp_path, net, source):
     path = tmp_path / "net.pth"
     assert error(load_weights, net, path) == f"there is no weights file {path}"
     for content, kind in (
@@ -162,9 +164,9 @@ def test_a_truncated_file_is_refused(tmp_path, net, source, kind):
         save_file(source.state_dict(), path)
     else:
         torch.save(source.state_dict(), path, _use_new_zipfile_serialization=kind == "zip")
-    whole = path.read_bytes()
+    content = path.read_bytes()
     for share in (0.3, 0.9, 0.999):
-        path.write_bytes(whole[: int(share * len(whole))])
+        path.write_bytes(content[: int(share * len(content))])
         assert "is truncated or damaged; fetch it again" in error(load_weights, net, path)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
@@ -180,13 +182,13 @@ def test_a_truncated_file_is_refused(tmp_path, net, source, kind):
     ],
     ids=["ema", "ddp", "lightning, compiled", "lightning", "detector"],
 )
-def test_wrappers_are_taken_off(net, source, wrap):
+def test_prefixes_and_keys_of_wrappers_are_removed(net, source, wrap):
     done = load_weights(net, wrap(source.state_dict()))
-    assert equal(net, source)
+    assert have_equal_weights(net, source)
     assert done.dropped in ([], ["loss.weight"], ["neck.weight"])
 
 
-def test_other_weights_are_named(net, source):
+def test_weights_that_do_not_fit_are_listed(net, source):
     state = source.state_dict()
     state["stages.0.blocks.0.extra"] = torch.ones(1)
     del state["norm.weight"]
@@ -204,7 +206,7 @@ def test_other_weights_are_named(net, source):
     assert torch.equal(net.stages[0].blocks[0].mlp.fc1.weight, state["stages.0.blocks.0.mlp.fc1.weight"])
 
 
-def test_long_lists_are_cut_and_another_model_is_told(net):
+def test_long_lists_are_shortened_and_another_model_is_reported(net):
     message = error(load_weights, net, timm.create_model("resnet18").state_dict())
     assert ", ...)" in message and message.endswith("these are weights of another model") and len(message) < 400
     assert "another model" in error(load_weights, net, timm.create_model("resnet18").state_dict(), strict=False)
@@ -221,13 +223,15 @@ def test_another_classifier_is_dropped_only_when_asked(net):
     state = swin(num_classes=0).state_dict()
     assert "drop_classifier=True" in error(load_weights, net, state)
     assert load_weights(net, state, drop_classifier=True).missing == ["head.weight", "head.bias"]
-    assert not load_weights(net, swin().state_dict(), drop_classifier=True).dropped  # one that fits is loaded
+    # A classifier that fits is loaded.
+    assert not load_weights(net, swin().state_dict(), drop_classifier=True).dropped
 
 
 def test_bias_tables_are_interpolated_for_another_window():
     small, large = swin(window=3), swin(window=7)
     table = large.stages[0].blocks[0].mixer.relative_position_bias_table
-    with torch.no_grad():  # a table that rises from left to right
+    # A table that rises from left to right.
+    with torch.no_grad():
         small.stages[0].blocks[0].mixer.relative_position_bias_table[:, 0] = torch.arange(-2.0, 3).repeat(5)
     done = load_weights(large, small.state_dict())
     assert done.resized == [f"stages.{i}.blocks.0.mixer.relative_position_bias_table" for i in (0, 1)]
@@ -236,7 +240,7 @@ def test_bias_tables_are_interpolated_for_another_window():
     assert rows[0, 6].abs() < 1e-4 and abs(rows[0, -1] - 2) < 0.2
 
 
-def test_released_swin_weights_load_with_their_buffers_and_other_windows():
+def test_released_swin_weights_load_despite_buffers_and_another_window():
     state = official_state(load_vector(VECTORS / "swin__swin_tiny.json.gz"))
     state["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.long)
     state["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
@@ -246,7 +250,7 @@ def test_released_swin_weights_load_with_their_buffers_and_other_windows():
     assert torch.equal(net.stages[1].downsample.reduction.weight, state["layers.0.downsample.reduction.weight"])
 
 
-def test_timms_filters_rename_for_timms_nets():
+def test_timms_filter_renames_the_weights_of_timms_nets():
     vector = load_vector(VECTORS / "swin__swin_tiny.json.gz")
     state = official_state(vector)
     net: Any = timm.create_model("swin_tiny_patch4_window7_224")
@@ -272,7 +276,8 @@ def test_position_embeddings_are_interpolated():
 )
 def test_tables_of_timms_nets_are_interpolated(vector, net, img_size, heads):
     state = official_state(load_vector(VECTORS / f"{vector}.json.gz"))
-    for key, table in state.items():  # each head's table is its number
+    # The table of each head holds the head's number.
+    for key, table in state.items():
         if re.search(r"bias_table|attention_biases|pos_embed", key):
             table.movedim(heads, -1)[:] = torch.arange(table.shape[heads])
     net = timm.create_model(net, img_size=img_size)
@@ -283,7 +288,7 @@ def test_tables_of_timms_nets_are_interpolated(vector, net, img_size, heads):
         assert torch.allclose(table, torch.arange(table.shape[-1]).float(), atol=1e-3)
 
 
-def test_what_a_net_keeps_of_its_tables_follows_the_weights():
+def test_cached_biases_are_recomputed_from_loaded_weights():
     net, x = timm.create_model("efficientvit_m0").eval(), torch.randn(1, 3, 224, 224)
     state = official_state(load_vector(VECTORS / "efficientvit__m0.json.gz"))
     before = net(x)
@@ -292,13 +297,13 @@ def test_what_a_net_keeps_of_its_tables_follows_the_weights():
     assert not torch.allclose(after, before) and torch.equal(after, net.train().eval()(x))
 
 
-def test_a_classifier_becomes_dense_features_of_larger_images():
+def test_a_classifiers_weights_load_into_a_backbone_for_larger_images():
     net = DenseBackbone("efficientvit_m0", img_size=512)
     done = load_weights(net, official_state(load_vector(VECTORS / "efficientvit__m0.json.gz")))
     assert len(done.resized) == 3 and not done.missing and all(key.startswith("net.head.") for key in done.dropped)
 
 
-def test_batch_norms_need_no_counters(source):
+def test_checkpoints_need_no_counters_of_batch_norms(source):
     net = timm.create_model("resnet18", num_classes=2)
     state = {key: value for key, value in net.state_dict().items() if "num_batches_tracked" not in key}
     assert not load_weights(net, state).missing

@@ -1,10 +1,12 @@
+"""Tests of the optimiser and the learning-rate schedules of recipes."""
+
 import pytest
 import torch
 from torch import nn
 
 from retinue.tasks.optimization import check_optimizer, create_optimizer, create_schedule, total_epochs
 
-STEPS = 10  # of an epoch
+STEPS_PER_EPOCH = 10
 
 
 class Net(nn.Module):
@@ -21,48 +23,49 @@ def recipe(schedule, epochs: int | None = 12, steps=None, **optimizer):
     }  # fmt: skip
 
 
-def rates(settings, steps):
-    """The learning rate of each optimiser step, as the tasks set it: after each step, for the next."""
+def learning_rates(settings, steps):
+    """Return the learning rate of each optimiser step; the schedule sets the next rate after a step, as in a task."""
     optimizer = create_optimizer(Net(), settings)
-    schedule = create_schedule(optimizer, settings, STEPS)
-    found = []
+    schedule = create_schedule(optimizer, settings, STEPS_PER_EPOCH)
+    rates = []
     for step in range(steps):
-        found.append(max(group["lr"] for group in optimizer.param_groups))
+        rates.append(max(group["lr"] for group in optimizer.param_groups))
         schedule.step_update(step + 1)
-    return found
+    return rates
 
 
-def test_steps_fall_after_their_epochs():
-    found = rates(recipe({"kind": "step", "milestones": [8, 11], "gamma": 0.1}), 120)
-    assert found[:80] == [1.0] * 80
-    assert found[80:110] == pytest.approx([0.1] * 30)
-    assert found[110:] == pytest.approx([0.01] * 10)
+def test_the_rate_falls_after_the_epochs_of_the_milestones():
+    rates = learning_rates(recipe({"kind": "step", "milestones": [8, 11], "gamma": 0.1}), 120)
+    assert rates[:80] == [1.0] * 80
+    assert rates[80:110] == pytest.approx([0.1] * 30)
+    assert rates[110:] == pytest.approx([0.01] * 10)
 
 
 def test_milestones_do_not_move_with_the_warm_up():
     settings = recipe({"kind": "step", "milestones": [8, 11], "gamma": 0.1, "warmup_steps": 5, "warmup_lr": 0.001})
-    found = rates(settings, 120)
-    assert found[:5] == pytest.approx([0.001 + 0.999 * i / 5 for i in range(5)])
-    assert found[5:80] == [1.0] * 75 and found[80] == pytest.approx(0.1)
+    rates = learning_rates(settings, 120)
+    assert rates[:5] == pytest.approx([0.001 + 0.999 * i / 5 for i in range(5)])
+    assert rates[5:80] == [1.0] * 75 and rates[80] == pytest.approx(0.1)
 
 
-def test_poly_is_that_of_its_formula():
-    found = rates(recipe({"kind": "poly", "power": 0.9, "min_lr": 0.01}, epochs=4), 40)
-    assert found == pytest.approx([0.01 + 0.99 * (1 - i / 40) ** 0.9 for i in range(40)])
+def test_poly_follows_its_formula():
+    rates = learning_rates(recipe({"kind": "poly", "power": 0.9, "min_lr": 0.01}, epochs=4), 40)
+    assert rates == pytest.approx([0.01 + 0.99 * (1 - i / 40) ** 0.9 for i in range(40)])
 
 
 def test_steps_are_rounded_up_to_whole_epochs():
     settings = recipe({"kind": "poly", "power": 1.0}, epochs=None, steps=95)
-    assert total_epochs(settings, STEPS) == 10
-    assert rates(settings, 100)[-1] == pytest.approx(0.01)  # falls over all 100
+    assert total_epochs(settings, STEPS_PER_EPOCH) == 10
+    # The rate falls over all 100 steps.
+    assert learning_rates(settings, 100)[-1] == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "step", "poly"])
-def test_the_backbone_learns_by_a_fraction_of_the_rate(kind):
+def test_backbone_factor_scales_the_rates_of_the_backbone(kind):
     settings = recipe({"kind": kind, "milestones": [8], "gamma": 0.1, "power": 1.0}, backbone_factor=0.1)
     net = Net()
     optimizer = create_optimizer(net, settings)
-    schedule = create_schedule(optimizer, settings, STEPS)
+    schedule = create_schedule(optimizer, settings, STEPS_PER_EPOCH)
     schedule.step_update(85)
     rate = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     for name in ("weight", "bias"):
@@ -71,11 +74,11 @@ def test_the_backbone_learns_by_a_fraction_of_the_rate(kind):
     assert len(rate) == 4
 
 
-def test_a_first_step_is_slow_too():
+def test_backbone_factor_holds_for_the_first_step():
     settings = recipe({"kind": "poly", "power": 1.0}, backbone_factor=0.1, weight_decay=0.0)
     net = Net()
     optimizer = create_optimizer(net, settings)
-    create_schedule(optimizer, settings, STEPS)
+    create_schedule(optimizer, settings, STEPS_PER_EPOCH)
     before = [p.detach().clone() for p in (net.backbone.weight, net.head.weight)]
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -1,4 +1,4 @@
-"""The segmentation task around a net and data that are made up: what it computes of them is known."""
+"""Tests of the segmentation task, with a net and data for which the right result is known."""
 
 import json
 import os
@@ -27,14 +27,17 @@ NAMES = ("wall", "sky", "tree", "road")
 
 
 class Truthful(nn.Module):
-    """A segmentor of images whose first channel is the mask: its logits are 5 for that class, 0 for the others; they
-    are noisy by `noise`, which follows from the image alone."""
+    """Segmentor of images whose first channel is the mask: its logits are 5 for the true class and 0 for the others.
+
+    Noise of size `noise` is added to the logits. It follows from the image alone.
+    """
 
     def __init__(self, noise: float = 0.0):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(5.0))
         self.noise = noise
-        self.shapes: list[tuple[int, ...]] = []  # of what went through
+        # Shapes of the images that the net has seen.
+        self.shapes: list[tuple[int, ...]] = []
 
     def logits(self, image: Tensor) -> Tensor:
         self.shapes.append(tuple(image.shape))
@@ -51,8 +54,10 @@ class Truthful(nn.Module):
 
 
 class Images:
-    """Striped masks of two sizes, the upper rows ignored; the images are the whole masks, smaller by `shrink`, and a
-    channel of noise."""
+    """Striped masks of two sizes, with ignored upper rows, and images that show the masks.
+
+    The first and last channel of an image is its complete mask, smaller by the factor `shrink`; the second is noise.
+    """
 
     def __init__(self, count: int, shrink: int = 1):
         rng = np.random.default_rng(0)
@@ -75,7 +80,7 @@ class Images:
         return {"image": np.full((*mask.shape, 3), 60, np.uint8), "mask": mask}
 
     def batch(self, positions: list[int]) -> dict[str, Any]:
-        """An evaluation batch; a position of -1 is padding, an image of one class."""
+        """Return an evaluation batch; an index of -1 is padding and repeats the last image."""
         samples = [(self.images[i], self[i]["mask"]) for i in positions]
         return {
             "image": [torch.from_numpy(image) for image, _ in samples],
@@ -99,8 +104,8 @@ class Data(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        mine = self.batches[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(mine, batch_size=None)  # pyright: ignore[reportArgumentType]
+        batches_of_rank = self.batches[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(batches_of_rank, batch_size=None)  # pyright: ignore[reportArgumentType]
 
     test_dataloader = val_dataloader
 
@@ -129,7 +134,7 @@ def evaluated(task: Segmentation, data: Data, devices: int = 1) -> dict[str, Any
 
 @pytest.mark.parametrize("shrink", [1, 4])
 @pytest.mark.parametrize("test", [{}, {"mode": "slide", "crop": [8, 8], "stride": [4, 6]}, {"flip": True}])
-def test_predictions_of_the_truth_are_perfect_at_the_original_size(test, shrink):
+def test_perfect_predictions_score_one_at_the_original_size(test, shrink):
     task = make_task(**test)
     summary = evaluated(task, Data(5, 2, shrink))
     assert summary["miou"] == summary["pixel_accuracy"] == summary["mean_accuracy"] == 1
@@ -137,8 +142,8 @@ def test_predictions_of_the_truth_are_perfect_at_the_original_size(test, shrink)
     assert task.val_figures == {"val/miou": 1.0, "val/pixel_accuracy": 1.0, "val/mean_accuracy": 1.0}
 
 
-def test_sums_of_a_checkpoint_go_to_the_device_that_trains(monkeypatch):
-    """NCCL sums up nothing that lies on the CPU, where the net still is when a checkpoint is read."""
+def test_sums_of_a_checkpoint_move_to_the_training_device(monkeypatch):
+    """NCCL reduces no tensors on the CPU, and the net is still on the CPU when a checkpoint is read."""
     task = make_task()
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
     monkeypatch.setattr(Segmentation, "trainer", trainer)
@@ -146,7 +151,7 @@ def test_sums_of_a_checkpoint_go_to_the_device_that_trains(monkeypatch):
     assert {name: value.device.type for name, value in task._sums.items()} == {"loss": "meta", "images": "meta"}
 
 
-def test_figures_are_those_of_all_pixels_together():
+def test_figures_are_computed_from_the_pixels_of_all_images_together():
     net, data = Truthful(noise=8.0), Data(6, 4)
     task = make_task(net)
     summary = evaluated(task, data)
@@ -162,18 +167,19 @@ def test_figures_are_those_of_all_pixels_together():
 
 @pytest.mark.parametrize("test", [{}, {"mode": "slide", "crop": [32, 32], "stride": [16, 16], "flip": True}])
 def test_neither_the_batch_nor_padding_changes_the_figures(test):
-    one = evaluated(make_task(Truthful(8.0), **test), Data(5, 1))
-    assert one["miou"] < 0.9
+    expected = evaluated(make_task(Truthful(8.0), **test), Data(5, 1))
+    assert expected["miou"] < 0.9
     assert (
-        one
+        expected
         == evaluated(make_task(Truthful(8.0), **test), Data(5, 4))
         == evaluated(make_task(Truthful(8.0), **test), Data(5, 4, padding=3))
     )
 
 
-def rank(rank: int, folder: Path, port: int) -> None:
-    """One of two processes: what it makes of its images, and has been told of the other's."""
-    torch.set_num_threads(1)  # after a fork, OpenMP would hang
+def evaluate_rank(rank: int, folder: Path, port: int) -> None:
+    """Evaluate in one of two processes, and write the figures and the indices of the pictures."""
+    # OpenMP hangs after a fork.
+    torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     task = make_task(Truthful(8.0))
     task.save_images = 5
@@ -185,14 +191,14 @@ def test_two_processes_equal_one(tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(rank, (tmp_path, port), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(evaluate_rank, (tmp_path, port), nprocs=2, start_method="fork")
     task = make_task(Truthful(8.0))
     summary = evaluated(task, Data(5, 1))
     for number in range(2):
         assert json.loads((tmp_path / f"{number}.json").read_text()) == [summary, task.val_figures, [0, 1, 2, 3, 4]]
 
 
-def test_losses_are_summed_and_tracked_by_name():
+def test_losses_are_added_up_and_tracked_by_name():
     task, data = make_task(), Images(4)
     task.trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     images = torch.stack([torch.from_numpy(data.images[i]) for i in (1, 3)])
@@ -203,32 +209,33 @@ def test_losses_are_summed_and_tracked_by_name():
     assert tracked["train/aux.loss_ce"] == pytest.approx(0.4 * tracked["train/decode.loss_ce"])
     assert tracked["train/loss"] == pytest.approx(1.4 * tracked["train/decode.loss_ce"])
     loss.backward()
-    assert float(task.model.scale.grad) < 0  # pyright: ignore[reportArgumentType]  # surer is better
+    # Larger logits of the true class lower the loss.
+    assert float(task.model.scale.grad) < 0  # pyright: ignore[reportArgumentType]
 
 
-def test_windows_cover_a_side_and_end_with_it():
+def test_windows_cover_a_side_and_end_with_the_image():
     assert windows(10, 4, 3) == [(0, 4), (3, 7), (6, 10)]
     assert windows(11, 4, 3) == [(0, 4), (3, 7), (6, 10), (7, 11)]
     assert windows(4, 4, 3) == windows(4, 9, 3) == [(0, 4)]
     assert windows(2048, 512, 341) == [(start, start + 512) for start in (0, 341, 682, 1023, 1364, 1536)]
 
 
-def test_a_sliding_average_by_hand():
-    """Each window's logits are the number of the window: 1, 2, 3, ...; overlaps have the mean."""
-    seen = []
+def test_logits_of_windows_are_averaged_where_they_overlap():
+    """The logits of a window are its number, from 1."""
+    crops = []
 
     def logits(image: Tensor) -> Tensor:
-        seen.append(image[0, 0].clone())
-        return torch.full((1, 1, *image.shape[2:]), float(len(seen)))
+        crops.append(image[0, 0].clone())
+        return torch.full((1, 1, *image.shape[2:]), float(len(crops)))
 
     image = torch.arange(15.0).view(1, 3, 5)
     scores = Inference(mode="slide", crop=(2, 3), stride=(2, 2))(logits, image, (3, 5))
-    # rows 0-1 and 1-2, columns 0-2 and 2-4: windows 1 2 / 3 4
+    # Windows 1 and 2 are rows 0 to 1, windows 3 and 4 rows 1 to 2; the columns are 0 to 2 and 2 to 4.
     assert scores[0].tolist() == [[1, 1, 1.5, 2, 2], [2, 2, 2.5, 3, 3], [3, 3, 3.5, 4, 4]]
-    assert seen[3].tolist() == [[7, 8, 9], [12, 13, 14]]
+    assert crops[3].tolist() == [[7, 8, 9], [12, 13, 14]]
 
 
-def test_one_window_or_one_view_is_the_whole():
+def test_one_window_or_one_scale_equals_the_whole_image():
     net = Truthful(noise=3.0)
     image = torch.from_numpy(Images(1).images[0])
     whole = Inference()(net.logits, image, (50, 70))
@@ -240,7 +247,7 @@ def test_one_window_or_one_view_is_the_whole():
 
 
 def test_views_are_averaged_after_the_softmax():
-    """A net that sees the left edge, and the size: mirrored views are mirrored back."""
+    """The net's logits depend on the column and on the height, so wrong mirroring or scaling would show."""
 
     def logits(image: Tensor) -> Tensor:
         ramp = torch.linspace(0, 1, image.shape[3]).expand(image.shape[2], -1)
@@ -252,14 +259,14 @@ def test_views_are_averaged_after_the_softmax():
     for scale in (1.0, 1.5):
         size = (int(10 * scale), int(16 * scale))
         view = F.interpolate(image[None], size, mode="bilinear", align_corners=False)
-        for turned in (False, True):
-            out = logits(view.flip(3)).flip(3) if turned else logits(view)
+        for mirrored in (False, True):
+            out = logits(view.flip(3)).flip(3) if mirrored else logits(view)
             expected += F.interpolate(out, (10, 16), mode="bilinear", align_corners=False)[0].softmax(0)
     torch.testing.assert_close(scores, expected)
     assert torch.allclose(scores.sum(0), torch.full((10, 16), 4.0))
 
 
-def test_sides_become_multiples():
+def test_images_are_enlarged_to_multiples():
     net, image = Truthful(), torch.from_numpy(Images(1).images[0])  # 48 x 40
     Inference(multiple=32, scales=[1.0, 0.5])(net.logits, image, (48, 40))
     assert [shape[2:] for shape in net.shapes] == [(64, 64), (32, 32)]
@@ -275,7 +282,7 @@ def test_sides_become_multiples():
         ({"multiple": 0}, "must be null or a number of pixels, not 0"),
     ],
 )
-def test_wrong_rules_are_refused(test, message):
+def test_wrong_inference_settings_are_refused(test, message):
     with pytest.raises(ValueError, match=message):
         make_task(**test)
 

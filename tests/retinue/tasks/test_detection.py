@@ -1,4 +1,4 @@
-"""The detection task around detectors that only need to be asked for what they are told to find."""
+"""Tests of the detection task, with a detector that knows the truth and with a real one."""
 
 import json
 import math
@@ -31,7 +31,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),
 ]
 
-SHIFTS = [0, 2, 0, 3, 1, 0]  # pixels by which an image's detections are off, where they are to be imperfect
+# Shift, in pixels, of the detections of each image in tests that need imperfect ones.
+SHIFTS = [0, 2, 0, 3, 1, 0]
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def recipe(name: str) -> dict[str, Any]:
 
 
 class Oracle(nn.Module):
-    """A detector that reads an image's position off its first pixel and finds its true objects, `shifts` pixels off."""
+    """Detector that reads an image's index from its first pixel and returns the true objects, moved by `shifts`."""
 
     def __init__(self, truth: dict[str, Any], shifts: list[int], masks: bool = True):
         super().__init__()
@@ -56,17 +57,17 @@ class Oracle(nn.Module):
         return {"loss_cls": maps.square().mean(), "loss_bbox": maps.abs().mean() + sum(map(len, boxes))}
 
     def predict(self, image, sizes, original_sizes) -> list[Detections]:
-        found = []
+        detections = []
         for pixel, size in zip(image[:, 0, 0, 0].tolist(), original_sizes.tolist(), strict=True):
-            each = predictions(self.truth, round(pixel), self.shifts[round(pixel)])
-            assert tuple(size) == each.pop("size")
-            masks = each["masks"] if self.masks else None
-            found.append(Detections(each["boxes"], each["scores"], each["labels"], masks))
-        return found
+            prediction = predictions(self.truth, round(pixel), self.shifts[round(pixel)])
+            assert tuple(size) == prediction.pop("size")
+            masks = prediction["masks"] if self.masks else None
+            detections.append(Detections(prediction["boxes"], prediction["scores"], prediction["labels"], masks))
+        return detections
 
 
 class Images:
-    """The truth's images, as grey pictures."""
+    """Grey pictures with the sizes of the truth's images."""
 
     ids = np.array(IMAGES)
 
@@ -85,7 +86,7 @@ class Images:
 
 
 class Data(pl.LightningDataModule):
-    """Batches of two for each rank; what is missing in the last ones is padding, and one image is broken."""
+    """Batches of two images for each rank; the last ones are padded, and the image at `broken` cannot be read."""
 
     category_ids, class_names, has_masks, in_chans, num_classes = CATEGORIES, NAMES, True, 3, 3
     image_size = (33, 64)
@@ -116,10 +117,11 @@ class Data(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         batch = self.eval_batch([0, 1])
-        boxes = [torch.rand(n, 4) for n in (3, 0)]
-        labels = [torch.zeros(len(each), dtype=torch.int64) for each in boxes]
-        masks = [torch.zeros(len(each), 32, 32, dtype=torch.uint8) for each in boxes]
-        batch |= {"boxes": boxes, "labels": labels, "masks": masks, "ignored": [each[:0] for each in boxes], "seed": 5}
+        boxes = [torch.rand(number, 4) for number in (3, 0)]
+        labels = [torch.zeros(number, dtype=torch.int64) for number in (3, 0)]
+        masks = [torch.zeros(number, 32, 32, dtype=torch.uint8) for number in (3, 0)]
+        ignored = [boxes_of_image[:0] for boxes_of_image in boxes]
+        batch |= {"boxes": boxes, "labels": labels, "masks": masks, "ignored": ignored, "seed": 5}
         return DataLoader([batch] * 4, batch_size=None)  # pyright: ignore[reportArgumentType]
 
 
@@ -136,7 +138,7 @@ def run_test(data: Data, shifts: list[int] = SHIFTS, masks: bool = True, **setti
     return task
 
 
-def test_the_truth_itself_scores_one():
+def test_perfect_detections_score_one():
     data = Data(make_truth())
     figures = run_test(data, [0] * 6).test_figures(data)
     assert figures["n"] == 6
@@ -144,12 +146,12 @@ def test_the_truth_itself_scores_one():
         names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar10", "ar100", "ar_small", "ar_large")
         assert [figures[f"{kind}_{name}"] for name in names] == [ONE] * len(names)
         assert figures[f"{kind}_ar1"] < 1
-    assert [list(each.values())[1:] for each in figures["per_class"].values()] == [[ONE, ONE]] * 3
+    assert [list(values.values())[1:] for values in figures["per_class"].values()] == [[ONE, ONE]] * 3
     assert list(figures["per_class"]) == NAMES
     json.dumps(figures, allow_nan=False)
 
 
-def test_a_validation_is_measured_as_a_test_is():
+def test_a_validation_computes_the_figures_of_a_test():
     data = Data(make_truth())
     task = run_test(data)
     trainer().validate(task, datamodule=data, verbose=False)
@@ -157,9 +159,10 @@ def test_a_validation_is_measured_as_a_test_is():
     assert 0.1 < figures["mask_ap"] < 0.9
     names = [f"{kind}_{name}" for kind in ("box", "mask") for name in ("ap", "ap50", "ap75")]
     assert task.val_figures == {f"val/{name}": figures[name] for name in names}
-    again = task.val_figures
-    trainer().validate(task, datamodule=data, verbose=False)  # nothing is left over from the one before
-    assert task.val_figures == again
+    first = task.val_figures
+    # The second validation must not count detections of the first.
+    trainer().validate(task, datamodule=data, verbose=False)
+    assert task.val_figures == first
 
 
 def test_a_broken_image_does_not_count():
@@ -168,16 +171,16 @@ def test_a_broken_image_does_not_count():
     assert (figures["n"], figures["box_ap"]) == (5, ONE)
 
 
-@pytest.mark.parametrize("where", ["data", "detector"])
-def test_without_masks_boxes_alone_are_measured(where, monkeypatch):
-    monkeypatch.setattr(Data, "has_masks", where != "data")
+@pytest.mark.parametrize("without", ["data", "detector"])
+def test_only_boxes_are_evaluated_if_data_or_detector_have_no_masks(without, monkeypatch):
+    monkeypatch.setattr(Data, "has_masks", without != "data")
     data = Data(make_truth())
-    figures = run_test(data, masks=where != "detector").test_figures(data)
+    figures = run_test(data, masks=without != "detector").test_figures(data)
     assert "box_ap" in figures and not [name for name in figures if "mask" in name]
     assert set(figures["per_class"]["two"]) == {"n", "box_ap"}
 
 
-def test_nothing_to_find_is_no_number():
+def test_figures_of_data_without_objects_are_no_numbers():
     truth = make_truth() | {"annotations": []}
     task = run_test(Data(truth))
     trainer().validate(task, datamodule=Data(truth), verbose=False)
@@ -187,7 +190,7 @@ def test_nothing_to_find_is_no_number():
 
 
 class Keep(pl.Callback):
-    """Writes what a rank has measured, and the first one's report."""
+    """Callback that writes the figures of each rank, and the report of the first."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -210,7 +213,7 @@ def test_two_processes_equal_one(tmp_path):
         assert (tmp_path / "report" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
-def test_the_report_draws_as_many_images_as_asked_for_evenly_spread(tmp_path):
+def test_the_report_draws_evenly_spread_images(tmp_path):
     data = Data(make_truth())
     task = run_test(data)
     task.save_images = 2
@@ -219,12 +222,12 @@ def test_the_report_draws_as_many_images_as_asked_for_evenly_spread(tmp_path):
     first, second = (np.asarray(Image.open(tmp_path / "images" / f"val_{i}.png")) for i in (300, 11))
     assert min(first.shape[:2]) > 300 and first.shape != second.shape
     results = json.loads((tmp_path / "detections.json").read_text())
-    assert {each["image_id"] for each in results} == set(IMAGES[:-1])
-    assert {each["category_id"] for each in results} == set(CATEGORIES)
+    assert {result["image_id"] for result in results} == set(IMAGES[:-1])
+    assert {result["category_id"] for result in results} == set(CATEGORIES)
     assert set(results[0]) == {"image_id", "category_id", "bbox", "score", "segmentation"}
 
 
-def test_training_sums_the_losses_and_tells_each():
+def test_training_adds_up_the_losses_and_logs_each():
     data = Data(make_truth())
     task = Detection(Oracle(data.split.truth, SHIFTS), recipe("coco_1x"), num_classes=3)
     before = [weight.clone() for weight in task.model.parameters()]
@@ -238,7 +241,7 @@ def test_training_sums_the_losses_and_tells_each():
     assert task.trainer.callback_metrics["val/box_ap"] == pytest.approx(task.val_figures["val/box_ap"])
 
 
-def test_complexity_is_that_of_a_padded_image():
+def test_complexity_counts_a_padded_image():
     data = Data(make_truth())
     task = Detection(Oracle(data.split.truth, SHIFTS), recipe("coco_1x"), num_classes=3)
     assert task.complexity(data) == complexity(task.model, (64, 64)) == (4 * 28, 64 * 64 * 4 * 27)
@@ -274,15 +277,47 @@ def test_mask_rcnn_is_trained_and_tested_on_scenes(scenes, tmp_path):
     task.save_images = 1
     task.write_report(tmp_path, data)
     results = json.loads((tmp_path / "detections.json").read_text())
-    assert {tuple(each["segmentation"]["size"]) for each in results} == {(256, 320)}
+    assert {tuple(result["segmentation"]["size"]) for result in results} == {(256, 320)}
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["00000.png"]
 
 
+NO_MASK_HEAD = "+head.args.roi_head.mask_head=null"
+
+
+@pytest.mark.parametrize(
+    ("head", "masks"),
+    [
+        (["head=retinanet"], False),
+        (["head=dino"], False),
+        (["head=mask_rcnn"], True),
+        (["head=cascade_mask_rcnn"], True),
+        (["head=mask_rcnn", NO_MASK_HEAD], False),
+    ],
+)
+def test_data_are_built_to_read_the_masks_that_the_detector_learns(scenes, head, masks):
+    cfg = composed("task=detection", "model.size=nano", f"data.root={scenes}", *head)
+    data = build_data(cfg)
+    before = dict(vars(data))
+    with torch.device("meta"):
+        detector = Detection.build_net(cfg, data)
+    assert data.read_masks == detector.masks == masks
+    after = {key: value for key, value in vars(data).items() if key in before}
+    assert after == before, "building a net must not change the data module"
+
+
+def test_parameters_have_the_names_of_the_weights(scenes):
+    """Lightning restores a sharded net (FSDP) by the names of its parameters, not by its `load_state_dict`."""
+    task, _ = real(scenes)
+    names = {name for name, _ in task.named_parameters()}
+    assert names <= set(task.state_dict())
+    assert {name.split(".")[1] for name in names} == {"backbone", "neck", "rpn_head", "roi_head"}
+
+
 def test_a_detector_of_boxes_alone_reads_no_masks(scenes):
-    for head, there in (("retinanet", False), ("mask_rcnn", True)):
+    for head, masks in (("retinanet", False), ("mask_rcnn", True)):
         task, data = real(scenes, head)
         batch = next(iter(data.train_dataloader()))
-        assert ("masks" in batch) == there and len(batch["boxes"][0]) == len(batch["labels"][0]) > 0
+        assert ("masks" in batch) == masks and len(batch["boxes"][0]) == len(batch["labels"][0]) > 0
         trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(task, datamodule=data)
         assert task.running_figures()["train/loss"] > 0
 
@@ -295,14 +330,14 @@ def test_the_backbone_starts_from_a_classifier_or_a_detector(scenes, tmp_path):
     task, _ = real(scenes)
     head = task.model.state_dict()
     task.start_from(str(tmp_path / "c"), drop_classifier=False)
-    net, theirs = task.model.backbone.net.state_dict(), classifier.state_dict()
-    assert all(torch.equal(value, theirs[key]) for key, value in net.items())
+    net, expected = task.model.backbone.net.state_dict(), classifier.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in net.items())
     assert all(torch.equal(value, head[key]) for key, value in task.model.state_dict().items() if "head" in key)
 
     torch.save({"state_dict": task.state_dict()}, tmp_path / "d")
     another, _ = real(scenes)
     another.start_from(str(tmp_path / "d"), drop_classifier=False)
-    assert all(torch.equal(value, theirs[key]) for key, value in another.model.backbone.net.state_dict().items())
+    assert all(torch.equal(value, expected[key]) for key, value in another.model.backbone.net.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -313,26 +348,30 @@ def test_the_backbone_starts_from_a_classifier_or_a_detector(scenes, tmp_path):
         ("dino_1x", "dino/dino-4scale_r50_8xb2-12e_coco"),
     ],
 )
-def test_recipes_are_those_of_mmdetections_configs(name, config):
+def test_recipes_equal_those_of_mmdetections_configs(name, config):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = Config.fromfile(Path(mmdet.__file__).parent / ".mim/configs" / f"{config}.py")
-    ours, optimizer = recipe(name), theirs.optim_wrapper.optimizer
+        reference = Config.fromfile(Path(mmdet.__file__).parent / ".mim/configs" / f"{config}.py")
+    ours, optimizer = recipe(name), reference.optim_wrapper.optimizer
     settings = ours["optimizer"]
-    assert (ours["epochs"], ours["batch_size"], settings["lr_batch_size"]) == (theirs.train_cfg.max_epochs, 16, 16)
+    assert (ours["epochs"], ours["batch_size"], settings["lr_batch_size"]) == (
+        reference.train_cfg.max_epochs,
+        16,
+        16,
+    )
     assert settings["name"] == optimizer.type.lower()
     assert (settings["lr"], settings["weight_decay"]) == (optimizer.lr, optimizer.weight_decay)
     assert settings["betas"] == list(optimizer.get("betas", (0.9, 0.999)))
-    keys = theirs.optim_wrapper.paramwise_cfg.custom_keys
+    keys = reference.optim_wrapper.paramwise_cfg.custom_keys
     assert settings["backbone_factor"] == keys.get("backbone", {}).get("lr_mult")
-    assert ours["clip_grad"] == theirs.optim_wrapper.get("clip_grad", {}).get("max_norm")
-    *warm_up, steps = theirs.param_scheduler
+    assert ours["clip_grad"] == reference.optim_wrapper.get("clip_grad", {}).get("max_norm")
+    *warm_up, steps = reference.param_scheduler
     assert (ours["schedule"]["milestones"], ours["schedule"]["gamma"]) == (steps.milestones, steps.gamma)
     if warm_up:
         assert ours["schedule"]["warmup_lr"] == pytest.approx(settings["lr"] * warm_up[0].start_factor)
     else:
         assert ours["schedule"]["warmup_steps"] == 0
-    choices = next((step.transforms for step in theirs.train_pipeline if step.type == "RandomChoice"), None)
+    choices = next((step.transforms for step in reference.train_pipeline if step.type == "RandomChoice"), None)
     assert ours["augment"]["detr_crop"] == (choices is not None)
     if choices is not None:
         assert ours["augment"]["sizes"] == [list(scale) for scale in choices[0][0].scales]
