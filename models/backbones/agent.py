@@ -127,16 +127,6 @@ class AgentCSwin(CSWin):
         super().__init__(depths=depths, mixers=mixers, **kwargs)
 
 
-VECTORS: dict[str, Any] = {  # reference vectors -> registry names, or names and arguments
-    "agent_attention__agent_deit_t": "agent_deit_tiny",
-    "agent_attention__agent_deit_s": "agent_deit_small",
-    "agent_attention__agent_pvt_t": "agent_pvt_tiny",
-    "agent_attention__agent_swin_t": "agent_swin_tiny",
-    "agent_attention__agent_cswin_t": "agent_cswin_tiny",
-    "agent_attention__det_agent_swin_t_stages": ("agent_swin_tiny", {"norms": True, "pool": (9, 12, 14, 7)}),
-}
-
-
 def sized_cfg(url: Any) -> dict:
     return imagenet_cfg(url, fixed_input_size=True)
 

@@ -75,13 +75,6 @@ class CSWin(HierarchicalBackbone):
         self.apply(init_weights)
 
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    "cswin__cswin_64_12211_tiny_224": "cswin_tiny",
-    "cswin__cswin_64_24322_small_224": "cswin_small",
-    "cswin__cswin_96_24322_base_224": "cswin_base",
-    **{f"cswin__cswin_tiny_{name}": ("cswin_tiny", {"norms": True}) for name in ("seg", "seg_pad")},
-}
-
 _RELEASES = "https://github.com/microsoft/CSWin-Transformer/releases/download/v0.1.0/cswin_"
 default_cfgs = generate_default_cfgs(
     {

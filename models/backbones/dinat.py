@@ -19,13 +19,6 @@ from models.hierarchical import imagenet_cfg
 
 DILATIONS = ((1, 8), (1, 4), (1, 2), (1,))  # at 224 pixels, as far apart as maps of 56, 28, 14 and 7 tokens have room
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"dinat__{name}": name for name in ("dinat_mini", "dinat_tiny", "dinat_small", "dinat_base")},
-    "dinat__dinat_mini_seg": (
-        "dinat_mini",
-        {"norms": True, "dilations": ((1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2))},
-    ),
-}
 
 _RELEASES = "https://shi-labs.com/projects/dinat/checkpoints/"
 default_cfgs = generate_default_cfgs(

@@ -56,11 +56,6 @@ class FaViT(HierarchicalBackbone):
         self.apply(init_conv)
 
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"favit__favit_b{size}": f"favit_b{size}" for size in range(4)},
-    "favit__favit_b1_stages": ("favit_b1", {}),
-}
-
 default_cfgs = generate_default_cfgs({f"favit_b{size}": imagenet_cfg() for size in range(4)})
 
 

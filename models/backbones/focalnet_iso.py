@@ -49,8 +49,6 @@ class PostNormFocalNetIso(FocalNetIso):
     block = PostNormBlock
 
 
-VECTORS = {"focalnet__tiny_iso": "focalnet_tiny_iso"}  # reference vectors -> registry names
-
 _RELEASES = "https://projects4jw.blob.core.windows.net/focalnet/release/classification/"
 default_cfgs = generate_default_cfgs(
     {

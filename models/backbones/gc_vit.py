@@ -109,10 +109,6 @@ class GCViT(HierarchicalBackbone):
         self.apply(init_weights)
 
 
-VECTORS = {  # reference vectors -> registry names and arguments; those of classifiers are timm's nets too
-    "gcvit__gc_vit_tiny_det": ("gc_vit_tiny", {"norms": True, "window": 24, "poolings": (3, 2, 1, 0)}),
-}
-
 _RELEASES = "https://huggingface.co/nvidia/GCViT/resolve/main/gcvit_"
 default_cfgs = generate_default_cfgs(
     {

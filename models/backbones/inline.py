@@ -75,14 +75,6 @@ class InLineCSwin(CSWin):
 # PVT with twice the heads, without a class token and without a norm before the classifier
 PVT_ARGS: Any = {"heads": (2, 4, 10, 16), "mixers": "inline", "class_token": False, "final_norm": False}
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    "inline__inline_deit_t": "inline_deit_tiny",
-    "inline__inline_deit_s": "inline_deit_small",
-    "inline__inline_pvt_t": "inline_pvt_tiny",
-    "inline__inline_swin_t": "inline_swin_tiny",
-    "inline__inline_cswin_t": "inline_cswin_tiny",
-}
-
 
 def _url(share: str, name: str) -> tuple[str, str]:
     return f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1", f"{name}.pth"

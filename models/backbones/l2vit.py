@@ -125,11 +125,6 @@ def init_normal(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"l2vit__{name}": name for name in ("l2vit_tiny", "l2vit_small", "l2vit_base")},
-    "l2vit__l2vit_tiny_seg_pad": ("l2vit_tiny", {"norms": True}),
-}
-
 _RELEASES = "https://github.com/ChuanyangZheng/L2ViT/releases/download/v1.0/L2ViT-"
 default_cfgs = generate_default_cfgs(
     {

@@ -131,11 +131,6 @@ class LITv2(HierarchicalBackbone):
         self.apply(init_weights)
 
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"litv2__{name}": name for name in ("litv2_small", "litv2_medium", "litv2_base")},
-    **{f"litv2__litv2_small_{name}": ("litv2_small", {"norms": True, "crop_odd": True}) for name in ("seg", "seg_pad")},
-}
-
 _RELEASES = "https://github.com/ziplab/LITv2/releases/download/v1.0/litv2_"
 default_cfgs = generate_default_cfgs(
     {f"litv2_{size}.in1k": imagenet_cfg(f"{_RELEASES}{size[0]}.pth") for size in ("small", "medium", "base")}

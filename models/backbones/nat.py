@@ -94,11 +94,6 @@ def neighborhoods(dilations: Sequence[Sequence[int]], kernel: int = 7) -> list[l
     return [[{"name": "neighborhood", "kernel": kernel, "dilation": d} for d in stage] for stage in dilations]
 
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"nat__{name}": name for name in ("nat_mini", "nat_tiny", "nat_small", "nat_base")},
-    **{f"nat__nat_mini_{name}": ("nat_mini", {"norms": True}) for name in ("seg", "seg_odd")},
-}
-
 default_cfgs = generate_default_cfgs(
     {
         f"nat_{size}.in1k": imagenet_cfg(f"https://shi-labs.com/projects/nat/checkpoints/CLS/nat_{size}.pth")

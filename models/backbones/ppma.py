@@ -130,11 +130,6 @@ class PPMA(HierarchicalBackbone):
         return {key: value.flatten() if re.search(r"scale\d\.gamma$", key) else value for key, value in state.items()}
 
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"ppma__ppmavit_{size[0]}": f"ppma_{size}" for size in ("tiny", "small", "base")},
-    "ppma__ppmavit_t_stages": ("ppma_tiny", {"norms": True}),
-}
-
 _CHECKPOINTS = "https://huggingface.co/ZhongchenZhao/PPMA/resolve/main/checkpoints/classification/"
 default_cfgs = generate_default_cfgs(
     {

@@ -81,11 +81,6 @@ class Swin(HierarchicalBackbone):
         self.apply(init_weights)
 
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"swin__{name}": name for name in ("swin_tiny", "swin_small", "swin_base")},
-    **{f"swin__{name}": name for name in ("swinv2_tiny_window8_256", "swinv2_tiny_window16_256")},  # timm's nets
-}
-
 _RELEASES = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
 default_cfgs = generate_default_cfgs(
     {

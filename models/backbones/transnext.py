@@ -82,15 +82,6 @@ class TransNeXt(HierarchicalBackbone):
         self.apply(init_conv)
 
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"transnext__transnext_{size}": f"transnext_{size}" for size in ("micro", "tiny", "small", "base")},
-    "transnext__transnext_micro_aaaa": ("transnext_micro_aaaa", {"pretrain_size": 224}),
-    "transnext__transnext_tiny_seg": ("transnext_tiny", {"bias_size": 224}),
-    "transnext__transnext_tiny_seg_256x320": ("transnext_tiny", {"bias_size": 256}),
-    "transnext__transnext_tiny_seg_256x320_extrapolation": ("transnext_tiny", {}),
-}
-
-
 def _url(name: str) -> str:
     return f"https://huggingface.co/DaiShiResearch/{name}/resolve/main/{name.replace('-', '_')}.pth"
 

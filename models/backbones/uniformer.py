@@ -112,13 +112,6 @@ class UniFormer(HierarchicalBackbone):
         return {key: value.flatten() if re.search(r"scale\d\.gamma$", key) else value for key, value in state.items()}
 
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"uniformer__{name}": name for name in ("uniformer_small", "uniformer_small_plus", "uniformer_base")},
-    "uniformer__uniformer_small_seg": ("uniformer_small", {"norms": True}),
-    "uniformer__uniformer_small_seg_w14": ("uniformer_small", {"norms": True, "window": 14}),
-    "uniformer__uniformer_small_seg_h14": ("uniformer_small", {"norms": True, "window": 14, "hybrid": True}),
-}
-
 default_cfgs = generate_default_cfgs(  # the authors' checkpoints lie where they cannot be fetched by address
     {
         f"uniformer_{size}": imagenet_cfg()

@@ -169,11 +169,6 @@ class SwinVSA(swin.Swin):
     block, op = SwinVSABlock, "varied_size_window"
 
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    f"vsa__vitaev2_vsa_{name}": f"vitaev2_vsa_{name}" for name in ("s", "widepcm_s", "widepcm_48m")
-}
-
-
 _SHARES = {  # of the authors' files
     "vitaev2_vsa_s": "s!AimBgYV7JjTlgcgB0Xlyc3U4WO11AQ",
     "vitaev2_vsa_widepcm_48m": "s!AimBgYV7JjTlgcgCOt1UwhNQRfO0bw",
