@@ -62,7 +62,7 @@ class Toy(torch.nn.Module):
         self.register_buffer("scratch", torch.zeros(1), persistent=False)
 
     def forward(self, x):
-        return self.norm(x) + self.table.sum(), self.mask.sum() * x[:, :1]
+        return self.norm(x) + self.table.sum(), self.get_buffer("mask").sum() * x[:, :1]
 
 
 def test_weights_are_filled_and_computed_buffers_stay():
@@ -101,5 +101,5 @@ def test_a_wrong_module_is_refused_in_one_line(module, message, tmp_path):
 
 
 def test_the_file_must_name_system_and_variant(tmp_path):
-    with pytest.raises(ValueError, match="out must be a file <system>__<variant>.json.gz"):
+    with pytest.raises(ValueError, match=r"out must be a file <system>__<variant>\.json\.gz"):
         make(tmp_path, NANO, "input_shape=[1,3,32,32]", name="swin_nano")
