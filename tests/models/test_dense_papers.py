@@ -75,7 +75,7 @@ def test_the_papers_parameters_and_macs(head, variant, row):
     detector = "detector" in row
     size = (800, 1280) if detector else (640, 2560) if row.get("crop") == "640x640" else (512, 2048)
     params, macs = count(head, model_choice(variant["net"], {}, None), size, detector)
-    for counted, kind in ((params, "params_m"), (macs, "flops_g")):
+    for counted, kind in ((params, "params_m"), (macs, "macs_g")):
         table, reason = row.get(kind), row.get(f"{kind.partition('_')[0]}_exception")
         if table is not None:
             assert agrees(counted, table) == (reason is None), (counted, table, reason)

@@ -33,7 +33,7 @@ def composed(choice: Sequence[str]) -> DictConfig:
 
 
 def is_named(counted: float, reason: str) -> bool:
-    """Whether the reason of an exception (`params_exception`, `flops_exception`) names the count, to its digits.
+    """Whether the reason of an exception (`params_exception`, `macs_exception`) names the count, to its digits.
 
     The count is the reason's first number before a unit: "we count 22.32 M", "19.7 G are counted".
     """
@@ -59,11 +59,14 @@ def test_the_papers_parameters_and_macs(name):
         assert cfg.data.image_size == row["input"]
         COUNTED[choice] = complexity(partial(create_model, cfg.model, 1000, 3, row["input"]), row["input"])
     params, macs = COUNTED[choice]
-    for counted, kind in ((params / 1e6, "params"), (macs / 1e9, "flops")):
-        table, reason = row["params_m" if kind == "params" else "flops_g"], row.get(f"{kind}_exception")
-        if table is None:  # the paper prints none
+    for counted, key, exception in (
+        (params / 1e6, "params_m", "params_exception"),
+        (macs / 1e9, "macs_g", "macs_exception"),
+    ):
+        printed, reason = row[key], row.get(exception)
+        if printed is None:
             continue
-        assert agrees(counted, table) == (reason is None), (counted, table, reason)
+        assert agrees(counted, printed) == (reason is None), (counted, printed, reason)
         assert reason is None or is_named(counted, reason), (counted, reason)
 
 

@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from models.backbones.focalnet_iso import PostNormBlock
+from models.backbones.focalnet import PostNormBlock
 from tests.models.test_backbones import build
 
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from models import DenseBackbone, load_weights
+from models.reference import load_vector, make_input, official_state, relative_error
 from ops import create_op
 from ops.attention.global_query import GlobalQuery
 from ops.registry import FIRST
-from tests.reference import load_vector, make_input, official_state, relative_error
 
 CLASSIFIERS = sorted((Path(__file__).parent.parent / "vectors").glob("gcvit__gc_vit_*.json.gz"))
 CLASSIFIERS = [path for path in CLASSIFIERS if "_det" not in path.name]
