@@ -1,7 +1,7 @@
 """Claims: which net, op or head of ours must reproduce each reference vector.
 
-A new backbone's author adds its vectors' names here. Some claims name vectors that the repository does not hold (the
-large nets, and a few variants): they hold too, and are tested as soon as the vector's file is put beside the others.
+A new backbone's author adds a line for each of its vectors here. Some claims name vectors that the repository does not
+hold (large nets and a few variants); such a claim is tested as soon as the vector's file is put beside the others.
 """
 
 from collections.abc import Callable, Mapping
