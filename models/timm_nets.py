@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch.nn.functional as F
 from timm.models.focalnet import Downsample, FocalNet
@@ -82,33 +81,3 @@ def pad_to_whole_patches(net: nn.Module) -> None:
         for module in net.modules():
             if isinstance(module, Downsample):
                 module.register_forward_pre_hook(pad)
-
-
-VECTORS: dict[str, Any] = {  # reference vectors -> timm's names, or names and arguments
-    **{f"davit__davit_{size}": f"davit_{size}" for size in ("tiny", "small", "base")},
-    **{f"davit__davit_tiny_{name}": ("davit_tiny", {"norms": True}) for name in ("seg", "seg_pad")},
-    **{f"maxvit__maxvit_{size}_tf_224": f"maxvit_{size}_tf_224" for size in ("tiny", "small", "base")},
-    "maxvit__maxvit_tiny_tf_224_stages": "maxvit_tiny_tf_224",
-    **{f"gcvit__gc_vit_{size}": f"gcvit_{size}" for size in ("xxtiny", "xtiny", "tiny", "small", "base")},
-    **{
-        f"focalnet__{size}_{field}": f"focalnet_{size}_{field}"
-        for size in ("tiny", "small", "base")
-        for field in ("srf", "lrf")
-    },
-    "focalnet__det_tiny_srf_stages": ("focalnet_tiny_srf", {"norms": True, "focal_windows": (9, 9, 9, 9)}),
-    **{f"efficientvit__m{i}": f"efficientvit_m{i}" for i in range(6)},
-    "efficientvit__det_m4_stages": ("efficientvit_m4", {"img_size": 512}),
-    **{f"shvit__s{i}": f"shvit_s{i}" for i in range(1, 5)},
-    "shvit__det_s4_stages": "shvit_s4",
-    **{f"mambaout__{size}": f"mambaout_{size}" for size in ("femto", "kobe", "tiny", "small", "base")},
-    "mambaout__femto_stages": "mambaout_femto",
-    **{f"crossvit__{size}_224": f"crossvit_{size}_240" for size in ("tiny", "small", "base")},
-    **{
-        f"crossvit__{depth}{dagger}_224": f"crossvit_{depth}{dagger}_240"
-        for depth in (9, 15, 18)
-        for dagger in ("", "_dagger")
-    },
-    "crossvit__9_224_in224": "crossvit_9_240",
-    **{f"ghostnetv2__x{width}": f"ghostnetv2_{width}0" for width in (10, 13, 16)},
-    **{f"halonet__{name}": name for name in ("halonet26t", "halonet_h1")},
-}

@@ -85,7 +85,7 @@ def _range(values: Any) -> str:
 def experiment(name: str, row: dict[str, Any]) -> str:
     """conf/experiment/<name>.yaml, which opens with the row that it reproduces."""
     paper = read_paper(name.partition("/")[0])
-    units = {"params_m": "{:g} M parameters", "flops_g": "{:g} GFLOPs", "top1": "top-1 {:g} %"}
+    units = {"params_m": "{:g} M parameters", "macs_g": "{:g} GFLOPs", "top1": "top-1 {:g} %"}
     figures = ", ".join(text.format(row[key]) for key, text in units.items() if row[key])
     arxiv = f"arXiv:{paper['arxiv']}, " if paper["arxiv"] else ""
     what = (
@@ -100,7 +100,7 @@ def dense_experiment(name: str, table: str, row: dict[str, Any]) -> str:
     """The same for a detector or segmentor, which starts from the weights of a classifier."""
     paper = read_paper(name.partition("/")[0])
     units = {
-        "params_m": "{:g} M parameters", "flops_g": "{:g} GFLOPs",
+        "params_m": "{:g} M parameters", "macs_g": "{:g} GFLOPs",
         "box_ap": "box AP {:g} %", "mask_ap": "mask AP {:g} %",
         "miou_ss": "mIoU {:g} %", "miou_ms": "{:g} % at several scales, with flips",
     }  # fmt: skip

@@ -49,7 +49,7 @@ from retinue.utils.paths import CONF
 from retinue.utils.suggestions import nearest
 
 FIGURES = {  # of each table: key -> heading and, where a run measures it, the run's metric
-    "variants": {"params_m": ("params (M)", ""), "flops_g": ("MACs (G)", ""), "top1": ("top-1 (%)", "test/top1")},
+    "variants": {"params_m": ("params (M)", ""), "macs_g": ("MACs (G)", ""), "top1": ("top-1 (%)", "test/top1")},
     "detection": {"box_ap": ("box AP", "test/box_ap"), "mask_ap": ("mask AP", "test/mask_ap")},
     "segmentation": {"miou_ss": ("mIoU (%)", "test/miou")},
 }
@@ -156,9 +156,9 @@ def count(line: Line) -> None:
     row = line.row
     net = partial(timm.create_model, row["net"], num_classes=1000, **row.get("args", {}))
     line.counted = complexity(net, row["input"] or 224)
-    for key, ours in zip(("params_m", "flops_g"), (line.counted[0] / 1e6, line.counted[1] / 1e9), strict=True):
+    for key, ours in zip(("params_m", "macs_g"), (line.counted[0] / 1e6, line.counted[1] / 1e9), strict=True):
         figure = line.figures[key]
-        if key == "flops_g" and row["input"] is None:  # of images of a size that the paper does not tell
+        if key == "macs_g" and row["input"] is None:  # of images of a size that the paper does not tell
             continue
         figure.ours = ours
         if figure.paper is not None and not agrees(ours, figure.paper):

@@ -1,13 +1,11 @@
-"""Agent-DeiT, Agent-PVT, Agent-Swin and Agent-CSwin: Agent Attention, on the Integration of Softmax and Linear
-Attention (Han et al., ECCV 2024, arXiv:2312.08874).
+"""Agent-DeiT, Agent-PVT, Agent-Swin and Agent-CSwin (Han et al., ECCV 2024, arXiv:2312.08874).
 
-Written after the paper and the authors' repository, LeapLabTHU/Agent-Attention (no licence of its own); its
-checkpoints load. The authors' dense nets take more agents: `pool=(9, 12, 14, 7)` in Agent-Swin, in UPerNet with
-Agent-Swin-S (9, 12, 7, 7), and (12, 16, 28, 28) in Agent-PVT.
+Paper: Agent Attention: On the Integration of Softmax and Linear Attention. Written after the paper and the authors'
+repository, LeapLabTHU/Agent-Attention (no licence of its own); its checkpoints load. The authors' dense nets have more
+agents: `pool=(9, 12, 14, 7)`, (9, 12, 7, 7) for UPerNet on Agent-Swin-S, and (12, 16, 28, 28) for Agent-PVT.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
@@ -29,24 +27,36 @@ def agent_mixers(
     agents: int | None = None,
     pool: Sequence[int] | None = None,
 ) -> list[list[Spec]]:
-    """Agent attention in the first `agent_blocks` blocks of each stage, `other` in the rest.
+    """Return mixers with agent attention in the leading blocks of each stage and another op in the others.
 
     Args:
-        img_size: of the images that the biases are learned for.
-        agents, pool: of agent attention, `pool` for each stage.
+        agent_blocks: Number of leading blocks with agent attention in each stage.
+        depths: Number of blocks in each stage.
+        strides: Stride of each stage's map relative to the image, in pixels.
+        img_size: Side or (height, width) in pixels of the images that the biases are learned for.
+        other: Op of the other blocks.
+        agents: Side of the grid of agents that the biases are learned for. Default: the op's own.
+        pool: Side of the grid of agents in each stage, for which the biases are interpolated. Default: `agents`.
     """
     mixers = []
     for i, (count, depth, stride) in enumerate(zip(agent_blocks, depths, strides, strict=True)):
         size = grid_of(img_size, stride)
-        agent: Spec = {"name": "agent", "size": size, "agents": agents, "pool": pool[i] if pool else None}
-        mixers.append(([agent] * count + [other] * depth)[:depth])
+        agent: Spec = {"name": "agent", "size": size, "agents": agents, "pool": None if pool is None else pool[i]}
+        mixers.append([agent if block < count else other for block in range(depth)])
     return mixers
 
 
 class AgentDeiT(DeiT):
-    """Args:
-    agent_blocks: the first so many blocks have agent attention, as in (4,); by default all.
-    agents: side of the grid of agents.
+    """DeiT with agent attention in the leading blocks and full attention in the others.
+
+    Args:
+        img_size: Side or (height, width) in pixels of the images that positions and biases are learned for.
+        patch: Side of a patch in pixels.
+        depths: Number of blocks, as one entry.
+        agent_blocks: Number of leading blocks with agent attention, as one entry, such as (4,). Default: all blocks.
+        agents: Side of the grid of agents.
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: as above.
+        **kwargs: Further arguments of `PlainBackbone`.
     """
 
     def __init__(
@@ -60,15 +70,20 @@ class AgentDeiT(DeiT):
         **kwargs,
     ):
         if mixers is None:
-            mixers = agent_mixers(agent_blocks or depths, depths, [patch], img_size, agents=agents)
+            agent_blocks = depths if agent_blocks is None else agent_blocks
+            mixers = agent_mixers(agent_blocks, depths, [patch], img_size, agents=agents)
         super().__init__(img_size=img_size, patch=patch, depths=depths, mixers=mixers, **kwargs)
 
 
 class AgentPVT(PVT):
-    """PVT without a class token and without a norm before the classifier.
+    """PVT with agent attention, without a class token and without a norm before the classifier.
 
     Args:
-        pool: side of the grid of agents in each stage, if another than 3, 4, 7 and 7.
+        img_size: Side or (height, width) in pixels of the images that positions and biases are learned for.
+        depths: Number of blocks in each stage.
+        pool: Side of the grid of agents in each stage. Default: (3, 4, 7, 7).
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: agent attention.
+        **kwargs: Further arguments of `PVT`.
     """
 
     def __init__(
@@ -85,10 +100,15 @@ class AgentPVT(PVT):
 
 
 class AgentSwin(Swin):
-    """Args:
-    img_size: of the images that the biases are learned for.
-    agent_blocks: the first so many blocks of each stage have agent attention, the rest shifted windows.
-    pool: side of the grid of agents in each stage, if another than 3, 4, 7 and 7.
+    """Swin with agent attention in the leading blocks of each stage and shifted windows in the others.
+
+    Args:
+        img_size: Side or (height, width) in pixels of the images that the biases are learned for.
+        depths: Number of blocks in each stage.
+        agent_blocks: Number of leading blocks with agent attention in each stage.
+        pool: Side of the grid of agents in each stage. Default: (3, 4, 7, 7).
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: as above.
+        **kwargs: Further arguments of `Swin`.
     """
 
     def __init__(
@@ -107,10 +127,13 @@ class AgentSwin(Swin):
 
 
 class AgentCSwin(CSWin):
-    """Agent attention in the first two stages, cross-shaped windows in the others.
+    """CSwin with agent attention in the first two stages and cross-shaped windows in the others.
 
     Args:
-        img_size: of the images that the biases are learned for; it widens the strips of the third stage too.
+        img_size: Side or (height, width) in pixels of the images that biases and strips are made for.
+        depths: Number of blocks in each stage.
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: as above.
+        **kwargs: Further arguments of `CSWin`.
     """
 
     def __init__(
@@ -127,17 +150,8 @@ class AgentCSwin(CSWin):
         super().__init__(depths=depths, mixers=mixers, **kwargs)
 
 
-VECTORS: dict[str, Any] = {  # reference vectors -> registry names, or names and arguments
-    "agent_attention__agent_deit_t": "agent_deit_tiny",
-    "agent_attention__agent_deit_s": "agent_deit_small",
-    "agent_attention__agent_pvt_t": "agent_pvt_tiny",
-    "agent_attention__agent_swin_t": "agent_swin_tiny",
-    "agent_attention__agent_cswin_t": "agent_cswin_tiny",
-    "agent_attention__det_agent_swin_t_stages": ("agent_swin_tiny", {"norms": True, "pool": (9, 12, 14, 7)}),
-}
-
-
-def sized_cfg(url: Any) -> dict:
+def sized_cfg(url: tuple[str, str]) -> dict:
+    """Return the `default_cfgs` entry of a net whose tables of biases belong to one image size."""
     return imagenet_cfg(url, fixed_input_size=True)
 
 
@@ -209,14 +223,14 @@ def agent_swin_tiny(pretrained: bool = False, **kwargs) -> AgentSwin:
 
 @register_model
 def agent_swin_small(pretrained: bool = False, **kwargs) -> AgentSwin:
-    small = {"depths": (2, 2, 18, 2), "agent_blocks": (2, 2, 0, 0)}
-    return AgentSwin.build("agent_swin_small", pretrained, **small | kwargs)
+    arguments = {"depths": (2, 2, 18, 2), "agent_blocks": (2, 2, 0, 0)}
+    return AgentSwin.build("agent_swin_small", pretrained, **arguments | kwargs)
 
 
 @register_model
 def agent_swin_base(pretrained: bool = False, **kwargs) -> AgentSwin:
-    large = {"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32), "agent_blocks": (2, 2, 2, 0)}
-    return AgentSwin.build("agent_swin_base", pretrained, **large | kwargs)
+    arguments = {"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32), "agent_blocks": (2, 2, 2, 0)}
+    return AgentSwin.build("agent_swin_base", pretrained, **arguments | kwargs)
 
 
 @register_model
@@ -231,5 +245,5 @@ def agent_cswin_small(pretrained: bool = False, **kwargs) -> AgentCSwin:
 
 @register_model
 def agent_cswin_base(pretrained: bool = False, **kwargs) -> AgentCSwin:
-    large = {"dim": 96, "depths": (3, 6, 29, 2), "heads": (4, 8, 16, 32)}
-    return AgentCSwin.build("agent_cswin_base", pretrained, **large | kwargs)
+    arguments = {"dim": 96, "depths": (3, 6, 29, 2), "heads": (4, 8, 16, 32)}
+    return AgentCSwin.build("agent_cswin_base", pretrained, **arguments | kwargs)

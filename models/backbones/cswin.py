@@ -1,26 +1,26 @@
-"""CSWin Transformer: A General Vision Transformer Backbone with Cross-Shaped Windows (Dong et al., CVPR 2022,
-arXiv:2107.00652).
+"""CSWin Transformer (Dong et al., CVPR 2022, arXiv:2107.00652).
 
-Written after the paper and the authors' repository, microsoft/CSWin-Transformer (MIT); its checkpoints load. Their
-classifier makes one window of a map as wide as its strips, in any stage; here, as in their dense code, the last does.
+Paper: CSWin Transformer: A General Vision Transformer Backbone with Cross-Shaped Windows. Written after the paper and
+the authors' repository, microsoft/CSWin-Transformer (MIT); its checkpoints load. The authors' classifier attends to the
+whole map in every stage whose map is as wide as the strips. Here, as in the authors' dense code, only the last stage
+does so.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d, calculate_drop_path_rates
+from timm.layers import LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from models.backbones.swin import Block
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
 
 
 class StemConv2d(nn.Conv2d):
-    """Convolution of patches of 4 x 4 pixels that overlap: (B, C, H, W) to (B, dim, ⌈H / 4⌉, ⌈W / 4⌉)."""
+    """Convolution of overlapping patches with stride 4: (B, C, H, W) to (B, dim, ⌈H / 4⌉, ⌈W / 4⌉)."""
 
     def __init__(self, in_chans: int, dim: int):
         super().__init__(in_chans, dim, 7, stride=4, padding=2)
@@ -30,11 +30,18 @@ class StemConv2d(nn.Conv2d):
 
 
 class CSWin(HierarchicalBackbone):
-    """Args:
-    dim: channels of the first stage; each further one has twice as many.
-    depths, heads: blocks and attention heads of each stage.
-    splits: width of the strips in each stage, 0 for the whole map; the third is 12 in checkpoints for 384 pixels.
-    mixers: token mixers, as `ops.parse_mixers` reads them; by default cross-shaped windows.
+    """Pyramid with cross-shaped window attention.
+
+    Args:
+        dim: Number of channels of the first stage; every further stage has twice as many.
+        depths: Number of blocks in each stage.
+        heads: Number of attention heads in each stage.
+        splits: Width of the strips in each stage, in tokens; 0 is the whole map. In checkpoints for 384 pixels the
+            third is 12.
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: cross-shaped windows.
+        in_chans: Number of channels of the images.
+        drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
+        **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
     block: type[nn.Module] = Block
@@ -62,9 +69,7 @@ class CSWin(HierarchicalBackbone):
         if mixers is None:
             mixers = [{"name": "cross_shaped_window", "split": split} for split in splits]
         specs = parse_mixers(mixers, depths)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        dims = [dim * 2**i for i in range(len(depths))]
-        strides = [4 * 2**i for i in range(len(depths))]
+        dims, strides, rates = stage_layout(dim, depths, drop_path_rate)
         stages = []
         for i, width in enumerate(dims):
             conv = nn.Conv2d(dims[i - 1], width, 3, stride=2, padding=1) if i else StemConv2d(in_chans, width)
@@ -74,13 +79,6 @@ class CSWin(HierarchicalBackbone):
         super().__init__(stages, dims, strides, LayerNorm2d(dims[-1], eps=1e-5), in_chans=in_chans, **kwargs)
         self.apply(init_weights)
 
-
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    "cswin__cswin_64_12211_tiny_224": "cswin_tiny",
-    "cswin__cswin_64_24322_small_224": "cswin_small",
-    "cswin__cswin_96_24322_base_224": "cswin_base",
-    **{f"cswin__cswin_tiny_{name}": ("cswin_tiny", {"norms": True}) for name in ("seg", "seg_pad")},
-}
 
 _RELEASES = "https://github.com/microsoft/CSWin-Transformer/releases/download/v0.1.0/cswin_"
 default_cfgs = generate_default_cfgs(
@@ -107,11 +105,11 @@ def cswin_small(pretrained: bool = False, **kwargs) -> CSWin:
 
 @register_model
 def cswin_base(pretrained: bool = False, **kwargs) -> CSWin:
-    large = {"dim": 96, "depths": (2, 4, 32, 2), "heads": (4, 8, 16, 32)}
-    return CSWin.build("cswin_base", pretrained, **large | kwargs)
+    arguments = {"dim": 96, "depths": (2, 4, 32, 2), "heads": (4, 8, 16, 32)}
+    return CSWin.build("cswin_base", pretrained, **arguments | kwargs)
 
 
 @register_model
 def cswin_large(pretrained: bool = False, **kwargs) -> CSWin:
-    large = {"dim": 144, "depths": (2, 4, 32, 2), "heads": (6, 12, 24, 24)}
-    return CSWin.build("cswin_large", pretrained, **large | kwargs)
+    arguments = {"dim": 144, "depths": (2, 4, 32, 2), "heads": (6, 12, 24, 24)}
+    return CSWin.build("cswin_large", pretrained, **arguments | kwargs)

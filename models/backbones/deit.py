@@ -1,8 +1,8 @@
-"""DeiT: Training Data-efficient Image Transformers & Distillation through Attention (Touvron et al., ICML 2021,
-arXiv:2012.12877).
+"""DeiT (Touvron et al., ICML 2021, arXiv:2012.12877).
 
-Written after the paper and the authors' repository, facebookresearch/deit (Apache-2.0); its checkpoints load. timm has
-the nets too (`deit_tiny_patch16_224`), and those with a distillation token; these take any token mixer.
+Paper: Training Data-efficient Image Transformers & Distillation through Attention. Written after the paper and the
+authors' repository, facebookresearch/deit (Apache-2.0); its checkpoints load. timm has the nets too
+(`deit_tiny_patch16_224`), and the nets with a distillation token; the nets here take any token mixer.
 """
 
 from typing import Any
@@ -14,10 +14,13 @@ from models.plain import PlainBackbone
 
 
 class DeiT(PlainBackbone):
+    """ViT's layout, with the names of DeiT's checkpoints."""
+
     renames = ((r"\.attn\.", ".mixer."),)
 
 
 def deit_cfg(url: Any) -> dict:
+    """Return the `default_cfgs` entry of a net in DeiT's layout, whose positions belong to one image size."""
     return imagenet_cfg(url, pool_size=None, first_conv="patch_embed.proj", fixed_input_size=True)
 
 

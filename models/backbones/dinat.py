@@ -1,8 +1,8 @@
 """DiNAT: Dilated Neighborhood Attention Transformer (Hassani and Shi, 2022, arXiv:2209.15001).
 
-NAT with dilated neighbourhoods in every second block; and DiNATs, Swin with them in place of its windows. Written after
-the paper and the authors' repository, SHI-Labs/Neighborhood-Attention-Transformer (MIT); its checkpoints load. For
-larger images the authors give the same weights larger `dilations`:
+DiNAT is NAT with dilated neighbourhoods in every second block; DiNATs is Swin with such neighbourhoods in place of
+windows. Written after the paper and the authors' repository, SHI-Labs/Neighborhood-Attention-Transformer (MIT); its
+checkpoints load. For larger images the authors use the same weights with larger `dilations`:
 
     384 pixels                  (1, 13), (1, 6), (1, 3), (1,)
     segmentation, 512 pixels    (1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2)
@@ -17,15 +17,9 @@ from models.backbones.nat import BASE, NAT, SMALL, neighborhoods
 from models.backbones.swin import Swin
 from models.hierarchical import imagenet_cfg
 
-DILATIONS = ((1, 8), (1, 4), (1, 2), (1,))  # at 224 pixels, as far apart as maps of 56, 28, 14 and 7 tokens have room
+# At 224 pixels the maps have 56, 28, 14 and 7 tokens a side: the largest dilations for which 7 neighbours fit in.
+DILATIONS = ((1, 8), (1, 4), (1, 2), (1,))
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"dinat__{name}": name for name in ("dinat_mini", "dinat_tiny", "dinat_small", "dinat_base")},
-    "dinat__dinat_mini_seg": (
-        "dinat_mini",
-        {"norms": True, "dilations": ((1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2))},
-    ),
-}
 
 _RELEASES = "https://shi-labs.com/projects/dinat/checkpoints/"
 default_cfgs = generate_default_cfgs(
@@ -42,10 +36,12 @@ default_cfgs = generate_default_cfgs(
 
 
 def _dinat(name: str, pretrained: bool, **kwargs: Any) -> NAT:
+    """Build NAT with dilated neighbourhoods."""
     return NAT.build(name, pretrained, **{"dilations": DILATIONS} | kwargs)
 
 
 def _dinat_s(name: str, pretrained: bool, **kwargs: Any) -> Swin:
+    """Build Swin with dilated neighbourhoods; `dilations` is an argument of ours that Swin does not have."""
     mixers = neighborhoods(kwargs.pop("dilations", DILATIONS))
     return Swin.build(name, pretrained, **{"mixers": mixers} | kwargs)
 
@@ -87,12 +83,11 @@ def dinat_s_small(pretrained: bool = False, **kwargs) -> Swin:
 
 @register_model
 def dinat_s_base(pretrained: bool = False, **kwargs) -> Swin:
-    return _dinat_s(
-        "dinat_s_base", pretrained, **{"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)} | kwargs
-    )
+    arguments = {"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)}
+    return _dinat_s("dinat_s_base", pretrained, **arguments | kwargs)
 
 
 @register_model
 def dinat_s_large(pretrained: bool = False, **kwargs) -> Swin:
-    large = {"dim": 192, "depths": (2, 2, 18, 2), "heads": (6, 12, 24, 48)}
-    return _dinat_s("dinat_s_large", pretrained, **large | kwargs)
+    arguments = {"dim": 192, "depths": (2, 2, 18, 2), "heads": (6, 12, 24, 48)}
+    return _dinat_s("dinat_s_large", pretrained, **arguments | kwargs)

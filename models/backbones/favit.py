@@ -1,30 +1,35 @@
-"""FaViT: Factorization Vision Transformer, Modeling Long Range Dependency with Local Window Cost (Qin et al., TNNLS
-2023, arXiv:2312.08614).
+"""FaViT (Qin et al., TNNLS 2023, arXiv:2312.08614).
 
-Written after the paper and what the authors' repository, q2479036243/FaViT, computes; it names no licence: nothing of
-it is here. Checkpoints under its names load; none are released.
+Paper: Factorization Vision Transformer: Modeling Long Range Dependency with Local Window Cost. Written after the paper
+and what the authors' repository, q2479036243/FaViT, computes. The repository names no licence, so none of its code is
+here. Checkpoints under the authors' names load; none is released.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from models.hierarchical import HierarchicalBackbone, imagenet_cfg
+from models.hierarchical import HierarchicalBackbone, imagenet_cfg, stage_layout
 from models.layers.pvt_v2 import RENAMES, Block, DepthwiseMlp, NormedStage, init_conv
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
 
 
 class FaViT(HierarchicalBackbone):
-    """The frame of PVTv2: patches overlap, and the map of each stage is normed, for the next stage as for a detector.
+    """PVTv2's layout with factorization self-attention.
+
+    Patches overlap, and a norm ends each stage: the next stage and a detector both read the normed map.
 
     Args:
-        dim: channels of the first stage; each further one has twice as many.
-        depths, heads, mlp_ratios: blocks, attention heads and width of the MLP of each stage.
-        mixers: token mixers, as `ops.parse_mixers` reads them; by default factorization.
+        dim: Number of channels of the first stage; every further stage has twice as many.
+        depths: Number of blocks in each stage.
+        heads: Number of attention heads in each stage.
+        mlp_ratios: Width of the MLP in each stage, relative to the channels.
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: factorization.
+        in_chans: Number of channels of the images.
+        drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
+        **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
     renames = RENAMES
@@ -41,9 +46,7 @@ class FaViT(HierarchicalBackbone):
         **kwargs,
     ):
         specs = parse_mixers(mixers, depths)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        dims = [dim * 2**i for i in range(len(depths))]
-        strides = [4 * 2**i for i in range(len(depths))]
+        dims, strides, rates = stage_layout(dim, depths, drop_path_rate)
         stages = []
         for i, width in enumerate(dims):
             ops, contexts = create_ops(specs[i], width, heads[i], stage=i, stride=strides[i])
@@ -55,11 +58,6 @@ class FaViT(HierarchicalBackbone):
         super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, **kwargs)
         self.apply(init_conv)
 
-
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"favit__favit_b{size}": f"favit_b{size}" for size in range(4)},
-    "favit__favit_b1_stages": ("favit_b1", {}),
-}
 
 default_cfgs = generate_default_cfgs({f"favit_b{size}": imagenet_cfg() for size in range(4)})
 

@@ -1,6 +1,6 @@
-"""InLine-DeiT, InLine-PVT, InLine-Swin and InLine-CSwin: Bridging the Divide, Reconsidering Softmax and Linear
-Attention (Han et al., NeurIPS 2024, arXiv:2412.06590).
+"""InLine-DeiT, InLine-PVT, InLine-Swin and InLine-CSwin: nets with injective and local (InLine) linear attention.
 
+Paper: Bridging the Divide: Reconsidering Softmax and Linear Attention (Han et al., NeurIPS 2024, arXiv:2412.06590).
 Written after the paper and the authors' repository, LeapLabTHU/InLine (no licence of its own); its checkpoints load.
 """
 
@@ -21,9 +21,14 @@ from ops.registry import Spec
 
 
 class InLineSwin(Swin):
-    """Args:
-    inline_blocks: the first so many blocks of each stage have InLine attention, the rest shifted windows.
-    window: side of those; checkpoints for 224 pixels have 7, those for 384 pixels 12.
+    """Swin with InLine attention in the leading blocks of each stage and shifted windows in the others.
+
+    Args:
+        depths: Number of blocks in each stage.
+        inline_blocks: Number of leading blocks with InLine attention in each stage.
+        window: Side of a window. Checkpoints for 224 pixels have 7, checkpoints for 384 pixels have 12.
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: as above.
+        **kwargs: Further arguments of `Swin`.
     """
 
     def __init__(
@@ -36,13 +41,18 @@ class InLineSwin(Swin):
     ):
         if mixers is None:
             other: Spec = {"name": "window", "window": window}
-            pairs = zip(inline_blocks, depths, strict=True)
-            mixers = [(["inline"] * count + [other] * depth)[:depth] for count, depth in pairs]
+            mixers = [
+                ["inline" if block < count else other for block in range(depth)]
+                for count, depth in zip(inline_blocks, depths, strict=True)
+            ]
         super().__init__(depths=depths, mixers=mixers, **kwargs)
 
 
 class Block(swin.Block):
-    """In CSwin's layout, the authors make the convolution's kernels from the mean of the map before the norm."""
+    """Swin's block that gives InLine attention the mean of the map before the norm.
+
+    In CSwin's layout, the authors compute the kernels of the attention's convolution from that mean.
+    """
 
     def forward(self, x: Tensor, **context) -> Tensor:
         if isinstance(self.mixer, InLineAttention):
@@ -51,10 +61,13 @@ class Block(swin.Block):
 
 
 class InLineCSwin(CSWin):
-    """InLine attention in the first two stages, cross-shaped windows in the others.
+    """CSwin with InLine attention in the first two stages and cross-shaped windows in the others.
 
     Args:
-        split: width of the strips in the third stage; it is 12 in checkpoints for 384 pixels.
+        depths: Number of blocks in each stage.
+        split: Width of the strips in the third stage, in tokens. Checkpoints for 384 pixels have 12.
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: as above.
+        **kwargs: Further arguments of `CSWin`.
     """
 
     block = Block
@@ -70,18 +83,6 @@ class InLineCSwin(CSWin):
             inline: Spec = {"name": "inline", "lepe_kernel": 3}
             mixers = [inline, inline, {"name": "cross_shaped_window", "split": split}, "cross_shaped_window"]
         super().__init__(depths=depths, mixers=mixers, **kwargs)
-
-
-# PVT with twice the heads, without a class token and without a norm before the classifier
-PVT_ARGS: Any = {"heads": (2, 4, 10, 16), "mixers": "inline", "class_token": False, "final_norm": False}
-
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    "inline__inline_deit_t": "inline_deit_tiny",
-    "inline__inline_deit_s": "inline_deit_small",
-    "inline__inline_pvt_t": "inline_pvt_tiny",
-    "inline__inline_swin_t": "inline_swin_tiny",
-    "inline__inline_cswin_t": "inline_cswin_tiny",
-}
 
 
 def _url(share: str, name: str) -> tuple[str, str]:
@@ -110,24 +111,28 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+# PVT with twice the heads, without a class token and without a norm before the classifier.
+PVT_ARGS: Any = {"heads": (2, 4, 10, 16), "mixers": "inline", "class_token": False, "final_norm": False}
+
+
 @register_model
 def inline_deit_tiny(pretrained: bool = False, **kwargs) -> DeiT:
-    tiny = {"dim": 192, "heads": 6, "mixers": "inline"}
-    return DeiT.build("inline_deit_tiny", pretrained, **tiny | kwargs)
+    arguments = {"dim": 192, "heads": 6, "mixers": "inline"}
+    return DeiT.build("inline_deit_tiny", pretrained, **arguments | kwargs)
 
 
 @register_model
 def inline_deit_small(pretrained: bool = False, **kwargs) -> DeiT:
-    """Of 288 pixels, and narrower than DeiT-S."""
-    small = {"img_size": 288, "dim": 320, "heads": 10, "mixers": "inline"}
-    return DeiT.build("inline_deit_small", pretrained, **small | kwargs)
+    """Build a net for 288 pixels that is narrower than DeiT-S."""
+    arguments = {"img_size": 288, "dim": 320, "heads": 10, "mixers": "inline"}
+    return DeiT.build("inline_deit_small", pretrained, **arguments | kwargs)
 
 
 @register_model
 def inline_deit_base(pretrained: bool = False, **kwargs) -> DeiT:
-    """Of 448 pixels, and as wide as DeiT-S."""
-    base = {"img_size": 448, "dim": 384, "heads": 12, "mixers": "inline"}
-    return DeiT.build("inline_deit_base", pretrained, **base | kwargs)
+    """Build a net for 448 pixels that is as wide as DeiT-S."""
+    arguments = {"img_size": 448, "dim": 384, "heads": 12, "mixers": "inline"}
+    return DeiT.build("inline_deit_base", pretrained, **arguments | kwargs)
 
 
 @register_model
@@ -157,14 +162,14 @@ def inline_swin_tiny(pretrained: bool = False, **kwargs) -> InLineSwin:
 
 @register_model
 def inline_swin_small(pretrained: bool = False, **kwargs) -> InLineSwin:
-    small = {"depths": (2, 2, 18, 2), "inline_blocks": (2, 2, 0, 0)}
-    return InLineSwin.build("inline_swin_small", pretrained, **small | kwargs)
+    arguments = {"depths": (2, 2, 18, 2), "inline_blocks": (2, 2, 0, 0)}
+    return InLineSwin.build("inline_swin_small", pretrained, **arguments | kwargs)
 
 
 @register_model
 def inline_swin_base(pretrained: bool = False, **kwargs) -> InLineSwin:
-    large = {"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32), "inline_blocks": (2, 2, 2, 0)}
-    return InLineSwin.build("inline_swin_base", pretrained, **large | kwargs)
+    arguments = {"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32), "inline_blocks": (2, 2, 2, 0)}
+    return InLineSwin.build("inline_swin_base", pretrained, **arguments | kwargs)
 
 
 @register_model
@@ -179,5 +184,5 @@ def inline_cswin_small(pretrained: bool = False, **kwargs) -> InLineCSwin:
 
 @register_model
 def inline_cswin_base(pretrained: bool = False, **kwargs) -> InLineCSwin:
-    large = {"dim": 96, "depths": (3, 6, 29, 2), "heads": (4, 8, 16, 32)}
-    return InLineCSwin.build("inline_cswin_base", pretrained, **large | kwargs)
+    arguments = {"dim": 96, "depths": (3, 6, 29, 2), "heads": (4, 8, 16, 32)}
+    return InLineCSwin.build("inline_cswin_base", pretrained, **arguments | kwargs)

@@ -4,14 +4,13 @@ Written after the paper and the author's repository, ChuanyangZheng/L2ViT (MIT);
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, Mlp, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, stage_layout
 from models.layers.conv import conv_bn
 from models.layers.downsample import PatchConv2d
 from ops import create_ops, parse_mixers
@@ -19,7 +18,7 @@ from ops.registry import Spec
 
 
 class Stem(nn.Sequential):
-    """Two convolutions and norms: (B, C, H, W) to (B, dim, ⌈H / 4⌉, ⌈W / 4⌉)."""
+    """Two convolutions with stride 2, and norms: (B, C, H, W) to (B, dim, ⌈H / 4⌉, ⌈W / 4⌉)."""
 
     def __init__(self, in_chans: int, dim: int):
         half = dim // 2
@@ -30,7 +29,7 @@ class Stem(nn.Sequential):
 
 
 class Concentration(nn.Sequential):
-    """The paper's local concentration module after a norm: two depthwise convolutions of 7 x 7 tokens."""
+    """Norm and the paper's local concentration module: two depthwise convolutions of 7 x 7 tokens."""
 
     def __init__(self, dim: int):
         first, second = (nn.Conv2d(dim, dim, 7, padding=3, groups=dim) for _ in range(2))
@@ -38,9 +37,14 @@ class Concentration(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Depthwise-convolution position, token mixing, a local step and MLP, each added to the map (B, C, H, W).
+    """Depthwise convolution (position), token mixing, a local step and MLP, each added to the map (B, C, H, W).
 
-    The local step is local concentration in blocks for the whole map, position once more in those for windows.
+    Args:
+        dim: Number of channels.
+        mixer: Token mixer.
+        drop_path: Drop path rate.
+        whole: The mixer attends to the whole map, so that the local step is local concentration. Otherwise the mixer
+            attends within windows, and the local step is a second depthwise convolution for position.
     """
 
     def __init__(self, dim: int, mixer: nn.Module, drop_path: float, whole: bool):
@@ -61,14 +65,26 @@ class Block(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
+def init_normal(module: nn.Module) -> None:
+    """Initialise linear layers and convolutions as the author does, for `nn.Module.apply`."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class L2ViT(HierarchicalBackbone):
-    """In each stage, blocks for windows and blocks for the whole map take turns.
+    """Pyramid whose blocks alternate between attention within windows and linear attention to the whole map.
 
     Args:
-        dim: channels of the first stage; each further one has twice as many.
-        depths, heads: blocks and attention heads of each stage.
-        window: side of a window; checkpoints for 224 pixels have 7, those for 384 pixels 12.
-        mixers: token mixers, as `ops.parse_mixers` reads them; by default windows and linear attention in turns.
+        dim: Number of channels of the first stage; every further stage has twice as many.
+        depths: Number of blocks in each stage.
+        heads: Number of attention heads in each stage.
+        window: Side of a window. Checkpoints for 224 pixels have 7, checkpoints for 384 pixels have 12.
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: as above.
+        in_chans: Number of channels of the images.
+        drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
+        **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
     map_norms = True
@@ -98,11 +114,10 @@ class L2ViT(HierarchicalBackbone):
         drop_path_rate: float = 0.0,
         **kwargs,
     ):
-        turns = [{"name": "plain_window", "window": window}, "enhanced_linear"]
-        specs = parse_mixers([turns] * len(depths) if mixers is None else mixers, depths)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        dims = [dim * 2**i for i in range(len(depths))]
-        strides = [4 * 2**i for i in range(len(depths))]
+        if mixers is None:
+            mixers = [[{"name": "plain_window", "window": window}, "enhanced_linear"]] * len(depths)
+        specs = parse_mixers(mixers, depths)
+        dims, strides, rates = stage_layout(dim, depths, drop_path_rate)
         stages = []
         for i, width in enumerate(dims):
             downsample = Stem(in_chans, width)
@@ -110,25 +125,12 @@ class L2ViT(HierarchicalBackbone):
                 downsample = nn.Sequential(LayerNorm2d(dims[i - 1], eps=1e-5), PatchConv2d(dims[i - 1], width, 2))
             ops, contexts = create_ops(specs[i], width, heads[i], stage=i, stride=strides[i])
             blocks = [
-                Block(width, op, rate, j % 2 == 1) for j, (op, rate) in enumerate(zip(ops, rates[i], strict=True))
+                Block(width, op, rate, whole=j % 2 == 1) for j, (op, rate) in enumerate(zip(ops, rates[i], strict=True))
             ]
             stages.append(Stage(downsample, blocks, contexts))
         super().__init__(stages, dims, strides, LayerNorm2d(dims[-1], eps=1e-5), in_chans=in_chans, **kwargs)
         self.apply(init_normal)
 
-
-def init_normal(module: nn.Module) -> None:
-    """As the author starts linear layers and convolutions alike; for `nn.Module.apply`."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"l2vit__{name}": name for name in ("l2vit_tiny", "l2vit_small", "l2vit_base")},
-    "l2vit__l2vit_tiny_seg_pad": ("l2vit_tiny", {"norms": True}),
-}
 
 _RELEASES = "https://github.com/ChuanyangZheng/L2ViT/releases/download/v1.0/L2ViT-"
 default_cfgs = generate_default_cfgs(
@@ -139,7 +141,8 @@ default_cfgs = generate_default_cfgs(
     | {
         "l2vit_base.in22k": imagenet_cfg(f"{_RELEASES}Base-22k-pretrain-checkpoint-best.pth", num_classes=21841),
         "l2vit_base.in22k_ft_in1k": imagenet_cfg(f"{_RELEASES}Base-22k21k-finetune-224-checkpoint-best.pth"),
-        "l2vit_base.in22k_ft_in1k_384": imagenet_cfg(  # with window=12
+        # These weights are for `window=12`.
+        "l2vit_base.in22k_ft_in1k_384": imagenet_cfg(
             f"{_RELEASES}Base-22k21k-finetune-384-checkpoint-best.pth",
             input_size=(3, 384, 384),
             pool_size=(12, 12),
@@ -161,5 +164,5 @@ def l2vit_small(pretrained: bool = False, **kwargs) -> L2ViT:
 
 @register_model
 def l2vit_base(pretrained: bool = False, **kwargs) -> L2ViT:
-    large = {"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)}
-    return L2ViT.build("l2vit_base", pretrained, **large | kwargs)
+    arguments = {"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)}
+    return L2ViT.build("l2vit_base", pretrained, **arguments | kwargs)

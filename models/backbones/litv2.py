@@ -1,21 +1,20 @@
 """LITv2: Fast Vision Transformers with HiLo Attention (Pan et al., NeurIPS 2022, arXiv:2205.13213).
 
 Written after the paper and the authors' repository, ziplab/LITv2 (Apache-2.0); its checkpoints load. The authors
-train the layers `offset` with a hundredth of the learning rate.
+train the layers called `offset` with a hundredth of the learning rate.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 from torchvision.ops import deform_conv2d
 
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
 from models.layers.downsample import patch_embed
 from models.layers.pvt_v2 import DepthwiseMlp
 from ops import create_ops, parse_mixers
@@ -23,7 +22,7 @@ from ops.registry import Spec
 
 
 class Block(nn.Module):
-    """Token mixing (if any) and MLP, each added to the map (B, C, H, W)."""
+    """Token mixing and MLP, each added to the map (B, C, H, W); without a mixer only the MLP."""
 
     def __init__(self, dim: int, mixer: nn.Module | None, drop_path: float):
         super().__init__()
@@ -44,7 +43,13 @@ class Block(nn.Module):
 class DeformableMerging(nn.Conv2d):
     """2 x 2 convolution with stride 2 whose four samples are each moved by a learned offset (Dai et al., ICCV 2017).
 
-    Of an odd side, the last row or column is merged with zeros, or with `crop_odd` left out.
+    It maps (B, C, H, W) to (B, dim, ⌈H / 2⌉, ⌈W / 2⌉).
+
+    Args:
+        in_dim: Number of channels C of the input.
+        dim: Number of channels of the output.
+        crop_odd: Drop the last row or column of a map of odd side: the output is (B, dim, ⌊H / 2⌋, ⌊W / 2⌋). Otherwise
+            zeros pad the map.
     """
 
     bias: nn.Parameter
@@ -52,35 +57,41 @@ class DeformableMerging(nn.Conv2d):
     def __init__(self, in_dim: int, dim: int, crop_odd: bool):
         super().__init__(in_dim, dim, 2, stride=2)
         self.crop_odd = crop_odd
-        self.offset = nn.Conv2d(in_dim, 8, 2, stride=2)  # rows and columns, of each sample
+        # For each of the four samples one channel for rows and one for columns.
+        self.offset = nn.Conv2d(in_dim, 8, 2, stride=2)
         for parameter in self.offset.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.crop_odd:
             x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        wide = torch.promote_types(x.dtype, torch.float32)  # torchvision's kernels for the CPU know no bfloat16
-        x, offset, weight, bias = (t.to(wide) for t in (x, self.offset(x), self.weight, self.bias))
+        # torchvision's kernels for the CPU do not support bfloat16.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, offset, weight, bias = (t.to(dtype) for t in (x, self.offset(x), self.weight, self.bias))
         return deform_conv2d(x, offset, weight, bias, stride=(2, 2)).to(self.weight.dtype)
 
 
 @register_flop_formula(torch.ops.torchvision.deform_conv2d)
 def deform_conv2d_flops(x_shape, weight_shape, offset_shape, *args, out_shape, **kwargs) -> int:
-    """Those of a convolution."""
+    """Return the FLOPs of a convolution; the interpolation of the samples is not counted."""
     return 2 * out_shape.numel() * weight_shape[1:].numel()
 
 
 class LITv2(HierarchicalBackbone):
-    """Two stages without attention, then one with HiLo and one with full attention.
+    """Pyramid of two stages without attention, one with HiLo attention and one with full attention.
 
     Args:
-        dim: channels of the first stage; each further one has twice as many.
-        depths, heads: blocks and attention heads of each stage.
-        window: side of HiLo's windows in the third stage; the paper's detectors have 2 or 4.
-        mixers: token mixers, as `ops.parse_mixers` reads them, but one for all is for the last two stages, and None
-            in a list is a stage without; by default the paper's.
-        crop_odd: drop the last row or column of a map of odd side on merging, as the authors' dense code does, so
-            that maps are of ⌊H / 2⌋; by default zeros pad it.
+        dim: Number of channels of the first stage; every further stage has twice as many.
+        depths: Number of blocks in each stage.
+        heads: Number of attention heads in each stage.
+        window: Side of HiLo's windows in the third stage. The paper's detectors have 2 or 4.
+        mixers: Token mixers, as `ops.parse_mixers` reads them, with two differences: a single mixer is that of the last
+            two stages, and an entry None is a stage without attention. Default: as above.
+        crop_odd: Drop the last row or column of a map of odd side before downsampling, as the authors' dense code does.
+            By default zeros pad the map.
+        in_chans: Number of channels of the images.
+        drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
+        **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
     map_norms = True
@@ -111,10 +122,9 @@ class LITv2(HierarchicalBackbone):
             mixers = [None, None, {"name": "hilo", "window": window}, {"name": "hilo", "window": 1}]
         elif isinstance(mixers, (str, Mapping)):
             mixers = [None, None, mixers, mixers]
-        specs = parse_mixers([entry or "hilo" for entry in mixers], depths)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        dims = [dim * 2**i for i in range(len(depths))]
-        strides = [4 * 2**i for i in range(len(depths))]
+        # The mixers of stages without attention are parsed too, since each stage needs an entry, but not built.
+        specs = parse_mixers(["hilo" if entry is None else entry for entry in mixers], depths)
+        dims, strides, rates = stage_layout(dim, depths, drop_path_rate)
         stages = []
         for i, width in enumerate(dims):
             if i:
@@ -130,11 +140,6 @@ class LITv2(HierarchicalBackbone):
         super().__init__(stages, dims, strides, LayerNorm2d(dims[-1], eps=1e-5), in_chans=in_chans, **kwargs)
         self.apply(init_weights)
 
-
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"litv2__{name}": name for name in ("litv2_small", "litv2_medium", "litv2_base")},
-    **{f"litv2__litv2_small_{name}": ("litv2_small", {"norms": True, "crop_odd": True}) for name in ("seg", "seg_pad")},
-}
 
 _RELEASES = "https://github.com/ziplab/LITv2/releases/download/v1.0/litv2_"
 default_cfgs = generate_default_cfgs(
@@ -159,5 +164,5 @@ def litv2_medium(pretrained: bool = False, **kwargs) -> LITv2:
 
 @register_model
 def litv2_base(pretrained: bool = False, **kwargs) -> LITv2:
-    large = {"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)}
-    return LITv2.build("litv2_base", pretrained, **large | kwargs)
+    arguments = {"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)}
+    return LITv2.build("litv2_base", pretrained, **arguments | kwargs)

@@ -5,19 +5,26 @@ load.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-from timm.layers import DropPath, LayerNorm2d, LayerScale, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm2d, LayerScale, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
 
 
 class Block(nn.Module):
-    """Token mixing and MLP, each scaled by channel where `layer_scale` is given and added to the map (B, C, H, W)."""
+    """Token mixing and MLP, each added to the map (B, C, H, W).
+
+    Args:
+        dim: Number of channels.
+        mixer: Token mixer.
+        mlp_ratio: Width of the MLP relative to the channels.
+        layer_scale: Initial factor, learned for each channel, on what is added; None leaves it out.
+        drop_path: Drop path rate.
+    """
 
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, layer_scale: float | None, drop_path: float):
         super().__init__()
@@ -25,7 +32,8 @@ class Block(nn.Module):
         self.mixer = mixer
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
-        self.ls1, self.ls2 = (LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, **context) -> Tensor:
@@ -35,14 +43,31 @@ class Block(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
+def neighborhoods(dilations: Sequence[Sequence[int]], kernel: int = 7) -> list[list[Spec]]:
+    """Return mixers of neighbourhood attention.
+
+    Args:
+        dilations: For each stage the dilations that its blocks take in turn.
+        kernel: Side of a neighbourhood, in tokens.
+    """
+    return [[{"name": "neighborhood", "kernel": kernel, "dilation": d} for d in stage] for stage in dilations]
+
+
 class NAT(HierarchicalBackbone):
-    """Args:
-    dim: channels of the first stage; each further one has twice as many.
-    depths, heads: blocks and attention heads of each stage.
-    kernel: side of a neighbourhood.
-    dilations: of each stage's neighbourhoods, which its blocks take in turn.
-    layer_scale: start of the scale by channel of what a block adds; None leaves the scale out.
-    mixers: token mixers, as `ops.parse_mixers` reads them; by default neighbourhood attention.
+    """Pyramid with neighbourhood attention.
+
+    Args:
+        dim: Number of channels of the first stage; every further stage has twice as many.
+        depths: Number of blocks in each stage.
+        heads: Number of attention heads in each stage.
+        mlp_ratio: Width of the MLP relative to the channels.
+        kernel: Side of a neighbourhood, in tokens.
+        dilations: For each stage the dilations of the neighbourhoods, which the stage's blocks take in turn.
+        layer_scale: Initial factor, learned for each channel, on what a block adds; None leaves it out.
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: neighbourhood attention.
+        in_chans: Number of channels of the images.
+        drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
+        **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
     map_norms = True
@@ -72,16 +97,16 @@ class NAT(HierarchicalBackbone):
         **kwargs,
     ):
         specs = parse_mixers(neighborhoods(dilations, kernel) if mixers is None else mixers, depths)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        dims = [dim * 2**i for i in range(len(depths))]
-        strides = [4 * 2**i for i in range(len(depths))]
+        dims, strides, rates = stage_layout(dim, depths, drop_path_rate)
         stages = []
         for i, width in enumerate(dims):
             if i:
                 convs = [nn.Conv2d(dims[i - 1], width, 3, stride=2, padding=1, bias=False)]
             else:
-                widths = ((in_chans, width // 2), (width // 2, width))
-                convs = [nn.Conv2d(*pair, 3, stride=2, padding=1) for pair in widths]
+                convs = [
+                    nn.Conv2d(in_chans, width // 2, 3, stride=2, padding=1),
+                    nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
+                ]
             ops, contexts = create_ops(specs[i], width, heads[i], stage=i, stride=strides[i])
             blocks = [Block(width, op, mlp_ratio, layer_scale, rate) for op, rate in zip(ops, rates[i], strict=True)]
             stages.append(Stage(nn.Sequential(*convs, LayerNorm2d(width, eps=1e-5)), blocks, contexts))
@@ -89,23 +114,12 @@ class NAT(HierarchicalBackbone):
         self.apply(init_weights)
 
 
-def neighborhoods(dilations: Sequence[Sequence[int]], kernel: int = 7) -> list[list[Spec]]:
-    """Mixers of neighbourhood attention, of dilations that the blocks of each stage take in turn."""
-    return [[{"name": "neighborhood", "kernel": kernel, "dilation": d} for d in stage] for stage in dilations]
-
-
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"nat__{name}": name for name in ("nat_mini", "nat_tiny", "nat_small", "nat_base")},
-    **{f"nat__nat_mini_{name}": ("nat_mini", {"norms": True}) for name in ("seg", "seg_odd")},
-}
-
 default_cfgs = generate_default_cfgs(
     {
         f"nat_{size}.in1k": imagenet_cfg(f"https://shi-labs.com/projects/nat/checkpoints/CLS/nat_{size}.pth")
         for size in ("mini", "tiny", "small", "base")
     }
 )
-
 
 SMALL = {"dim": 96, "depths": (3, 4, 18, 5), "heads": (3, 6, 12, 24), "mlp_ratio": 2.0}
 BASE = {"dim": 128, "depths": (3, 4, 18, 5), "heads": (4, 8, 16, 32), "mlp_ratio": 2.0}

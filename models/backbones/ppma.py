@@ -1,25 +1,24 @@
-"""Polyline Path Masked Attention for Vision Transformer, PPMA (Zhao et al., 2025, arXiv:2506.15940).
+"""PPMA: Polyline Path Masked Attention for Vision Transformer (Zhao et al., 2025, arXiv:2506.15940).
 
 Written after the paper and the authors' repository, zhongchenzhao/PPMA (Apache-2.0); its checkpoints load.
 """
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, calculate_drop_path_rates
+from timm.layers import DropPath, LayerScale
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
 from models.layers.conv import conv_bn
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
 
 
 class DepthwiseMlp(nn.Module):
-    """An MLP on (B, H, W, C) that adds a depthwise convolution of its hidden map to it."""
+    """MLP on (B, H, W, C) that adds a depthwise convolution of the hidden map to the hidden map."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -33,7 +32,15 @@ class DepthwiseMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Depthwise-convolution position, token mixing and MLP, each added to the map (B, C, H, W)."""
+    """Depthwise convolution (position), token mixing and MLP, each added to the map (B, C, H, W).
+
+    Args:
+        dim: Number of channels.
+        mixer: Token mixer.
+        mlp_ratio: Width of the MLP relative to the channels.
+        drop_path: Drop path rate.
+        layer_scale: Learn a factor for each channel of what the mixer and the MLP add.
+    """
 
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float, layer_scale: bool):
         super().__init__()
@@ -53,7 +60,7 @@ class Block(nn.Module):
 
 
 class ProjectedNorm(nn.BatchNorm2d):
-    """The end of the net: a linear map to more channels, batch norm and swish."""
+    """Linear map to more channels, batch norm and swish: (B, in_dim, H, W) to (B, dim, H, W)."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__(dim)
@@ -64,11 +71,19 @@ class ProjectedNorm(nn.BatchNorm2d):
 
 
 class PPMA(HierarchicalBackbone):
-    """Args:
-    dims, depths, heads, mlp_ratios: channels, blocks, attention heads and width of the MLP of each stage.
-    chunk: of how many stages the attention is along rows and columns; that of the others is over the whole map.
-    mixers: token mixers, as `ops.parse_mixers` reads them; by default polyline path masked attention.
-    layer_scale: number of last stages whose blocks have a learned factor for each channel of what they add.
+    """Pyramid with polyline path masked attention.
+
+    Args:
+        dims: Number of channels of each stage.
+        depths: Number of blocks in each stage.
+        heads: Number of attention heads in each stage.
+        mlp_ratios: Width of the MLP in each stage, relative to the channels.
+        chunk: Number of leading stages with attention along rows and columns. The other stages attend to the whole map.
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: polyline path masked attention.
+        layer_scale: Number of last stages whose blocks have a learned factor for each channel of what they add.
+        in_chans: Number of channels of the images.
+        drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
+        **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
     renames = (
@@ -88,7 +103,8 @@ class PPMA(HierarchicalBackbone):
         (r"^proj\.", "norm.proj."),
     )
     map_norms = True
-    map_norm_eps = 1e-5  # of the authors' norms on dense features
+    # Epsilon of the authors' norms on dense features.
+    map_norm_eps = 1e-5
 
     def __init__(
         self,
@@ -107,13 +123,12 @@ class PPMA(HierarchicalBackbone):
             forms = ("chunk" if i < chunk else "whole" for i in range(len(dims)))
             mixers = [{"name": "polyline_path", "form": form} for form in forms]
         specs = parse_mixers(mixers, depths)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        strides = [4 * 2**i for i in range(len(dims))]
+        dims, strides, rates = stage_layout(dims, depths, drop_path_rate)
         half, gelu = dims[0] // 2, nn.GELU()
         stem = [*conv_bn(in_chans, half), gelu, *conv_bn(half, half, 1), gelu, *conv_bn(half, dims[0]), gelu]
         stages = []
         for i, dim in enumerate(dims):
-            downsample = nn.Sequential(*(conv_bn(dims[i - 1], dim) if i else (*stem, *conv_bn(dim, dim, 1))))
+            downsample = nn.Sequential(*(conv_bn(dims[i - 1], dim) if i else [*stem, *conv_bn(dim, dim, 1)]))
             ops, contexts = create_ops(specs[i], dim, heads[i], stage=i, stride=strides[i])
             blocks = [
                 Block(dim, op, mlp_ratios[i], rate, i >= len(dims) - layer_scale)
@@ -125,15 +140,10 @@ class PPMA(HierarchicalBackbone):
         self.apply(init_weights)
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The authors' layer scale is (1, 1, 1, C)."""
+        """Rename the authors' weights, and flatten their layer scales from (1, 1, 1, C) to (C,)."""
         state = super().checkpoint_filter(state)
         return {key: value.flatten() if re.search(r"scale\d\.gamma$", key) else value for key, value in state.items()}
 
-
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"ppma__ppmavit_{size[0]}": f"ppma_{size}" for size in ("tiny", "small", "base")},
-    "ppma__ppmavit_t_stages": ("ppma_tiny", {"norms": True}),
-}
 
 _CHECKPOINTS = "https://huggingface.co/ZhongchenZhao/PPMA/resolve/main/checkpoints/classification/"
 default_cfgs = generate_default_cfgs(
@@ -151,13 +161,13 @@ def ppma_tiny(pretrained: bool = False, **kwargs) -> PPMA:
 
 @register_model
 def ppma_small(pretrained: bool = False, **kwargs) -> PPMA:
-    small = {"depths": (3, 4, 18, 4), "mlp_ratios": (4.0, 4.0, 3.0, 3.0), "chunk": 3}
-    return PPMA.build("ppma_small", pretrained, **small | kwargs)
+    arguments = {"depths": (3, 4, 18, 4), "mlp_ratios": (4.0, 4.0, 3.0, 3.0), "chunk": 3}
+    return PPMA.build("ppma_small", pretrained, **arguments | kwargs)
 
 
 @register_model
 def ppma_base(pretrained: bool = False, **kwargs) -> PPMA:
-    base = {
+    arguments = {
         "dims": (80, 160, 320, 512),
         "depths": (4, 8, 25, 8),
         "heads": (5, 5, 10, 16),
@@ -165,4 +175,4 @@ def ppma_base(pretrained: bool = False, **kwargs) -> PPMA:
         "chunk": 3,
         "layer_scale": 2,
     }
-    return PPMA.build("ppma_base", pretrained, **base | kwargs)
+    return PPMA.build("ppma_base", pretrained, **arguments | kwargs)

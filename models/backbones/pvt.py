@@ -1,21 +1,20 @@
-"""PVT: Pyramid Vision Transformer, a Versatile Backbone for Dense Prediction without Convolutions (Wang et al., ICCV
-2021, arXiv:2102.12122).
+"""PVT: Pyramid Vision Transformer (Wang et al., ICCV 2021, arXiv:2102.12122).
 
-Written after the paper and the authors' repository, whai362/PVT (Apache-2.0); its checkpoints load. Version 2 is
-timm's.
+Paper: Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions. Written after the
+paper and the authors' repository, whai362/PVT (Apache-2.0); its checkpoints load. timm has version 2.
 """
 
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from timm.layers import LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerNorm2d, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from models import plain
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
 from models.layers.downsample import PatchConv2d
 from models.layers.position import fit_positions, grid_of, resize_positions
 from ops import create_ops, parse_mixers
@@ -23,10 +22,15 @@ from ops.registry import Spec, take_extra
 
 
 class PatchEmbed(nn.Module):
-    """Patches of the map (B, C, H, W), a norm, and positions, interpolated from those of `grid`.
+    """Patch embedding, norm and learned positions: (B, C, H, W) to (B, dim, ⌈H / patch⌉, ⌈W / patch⌉).
 
     Args:
-        extra: tokens beside the map that have a position too, before those of the map.
+        in_dim: Number of channels C of the input.
+        dim: Number of channels of the output.
+        patch: Side of a patch.
+        grid: Height and width, in tokens, of the map that the positions are learned for; the positions of a map of
+            another size are interpolated.
+        extra: Number of tokens beside the map that have a position too. These positions are the first of the table.
     """
 
     def __init__(self, in_dim: int, dim: int, patch: int, grid: tuple[int, int], extra: int = 0):
@@ -46,26 +50,36 @@ class PatchEmbed(nn.Module):
 
 
 class Block(plain.Block):
-    """The block of plain nets for maps (B, C, H, W)."""
+    """Block of ViT-shaped nets for maps (B, C, H, W)."""
 
     def forward(self, x: Tensor, **context) -> Tensor:
         tokens = self.tokens(x.flatten(2).transpose(1, 2), x.shape[2:], **context)
         return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
 
     def tokens(self, x: Tensor, size: Sequence[int], **context) -> Tensor:
+        """Mix tokens (B, E + H * W, C), of which the first E are beside the map of size (H, W)."""
         return super().forward(x, size, **context)
 
 
 class PVT(HierarchicalBackbone):
-    """The classifier reads a class token that passes through the last stage beside the map, if all ops of that stage
-    take it; else the mean of the map. Maps are made without the class token, as in the authors' dense nets.
+    """Pyramid with learned positions, spatial reduction attention and a class token in the last stage.
+
+    The classifier reads the class token if all ops of the last stage take extra tokens, and the mean of the map
+    otherwise. As in the authors' dense nets, the maps of `forward_intermediates` are computed without the class token.
 
     Args:
-        dims, depths, heads, mlp_ratios: channels, blocks, attention heads and widths of the MLP of each stage.
-        mixers: token mixers, as `ops.parse_mixers` reads them; by default spatial reduction.
-        class_token: False leaves it out.
+        dims: Number of channels of each stage.
+        depths: Number of blocks in each stage.
+        heads: Number of attention heads in each stage.
+        mlp_ratios: Width of the MLP in each stage, relative to the channels.
+        mixers: Token mixers, as `ops.parse_mixers` reads them.
+        class_token: False leaves out the class token.
         final_norm: False leaves out the norm before the classifier.
-        img_size: of the images that the positions are learned for.
+        img_size: Side or (height, width) in pixels of the images that the positions are learned for.
+        in_chans: Number of channels of the images.
+        global_pool: "token", "avg" or "". Default: "token" with a class token, "avg" without one.
+        drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
+        **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
     renames = (
@@ -92,8 +106,7 @@ class PVT(HierarchicalBackbone):
     ):
         specs = parse_mixers(mixers, depths)
         self.extra = int(class_token and take_extra(specs[-1]))
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        strides = [4 * 2**i for i in range(len(dims))]
+        dims, strides, rates = stage_layout(dims, depths, drop_path_rate)
         stages = []
         for i, dim in enumerate(dims):
             extra = self.extra if i == len(dims) - 1 else 0
@@ -103,8 +116,9 @@ class PVT(HierarchicalBackbone):
             blocks = [Block(dim, op, mlp_ratios[i], rate) for op, rate in zip(ops, rates[i], strict=True)]
             stages.append(Stage(downsample, blocks, contexts))
         norm = LayerNorm2d(dims[-1], eps=1e-6) if final_norm else nn.Identity()
-        pool = ("token" if self.extra else "avg") if global_pool is None else global_pool
-        super().__init__(stages, dims, strides, norm, in_chans=in_chans, global_pool=pool, **kwargs)
+        if global_pool is None:
+            global_pool = "token" if self.extra else "avg"
+        super().__init__(stages, dims, strides, norm, in_chans=in_chans, global_pool=global_pool, **kwargs)
         self.cls_token = nn.Parameter(trunc_normal_(torch.empty(1, 1, dims[-1]), std=0.02)) if self.extra else None
         self.apply(init_weights)
 
@@ -118,11 +132,11 @@ class PVT(HierarchicalBackbone):
         return super().no_weight_decay() | ({"cls_token"} if self.cls_token is not None else set())
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The authors project queries apart from keys and values: together for the ops that do so."""
+        """Rename the authors' weights, and join those of `q` and `kv` for ops that project all three by `qkv`."""
         state = super().checkpoint_filter(state)
-        for key in [f"{prefix}.qkv.{leaf}" for prefix, _ in self.named_modules() for leaf in ("weight", "bias")]:
-            parts = [key.replace(".qkv.", f".{name}.") for name in ("q", "kv")]
-            if key in self.state_dict() and set(parts) <= set(state):
+        for key in self.state_dict():
+            parts = [key.replace(".qkv.", ".q."), key.replace(".qkv.", ".kv.")]
+            if ".qkv." in key and set(parts) <= set(state):
                 state[key] = torch.cat([state.pop(part) for part in parts])
         return state
 
@@ -141,7 +155,7 @@ class PVT(HierarchicalBackbone):
         return self.forward_features(x), maps
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last map (B, C, H, W), or with a class token all tokens (B, 1 + H * W, C)."""
+        """Return the last map (B, C, H, W), or with a class token all tokens (B, 1 + H * W, C)."""
         if self.cls_token is None:
             return super().forward_features(x)
         *earlier, last = cast(list[Stage], list(self.stages))
@@ -150,8 +164,8 @@ class PVT(HierarchicalBackbone):
         embed = cast(PatchEmbed, last.downsample)
         x = embed(x)
         size = x.shape[2:]
-        first = (self.cls_token + embed.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([first, x.flatten(2).transpose(1, 2)], dim=1)
+        cls_token = (self.cls_token + embed.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x.flatten(2).transpose(1, 2)], dim=1)
         for block in cast(list[Block], list(last.blocks)):
             recompute = last.grad_checkpointing and torch.is_grad_enabled()
             x = cast(Tensor, checkpoint(block.tokens, x, size)) if recompute else block.tokens(x, size)
@@ -159,6 +173,7 @@ class PVT(HierarchicalBackbone):
 
 
 def pvt_cfg(url: Any) -> dict:
+    """Return the `default_cfgs` entry of a net in PVT's layout, whose positions belong to one image size."""
     return imagenet_cfg(url, first_conv="stages.0.downsample.proj", fixed_input_size=True)
 
 

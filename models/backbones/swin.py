@@ -1,17 +1,16 @@
 """Swin Transformer: Hierarchical Vision Transformer using Shifted Windows (Liu et al., ICCV 2021, arXiv:2103.14030).
 
 Written after the paper and the authors' repository, microsoft/Swin-Transformer (MIT); its checkpoints load. timm has
-the net too (`swin_tiny_patch4_window7_224`); this one takes any image size and any token mixer. Version 2 is timm's.
+the net too (`swin_tiny_patch4_window7_224`), and version 2; the net here takes any image size and any token mixer.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
 from models.layers.downsample import PatchMerging, patch_embed
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
@@ -36,11 +35,20 @@ class Block(nn.Module):
 
 
 class Swin(HierarchicalBackbone):
-    """Args:
-    dim: channels of the first stage; each further one has twice as many.
-    depths, heads: blocks and attention heads of each stage.
-    window: side of a window; checkpoints for 224 pixels have 7, those for 384 pixels 12.
-    mixers: token mixers, as `ops.parse_mixers` reads them; by default shifted windows.
+    """Pyramid with shifted window attention.
+
+    A subclass may set another `block` class, built with (dim, mixer, drop_path), and another default `op`.
+
+    Args:
+        dim: Number of channels of the first stage; every further stage has twice as many.
+        depths: Number of blocks in each stage.
+        heads: Number of attention heads in each stage.
+        window: Side of a window. Checkpoints for 224 pixels have 7, checkpoints for 384 pixels have 12.
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: shifted windows.
+        patch: Side of a patch of the stem, in pixels.
+        in_chans: Number of channels of the images.
+        drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
+        **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
     block: type[nn.Module] = Block
@@ -68,9 +76,7 @@ class Swin(HierarchicalBackbone):
         **kwargs,
     ):
         specs = parse_mixers({"name": self.op, "window": window} if mixers is None else mixers, depths)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        dims = [dim * 2**i for i in range(len(depths))]
-        strides = [patch * 2**i for i in range(len(depths))]
+        dims, strides, rates = stage_layout(dim, depths, drop_path_rate, patch)
         stages = []
         for i, width in enumerate(dims):
             downsample = PatchMerging(dims[i - 1], width) if i else patch_embed(in_chans, width, patch, eps=1e-5)
@@ -80,11 +86,6 @@ class Swin(HierarchicalBackbone):
         super().__init__(stages, dims, strides, LayerNorm2d(dims[-1], eps=1e-5), in_chans=in_chans, **kwargs)
         self.apply(init_weights)
 
-
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"swin__{name}": name for name in ("swin_tiny", "swin_small", "swin_base")},
-    **{f"swin__{name}": name for name in ("swinv2_tiny_window8_256", "swinv2_tiny_window16_256")},  # timm's nets
-}
 
 _RELEASES = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
 default_cfgs = generate_default_cfgs(
@@ -98,9 +99,9 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def swin_nano(pretrained: bool = False, **kwargs) -> Swin:
-    """A size of ours for small images and CPUs; 32 pixels give maps of 16, 8, 4 and 2."""
-    small = {"dim": 32, "depths": (2, 2, 2, 2), "heads": (1, 2, 4, 8), "window": 4, "patch": 2}
-    return Swin.build("swin_nano", pretrained, **small | kwargs)
+    """Return a small net of our own for small images and CPUs; 32 pixels give maps of 16, 8, 4 and 2 tokens a side."""
+    arguments = {"dim": 32, "depths": (2, 2, 2, 2), "heads": (1, 2, 4, 8), "window": 4, "patch": 2}
+    return Swin.build("swin_nano", pretrained, **arguments | kwargs)
 
 
 @register_model
@@ -115,5 +116,5 @@ def swin_small(pretrained: bool = False, **kwargs) -> Swin:
 
 @register_model
 def swin_base(pretrained: bool = False, **kwargs) -> Swin:
-    large = {"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)}
-    return Swin.build("swin_base", pretrained, **large | kwargs)
+    arguments = {"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)}
+    return Swin.build("swin_base", pretrained, **arguments | kwargs)

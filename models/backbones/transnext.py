@@ -1,25 +1,26 @@
 """TransNeXt: Robust Foveal Visual Perception for Vision Transformers (Shi, CVPR 2024, arXiv:2311.17132).
 
-Written after the paper and the author's repository, DaiShiResearch/TransNeXt (Apache-2.0), without its CUDA kernels;
-its checkpoints load.
+Written after the paper and the author's repository, DaiShiResearch/TransNeXt (Apache-2.0), whose checkpoints load. The
+repository's CUDA kernels are not used.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.hierarchical import HierarchicalBackbone, imagenet_cfg
+from models.hierarchical import HierarchicalBackbone, imagenet_cfg, stage_layout
 from models.layers.pvt_v2 import RENAMES, Block, NormedStage, init_conv
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
 
 
 class ConvGLU(nn.Module):
-    """Gated MLP of (B, H, W, C) whose gates see each token's neighbours. The width is that of an MLP as costly."""
+    """Gated MLP on (B, H, W, C) whose gates read each token's 3 x 3 neighbourhood.
+
+    The hidden width is 2/3 of that of a plain MLP of the same ratio, so that both cost about the same.
+    """
 
     renames = ((r"^dwconv\.dwconv\.", "dwconv."),)
 
@@ -37,14 +38,21 @@ class ConvGLU(nn.Module):
 
 
 class TransNeXt(HierarchicalBackbone):
-    """Args:
-    dim: channels of the first stage; each further one has twice as many.
-    depths, heads: blocks and attention heads of each stage.
-    pools: of each stage, how many times smaller than the map's the sides of the pooled map are; 1 stands for
-        length-scaled cosine attention to all tokens.
-    pretrain_size, bias_size: of the paper's op; its author's dense nets take the size of the crops as the latter, or
-        none for extrapolation.
-    mixers: token mixers, as `ops.parse_mixers` reads them; by default the paper's.
+    """PVTv2's layout with aggregated attention and gated MLPs.
+
+    Args:
+        dim: Number of channels of the first stage; every further stage has twice as many.
+        depths: Number of blocks in each stage.
+        heads: Number of attention heads in each stage.
+        pools: For each stage the side of the map relative to the side of the pooled map. At 1 the stage has
+            length-scaled cosine attention to all tokens.
+        pretrain_size: Side in pixels of the images that the weights were trained on, as in the paper's ops.
+        bias_size: Side in pixels of the images that position biases are computed for, as in the paper's ops. The
+            author's dense nets have the size of the crops here, or None for extrapolation.
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: as above.
+        in_chans: Number of channels of the images.
+        drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
+        **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
     renames = RENAMES
@@ -67,9 +75,7 @@ class TransNeXt(HierarchicalBackbone):
             full = {"name": "length_scaled_cosine", **sizes}
             mixers = [{"name": "aggregated", "pool": pool, **sizes} if pool > 1 else full for pool in pools]
         specs = parse_mixers(mixers, depths)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        dims = [dim * 2**i for i in range(len(depths))]
-        strides = [4 * 2**i for i in range(len(depths))]
+        dims, strides, rates = stage_layout(dim, depths, drop_path_rate)
         stages = []
         for i, width in enumerate(dims):
             ops, contexts = create_ops(specs[i], width, heads[i], stage=i, stride=strides[i])
@@ -80,15 +86,6 @@ class TransNeXt(HierarchicalBackbone):
             stages.append(NormedStage(dims[i - 1] if i else in_chans, width, i == 0, blocks, contexts))
         super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, **kwargs)
         self.apply(init_conv)
-
-
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"transnext__transnext_{size}": f"transnext_{size}" for size in ("micro", "tiny", "small", "base")},
-    "transnext__transnext_micro_aaaa": ("transnext_micro_aaaa", {"pretrain_size": 224}),
-    "transnext__transnext_tiny_seg": ("transnext_tiny", {"bias_size": 224}),
-    "transnext__transnext_tiny_seg_256x320": ("transnext_tiny", {"bias_size": 256}),
-    "transnext__transnext_tiny_seg_256x320_extrapolation": ("transnext_tiny", {}),
-}
 
 
 def _url(name: str) -> str:
@@ -123,9 +120,9 @@ def transnext_micro(pretrained: bool = False, **kwargs) -> TransNeXt:
 
 @register_model
 def transnext_micro_aaaa(pretrained: bool = False, **kwargs) -> TransNeXt:
-    """Aggregated attention in all stages, trained on images of 256 pixels."""
-    own = {**MICRO, "pools": (16, 8, 4, 2), "pretrain_size": 256}
-    return TransNeXt.build("transnext_micro_aaaa", pretrained, **own | kwargs)
+    """Build a net with aggregated attention in all stages, trained on images of 256 pixels."""
+    arguments = {**MICRO, "pools": (16, 8, 4, 2), "pretrain_size": 256}
+    return TransNeXt.build("transnext_micro_aaaa", pretrained, **arguments | kwargs)
 
 
 @register_model
@@ -140,5 +137,5 @@ def transnext_small(pretrained: bool = False, **kwargs) -> TransNeXt:
 
 @register_model
 def transnext_base(pretrained: bool = False, **kwargs) -> TransNeXt:
-    large = {"dim": 96, "depths": (5, 5, 23, 5), "heads": (4, 8, 16, 32)}
-    return TransNeXt.build("transnext_base", pretrained, **large | kwargs)
+    arguments = {"dim": 96, "depths": (5, 5, 23, 5), "heads": (4, 8, 16, 32)}
+    return TransNeXt.build("transnext_base", pretrained, **arguments | kwargs)

@@ -1,18 +1,17 @@
 """UniFormer: Unifying Convolution and Self-attention for Visual Recognition (Li et al., TPAMI 2023, arXiv:2201.09450).
 
-Written after the paper and the authors' repository, Sense-X/UniFormer (Apache-2.0); its checkpoints load. Those trained
-with token labelling have a second classifier, of tokens, which this net leaves out.
+Written after the paper and the authors' repository, Sense-X/UniFormer (Apache-2.0); its checkpoints load. Checkpoints
+trained with token labelling have a second classifier, for tokens, which the net here leaves out.
 """
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
-from timm.layers import DropPath, LayerNorm2d, LayerScale, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm2d, LayerScale, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
 from models.layers.conv import conv_bn
 from models.layers.downsample import patch_embed
 from ops import create_ops, parse_mixers
@@ -20,9 +19,14 @@ from ops.registry import Spec
 
 
 class Block(nn.Module):
-    """Depthwise-convolution position, token mixing and MLP, each added to the map (B, C, H, W).
+    """Depthwise convolution (position), token mixing and MLP, each added to the map (B, C, H, W).
 
-    A convolutional block has batch norms, one of attention layer norms.
+    Args:
+        dim: Number of channels.
+        mixer: Token mixer.
+        drop_path: Drop path rate.
+        conv: Use batch norms, as the paper's blocks without attention do; layer norms otherwise.
+        layer_scale: Learn a factor for each channel of what the mixer and the MLP add.
     """
 
     def __init__(self, dim: int, mixer: nn.Module, drop_path: float, conv: bool, layer_scale: bool):
@@ -42,16 +46,20 @@ class Block(nn.Module):
 
 
 class UniFormer(HierarchicalBackbone):
-    """Two stages of convolutional blocks, two of self-attention.
+    """Pyramid of two stages of convolutional blocks and two stages of blocks with self-attention.
 
     Args:
-        dims, depths: channels and blocks of each stage.
-        head_dim: channels of an attention head.
-        window: side of the windows of the third stage's attention, for large images; 0 for the whole map.
-        hybrid: let every fourth block of that stage attend to the whole map all the same.
-        mixers: token mixers, as `ops.parse_mixers` reads them; by default the paper's.
-        conv_stem: overlapping convolutions in place of patches, in the stem and between stages.
-        layer_scale: number of last stages whose blocks have a learned factor for each channel of what they add.
+        dims: Number of channels of each stage.
+        depths: Number of blocks in each stage.
+        head_dim: Number of channels of an attention head.
+        window: Side of the windows of the third stage's attention, for large images; 0 is the whole map.
+        hybrid: With windows, let every fourth block of the third stage attend to the whole map.
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: as above.
+        conv_stem: Use overlapping convolutions instead of patches, in the stem and between stages.
+        layer_scale: Number of last stages whose blocks have a learned factor for each channel of what they add.
+        in_chans: Number of channels of the images.
+        drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
+        **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
     renames = (
@@ -67,7 +75,8 @@ class UniFormer(HierarchicalBackbone):
         (r"\.gamma_(\d)$", r".scale\1.gamma"),
     )
     map_norms = True
-    map_norm_eps = 1e-6  # of the authors' norms on dense features
+    # Epsilon of the authors' norms on dense features.
+    map_norm_eps = 1e-6
 
     def __init__(
         self,
@@ -88,38 +97,35 @@ class UniFormer(HierarchicalBackbone):
             third = [{"name": relation, "window": window}] * 3 + [{"name": relation, "window": 0 if hybrid else window}]
             mixers = [relation, relation, third, relation]
         specs = parse_mixers(mixers, depths)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        strides = [4 * 2**i for i in range(len(dims))]
+        dims, strides, rates = stage_layout(dims, depths, drop_path_rate)
         stages = []
         for i, dim in enumerate(dims):
-            before = dims[i - 1] if i else in_chans
+            in_dim = dims[i - 1] if i else in_chans
             if not conv_stem:
-                downsample = patch_embed(before, dim, 2 if i else 4, eps=1e-5)
+                downsample = patch_embed(in_dim, dim, 2 if i else 4, eps=1e-5)
             elif i:
-                downsample = nn.Sequential(*conv_bn(before, dim))
+                downsample = nn.Sequential(*conv_bn(in_dim, dim))
             else:
-                downsample = nn.Sequential(*conv_bn(before, dim // 2), nn.GELU(), *conv_bn(dim // 2, dim))
+                downsample = nn.Sequential(*conv_bn(in_dim, dim // 2), nn.GELU(), *conv_bn(dim // 2, dim))
             ops, contexts = create_ops(specs[i], dim, dim // head_dim, stage=i, stride=strides[i])
             scaled = i >= len(dims) - layer_scale
-            blocks = [Block(dim, op, rate, i < 2, scaled) for op, rate in zip(ops, rates[i], strict=True)]
+            blocks = [
+                Block(dim, op, rate, conv=i < 2, layer_scale=scaled) for op, rate in zip(ops, rates[i], strict=True)
+            ]
             stages.append(Stage(downsample, blocks, contexts))
         super().__init__(stages, dims, strides, nn.BatchNorm2d(dims[-1]), in_chans=in_chans, **kwargs)
-        self.stages[2:].apply(init_weights)  # the linear layers of the others are the authors' 1 x 1 convolutions
+        # The linear layers of the first two stages are 1 x 1 convolutions in the authors' code, which keep PyTorch's
+        # initialisation.
+        self.stages[2:].apply(init_weights)
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The authors' layer scale is (1, C, 1, 1) in blocks of convolution."""
+        """Rename the authors' weights, and flatten the layer scales of convolutional blocks, (1, C, 1, 1), to (C,)."""
         state = super().checkpoint_filter(state)
         return {key: value.flatten() if re.search(r"scale\d\.gamma$", key) else value for key, value in state.items()}
 
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    **{f"uniformer__{name}": name for name in ("uniformer_small", "uniformer_small_plus", "uniformer_base")},
-    "uniformer__uniformer_small_seg": ("uniformer_small", {"norms": True}),
-    "uniformer__uniformer_small_seg_w14": ("uniformer_small", {"norms": True, "window": 14}),
-    "uniformer__uniformer_small_seg_h14": ("uniformer_small", {"norms": True, "window": 14, "hybrid": True}),
-}
-
-default_cfgs = generate_default_cfgs(  # the authors' checkpoints lie where they cannot be fetched by address
+# The authors' checkpoints cannot be downloaded by a plain address, so no entry has one.
+default_cfgs = generate_default_cfgs(
     {
         f"uniformer_{size}": imagenet_cfg()
         for size in ("small", "small_plus", "small_plus_dim64", "base", "base_ls", "large_ls")
@@ -142,7 +148,7 @@ def uniformer_small_plus(pretrained: bool = False, **kwargs) -> UniFormer:
 
 @register_model
 def uniformer_small_plus_dim64(pretrained: bool = False, **kwargs) -> UniFormer:
-    """The authors' form for dense tasks, whose fewer heads take less memory."""
+    """Build the authors' variant for dense tasks, which has fewer heads to save memory."""
     return UniFormer.build("uniformer_small_plus_dim64", pretrained, **SMALL_PLUS | kwargs)
 
 
@@ -158,5 +164,5 @@ def uniformer_base_ls(pretrained: bool = False, **kwargs) -> UniFormer:
 
 @register_model
 def uniformer_large_ls(pretrained: bool = False, **kwargs) -> UniFormer:
-    large = {"dims": (128, 192, 448, 640), "depths": (5, 10, 24, 7), "layer_scale": 4}
-    return UniFormer.build("uniformer_large_ls", pretrained, **large | kwargs)
+    arguments = {"dims": (128, 192, 448, 640), "depths": (5, 10, 24, 7), "layer_scale": 4}
+    return UniFormer.build("uniformer_large_ls", pretrained, **arguments | kwargs)

@@ -244,8 +244,3 @@ class RCNet(nn.Module):
         for node, x, above in zip(self.nodes, levels, [*levels[1:], None], strict=True):
             fused.append(node(x, above, fused[-1] if fused else None))
         return self.shift(fused)
-
-
-VECTORS = {  # reference vectors -> what is built
-    "rcnet__rcfpn_c64": lambda: RCNet((48, 96, 192), out_channels=64),
-}

@@ -106,6 +106,3 @@ def at_level(maps: Sequence[Tensor], level: int) -> list[Tensor]:
     size = maps[level].shape[2:]
     finer = [F.adaptive_max_pool2d(x, size) for x in maps[:level]]
     return [*finer, maps[level], *(F.interpolate(x, size, mode="nearest") for x in maps[level + 1 :])]
-
-
-VECTORS = {"sdanet__selective_dense_attention_256": SelectiveDenseAttention}  # reference vectors -> what is built

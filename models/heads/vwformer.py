@@ -190,9 +190,3 @@ class VWHead(nn.Module):
 
         x = F.interpolate(x, low.shape[2:], mode="bilinear")
         return self.classifier(self.dropout(self.refine(torch.cat((x, low), dim=1))))
-
-
-VECTORS = {  # reference vectors -> what is built
-    "vwformer__vwhead_c64_h4_s256": lambda: VWHead((96, 192, 384, 768), 19, channels=64, num_heads=4),
-    "vwformer__vwcityhead_c64_s512": lambda: VWHead((96, 192, 384, 768), 19, channels=64, short_cut=False, city=True),
-}

@@ -88,15 +88,3 @@ class NeighborhoodAttention(nn.Module):
         """Interpolate the bias table of another size of the neighbourhood, for `load_weights`, as the authors do."""
         size = self.get_parameter(name).shape[1:]
         return F.interpolate(table.unsqueeze(0), size, mode="bicubic").squeeze(0)
-
-
-def _arguments(theirs: dict) -> dict:
-    ours = {"kernel_size": "kernel", "dilation": "dilation", "stride": "stride", "is_causal": "causal"}
-    own = {ours[key]: value for key, value in theirs.items() if key in ours}
-    return {"dim": theirs["dim"], "num_heads": theirs["heads"], "bias": False, **own}
-
-
-VECTORS = {  # reference vectors -> our arguments from the authors'
-    f"natten__{name}_16x14": _arguments
-    for name in ("k7", "k7_d2", "k7_s2", "k7_causal", "k7_causal_y", "k5_d3x2", "k4_s2_d3", "k8_s4")
-}

@@ -4,7 +4,6 @@ Written after the paper and the authors' repository, zhongchenzhao/PPMA (Apache-
 """
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -120,13 +119,3 @@ class PolylinePathAttention(nn.Module):
         distances = steps[..., 0].transpose(2, 3).cumsum(-1), steps[..., 1].permute(0, 2, 3, 1).cumsum(-1)
         rows, columns = (-(distance[..., :, None] - distance[..., None, :]).abs() for distance in distances)
         return rows, columns
-
-
-def _arguments(theirs: dict, form: str) -> dict:
-    return {"dim": theirs["embed_dim"], "num_heads": theirs["num_heads"], "form": form}
-
-
-VECTORS = {  # reference vectors -> our arguments from the authors'
-    "ppma__ppma_chunk_op_28": partial(_arguments, form="chunk"),
-    "ppma__ppma_whole_op_14x10": partial(_arguments, form="whole"),
-}

@@ -113,13 +113,3 @@ def coordinates(size: tuple[int, int], like: Tensor) -> Tensor:
     """
     y, x = (torch.arange(n, dtype=like.dtype, device=like.device) for n in size)
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
-
-
-def _arguments(theirs: dict) -> dict:
-    ours = {"dim": "dim", "out_dim": "out_dim", "num_heads": "num_heads", "window_size": "window"}
-    return {ours[key]: value for key, value in theirs.items() if key in ours}
-
-
-VECTORS = dict.fromkeys(  # reference vectors -> our arguments from the authors'
-    (f"vsa__vsa_op_{name}" for name in ("14", "56", "pad_30")), _arguments
-)

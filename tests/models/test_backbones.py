@@ -1,4 +1,4 @@
-"""Every backbone of ours, whatever it is, keeps timm's interface."""
+"""Every backbone of ours keeps timm's interface."""
 
 import copy
 import inspect
@@ -11,10 +11,12 @@ from timm.models import group_parameters, model_entrypoint
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from models import load_weights
+from retinue.utils.arithmetic import ceil_div
 
 NAMES = [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("models.backbones.")]
 NAMES.sort(key=lambda name: (model_entrypoint(name).__module__, model_entrypoint(name).__code__.co_firstlineno))
-FAMILIES = [name.rpartition("_")[0] for name in NAMES]  # files begin with the smallest of each
+# Each file begins with the smallest net of its family; the larger nets are slow tests.
+FAMILIES = [name.rpartition("_")[0] for name in NAMES]
 EVERY = [
     pytest.param(name, marks=pytest.mark.slow if family in FAMILIES[:i] else ())
     for i, (name, family) in enumerate(zip(NAMES, FAMILIES, strict=True))
@@ -22,27 +24,34 @@ EVERY = [
 
 
 def few_blocks(name: str, first: int = 2) -> dict[str, Any]:
-    """The arguments for few blocks, where the net takes their numbers: `first` in its first stage, then one in each."""
+    """Return the argument `depths` for few blocks, or nothing for a net without that argument.
+
+    Args:
+        name: Registry name of the net.
+        first: Number of blocks in the first stage; the other stages have one. A net of one stage has four blocks.
+    """
     with torch.device("meta"):
-        takes = inspect.signature(type(timm.create_model(name)).__init__).parameters
-    if "depths" not in takes:
+        parameters = inspect.signature(type(timm.create_model(name)).__init__).parameters
+    if "depths" not in parameters:
         return {}
-    others = len(takes["depths"].default) - 1
-    return {"depths": (first, *[1] * others) if others else (4,)}
+    stages = len(parameters["depths"].default)
+    return {"depths": (first, *[1] * (stages - 1)) if stages > 1 else (4,)}
 
 
 def build(name: str, **kwargs: Any) -> Any:
+    """Build a net with few blocks and reproducible weights."""
     torch.manual_seed(0)
     return timm.create_model(name, **few_blocks(name) | kwargs)
 
 
 def blocks(net: Any) -> dict[str, Any]:
-    """All blocks by name, of a pyramid or of a ViT-shaped net."""
+    """Return all blocks of a pyramid or of a ViT-shaped net by name."""
     stages = [(f"stages.{i}.", stage) for i, stage in enumerate(getattr(net, "stages", ()))] or [("", net)]
     return {f"{prefix}blocks.{j}": block for prefix, stage in stages for j, block in enumerate(stage.blocks)}
 
 
 def tokens(x: torch.Tensor) -> torch.Tensor:
+    """Return a map (B, C, H, W) as tokens (B, H * W, C), and tokens unchanged."""
     return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
 
 
@@ -61,7 +70,7 @@ def net(built):
     return copy.deepcopy(built)
 
 
-def test_names_do_not_hide_timms():
+def test_our_names_do_not_replace_timms_names():
     assert {"biformer_nano", "biformer_stl_nchw", "swin_nano", "swin_base"} <= set(NAMES)
     assert model_entrypoint("swin_tiny_patch4_window7_224").__module__ == "timm.models.swin_transformer"
 
@@ -78,30 +87,31 @@ focalnet_{tiny_iso,small_iso,base_iso}
 """
 
 
-def test_every_published_size_is_there():
+def test_every_published_size_is_registered():
     families = [entry.rstrip("}").split("{") for entry in PUBLISHED.split()]
     assert {prefix + size for prefix, sizes in families for size in sizes.split(",")} <= set(NAMES)
 
 
 def test_scores_and_gradients(net):
-    net = net.to(memory_format=torch.channels_last)  # as in training: fails on weights of five dimensions
+    # Training does this too; it fails for nets that have weights of five dimensions.
+    net = net.to(memory_format=torch.channels_last)
     scores = net(torch.randn(2, 3, 64, 64))
     assert scores.shape == (2, 3)
     scores.square().sum().backward()
     assert [key for key, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
-def test_maps_of_an_odd_size_are_as_feature_info_says(name):
+def test_maps_of_an_odd_size_have_the_shapes_of_feature_info(name):
     net = build(name, features_only=True, in_chans=1).eval()
     with torch.inference_mode():
         maps = net(torch.randn(1, 1, 250, 310))
     levels = zip(net.feature_info.channels(), net.feature_info.reduction(), strict=True)
-    shapes = [(c, -(-250 // s), -(-310 // s)) for c, s in levels]
+    shapes = [(channels, ceil_div(250, stride), ceil_div(310, stride)) for channels, stride in levels]
     assert [tuple(m.shape[1:]) for m in maps] == shapes
     assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
 
 
-def test_some_maps_need_only_some_stages(net):
+def test_pruning_keeps_only_what_the_maps_need(net):
     channels = [info["num_chs"] for info in net.feature_info]
     levels = len(channels)
     assert net.prune_intermediate_layers([0, -2], prune_norm=True) == [0, levels - 2]
@@ -119,16 +129,17 @@ def test_intermediates_and_features(net):
         assert torch.equal(features, net.forward_features(x))
         assert torch.equal(net(x), net.forward_head(features))
         last = net.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
-        if features.ndim == 4 or not hasattr(net, "stages"):  # a pyramid's maps are made without a class token
+        # The maps of a pyramid with a class token are computed without the token, so they differ from the features.
+        if features.ndim == 4 or not hasattr(net, "stages"):
             assert torch.equal(tokens(last[0]), tokens(features)[:, -last[0][0, 0].numel() :])
-        assert torch.equal(maps[-1], last[0]) == isinstance(net.norm, torch.nn.Identity)  # some nets have no norm
+        assert torch.equal(maps[-1], last[0]) == isinstance(net.norm, torch.nn.Identity)
         first = net.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
         assert torch.equal(first[0], maps[0])
     with pytest.raises(ValueError, match="must be 'NCHW', not 'NHWC'"):
         net.forward_intermediates(x, output_fmt="NHWC")
 
 
-def test_classifier_can_be_changed_and_left_out(net):
+def test_classifier_can_be_replaced_and_removed(net):
     net, x = net.eval(), torch.randn(2, 3, 64, 64)
     net.reset_classifier(7)
     assert net(x).shape == (2, 7) == (2, net.num_classes) and net.get_classifier().out_features == 7
@@ -140,18 +151,20 @@ def test_classifier_can_be_changed_and_left_out(net):
 
 def test_gradient_checkpointing_changes_nothing(net):
     x = torch.randn(2, 3, 64, 64)
-    torch.manual_seed(1)  # of drop path
+    torch.manual_seed(1)  # for drop path
     scores = net(x)
-    plain = torch.autograd.grad(scores.square().sum(), list(net.parameters()))
+    grads = torch.autograd.grad(scores.square().sum(), list(net.parameters()))
     calls = []
     next(iter(blocks(net).values())).register_forward_pre_hook(lambda *_: calls.append(1))
     net.set_grad_checkpointing()
     torch.manual_seed(1)
-    again = net(x)
-    assert torch.equal(scores, again)
-    for ours, grad in zip(torch.autograd.grad(again.square().sum(), list(net.parameters())), plain, strict=True):
-        assert torch.equal(ours, grad)
-    assert len(calls) == 2  # recomputed in the backward pass
+    recomputed_scores = net(x)
+    assert torch.equal(scores, recomputed_scores)
+    recomputed_grads = torch.autograd.grad(recomputed_scores.square().sum(), list(net.parameters()))
+    for recomputed, grad in zip(recomputed_grads, grads, strict=True):
+        assert torch.equal(recomputed, grad)
+    # The backward pass runs the block once more.
+    assert len(calls) == 2
 
 
 def test_layers_are_ordered_from_the_stem_to_the_head(net):
@@ -176,33 +189,33 @@ def test_layers_are_ordered_from_the_stem_to_the_head(net):
 
 
 def test_tables_are_not_decayed(net):
-    spared = net.no_weight_decay()
-    assert spared <= {key for key, _ in net.named_parameters()}
-    assert {key for key, _ in net.named_parameters() if key.endswith("relative_position_bias_table")} <= spared
-    groups = param_groups_weight_decay(net, 0.05, no_weight_decay_list=spared)
+    not_decayed = net.no_weight_decay()
+    assert not_decayed <= {key for key, _ in net.named_parameters()}
+    assert {key for key, _ in net.named_parameters() if key.endswith("relative_position_bias_table")} <= not_decayed
+    groups = param_groups_weight_decay(net, 0.05, no_weight_decay_list=not_decayed)
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    assert all((id(p) in decayed) == (p.ndim > 1 and key not in spared) for key, p in net.named_parameters())
+    assert all((id(p) in decayed) == (p.ndim > 1 and key not in not_decayed) for key, p in net.named_parameters())
 
 
-def test_description_names_what_is_there(net):
+def test_pretrained_cfg_names_existing_modules(net):
     cfg = net.pretrained_cfg
     assert isinstance(net.get_submodule(cfg["first_conv"]), torch.nn.Conv2d)
     assert net.get_submodule(cfg["classifier"]) is net.get_classifier()
     assert cfg["num_classes"] == 1000 and cfg["custom_load"]
 
 
-def test_its_own_weights_load(net, built):
+def test_our_own_weights_load(net, built):
     other = copy.deepcopy(built)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(1)
-    done = load_weights(net, other.state_dict())
+    result = load_weights(net, other.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
-    assert len(done.loaded) == len(net.state_dict()) and not any(done[1:])
+    assert len(result.loaded) == len(net.state_dict()) and not any(result[1:])
 
 
 @pytest.mark.parametrize("name", ["biformer_nano", "swin_nano"])
-def test_mixers_take_the_place_of_the_papers(name):
+def test_mixers_replace_those_of_the_paper(name):
     net = build(
         name, num_classes=2, mixers=["window", ["bilevel_routing", "full"], "full", "full"], depths=(1, 2, 1, 1)
     )
@@ -214,18 +227,19 @@ def test_mixers_take_the_place_of_the_papers(name):
         build(name, mixers=["full"])
 
 
-def test_weights_start_as_the_authors_do():
+def test_weights_are_initialised_as_in_the_authors_code():
     for name in ("biformer_tiny", "biformer_stl_nchw", "swin_tiny"):
         net = build(name, drop_path_rate=0.0)
         block = net.stages[2].blocks[0]
         assert abs(net.head.weight.std() - 0.02) < 1e-3 and not net.head.bias.any()
-        if name == "biformer_stl_nchw":  # made of 1 x 1 convolutions, which start uniform
+        # The authors' 1 x 1 convolutions have PyTorch's uniform initialisation.
+        if name == "biformer_stl_nchw":
             assert abs(block.mlp.fc1.weight).max() < block.mlp.fc1.in_features**-0.5 and block.mlp.fc1.bias.any()
         else:
             assert abs(block.mlp.fc1.weight.std() - 0.02) < 1e-3 and not block.mlp.fc1.bias.any()
 
 
-def test_windows_for_384_pixels():
+def test_windows_of_nets_for_384_pixels():
     net = build("swin_tiny", window=12, num_classes=2)
     assert net.stages[3].blocks[0].mixer.relative_position_bias_table.shape == (23 * 23, 24)
     assert net(torch.randn(1, 3, 96, 96)).shape == (1, 2)

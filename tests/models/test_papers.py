@@ -1,5 +1,6 @@
-"""Parameters and multiply-accumulates against the papers' tables (papers)."""
+"""Our nets' parameters and multiply-accumulates agree with the tables in papers/."""
 
+import pkgutil
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -11,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from timm.models import model_entrypoint
 
-from models import complexity, create_model, model_name
+from models import backbones, complexity, create_model, model_name
 from retinue.results.papers import agrees, list_papers, model_choice, read_paper, tolerance
 from retinue.runs.config import register_resolvers
 from retinue.utils.paths import CONF
@@ -23,25 +24,32 @@ ALL = {
     if "net" in row
 }
 ROWS = {name: row for name, row in ALL.items() if model_entrypoint(row["net"]).__module__.startswith("models.")}
-COUNTED: dict[tuple[str, ...], tuple[int, int]] = {}  # rows that differ in training only have one count
+# (parameters, multiply-accumulates) by the choice of a net: rows that differ only in training share one count.
+COUNTED: dict[tuple[str, ...], tuple[int, int]] = {}
+# M parameters. Small sizes show a net's layout already, and counting the large sizes takes a while.
+LARGE = 40
 
 
 def composed(choice: Sequence[str]) -> DictConfig:
+    """Compose the training config with these overrides."""
     register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", [*choice, "run_dir=run"])
 
 
 def is_named(counted: float, reason: str) -> bool:
-    """Whether the reason of an exception (`params_exception`, `flops_exception`) names the count, to its digits.
+    """Tell whether the reason of an exception in a paper's table states our count, up to rounding.
 
-    The count is the reason's first number before a unit: "we count 22.32 M", "19.7 G are counted".
+    Args:
+        counted: Our count in millions of parameters or billions of multiply-accumulates.
+        reason: Text of `params_exception` or `macs_exception`. Its first number before a unit is the count: "we count
+            22.32 M", "19.7 G are counted".
     """
     number = re.search(r"\d+(?:\.(\d+))?(?= [MG]\b)", reason)
-    return number is not None and abs(counted - float(number[0])) <= 0.5 * 10 ** -len(number[1] or "") + 1e-9
-
-
-LARGE = 40  # M parameters: small sizes show a net's layout, and large ones take a while to count
+    if number is None:
+        return False
+    digits = len(number[1]) if number[1] else 0
+    return abs(counted - float(number[0])) <= 0.5 * 10**-digits + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -59,16 +67,20 @@ def test_the_papers_parameters_and_macs(name):
         assert cfg.data.image_size == row["input"]
         COUNTED[choice] = complexity(partial(create_model, cfg.model, 1000, 3, row["input"]), row["input"])
     params, macs = COUNTED[choice]
-    for counted, kind in ((params / 1e6, "params"), (macs / 1e9, "flops")):
-        table, reason = row["params_m" if kind == "params" else "flops_g"], row.get(f"{kind}_exception")
-        if table is None:  # the paper prints none
+    for counted, key, exception in (
+        (params / 1e6, "params_m", "params_exception"),
+        (macs / 1e9, "macs_g", "macs_exception"),
+    ):
+        printed, reason = row[key], row.get(exception)
+        if printed is None:
             continue
-        assert agrees(counted, table) == (reason is None), (counted, table, reason)
+        assert agrees(counted, printed) == (reason is None), (counted, printed, reason)
         assert reason is None or is_named(counted, reason), (counted, reason)
 
 
+# timm counts the multiply-accumulates of timm's nets, so these tests compare parameters only.
 @pytest.mark.parametrize("name", sorted(ALL.keys() - ROWS.keys()))
-def test_timms_nets_are_the_papers(name):  # their multiply-accumulates are timm's to count
+def test_timms_nets_have_the_papers_parameters(name):
     row = ALL[name]
     cfg = composed([*model_choice(row["net"], row.get("args", {}), row["input"]), "data=imagenet"])
     assert model_name(cfg.model, cfg.data.image_size) == row["net"]
@@ -85,6 +97,13 @@ def test_the_tolerance_is_a_hundredth_or_half_of_the_last_digit():
     assert agrees(4.55, 4.5) and not agrees(4.56, 4.5)
 
 
+def test_a_system_has_one_name_everywhere():
+    models = {path.stem for path in (CONF / "model").glob("*.yaml")}
+    assert {info.name for info in pkgutil.iter_modules(backbones.__path__)} <= models
+    assert {path.name for path in (CONF / "experiment").iterdir() if path.is_dir()} <= models
+    assert {paper for paper in list_papers() if any("net" in row for row in read_paper(paper)["variants"])} <= models
+
+
 def test_the_reason_of_an_exception_names_the_count_to_its_digits():
     assert is_named(22.324, "we count 22.32 M for the authors' net") and not is_named(22.33, "we count 22.32 M")
     assert is_named(19.66, "19.7 G are counted") and not is_named(19.66, "counted otherwise in table 3")
@@ -99,7 +118,7 @@ def test_a_built_net_is_counted_without_running_it():
     assert all((before[key] == value).all() for key, value in net.state_dict().items()) and net.training
 
 
-def test_every_kind_of_layer_counts():
+def test_every_kind_of_layer_is_counted():
     net = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0, img_size=32)
     tokens, width = 5, 192
     attention = 4 * tokens * width**2 + 2 * tokens**2 * width

@@ -1,4 +1,4 @@
-"""ViT-shaped nets: tokens, a class token, positions."""
+"""ViT-shaped nets: class token, positions, tables of another size, shared contexts."""
 
 from typing import Any
 
@@ -11,20 +11,20 @@ from ops.registry import _OPS, FIRST
 from tests.models.test_backbones import build
 
 
-def test_deit_is_timms_with_the_same_weights():
+def test_deit_computes_what_timms_deit_computes():
     torch.manual_seed(0)
-    theirs: Any = timm.create_model("deit_tiny_patch16_224", depth=2, num_classes=5).eval()
-    ours = build("deit_tiny", depths=(2,), num_classes=5).eval()
-    done = load_weights(ours, {"model": theirs.state_dict()})
-    assert len(done.loaded) == len(theirs.state_dict()) and not any(done[1:])
+    timm_net: Any = timm.create_model("deit_tiny_patch16_224", depth=2, num_classes=5).eval()
+    net = build("deit_tiny", depths=(2,), num_classes=5).eval()
+    result = load_weights(net, {"model": timm_net.state_dict()})
+    assert len(result.loaded) == len(timm_net.state_dict()) and not any(result[1:])
     x = torch.randn(2, 3, 224, 224)
     with torch.inference_mode():
-        assert torch.allclose(ours(x), theirs(x), atol=1e-6)
-        for a, b in zip(ours.forward_intermediates(x)[1], theirs.forward_intermediates(x)[1], strict=True):
+        assert torch.allclose(net(x), timm_net(x), atol=1e-6)
+        for a, b in zip(net.forward_intermediates(x)[1], timm_net.forward_intermediates(x)[1], strict=True):
             assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_a_class_token_needs_ops_that_take_it():
+def test_a_class_token_needs_ops_that_take_extra_tokens():
     x = torch.randn(2, 3, 40, 50)
     net = build("deit_tiny", mixers=[["full", "agent"]], num_classes=3)
     assert net.cls_token is not None and net.forward_features(x).shape == (2, 1 + 3 * 4, 192)
@@ -39,7 +39,7 @@ def test_a_class_token_needs_ops_that_take_it():
         build("deit_tiny", mixers="window", global_pool="token")
 
 
-def test_wrong_depths_and_mixers_are_named():
+def test_wrong_depths_and_mixers_are_refused():
     with pytest.raises(ValueError, match="depths must be one number of blocks"):
         build("deit_tiny", depths=(2, 2))
     with pytest.raises(ValueError, match="one for each of 1 stages, not 2"):
@@ -48,16 +48,16 @@ def test_wrong_depths_and_mixers_are_named():
 
 @pytest.mark.parametrize("name", ["deit_tiny", "agent_deit_tiny", "pvt_tiny", "agent_pvt_tiny", "agent_swin_tiny"])
 def test_tables_of_another_size_are_interpolated_on_loading_as_in_the_forward_pass(name):
-    whole = build(name, num_classes=3).eval()
+    net_224 = build(name, num_classes=3).eval()
     net = build(name, num_classes=3, img_size=(96, 128)).eval()
-    done = load_weights(net, whole.state_dict())
-    assert done.resized and not any((done.missing, done.unexpected, done.dropped))
+    result = load_weights(net, net_224.state_dict())
+    assert result.resized and not any((result.missing, result.unexpected, result.dropped))
     x = torch.randn(1, 3, 96, 128)
     with torch.inference_mode():
-        assert torch.allclose(net(x), whole(x), atol=1e-5)
+        assert torch.allclose(net(x), net_224(x), atol=1e-5)
 
 
-def test_positions_of_a_class_token_are_left_out():
+def test_positions_of_a_missing_class_token_are_dropped():
     torch.manual_seed(0)
     with_token = build("deit_tiny", num_classes=3)
     state = {key: value for key, value in with_token.state_dict().items() if key != "cls_token"}

@@ -1,4 +1,4 @@
-"""The class token of PVT's last stage, and weights of other ops in its layout."""
+"""The class token of PVT's last stage, and other ops' weights in PVT's layout."""
 
 import torch
 
@@ -11,13 +11,13 @@ def test_the_class_token_is_read_by_the_classifier_and_left_out_of_maps():
     features, maps = net.forward_intermediates(x)
     assert features.shape == (1, 1 + 2 * 3, 512) and torch.equal(net(x), net.head(features[:, 0]))
     dense = DenseBackbone("pvt_tiny", depths=(2, 1, 1, 1)).eval()
-    done = load_weights(dense, net.state_dict())
-    assert {"net.cls_token", "net.norm.weight", "net.head.weight"} <= set(done.dropped) and not done.missing
-    for ours, theirs in zip(dense(x), maps, strict=True):
-        assert torch.equal(ours, theirs)
-    other = net(x)
+    result = load_weights(dense, net.state_dict())
+    assert {"net.cls_token", "net.norm.weight", "net.head.weight"} <= set(result.dropped) and not result.missing
+    for dense_map, intermediate in zip(dense(x), maps, strict=True):
+        assert torch.equal(dense_map, intermediate)
+    scores = net(x)
     torch.nn.init.normal_(net.cls_token)
-    assert not torch.equal(net(x), other)
+    assert not torch.equal(net(x), scores)
     assert torch.equal(net.forward_intermediates(x)[1][-1], maps[-1])
 
 

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models import DenseBackbone
+from models.reference import load_vector, official_state
 from models.unpickling import read_weights
 from models.weights import Loaded, load_weights
-from tests.reference import load_vector, official_state
 
 VECTORS = pathlib.Path(__file__).parent.parent / "vectors"
 CLASSES = 3

@@ -25,7 +25,7 @@ def paper(tmp_path, monkeypatch):
     """`paper=toy` with these rows."""
 
     def make(*variants, detection=()):
-        net = {"name": "Toy", "input": 32, "params_m": None, "flops_g": None, "top1": None, "pretrain": None}
+        net = {"name": "Toy", "input": 32, "params_m": None, "macs_g": None, "top1": None, "pretrain": None}
         facts = {"title": "A toy", "variants": [net | row for row in variants], "detection": [*detection]}
         (tmp_path / "papers").mkdir(exist_ok=True)
         (tmp_path / "papers/toy.yaml").write_text(yaml.safe_dump(facts))
@@ -60,15 +60,15 @@ def test_counts_are_compared_with_the_papers(paper, capsys):
     counted = swin_nano()
     params, macs = counted["params"] / 1e6, counted["macs"] / 1e9
     paper(
-        {"net": "swin_nano", "params_m": round(params, 1), "flops_g": round(macs, 3)},
+        {"net": "swin_nano", "params_m": round(params, 1), "macs_g": round(macs, 3)},
         {"name": "Off", "net": "swin_nano", "params_m": round(1.2 * params, 2)},
         {"name": "Known", "net": "swin_nano", "params_m": 9.9, "params_exception": f"{params:.1f} M are counted"},
         {"name": "Absent", "params_m": 5.0},
     )
     ours, off, known, absent = table()
     for row in (ours, off, known):
-        assert float(row["params_m_ours"]) == params and float(row["flops_g_ours"]) == macs
-    assert (ours["params_m_note"], ours["flops_g_note"], off["params_m_note"]) == ("", "", "outside the tolerance")
+        assert float(row["params_m_ours"]) == params and float(row["macs_g_ours"]) == macs
+    assert (ours["params_m_note"], ours["macs_g_note"], off["params_m_note"]) == ("", "", "outside the tolerance")
     assert known["params_m_note"] == f"{params:.1f} M are counted"
     assert absent["params_m"] == "5.0" and absent["params_m_ours"] == ""
     out = capsys.readouterr().out

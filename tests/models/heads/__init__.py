@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models import load_weights
-from tests.reference import load_vector, make_input, official_state, relative_error
+from models.reference import load_vector, make_input, official_state, relative_error
 
 VECTORS = Path(__file__).parent.parent.parent / "vectors"
 

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import load_weights
-from models.heads.rcnet import VECTORS, Balance, DeformableConv, Guide, Node, RCNet, shift
+from models.heads.rcnet import Balance, DeformableConv, Guide, Node, RCNet, shift
 from tests.models.heads import assert_matches, pyramid, sides, stir, without_gradient
+from tests.vectors.claims import HEADS
 
 
-@pytest.mark.parametrize("name", VECTORS)
+@pytest.mark.parametrize("name", [name for name in HEADS if name.startswith("rcnet__")])
 def test_matches_the_authors_code(name):
-    assert_matches(name, VECTORS[name])
+    assert_matches(name, HEADS[name])
 
 
 @pytest.mark.parametrize(("channels", "outs"), [((8, 12, 16), 5), ((8, 12, 16, 24), 5), ((8, 12), 2)])

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from models import load_weights
-from models.heads.sdanet import VECTORS, ContextBlock, SelectiveDenseAttention, at_level
+from models.heads.sdanet import ContextBlock, SelectiveDenseAttention, at_level
 from tests.models.heads import assert_matches, pyramid, stir, without_gradient
+from tests.vectors.claims import HEADS
 
 
 def small(levels: int = 5) -> Any:
@@ -16,9 +17,9 @@ def small(levels: int = 5) -> Any:
     return SelectiveDenseAttention(32, levels, reduction=16, ratio=1 / 4)
 
 
-@pytest.mark.parametrize("name", VECTORS)
+@pytest.mark.parametrize("name", [name for name in HEADS if name.startswith("sdanet__")])
 def test_matches_the_authors_code(name):
-    assert_matches(name, VECTORS[name])
+    assert_matches(name, HEADS[name])
 
 
 @pytest.mark.parametrize("levels", [3, 5])

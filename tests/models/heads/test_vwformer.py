@@ -7,16 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from models import load_weights
-from models.heads.vwformer import RATIOS, VECTORS, VWHead, contexts
+from models.heads.vwformer import RATIOS, VWHead, contexts
 from tests.models.heads import assert_matches, pyramid, stir, without_gradient
+from tests.vectors.claims import HEADS
 
 CHANNELS = (8, 12, 16, 24)
 CITY: dict[str, Any] = {"short_cut": False, "city": True}
 
 
-@pytest.mark.parametrize("name", VECTORS)
+@pytest.mark.parametrize("name", [name for name in HEADS if name.startswith("vwformer__")])
 def test_matches_the_authors_code(name):
-    assert_matches(name, VECTORS[name])
+    assert_matches(name, HEADS[name])
 
 
 @pytest.mark.parametrize("form", [{}, CITY], ids=["ade20k", "cityscapes"])

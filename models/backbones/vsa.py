@@ -1,8 +1,8 @@
 """ViTAEv2 and Swin with varied-size window attention, VSA (Zhang et al., ECCV 2022, arXiv:2204.08446).
 
-ViTAEv2 (Zhang et al., IJCV 2023, arXiv:2202.10108) is written after the papers and the authors' repository,
-ViTAE-Transformer/ViTAE-VSA, which names no licence: nothing of it is here; its checkpoints load. Swin with VSA is
-written after the paper; its weights were never released.
+ViTAEv2 (Zhang et al., IJCV 2023, arXiv:2202.10108) is written after the papers and what the authors' repository,
+ViTAE-Transformer/ViTAE-VSA, computes. The repository names no licence, so none of its code is here; its checkpoints
+load. Swin with VSA is written after the paper; its weights were never released.
 """
 
 import math
@@ -11,18 +11,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from models.backbones import swin
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
 from ops import create_op, create_ops, parse_mixers
 from ops.registry import Place, Spec
 
 
 class NormalCell(nn.Module):
-    """Token mixing with a convolutional position, beside convolutions of the same map; then MLP. (B, C, H, W)."""
+    """Token mixing and, in parallel, convolutions of the same map; then MLP. Maps are (B, C, H, W).
+
+    Args:
+        dim: Number of channels.
+        mixer: Token mixer; a depthwise convolution adds position to its input.
+        groups: Number of groups of the convolutions.
+        drop_path: Drop path rate.
+    """
 
     def __init__(self, dim: int, mixer: nn.Module, groups: int, drop_path: float):
         super().__init__()
@@ -42,9 +49,20 @@ class NormalCell(nn.Module):
 
 
 class ReductionCell(nn.Module):
-    """Dilated convolutions side by side bring the map to its resolution; then as in a normal cell, without residual.
+    """Reduction of the resolution: (B, C, H, W) to (B, dim, ⌈H / stride⌉, ⌈W / stride⌉).
 
-    (B, C, H, W) to (B, dim, ⌈H / stride⌉, ⌈W / stride⌉).
+    Parallel dilated convolutions reduce the map, and the mixer reads their concatenated outputs. In parallel, strided
+    convolutions reduce the same map. The sum of both goes through an MLP.
+
+    Args:
+        in_dim: Number of channels C of the input.
+        branch_dim: Number of channels of each dilated convolution.
+        dim: Number of channels of the output.
+        mixer: Token mixer from `branch_dim * len(dilations)` channels to `dim`.
+        stride: Stride relative to the input.
+        dilations: Dilation of each of the parallel convolutions.
+        groups: Number of groups of the strided convolutions.
+        wide: Give the strided convolutions 2 * dim hidden channels instead of `branch_dim`.
     """
 
     def __init__(
@@ -86,11 +104,12 @@ class ReductionCell(nn.Module):
 
 
 def position(dim: int) -> nn.Module:
+    """Return the depthwise convolution whose output is added to the tokens as their position."""
     return nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
 
 
 def convolutions(dims: Sequence[int], groups: int, stride: int = 1) -> nn.Module:
-    """Three 3 x 3 convolutions from dims[0] to dims[3] channels, the first ones of stride 2 until `stride` is met."""
+    """Return three 3 x 3 convolutions from dims[0] to dims[3] channels; the leading ones reduce the map by `stride`."""
     layers = []
     for i in range(3):
         step = 2 if stride >> (i + 1) else 1
@@ -99,16 +118,20 @@ def convolutions(dims: Sequence[int], groups: int, stride: int = 1) -> nn.Module
 
 
 class ViTAEv2(HierarchicalBackbone):
-    """A reduction cell and normal cells a stage; no norm before the classifier.
+    """Pyramid whose stages are a reduction cell and normal cells, without a norm before the classifier.
 
     Args:
-        dim: channels of the first stage; each further one has twice as many.
-        depths, heads: normal cells and attention heads of each stage.
-        reduction_heads: attention heads of each stage's reduction cell.
-        wide: give the convolutions of reduction cells more channels.
-        window: side of a window.
-        mixers: token mixers of the normal cells, as `ops.parse_mixers` reads them; by default varied-size windows,
-            which the reduction cells always have.
+        dim: Number of channels of the first stage; every further stage has twice as many.
+        depths: Number of normal cells in each stage.
+        heads: Number of attention heads of the normal cells in each stage.
+        reduction_heads: Number of attention heads of each stage's reduction cell.
+        wide: Give the convolutions of the reduction cells more channels.
+        window: Side of a window.
+        mixers: Token mixers of the normal cells, as `ops.parse_mixers` reads them. Default: varied-size windows, which
+            the reduction cells always have.
+        in_chans: Number of channels of the images.
+        drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
+        **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
     renames = (
@@ -134,12 +157,12 @@ class ViTAEv2(HierarchicalBackbone):
     ):
         varied = {"name": "varied_size_window", "window": window}
         specs = parse_mixers(varied if mixers is None else mixers, depths)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        dims, strides = [dim * 2**i for i in range(4)], (4, 8, 16, 32)
+        dims, strides, rates = stage_layout(dim, depths, drop_path_rate)
         dilations = ((1, 2, 3, 4), (1, 2, 3), (1, 2), (1, 2))
         stages = []
         for i, width in enumerate(dims):
-            in_dim, branch_dim = (dims[i - 1], dims[i - 1]) if i else (in_chans, dim)
+            in_dim = dims[i - 1] if i else in_chans
+            branch_dim = dims[i - 1] if i else dim
             place = Place(i, 0, depths[i], strides[i])
             op = create_op(varied, branch_dim * len(dilations[i]), reduction_heads[i], place=place, out_dim=width)
             reduction = ReductionCell(
@@ -164,24 +187,20 @@ class SwinVSABlock(swin.Block):
 
 
 class SwinVSA(swin.Swin):
-    """Swin with windows of varied sizes, that are not shifted."""
+    """Swin with windows of varied sizes, which are not shifted."""
 
     block, op = SwinVSABlock, "varied_size_window"
 
 
-VECTORS = {  # reference vectors -> registry names, or names and arguments
-    f"vsa__vitaev2_vsa_{name}": f"vitaev2_vsa_{name}" for name in ("s", "widepcm_s", "widepcm_48m")
-}
-
-
-_SHARES = {  # of the authors' files
+_ONEDRIVE_SHARES = {
     "vitaev2_vsa_s": "s!AimBgYV7JjTlgcgB0Xlyc3U4WO11AQ",
     "vitaev2_vsa_widepcm_48m": "s!AimBgYV7JjTlgcgCOt1UwhNQRfO0bw",
 }
 
 
 def _cfg(name: str) -> Any:
-    share = _SHARES.get(name)
+    """Return the `default_cfgs` entry of a net, with an address where the authors released its weights."""
+    share = _ONEDRIVE_SHARES.get(name)
     url = (f"https://api.onedrive.com/v1.0/shares/{share}/root/content", f"{name}.pth") if share else ""
     return imagenet_cfg(url, crop_pct=0.9, first_conv="stages.0.downsample.prm.0.0")
 
@@ -194,9 +213,9 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def vitaev2_vsa_s(pretrained: bool = False, **kwargs) -> ViTAEv2:
-    """ViTAEv2-S of the paper, with fewer heads in the reduction cells."""
-    narrow = {"wide": False, "reduction_heads": (2, 2, 4, 8)}
-    return ViTAEv2.build("vitaev2_vsa_s", pretrained, **narrow | kwargs)
+    """Build ViTAEv2-S of the paper, with fewer heads in the reduction cells."""
+    arguments = {"wide": False, "reduction_heads": (2, 2, 4, 8)}
+    return ViTAEv2.build("vitaev2_vsa_s", pretrained, **arguments | kwargs)
 
 
 @register_model
@@ -207,15 +226,15 @@ def vitaev2_vsa_widepcm_s(pretrained: bool = False, **kwargs) -> ViTAEv2:
 @register_model
 def vitaev2_vsa_widepcm_48m(pretrained: bool = False, **kwargs) -> ViTAEv2:
     heads = (3, 6, 12, 24)
-    medium = {"dim": 96, "depths": (2, 2, 11, 2), "heads": heads, "reduction_heads": heads}
-    return ViTAEv2.build("vitaev2_vsa_widepcm_48m", pretrained, **medium | kwargs)
+    arguments = {"dim": 96, "depths": (2, 2, 11, 2), "heads": heads, "reduction_heads": heads}
+    return ViTAEv2.build("vitaev2_vsa_widepcm_48m", pretrained, **arguments | kwargs)
 
 
 @register_model
 def vitaev2_vsa_widepcm_b(pretrained: bool = False, **kwargs) -> ViTAEv2:
     heads = (4, 8, 16, 32)
-    large = {"dim": 128, "depths": (2, 2, 12, 2), "heads": heads, "reduction_heads": heads}
-    return ViTAEv2.build("vitaev2_vsa_widepcm_b", pretrained, **large | kwargs)
+    arguments = {"dim": 128, "depths": (2, 2, 12, 2), "heads": heads, "reduction_heads": heads}
+    return ViTAEv2.build("vitaev2_vsa_widepcm_b", pretrained, **arguments | kwargs)
 
 
 @register_model

@@ -1,27 +1,36 @@
 """GC ViT: Global Context Vision Transformers (Hatamizadeh et al., ICML 2023, arXiv:2206.09959).
 
-Written after the paper and timm (Apache-2.0); the licence of the authors' code, NVlabs/GCVit, forbids commercial use,
-so none of it is here, only the facts of how their nets are built and their detectors pad. Their checkpoints
-(CC BY-NC-SA 4.0) load. timm has five of the nets too (`gcvit_tiny`); these take any image size and any token mixer.
+Written after the paper and timm (Apache-2.0). The licence of the authors' code, NVlabs/GCVit, forbids commercial use,
+so none of that code is here, only facts: how the authors' nets are built, and how their detectors pad maps. The
+authors' checkpoints (CC BY-NC-SA 4.0) load. timm has five of the nets too (`gcvit_tiny`); the nets here (`gc_vit_tiny`)
+take any image size and any token mixer.
 """
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import DropPath, LayerNorm2d, LayerScale, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm2d, LayerScale, Mlp
 from timm.models import generate_default_cfgs, register_model
 from timm.models.gcvit import Downsample2d
 from torch import Tensor, nn
 
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
 from ops import create_ops, parse_mixers
 from ops.attention.global_query import WINDOWS
 from ops.registry import Spec
 
 
 class Block(nn.Module):
-    """Token mixing and MLP, each added to the map (B, C, H, W), scaled where `layer_scale` is given."""
+    """Token mixing and MLP, each added to the map (B, C, H, W).
+
+    Args:
+        dim: Number of channels.
+        mixer: Token mixer.
+        mlp_ratio: Width of the MLP relative to the channels.
+        drop_path: Drop path rate.
+        layer_scale: Initial factor, learned for each channel, on what is added; None leaves it out.
+    """
 
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float, layer_scale: float | None):
         super().__init__()
@@ -41,17 +50,25 @@ class Block(nn.Module):
 
 
 class GCViT(HierarchicalBackbone):
-    """Zeros pad a map to whole windows, however small it is, as in the authors' detection code.
+    """Pyramid whose blocks alternate between windows with local queries and windows with global queries.
+
+    As in the authors' detection code, zeros pad every map to whole windows, even a map smaller than one window.
 
     Args:
-        dim: channels of the first stage; each further one has twice as many.
-        depths, heads: blocks and attention heads of each stage.
-        mlp_ratio: width of the MLP to the channels.
-        window: side of a window in every stage, or in each. Checkpoints for 224 pixels have the default, those for
-            384 pixels (12, 12, 24, 12), those for 512 pixels (16, 16, 32, 16); the authors' detectors have 24.
-        poolings: of each stage's map on its way to a global query; the authors' detectors have (3, 2, 1, 0).
-        layer_scale: initial factor on the blocks' branches; None leaves it out.
-        mixers: token mixers, as `ops.parse_mixers` reads them; by default windows of local and of global queries.
+        dim: Number of channels of the first stage; every further stage has twice as many.
+        depths: Number of blocks in each stage.
+        heads: Number of attention heads in each stage.
+        mlp_ratio: Width of the MLP relative to the channels.
+        window: Side of a window in all stages, or a list with one side per stage. Checkpoints for 224 pixels have the
+            default, checkpoints for 384 pixels (12, 12, 24, 12) and checkpoints for 512 pixels (16, 16, 32, 16). The
+            authors' detectors have 24.
+        poolings: Number of poolings between each stage's map and its global query. The authors' detectors have
+            (3, 2, 1, 0).
+        layer_scale: Initial factor, learned for each channel, on what a block adds; None leaves it out.
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: as above.
+        in_chans: Number of channels of the images.
+        drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
+        **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
     map_norms = True
@@ -94,9 +111,7 @@ class GCViT(HierarchicalBackbone):
                 for side, number in zip(windows, poolings, strict=True)
             ]
         specs = parse_mixers(mixers, depths)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        dims = [dim * 2**i for i in range(len(depths))]
-        strides = [4 * 2**i for i in range(len(depths))]
+        dims, strides, rates = stage_layout(dim, depths, drop_path_rate)
         norm: Any = partial(LayerNorm2d, eps=1e-5)
         stem = nn.Sequential(nn.Conv2d(in_chans, dim, 3, stride=2, padding=1), Downsample2d(dim, norm_layer=norm))
         stages = []
@@ -108,10 +123,6 @@ class GCViT(HierarchicalBackbone):
         super().__init__(stages, dims, strides, norm(dims[-1]), in_chans=in_chans, **kwargs)
         self.apply(init_weights)
 
-
-VECTORS = {  # reference vectors -> registry names and arguments; those of classifiers are timm's nets too
-    "gcvit__gc_vit_tiny_det": ("gc_vit_tiny", {"norms": True, "window": 24, "poolings": (3, 2, 1, 0)}),
-}
 
 _RELEASES = "https://huggingface.co/nvidia/GCViT/resolve/main/gcvit_"
 default_cfgs = generate_default_cfgs(
@@ -128,7 +139,8 @@ default_cfgs = generate_default_cfgs(
             "large": 1.0,
         }.items()
     }
-    | {  # for nets with the windows of that image size
+    # These weights are for nets with the windows of their image size: see `GCViT`.
+    | {
         f"gc_vit_large.in21k_in1k_{side}": imagenet_cfg(
             f"{_RELEASES}21k_large_{side}.pth.tar",
             crop_pct=1.0,
@@ -162,23 +174,23 @@ def gc_vit_tiny2(pretrained: bool = False, **kwargs) -> GCViT:
 
 @register_model
 def gc_vit_small(pretrained: bool = False, **kwargs) -> GCViT:
-    small = {"dim": 96, "heads": (3, 6, 12, 24), "mlp_ratio": 2.0, "layer_scale": 1e-5}
-    return GCViT.build("gc_vit_small", pretrained, **small | kwargs)
+    arguments = {"dim": 96, "heads": (3, 6, 12, 24), "mlp_ratio": 2.0, "layer_scale": 1e-5}
+    return GCViT.build("gc_vit_small", pretrained, **arguments | kwargs)
 
 
 @register_model
 def gc_vit_small2(pretrained: bool = False, **kwargs) -> GCViT:
-    small = {"dim": 96, "depths": (3, 4, 23, 5), "heads": (3, 6, 12, 24), "layer_scale": 1e-5}
-    return GCViT.build("gc_vit_small2", pretrained, **small | kwargs)
+    arguments = {"dim": 96, "depths": (3, 4, 23, 5), "heads": (3, 6, 12, 24), "layer_scale": 1e-5}
+    return GCViT.build("gc_vit_small2", pretrained, **arguments | kwargs)
 
 
 @register_model
 def gc_vit_base(pretrained: bool = False, **kwargs) -> GCViT:
-    base = {"dim": 128, "heads": (4, 8, 16, 32), "mlp_ratio": 2.0, "layer_scale": 1e-5}
-    return GCViT.build("gc_vit_base", pretrained, **base | kwargs)
+    arguments = {"dim": 128, "heads": (4, 8, 16, 32), "mlp_ratio": 2.0, "layer_scale": 1e-5}
+    return GCViT.build("gc_vit_base", pretrained, **arguments | kwargs)
 
 
 @register_model
 def gc_vit_large(pretrained: bool = False, **kwargs) -> GCViT:
-    large = {"dim": 192, "heads": (6, 12, 24, 48), "mlp_ratio": 2.0, "layer_scale": 1e-5}
-    return GCViT.build("gc_vit_large", pretrained, **large | kwargs)
+    arguments = {"dim": 192, "heads": (6, 12, 24, 48), "mlp_ratio": 2.0, "layer_scale": 1e-5}
+    return GCViT.build("gc_vit_large", pretrained, **arguments | kwargs)

@@ -1,7 +1,7 @@
 """FocalNets of one resolution: Focal Modulation Networks (Yang et al., NeurIPS 2022, arXiv:2203.11926), table 5.
 
-Written after the paper and the authors' repository, microsoft/FocalNet (MIT); its checkpoints load. The nets of four
-stages are timm's.
+Written after the paper and the authors' repository, microsoft/FocalNet (MIT); its checkpoints load. timm has the nets
+of four stages (`focalnet_tiny_srf`).
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,13 @@ from ops.registry import Spec
 
 
 class FocalNetIso(plain.PlainBackbone):
-    """ViT's layout without positions and class token, with a norm after the patches."""
+    """ViT's layout with focal modulation, without positions and class token, with a norm after the patch embedding.
+
+    Args:
+        depths: Number of blocks, as one entry.
+        mixers: Token mixers, as `ops.parse_mixers` reads them.
+        **kwargs: Further arguments of `PlainBackbone`.
+    """
 
     positions = False
     patch_norm = True
@@ -32,7 +38,7 @@ class FocalNetIso(plain.PlainBackbone):
 
 
 class PostNormBlock(plain.Block):
-    """A block whose norms stand after what they norm, each branch then scaled."""
+    """Block with the norm after the mixer and after the MLP; each result is scaled, then added to the tokens."""
 
     def __init__(self, dim: int, *args, **kwargs):
         super().__init__(dim, *args, **kwargs)
@@ -44,12 +50,10 @@ class PostNormBlock(plain.Block):
 
 
 class PostNormFocalNetIso(FocalNetIso):
-    """As the authors' function for their base net makes it."""
+    """FocalNet of one resolution with post-norm blocks, as the authors' function for the base size builds it."""
 
     block = PostNormBlock
 
-
-VECTORS = {"focalnet__tiny_iso": "focalnet_tiny_iso"}  # reference vectors -> registry names
 
 _RELEASES = "https://projects4jw.blob.core.windows.net/focalnet/release/classification/"
 default_cfgs = generate_default_cfgs(

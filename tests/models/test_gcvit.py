@@ -1,6 +1,5 @@
-"""GC ViT: the authors' classifiers, and their rule for detectors."""
+"""GC ViT: agreement with the authors' classifiers, and the authors' padding in detectors."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,24 +8,22 @@ import torch
 import torch.nn.functional as F
 
 from models import DenseBackbone, load_weights
+from models.reference import load_vector, make_input, official_state, relative_error
 from ops import create_op
 from ops.attention.global_query import GlobalQuery
 from ops.registry import FIRST
-from tests.reference import load_vector, make_input, official_state, relative_error
+from tests.vectors import VECTOR_FILES
 
-CLASSIFIERS = sorted((Path(__file__).parent.parent / "vectors").glob("gcvit__gc_vit_*.json.gz"))
-CLASSIFIERS = [path for path in CLASSIFIERS if "_det" not in path.name]
+CLASSIFIERS = [name for name in VECTOR_FILES if name.startswith("gcvit__gc_vit_") and "_det" not in name]
 DETECTOR: Any = {"norms": True, "window": 24, "poolings": (3, 2, 1, 0), "depths": (2, 2, 2, 2)}
 
 
 @pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=() if "xxtiny" in path.name else pytest.mark.slow) for path in CLASSIFIERS],
-    ids=lambda path: path.name.split(".")[0],
+    "name", [pytest.param(name, marks=() if "xxtiny" in name else pytest.mark.slow) for name in CLASSIFIERS]
 )
-def test_classifies_as_the_authors_net_does(path):
-    """timm's nets claim these vectors; ours, with the same weights, match them too."""
-    vector = load_vector(path)
+def test_matches_the_authors_code(name):
+    """Compare our nets with the vectors that tests/vectors/claims.py compares timm's nets with."""
+    vector = load_vector(VECTOR_FILES[name])
     net = timm.create_model(vector["variant"]).eval()
     load_weights(net, official_state(vector))
     assert sum(parameter.numel() for parameter in net.parameters()) == vector["num_params"]
@@ -43,25 +40,29 @@ def test_windows_that_may_not_shrink_are_filled_with_zeros(form):
     shrinking.load_state_dict(op.state_dict())
     x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
     padded = F.pad(x, (0, 0, 0, 3, 0, 2))
-    given, fewer = ({} if form == "local" else {"context": torch.randn(2, h, 6, 8).double()} for h in (6, 4))
-    assert torch.allclose(op(x, **given), shrinking(padded, **given)[:, :4, :9], atol=1e-12)
-    assert not torch.allclose(op(x, **given), shrinking(x, **fewer), atol=1e-3)
+    context, smaller_context = (
+        {} if form == "local" else {"context": torch.randn(2, rows, 6, 8).double()} for rows in (6, 4)
+    )
+    assert torch.allclose(op(x, **context), shrinking(padded, **context)[:, :4, :9], atol=1e-12)
+    assert not torch.allclose(op(x, **context), shrinking(x, **smaller_context), atol=1e-3)
 
 
 def test_queries_of_a_detector_are_resized_to_its_windows():
     torch.manual_seed(0)
-    make = GlobalQuery(FIRST._replace(stage=2, stride=16), 8, 2, window=24, poolings=1, shrink=False)
-    query = make(torch.randn(1, 14, 20, 8))
-    assert query.shape == (1, 24, 24, 8) and sum(isinstance(m, torch.nn.MaxPool2d) for m in make.modules()) == 1
+    global_query = GlobalQuery(FIRST._replace(stage=2, stride=16), 8, 2, window=24, poolings=1, shrink=False)
+    query = global_query(torch.randn(1, 14, 20, 8))
+    assert query.shape == (1, 24, 24, 8)
+    assert sum(isinstance(m, torch.nn.MaxPool2d) for m in global_query.modules()) == 1
     assert GlobalQuery(FIRST._replace(stage=2, stride=16), 8, 2)(torch.randn(1, 5, 20, 8)).shape == (1, 5, 14, 8)
 
 
-def test_a_detector_takes_a_classifiers_weights_with_tables_resized():
+def test_a_detector_loads_a_classifiers_weights_and_resizes_the_tables():
     torch.manual_seed(0)
     classifier = timm.create_model("gc_vit_xxtiny", depths=DETECTOR["depths"])
     net = DenseBackbone("gc_vit_xxtiny", **DETECTOR).eval()
-    done = load_weights(net, classifier.state_dict())
-    assert len(done.resized) == 8 and all(key.startswith("norms.") for key in done.missing) and not done.unexpected
+    result = load_weights(net, classifier.state_dict())
+    assert len(result.resized) == 8 and not result.unexpected
+    assert all(key.startswith("norms.") for key in result.missing)
     for stage, side in enumerate((7, 7, 14, 7)):
         key = f"stages.{stage}.blocks.1.mixer.relative_position_bias_table"
         table = classifier.state_dict()[key].T.unflatten(1, (2 * side - 1, 2 * side - 1))

@@ -6,11 +6,11 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from models.backbones.focalnet_iso import PostNormBlock
+from models.backbones.focalnet import PostNormBlock
 from tests.models.test_backbones import build
 
 
-def test_the_base_net_norms_and_scales_what_its_branches_give():
+def test_the_base_net_has_a_norm_and_a_scale_after_each_branch():
     torch.manual_seed(0)
     block = PostNormBlock(8, torch.nn.Linear(8, 8))
     for scale in (block.ls1, block.ls2):
@@ -22,13 +22,14 @@ def test_the_base_net_norms_and_scales_what_its_branches_give():
     assert isinstance(build("focalnet_base_iso").blocks[0], PostNormBlock)
 
 
-def test_nothing_tells_where_a_token_is():
-    """Of an image made of one patch again and again, tokens beyond the reach of the zeros around it are equal."""
+def test_tokens_have_no_position():
+    """Repeat one patch over an image: all tokens are equal that the zeros around the image do not reach."""
     torch.manual_seed(0)
     net: Any = timm.create_model("focalnet_tiny_iso", depths=(1,)).eval()
     assert net.pos_embed is None and net.cls_token is None and not net.no_weight_decay()
     x = torch.randn(1, 3, 16, 16).repeat(1, 1, 20, 20)
     (m,) = net.forward_intermediates(x, indices=[0], intermediates_only=True)
-    inner = m[0, :, 8:-8, 8:-8]  # convolutions of 3, 5 and 7 reach 6 tokens
+    # The convolutions with kernels of 3, 5 and 7 tokens reach 1 + 2 + 3 = 6 tokens.
+    inner = m[0, :, 8:-8, 8:-8]
     assert torch.allclose(inner, inner[:, :1, :1].expand_as(inner), atol=1e-5)
     assert not torch.allclose(m[0, :, 0, 0], inner[:, 0, 0], atol=1e-3)

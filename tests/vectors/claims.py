@@ -1,0 +1,235 @@
+"""Claims: which net, op or head of ours must reproduce each reference vector.
+
+A new backbone's author adds a line for each of its vectors here. Some claims name vectors that the repository does not
+hold (large nets and a few variants); such a claim is tested as soon as the vector's file is put beside the others.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from models import DenseBackbone
+from models.heads.rcnet import RCNet
+from models.heads.sdanet import SelectiveDenseAttention
+from models.heads.vwformer import VWHead
+from ops import create_op
+
+
+@dataclass(frozen=True)
+class Net:
+    """A net of timm's registry, ours or timm's; a vector of stage maps is claimed by the net's dense features.
+
+    Attributes:
+        name: registry name.
+        arguments: arguments of `timm.create_model`, or of `DenseBackbone` for a vector of stage maps.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the net or its dense features."""
+        make = DenseBackbone if "stage1" in vector["outputs"] else timm.create_model
+        return make(self.name, **self.arguments)
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs in the vector's order."""
+        outputs = model(x)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op on its own.
+
+    Attributes:
+        name: the op's registered name.
+        renames: names of the vector's `kwargs` -> names of our arguments; `kwargs` that it lacks are left out.
+        arguments: arguments of ours that the vector's `kwargs` do not name.
+        layout: how the vector's input and output hold the map: NHWC, NCHW or tokens (B, H * W, C).
+    """
+
+    name: str
+    renames: Mapping[str, str]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = "NHWC"
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the op with the vector's arguments."""
+        taken = {self.renames[key]: value for key, value in vector["kwargs"].items() if key in self.renames}
+        return create_op(self.name, **taken, **self.arguments)
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the one output in the vector's layout."""
+        if self.layout == "tokens":
+            size = (vector["kwargs"]["H"], vector["kwargs"]["W"])
+            return (model(x.unflatten(1, size)).flatten(1, 2),)
+        if self.layout == "NCHW":
+            return (model(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),)
+        return (model(x),)
+
+
+def nets(names: Mapping[str, str]) -> dict[str, Net]:
+    """Return one claim without arguments for each pair of a vector's name and a net's name."""
+    return {vector: Net(name) for vector, name in names.items()}
+
+
+NETS: dict[str, Net] = {
+    # Agent Attention
+    "agent_attention__agent_deit_t": Net("agent_deit_tiny"),
+    "agent_attention__agent_deit_s": Net("agent_deit_small"),
+    "agent_attention__agent_pvt_t": Net("agent_pvt_tiny"),
+    "agent_attention__agent_swin_t": Net("agent_swin_tiny"),
+    "agent_attention__agent_cswin_t": Net("agent_cswin_tiny"),
+    "agent_attention__det_agent_swin_t_stages": Net("agent_swin_tiny", {"norms": True, "pool": (9, 12, 14, 7)}),
+    # BiFormer
+    **nets({f"biformer__biformer_{size}": f"biformer_{size}" for size in ("tiny", "small", "base")}),
+    "biformer__biformer_stl": Net("biformer_stl"),
+    "biformer__biformer_stl_nchw": Net("biformer_stl_nchw"),
+    "biformer__biformer_small_seg": Net("biformer_small", {"norms": True, "n_win": 8}),
+    "biformer__biformer_small_seg_n7pad": Net("biformer_small", {"norms": True}),
+    # CrossViT
+    **nets({f"crossvit__{size}_224": f"crossvit_{size}_240" for size in ("tiny", "small", "base")}),
+    **nets({f"crossvit__{depth}_224": f"crossvit_{depth}_240" for depth in (9, 15, 18)}),
+    **nets({f"crossvit__{depth}_dagger_224": f"crossvit_{depth}_dagger_240" for depth in (9, 15, 18)}),
+    "crossvit__9_224_in224": Net("crossvit_9_240"),
+    # CSWin
+    "cswin__cswin_64_12211_tiny_224": Net("cswin_tiny"),
+    "cswin__cswin_64_24322_small_224": Net("cswin_small"),
+    "cswin__cswin_96_24322_base_224": Net("cswin_base"),
+    "cswin__cswin_tiny_seg": Net("cswin_tiny", {"norms": True}),
+    "cswin__cswin_tiny_seg_pad": Net("cswin_tiny", {"norms": True}),
+    # DaViT
+    **nets({f"davit__davit_{size}": f"davit_{size}" for size in ("tiny", "small", "base")}),
+    "davit__davit_tiny_seg": Net("davit_tiny", {"norms": True}),
+    "davit__davit_tiny_seg_pad": Net("davit_tiny", {"norms": True}),
+    # DiNAT
+    **nets({f"dinat__dinat_{size}": f"dinat_{size}" for size in ("mini", "tiny", "small", "base")}),
+    "dinat__dinat_mini_seg": Net(
+        "dinat_mini", {"norms": True, "dilations": ((1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2))}
+    ),
+    # EfficientViT
+    **nets({f"efficientvit__m{i}": f"efficientvit_m{i}" for i in range(6)}),
+    "efficientvit__det_m4_stages": Net("efficientvit_m4", {"img_size": 512}),
+    # FaViT
+    **nets({f"favit__favit_b{i}": f"favit_b{i}" for i in range(4)}),
+    "favit__favit_b1_stages": Net("favit_b1"),
+    # FocalNet
+    **nets({f"focalnet__{size}_srf": f"focalnet_{size}_srf" for size in ("tiny", "small", "base")}),
+    **nets({f"focalnet__{size}_lrf": f"focalnet_{size}_lrf" for size in ("tiny", "small", "base")}),
+    "focalnet__tiny_iso": Net("focalnet_tiny_iso"),
+    "focalnet__det_tiny_srf_stages": Net("focalnet_tiny_srf", {"norms": True, "focal_windows": (9, 9, 9, 9)}),
+    # GC ViT: timm's classifiers; tests/models/test_gcvit.py compares ours with the same vectors.
+    **nets({f"gcvit__gc_vit_{size}": f"gcvit_{size}" for size in ("xxtiny", "xtiny", "tiny", "small", "base")}),
+    "gcvit__gc_vit_tiny_det": Net("gc_vit_tiny", {"norms": True, "window": 24, "poolings": (3, 2, 1, 0)}),
+    # GhostNetV2
+    **nets({f"ghostnetv2__x{width}": f"ghostnetv2_{width}0" for width in (10, 13, 16)}),
+    # HaloNet
+    "halonet__halonet26t": Net("halonet26t"),
+    "halonet__halonet_h1": Net("halonet_h1"),
+    # InLine
+    "inline__inline_deit_t": Net("inline_deit_tiny"),
+    "inline__inline_deit_s": Net("inline_deit_small"),
+    "inline__inline_pvt_t": Net("inline_pvt_tiny"),
+    "inline__inline_swin_t": Net("inline_swin_tiny"),
+    "inline__inline_cswin_t": Net("inline_cswin_tiny"),
+    # L2ViT
+    **nets({f"l2vit__l2vit_{size}": f"l2vit_{size}" for size in ("tiny", "small", "base")}),
+    "l2vit__l2vit_tiny_seg_pad": Net("l2vit_tiny", {"norms": True}),
+    # LITv2
+    **nets({f"litv2__litv2_{size}": f"litv2_{size}" for size in ("small", "medium", "base")}),
+    "litv2__litv2_small_seg": Net("litv2_small", {"norms": True, "crop_odd": True}),
+    "litv2__litv2_small_seg_pad": Net("litv2_small", {"norms": True, "crop_odd": True}),
+    # MambaOut
+    **nets({f"mambaout__{size}": f"mambaout_{size}" for size in ("femto", "kobe", "tiny", "small", "base")}),
+    "mambaout__femto_stages": Net("mambaout_femto"),
+    # MaxViT
+    **nets({f"maxvit__maxvit_{size}_tf_224": f"maxvit_{size}_tf_224" for size in ("tiny", "small", "base")}),
+    "maxvit__maxvit_tiny_tf_224_stages": Net("maxvit_tiny_tf_224"),
+    # NAT
+    **nets({f"nat__nat_{size}": f"nat_{size}" for size in ("mini", "tiny", "small", "base")}),
+    "nat__nat_mini_seg": Net("nat_mini", {"norms": True}),
+    "nat__nat_mini_seg_odd": Net("nat_mini", {"norms": True}),
+    # PPMA
+    "ppma__ppmavit_t": Net("ppma_tiny"),
+    "ppma__ppmavit_s": Net("ppma_small"),
+    "ppma__ppmavit_b": Net("ppma_base"),
+    "ppma__ppmavit_t_stages": Net("ppma_tiny", {"norms": True}),
+    # SHViT
+    **nets({f"shvit__s{i}": f"shvit_s{i}" for i in range(1, 5)}),
+    "shvit__det_s4_stages": Net("shvit_s4"),
+    # Swin and Swin V2
+    **nets({f"swin__swin_{size}": f"swin_{size}" for size in ("tiny", "small", "base")}),
+    "swin__swinv2_tiny_window8_256": Net("swinv2_tiny_window8_256"),
+    "swin__swinv2_tiny_window16_256": Net("swinv2_tiny_window16_256"),
+    # TransNeXt
+    **nets({f"transnext__transnext_{size}": f"transnext_{size}" for size in ("micro", "tiny", "small", "base")}),
+    "transnext__transnext_micro_aaaa": Net("transnext_micro_aaaa", {"pretrain_size": 224}),
+    "transnext__transnext_tiny_seg": Net("transnext_tiny", {"bias_size": 224}),
+    "transnext__transnext_tiny_seg_256x320": Net("transnext_tiny", {"bias_size": 256}),
+    "transnext__transnext_tiny_seg_256x320_extrapolation": Net("transnext_tiny"),
+    # UniFormer
+    **nets({f"uniformer__uniformer_{size}": f"uniformer_{size}" for size in ("small", "small_plus", "base")}),
+    "uniformer__uniformer_small_seg": Net("uniformer_small", {"norms": True}),
+    "uniformer__uniformer_small_seg_w14": Net("uniformer_small", {"norms": True, "window": 14}),
+    "uniformer__uniformer_small_seg_h14": Net("uniformer_small", {"norms": True, "window": 14, "hybrid": True}),
+    # ViTAEv2 with VSA
+    **nets({f"vsa__vitaev2_vsa_{size}": f"vitaev2_vsa_{size}" for size in ("s", "widepcm_s", "widepcm_48m")}),
+}
+
+BILEVEL_ROUTING = Op(
+    "bilevel_routing",
+    {"dim": "dim", "num_heads": "num_heads", "n_win": "n_win", "topk": "topk", "side_dwconv": "lepe_kernel"},
+)
+FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
+NEIGHBORHOOD = Op(
+    "neighborhood",
+    {
+        "dim": "dim",
+        "heads": "num_heads",
+        "kernel_size": "kernel",
+        "dilation": "dilation",
+        "stride": "stride",
+        "is_causal": "causal",
+    },
+    {"bias": False},
+    layout="tokens",
+)
+POLYLINE_PATH = Op("polyline_path", {"embed_dim": "dim", "num_heads": "num_heads"})
+VARIED_SIZE_WINDOW = Op(
+    "varied_size_window",
+    {"dim": "dim", "out_dim": "out_dim", "num_heads": "num_heads", "window_size": "window"},
+    layout="NCHW",
+)
+
+OPS: dict[str, Op] = {
+    "biformer__attnlepe_op_7": FULL,
+    "biformer__bra_op_14": BILEVEL_ROUTING,
+    "biformer__bra_op_28_topk4": BILEVEL_ROUTING,
+    "biformer__bra_op_56": BILEVEL_ROUTING,
+    "biformer__bra_op_pad_27x33": BILEVEL_ROUTING,
+    "natten__k4_s2_d3_16x14": NEIGHBORHOOD,
+    "natten__k5_d3x2_16x14": NEIGHBORHOOD,
+    "natten__k7_16x14": NEIGHBORHOOD,
+    "natten__k7_causal_16x14": NEIGHBORHOOD,
+    "natten__k7_causal_y_16x14": NEIGHBORHOOD,
+    "natten__k7_d2_16x14": NEIGHBORHOOD,
+    "natten__k7_s2_16x14": NEIGHBORHOOD,
+    "natten__k8_s4_16x14": NEIGHBORHOOD,
+    "ppma__ppma_chunk_op_28": replace(POLYLINE_PATH, arguments={"form": "chunk"}),
+    "ppma__ppma_whole_op_14x10": replace(POLYLINE_PATH, arguments={"form": "whole"}),
+    "vsa__vsa_op_14": VARIED_SIZE_WINDOW,
+    "vsa__vsa_op_56": VARIED_SIZE_WINDOW,
+    "vsa__vsa_op_pad_30": VARIED_SIZE_WINDOW,
+}
+
+# Heads and necks take several maps: tests/models/heads/ builds and compares them.
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "rcnet__rcfpn_c64": lambda: RCNet((48, 96, 192), out_channels=64),
+    "sdanet__selective_dense_attention_256": SelectiveDenseAttention,
+    "vwformer__vwhead_c64_h4_s256": lambda: VWHead((96, 192, 384, 768), 19, channels=64, num_heads=4),
+    "vwformer__vwcityhead_c64_s512": lambda: VWHead((96, 192, 384, 768), 19, channels=64, short_cut=False, city=True),
+}

@@ -1,0 +1,60 @@
+"""Comparison of one of our modules with a reference vector."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import load_weights
+from models.reference import make_input, official_state, relative_error
+from models.weights import rename_weights
+from tests.vectors.claims import Net, Op
+
+TOLERANCE = 1e-5
+
+
+def assert_reproduces(claim: Net | Op, vector: Mapping[str, Any]) -> None:
+    """Check that a module of ours has the vector's parameters and, with its weights, its outputs.
+
+    The weights are loaded as those of a released checkpoint are.
+    """
+    model = claim.build(vector).eval()
+    state = official_state(vector)
+    # Dense features drop the weights of the classifier, which the vector's module may have.
+    unused_names = load_weights(model, state).dropped
+    our_state = rename_weights(model, state)
+    num_params = sum(parameter.numel() for parameter in model.parameters())
+    assert num_params + sum(our_state[name].numel() for name in unused_names) == vector["num_params"]
+
+    x = make_input(vector["input_shape"])
+    outputs = _run(claim, model, vector, x)
+    assert len(outputs) == len(vector["outputs"])
+    errors = [relative_error(*pair) for pair in zip(vector["outputs"].values(), outputs, strict=True)]
+    if max(errors) >= TOLERANCE:
+        # With these weights the scores of some nets are so large that softmax is nearly a step, which no two
+        # implementations compute alike in float32. The bound is then how much float32's rounding of the input matters.
+        bounds = [max(TOLERANCE, 20 * change) for change in _sensitivity(claim, model.double(), vector, x.double())]
+        assert all(error < bound for error, bound in zip(errors, bounds, strict=True)), (errors, bounds)
+
+
+def _run(claim: Net | Op, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+    with torch.inference_mode():
+        return claim.run(model, vector, x)
+
+
+def _sensitivity(claim: Net | Op, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> list[float]:
+    """Return the largest relative change of each output when the input changes by float32's rounding error.
+
+    Args:
+        claim: runs the model.
+        model: in float64.
+        vector: the vector that the model reproduces.
+        x: the vector's input in float64.
+    """
+    exact = _run(claim, model, vector, x)
+    perturbed = []
+    for seed in range(4):
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+        perturbed.append(_run(claim, model, vector, x * (1 + 2**-24 * noise)))
+    return [max(float((run[i] - y).norm() / y.norm()) for run in perturbed) for i, y in enumerate(exact)]
