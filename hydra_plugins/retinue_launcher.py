@@ -93,7 +93,7 @@ class SlurmSweep(SlurmLauncher):
         import submitit
         from submitit.core.utils import FailedJobError
 
-        from retinue.runs.config import fingerprint
+        from retinue.runs.identity import fingerprint
         from retinue.runs.result import git_commit
         from retinue.runs.slurm import Submission, run_submitted
         from retinue.runs.status import SUBMITTED

@@ -12,10 +12,11 @@ from timm.layers import LayerNorm2d, to_2tuple
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from models.factory import build, resolve, size_pixels
+from models.factory import build
 from models.hierarchical import HierarchicalBackbone
 from models.timm_nets import take_any_size
 from models.weights import renamed
+from retinue.utils.sizes import resolve, size_pixels
 
 MULTIPLES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 192, 224, 256, 384, 448, 512)  # of pixels, tried in turn
 

@@ -4,14 +4,13 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
 
 import timm
 import torch
-from omegaconf import OmegaConf
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+from retinue.utils.sizes import resolve
 from retinue.utils.suggestions import nearest
 
 
@@ -24,60 +23,6 @@ def create_model(model_cfg: Mapping, num_classes: int, in_chans: int, img_size: 
     image = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
     name, args = resolve(model_cfg, max(image))
     return build(name, image, num_classes=num_classes, in_chans=in_chans, **args)
-
-
-def resolve(model_cfg: Mapping, pixels: int, dense: bool = False) -> tuple[str, dict[str, Any]]:
-    """The registry name and the arguments of the net of a `conf/model/*.yaml`, for images of so many pixels a side.
-
-    With `dense`, of the net under a head for detection or segmentation.
-
-    `sizes` maps names to the arguments of `timm.create_model`, `name` among them; `size` picks one. Where it is null,
-    it is the first that is for such images: one with `images_up_to` is for images of up to so many pixels a side, and
-    its `dense` are arguments under such a head. `args` and all other keys but `recipe` are further arguments; null ones
-    are left out.
-
-    Raises:
-        ValueError: the size is unknown, or there is no name.
-    """
-    cfg: Any = OmegaConf.to_container(model_cfg, resolve=True) if OmegaConf.is_config(model_cfg) else model_cfg
-    chosen = {**pick_size(cfg.get("sizes") or {}, cfg.get("size"), pixels)}
-    chosen |= {key: value for key, value in chosen.pop("dense", {}).items() if dense}
-    own = {key: value for key, value in cfg.items() if key not in ("recipe", "size", "sizes", "args")}
-    args = {key: value for key, value in {**chosen, **own, **(cfg.get("args") or {})}.items() if value is not None}
-    args.pop("images_up_to", None)
-    name = args.pop("name", None)
-    if name is None:
-        raise ValueError("model.name must be the name of a net, such as model.name=resnet50")
-    return name, args
-
-
-def size_pixels(data_cfg: Mapping) -> int:
-    """Pixels a side by which a model's size is chosen where none is named: those of the images of a `conf/data/*.yaml`.
-
-    Small sets for detection and segmentation have images of many pixels, and take the smallest size all the same.
-    """
-    if data_cfg["task"] != "classification" and data_cfg["kind"] == "small":
-        return 1
-    size = data_cfg["image_size"]
-    return size if isinstance(size, int) else max(size)
-
-
-def model_name(model_cfg: Mapping, img_size: int | Sequence[int]) -> str:
-    """The registry name of the net that `create_model` would make."""
-    pixels = img_size if isinstance(img_size, int) else max(img_size)
-    chosen = pick_size(model_cfg.get("sizes") or {}, model_cfg.get("size"), pixels)
-    return str(chosen["name"] if chosen else model_cfg["name"])
-
-
-def pick_size(sizes: Mapping[str, dict], size: str | None, pixels: int) -> dict:
-    """The arguments of the size called `size`, or of the first for images of so many pixels a side."""
-    if not sizes:
-        return {}
-    if size is None:
-        return next(args for args in sizes.values() if pixels <= args.get("images_up_to", pixels))
-    if size not in sizes:
-        raise ValueError(f"model.size {size!r} is unknown.{nearest(size, sizes)} There are: {', '.join(sizes)}")
-    return sizes[size]
 
 
 def check_name(name: str) -> str:

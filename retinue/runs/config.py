@@ -1,7 +1,5 @@
 """What the config means: the recipe that goes with the data, the run's identity and folder, and its checks."""
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,14 +7,10 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from retinue.runs.default_recipe import recipe_for
+from retinue.runs.identity import fingerprint, run_folder
 from retinue.utils.paths import CONF
-
-# Sections and keys that change how a run is carried out or shown, not what comes out of it.
-NOT_RESULT = {
-    "": ("hydra", "run_dir", "rerun", "seed", "checkpoint", "logger", "ops", "save_images"),
-    "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
-    "data": ("num_workers",),
-}
+from retinue.utils.sizes import model_name, size_pixels
 
 
 def register_resolvers() -> None:
@@ -24,48 +18,6 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("recipe_for", recipe_for, replace=True)
     OmegaConf.register_new_resolver("run_folder", lambda *, _root_: run_folder(_root_), replace=True)
     OmegaConf.register_new_resolver("evaluation_folder", lambda *, _root_: evaluation_folder(_root_), replace=True)
-
-
-def recipe_for(task: str, data: str, model: str, head: str) -> str:
-    """The default recipe: on small data that for small data, elsewhere the head's own, or a classifier's own."""
-
-    def read(group: str, name: str) -> dict:
-        path = CONF / group / f"{name}.yaml"
-        return (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}  # Hydra reports a wrong name
-
-    kind = read("data", data).get("data", {}).get("kind", "small")
-    if task == "classification":
-        return "small_data" if kind == "small" else read("model", model).get("recipe", "deit")
-    head = read("head", f"default_{task}").get("defaults", [head])[0] if head == "none" else head
-    return f"small_{task}" if kind == "small" else read("head", head).get("recipe", f"small_{task}")
-
-
-def identity(cfg: DictConfig) -> dict:
-    """The resolved config without what leaves the result as it is; the seed is left out, too."""
-    plain: dict = {
-        key: OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
-        for key in cfg
-        if key not in NOT_RESULT[""]
-    }
-    for section, keys in NOT_RESULT.items():
-        if section in plain:
-            plain[section] = {key: value for key, value in plain[section].items() if key not in keys}
-    return plain
-
-
-def fingerprint(cfg: DictConfig) -> str:
-    """SHA-256 of the identity and the seed."""
-    return hashlib.sha256(json.dumps([identity(cfg), cfg.seed], sort_keys=True).encode()).hexdigest()
-
-
-def run_folder(cfg: DictConfig) -> str:
-    """`<task>/<data>/<model>/<8 hex of the identity>-s<seed>`: the same for the same experiment, anywhere."""
-    from models import model_name
-    from models.factory import size_pixels
-
-    names = (cfg.task.name, cfg.data.name, model_name(cfg.model, size_pixels(cfg.data)))
-    digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:8]
-    return "/".join([*(re.sub(r"[^\w.-]+", "_", name) for name in names), f"{digest}-s{cfg.seed}"])
 
 
 def per_device_batch(cfg: DictConfig) -> int:
@@ -134,9 +86,6 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # ou
 
 def evaluation_folder(cfg: DictConfig) -> str:
     """Where `eval.py` writes: below the run that it evaluates, or `outputs/evaluation/<data>/<model>/<8 hex>`."""
-    from models import model_name
-    from models.factory import size_pixels
-
     digest = fingerprint(cfg)[:8]
     if cfg.run is not None:
         return f"{_run_config(cfg.run).parent}/evaluation/{digest}"

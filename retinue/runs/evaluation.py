@@ -8,7 +8,8 @@ from omegaconf import DictConfig
 
 from models import load_weights
 from ops.backend import set_backend
-from retinue.runs.config import check, fingerprint
+from retinue.runs.config import check
+from retinue.runs.identity import fingerprint
 from retinue.runs.launch import launch, needs_launch, rank
 from retinue.runs.result import provenance, read_result, show_result, write_result
 from retinue.runs.training import build_data, build_task, names, no_empty_folder, quiet_libraries, test

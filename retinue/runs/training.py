@@ -22,13 +22,13 @@ from pytorch_lightning.plugins.environments import (
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
-from models import load_weights, model_name
-from models.factory import size_pixels
+from models import load_weights
 from ops.backend import set_backend
 from retinue.evaluation.plots import plot_curves
 from retinue.runs.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints, find_resume
-from retinue.runs.config import PRECISIONS, check, fingerprint, identity, per_device_batch, world_size
+from retinue.runs.config import PRECISIONS, check, per_device_batch, world_size
 from retinue.runs.ema import EMA
+from retinue.runs.identity import fingerprint, flatten, identity
 from retinue.runs.launch import launch, needs_launch, rank, slurm_tasks
 from retinue.runs.loggers import MetricsCSV, links
 from retinue.runs.progress import TrainingLog
@@ -37,6 +37,7 @@ from retinue.runs.status import attempt
 from retinue.tasks.base import Task
 from retinue.tasks.optimization import total_epochs
 from retinue.utils.files import replacing
+from retinue.utils.sizes import model_name, size_pixels
 
 log = logging.getLogger(__name__)
 
@@ -233,9 +234,15 @@ def starts_anew(cfg: DictConfig, folder: Path) -> bool:
 
 def difference(there: Any, here: Any) -> str | None:
     """The first key in which the results of two configs would differ: `key=<there>, not <here>`."""
-    one, other = (_flat(identity(cfg)) | {"seed": cfg.seed} for cfg in (there, here))
-    changed = [key for key in sorted(one | other) if one.get(key) != other.get(key)]
-    return f"{changed[0]}={one.get(changed[0])}, not {other.get(changed[0])}" if changed else None
+    saved, wanted = (dict(flatten(identity(cfg))) | {"seed": cfg.seed} for cfg in (there, here))
+    for key in sorted(saved | wanted):
+        if saved.get(key) != wanted.get(key):
+            return f"{key}={_show(saved.get(key))}, not {_show(wanted.get(key))}"
+    return None
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def clear(folder: Path) -> None:
@@ -248,13 +255,6 @@ def clear(folder: Path) -> None:
 def save_config(cfg: DictConfig, folder: Path) -> None:
     with replacing(folder / CONFIG) as path:
         OmegaConf.save(cfg, path, resolve=True)
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def quiet_libraries() -> None:

@@ -9,7 +9,8 @@ import torch
 from omegaconf import OmegaConf
 
 from models import create_model, model_name
-from models.factory import build, pick_size, resolve, size_pixels
+from models.factory import build
+from retinue.utils.sizes import pick_size, resolve, size_pixels
 
 CONF = Path(__file__).parents[2] / "conf/model"
 

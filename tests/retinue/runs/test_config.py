@@ -8,11 +8,8 @@ from models import model_name
 from retinue.runs.config import (
     beside_a_run,
     check,
-    fingerprint,
     per_device_batch,
-    recipe_for,
     register_resolvers,
-    run_folder,
     with_run,
 )
 from retinue.runs.help import groups
@@ -27,39 +24,6 @@ def composed(*overrides: str, program: str = "train") -> DictConfig:
         return compose(program, overrides=["run_dir=run", *overrides])
 
 
-@pytest.mark.parametrize(
-    ("overrides", "recipe", "data", "task"),
-    [
-        ((), "small_data", "digits", "classification"),
-        (("model=swin",), "small_data", "digits", "classification"),
-        (("data=cifar10",), "small_data", "cifar10", "classification"),
-        (("data=imagenet",), "biformer", "imagenet", "classification"),
-        (("data=imagenet", "model=swin"), "swin", "imagenet", "classification"),
-        (("data=webdataset", "model=timm"), "deit", "webdataset", "classification"),
-        (("data=imagenet", "recipe=small_data"), "small_data", "imagenet", "classification"),
-        (("task=detection",), "small_detection", "scenes", "detection"),
-        (("task=segmentation", "head=semantic_fpn"), "small_segmentation", "scenes", "segmentation"),
-        (("data=coco", "model=swin"), "coco_1x", "coco", "detection"),
-        (("data=coco", "head=dino"), "dino_1x", "coco", "detection"),
-        (("data=ade20k",), "ade20k_80k", "ade20k", "segmentation"),
-        (("data=ade20k", "head=upernet"), "ade20k_160k", "ade20k", "segmentation"),
-    ],
-)
-def test_the_recipe_goes_with_the_data(overrides, recipe, data, task):
-    cfg = composed(*overrides)
-    assert (cfg.data.name, cfg.task.name) == (data, task)
-    assert cfg.recipe == composed(f"recipe={recipe}").recipe
-
-
-def test_recipe_for_reads_the_files_that_say_it():
-    assert recipe_for("classification", "digits", "swin", "none") == "small_data"
-    assert recipe_for("classification", "imagenet", "swin", "none") == "swin"
-    assert recipe_for("classification", "imagenet", "not_there", "none") == "deit"
-    assert recipe_for("detection", "coco", "swin", "none") == "coco_1x"  # of mask_rcnn, the task's default
-    assert recipe_for("detection", "none", "swin", "mask_rcnn") == "small_detection"
-    assert recipe_for("detection", "coco", "swin", "dino") == "dino_1x"
-
-
 def test_biformer_recipe_is_the_papers():
     """paper_results of BiFormer: README and train_args of the authors' repository."""
     recipe = composed("model=biformer", "data=imagenet").recipe
@@ -71,29 +35,6 @@ def test_biformer_recipe_is_the_papers():
     assert (augment.auto_augment, augment.mixup, augment.cutmix) == ("rand-m9-mstd0.5-inc1", 0.8, 1.0)
     assert (augment.erasing, augment.label_smoothing, augment.repeats) == (0.25, 0.1, 3)
     assert recipe.ema.decay == 0.99996
-
-
-@pytest.mark.parametrize(
-    "override", ["recipe.epochs=21", "model.size=tiny", "data.image_size=28", "trainer.precision=bf16"]
-)
-def test_the_folder_changes_with_what_changes_the_result(override):
-    assert run_folder(composed(override)) != run_folder(composed())
-    assert fingerprint(composed(override)) != fingerprint(composed())
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["data.num_workers=3", "logger=none", "trainer=cpu", "trainer.devices=2", "rerun=true", "checkpoint.every_steps=7"],
-)
-def test_the_folder_stays_with_what_does_not(override):
-    assert run_folder(composed(override)) == run_folder(composed())
-
-
-def test_the_folder_names_task_data_model_and_seed():
-    folder = run_folder(composed("model=swin", "model.size=nano", "seed=3"))
-    assert folder.startswith("classification/digits/swin_nano/") and folder.endswith("-s3")
-    assert run_folder(composed("model=swin", "model.size=nano", "seed=4")) == folder[:-1] + "4"
-    assert not set(run_folder(composed("model=timm", "model.name='hf-hub:a/b=c,d'"))) & set("=,: ")
 
 
 def test_a_batch_is_shared_by_devices_and_accumulation():
@@ -139,6 +80,14 @@ def test_a_head_of_another_task_is_refused(overrides, says):
 def test_a_recipe_of_another_task_is_refused(overrides, says):
     with pytest.raises(ValueError, match=says):
         check(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("task", "figure"), [("classification", "top1"), ("detection", "box_ap"), ("segmentation", "miou")]
+)
+def test_early_stopping_watches_the_tasks_figure(task, figure):
+    callback = composed(f"task={task}", "callbacks=early_stopping").callbacks.early_stopping
+    assert (callback.monitor, callback.mode) == (f"val/{figure}", "max")
 
 
 @pytest.mark.parametrize("data", ["coco", "ade20k"])
