@@ -28,7 +28,7 @@ if __name__ == "__main__":
     register_resolvers()
     with user_errors(CONF, "eval"):
         if wants_help(sys.argv[1:]):
-            write_help("eval")
+            write_help("eval", sys.argv[1:])
         else:
             sys.argv[1:] = beside_a_run(sys.argv[1:])
             main()

@@ -1,7 +1,9 @@
 """Errors as a user sees them: one line on stderr and exit code 2, without a traceback."""
 
+import argparse
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -34,16 +36,27 @@ def user_errors(config_dir: Path | None = None, config_name: str = "") -> Iterat
     os.environ[SHOW_TRACEBACK] = "1"  # Hydra raises then, instead of printing several lines and ending with 1
     try:
         with _reporting(config_dir, config_name) if wish != "1" else nullcontext():
-            yield
-            sys.stdout.flush()
+            try:
+                yield
+            finally:
+                sys.stdout.flush()  # at the interpreter's end, an error could not be handled
     except Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(128 + stop.signum)
-    except BrokenPipeError:  # the reader has gone, as in `--help | head`
+    except BrokenPipeError:
+        if not _reader_has_closed_stdout():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     finally:
         os.environ[SHOW_TRACEBACK] = wish
+
+
+def _reader_has_closed_stdout() -> bool:
+    """Tell whether standard output is a pipe that nobody reads any more, as in `--help | head -1`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 @contextmanager
@@ -120,7 +133,11 @@ def _known_keys(config_dir: Path, config_name: str, arguments: list[str]) -> lis
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import DictConfig
 
-    choices = [argument for argument in arguments if (config_dir / argument.split("=")[0]).is_dir()]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    options, overrides = parser.parse_known_args(arguments)
+    folders = [f"file://{Path(options.config_dir).absolute()}"] if options.config_dir else []
+    choices = [override for override in overrides if (config_dir / override.split("=")[0]).is_dir()]
 
     def walk(node: DictConfig, prefix: str) -> Iterator[str]:
         for key in node:
@@ -131,4 +148,4 @@ def _known_keys(config_dir: Path, config_name: str, arguments: list[str]) -> lis
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir), version_base="1.3"):
-        return list(walk(compose(config_name, choices), ""))
+        return list(walk(compose(config_name, [*choices, f"hydra.searchpath=[{', '.join(folders)}]"]), ""))

@@ -117,3 +117,10 @@ def test_the_command_line_finds_them_with_config_dir(config_dir):
     swin, dino = composed("recipe=swin").recipe, composed("recipe=dino_1x").recipe
     assert recipe_of(config_dir, "data=inherits", "model=swin") == swin
     assert recipe_of(config_dir, "data=own_coco", "head=renamed") == dino
+
+
+def test_a_mistyped_key_beside_the_users_own_data_is_answered(config_dir):
+    command = [sys.executable, str(PROJECT / "train.py"), f"--config-dir={config_dir}", "data=inherits", "seeed=1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=config_dir)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: there is no key 'seeed' in the config. Did you mean 'seed'?")
