@@ -16,7 +16,8 @@ import yaml
 
 from retinue.evaluation.statistics import Summary, summarise
 from retinue.runs.identity import flatten, identity
-from retinue.runs.result import CONFIG, FAILED, RESULT
+from retinue.runs.result_file import CONFIG, FAILED, RESULT
+from retinue.runs.status import STATES
 from retinue.utils.suggestions import nearest
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ class Run:
     Args:
         result: what `result.json` holds, if it can be read.
         failure: why there is no result, where that is known.
-        status: `finished`, `failed`, `unreadable` (its result is) or `unfinished`.
+        status: one of `retinue.runs.status.STATES`. A run without a result or a failure is `stopped`, even if a
+            process is training it at the moment: the run's lock is not looked at here.
     """
 
     folder: Path
@@ -145,7 +147,7 @@ def _read(folder: Path, there: set[str]) -> Run:
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{FAILED} cannot be read: {_one_line(error)}"
         return Run(folder, None, reason, "failed")
-    return Run(folder, None, None, "unfinished")
+    return Run(folder, None, None, "stopped")
 
 
 def choose(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
@@ -203,8 +205,7 @@ class Group:
 
     def count(self) -> dict[str, int]:
         """Runs by status, finished ones first."""
-        order = ("finished", "failed", "unreadable", "unfinished")
-        return {status: n for status in order if (n := sum(run.status == status for run in self.runs))}
+        return {status: n for status in STATES if (n := sum(run.status == status for run in self.runs))}
 
 
 def group(runs: Sequence[Run], by: Sequence[str] | None = None) -> list[Group]:

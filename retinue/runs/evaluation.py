@@ -11,7 +11,7 @@ from ops.backend import set_backend
 from retinue.runs.config import check
 from retinue.runs.identity import fingerprint
 from retinue.runs.launch import launch, needs_launch, rank
-from retinue.runs.result import provenance, read_result, show_result, write_result
+from retinue.runs.result_file import provenance, read_result, show_result, write_result
 from retinue.runs.training import build_data, build_task, names, no_empty_folder, quiet_libraries, test
 
 

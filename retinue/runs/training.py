@@ -32,7 +32,7 @@ from retinue.runs.identity import fingerprint, flatten, identity
 from retinue.runs.launch import launch, needs_launch, rank, slurm_tasks
 from retinue.runs.loggers import MetricsCSV, links
 from retinue.runs.progress import TrainingLog
-from retinue.runs.result import CONFIG, FAILED, RESULT, provenance, read_result, show_result, write_result
+from retinue.runs.result_file import CONFIG, FAILED, RESULT, provenance, read_result, show_result, write_result
 from retinue.runs.status import attempt
 from retinue.tasks.base import Task
 from retinue.tasks.optimization import total_epochs

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from retinue.runs.result import read_result
+from retinue.runs.result_file import read_result
 from retinue.utils.paths import PROJECT
 
 SWIN = ("model=swin", "model.size=nano")

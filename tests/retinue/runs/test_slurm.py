@@ -11,8 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from retinue.runs.result import read_result
-from retinue.runs.slurm import newer_code, queue
+from retinue.runs.result_file import read_result
+from retinue.runs.slurm import code_newer_than, list_jobs
 from retinue.runs.status import status
 from retinue.utils.paths import PROJECT
 from tests.retinue.runs.cli import SMALL, SWIN, result, start
@@ -141,7 +141,7 @@ def test_a_run_goes_back_to_the_queue_before_its_time_limit_but_not_for_ever(tmp
     scontrol("scancel", "--signal=USR2", job)
     wait_for(lambda: "going on from" in logs(tmp_path), launcher)
     assert status(run).state == "running"
-    assert "back in the queue, for the 1. of 1 times" in logs(tmp_path)
+    assert "back in the queue: restart 1 of at most 1" in logs(tmp_path)
     scontrol("scancel", "--signal=USR2", job)
     err = ended(launcher, tmp_path, code=2)
     assert "failed: " in err and "out of time after 1 restarts (hydra.launcher.max_num_timeout=1)" in err
@@ -184,7 +184,7 @@ def test_a_run_keeps_the_config_of_its_submission(tmp_path):
     launcher, run, job = submit(
         tmp_path, "recipe=mine", "+hydra.launcher.additional_parameters.hold=true", flags=["--config-dir=own"]
     )
-    assert status(run, queue()).state == "queued"
+    assert status(run, list_jobs()).state == "queued"
     recipe.write_text("defaults: [small_data]\nclip_grad: 1.0\n")
     scontrol("scontrol", "release", job)
     ended(launcher, tmp_path)
@@ -193,14 +193,14 @@ def test_a_run_keeps_the_config_of_its_submission(tmp_path):
 
 
 def test_code_that_changed_since_the_submission_is_named():
-    assert "ops/registry.py" in newer_code(0)
-    assert newer_code(time.time() + 60) == []
+    assert "ops/registry.py" in code_newer_than(0)
+    assert code_newer_than(time.time() + 60) == []
 
 
 def test_where_there_is_no_slurm(cli, monkeypatch):
     error = cli("train", "hydra/launcher=slurm").error
-    assert "hydra/launcher=slurm goes with -m, for a single run, too" in error
+    assert "hydra/launcher=slurm needs -m, also for a single run" in error
     monkeypatch.setenv("PATH", "/nowhere")
     error = cli("train", "-m", "hydra/launcher=slurm").error
-    assert "needs Slurm's sbatch, which is not here; scripts/local_slurm/start starts" in error
+    assert "needs Slurm's sbatch, which is not installed; scripts/local_slurm/start starts" in error
     assert cli.files() == ["outputs/multirun.yaml"]
