@@ -1,4 +1,4 @@
-"""Train a net: `python train.py model=biformer data=imagenet data.root=/data/in1k`; `--help` lists what there is."""
+"""Train a net: `python train.py model=biformer data=imagenet data.root=/data/in1k`; see also `--help`."""
 
 import sys
 from pathlib import Path

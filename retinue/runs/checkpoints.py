@@ -19,7 +19,8 @@ from retinue.utils.files import link_or_copy, remove_temporaries, replacing
 log = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-NEW = "new-last.ckpt"  # complete, not yet renamed to LAST
+# A complete checkpoint that has not been renamed to LAST yet.
+NEW = "new-last.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

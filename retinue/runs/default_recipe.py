@@ -14,7 +14,10 @@ def recipe_for(task: str, data: str, model: str, head: str) -> str:
     classification the one that the model's yaml names.
 
     Args:
-        task, data, model, head: choices of the config groups; `none` for a group that nothing has chosen yet.
+        task: choice of the config group `task`.
+        data: choice of the config group `data`; `none` if the command line chooses none.
+        model: choice of the config group `model`.
+        head: choice of the config group `head`; `none` if the command line chooses none.
     """
     small = _declared("data", data, "kind") in (None, "small")
     if task == "classification":
@@ -44,7 +47,8 @@ def _read(path: str, group: str, key: str) -> Any:
     inherited = list(loaded.defaults_list or ())
     if not any(default.is_self() for default in inherited):
         inherited.append(ConfigDefault(path="_self_"))
-    for default in reversed(inherited):  # a later entry wins over an earlier one
+    # A later entry of a defaults list wins over an earlier one.
+    for default in reversed(inherited):
         value = written if default.is_self() else _read_default(default, path, group, key)
         if value is not None:
             return value

@@ -1,4 +1,4 @@
-"""Identity of a run: what in its config changes its result, and the folder that follows from it.
+"""Identity of a run: the part of its config that changes its result, and the folder that follows from it.
 
 The rule, version 1. The identity of a config is the config without
 

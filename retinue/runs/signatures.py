@@ -85,6 +85,7 @@ def list_arguments(cls: Class, given: Collection[str] = ()) -> list[Argument]:
     """Return the arguments of a class's constructor, those of its base classes last.
 
     Args:
+        cls: the class.
         given: names of arguments to leave out, since the user does not choose them.
     """
     arguments: dict[str, Argument] = {}

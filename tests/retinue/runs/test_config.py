@@ -1,3 +1,5 @@
+"""Composed configs: the groups, the checks, and the config of an evaluation."""
+
 import pytest
 import timm
 from hydra import compose, initialize_config_dir
@@ -6,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from datamodules.dense_transforms import DenseAugment
 from models import model_name
 from retinue.runs.config import (
-    beside_a_run,
+    allow_run_keys,
     check,
     per_device_batch,
     register_resolvers,
@@ -25,7 +27,7 @@ def composed(*overrides: str, program: str = "train") -> DictConfig:
 
 
 def test_biformer_recipe_is_the_papers():
-    """paper_results of BiFormer: README and train_args of the authors' repository."""
+    """The figures are those of the README and train_args of the authors' repository."""
     recipe = composed("model=biformer", "data=imagenet").recipe
     assert (recipe.epochs, recipe.batch_size, recipe.optimizer.name) == (300, 1024, "adamw")
     assert recipe.optimizer.lr * recipe.batch_size / recipe.optimizer.lr_batch_size == 5e-4 * 1024 / 512
@@ -37,7 +39,7 @@ def test_biformer_recipe_is_the_papers():
     assert recipe.ema.decay == 0.99996
 
 
-def test_a_batch_is_shared_by_devices_and_accumulation():
+def test_a_step_is_divided_among_devices_and_accumulated_batches():
     cfg = composed(
         "recipe.batch_size=256", "trainer.devices=4", "trainer.num_nodes=2", "trainer.accumulate_grad_batches=2"
     )
@@ -91,20 +93,20 @@ def test_early_stopping_watches_the_tasks_figure(task, figure):
 
 
 @pytest.mark.parametrize("data", ["coco", "ade20k"])
-def test_an_evaluation_has_the_augmentation_of_its_task(data):
+def test_the_config_of_an_evaluation_has_the_augmentation_of_its_task(data):
     DenseAugment.from_config(dict(composed(f"data={data}", program="eval").recipe.augment))
 
 
-def evaluated(tmp_path, *arguments: str) -> DictConfig:
+def evaluation_config(tmp_path, *arguments: str) -> DictConfig:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/best.ckpt").touch()
     OmegaConf.save(composed("data=ade20k", "data.root=/data/ade"), tmp_path / "config.yaml")
-    overrides = beside_a_run([f"run={tmp_path}", *arguments])
+    overrides = allow_run_keys([f"run={tmp_path}", *arguments])
     return with_run(composed(*overrides, program="eval"), overrides, ["data", "task", "recipe"])
 
 
-def test_keys_beside_a_run_are_those_of_its_config(tmp_path):
-    cfg = evaluated(tmp_path, "task.test.mode=slide", "data.root=/elsewhere", "trainer.precision=bf16")
+def test_overrides_of_a_run_apply_to_its_config(tmp_path):
+    cfg = evaluation_config(tmp_path, "task.test.mode=slide", "data.root=/elsewhere", "trainer.precision=bf16")
     assert (cfg.task.test.mode, cfg.task.test.flip, cfg.data.root) == ("slide", False, "/elsewhere")
     assert (cfg.data.name, cfg.trainer.precision) == ("ade20k", "bf16")
 
@@ -117,9 +119,9 @@ def test_keys_beside_a_run_are_those_of_its_config(tmp_path):
         ("model.nam.x=1", "no key 'model.nam.x' in"),
     ],
 )
-def test_keys_that_a_run_does_not_have_are_refused(tmp_path, argument, says):
+def test_keys_that_the_runs_config_lacks_are_refused(tmp_path, argument, says):
     with pytest.raises(ValueError, match=says):
-        evaluated(tmp_path, argument)
+        evaluation_config(tmp_path, argument)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_keys_that_a_run_does_not_have_are_refused(tmp_path, argument, says):
         (("data=ade20k", "recipe.steps=1.5"), "recipe.steps must be a whole number, 1 or more, not 1.5"),
     ],
 )
-def test_a_recipe_has_one_length(overrides, says):
+def test_a_recipe_has_epochs_or_steps_but_not_both(overrides, says):
     with pytest.raises(ValueError, match=says):
         check(composed(*overrides))
 
