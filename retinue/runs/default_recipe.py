@@ -44,7 +44,7 @@ def _read(path: str, group: str, key: str) -> Any:
     # A file with the header `@package _global_` holds the whole config, another one its group's section alone.
     name = f"{group}.{key}" if loaded.header["package"] == "_global_" else key
     written = OmegaConf.select(loaded.config, name)
-    inherited = list(loaded.defaults_list or ())
+    inherited: list[InputDefault] = list(loaded.defaults_list or ())
     if not any(default.is_self() for default in inherited):
         inherited.append(ConfigDefault(path="_self_"))
     # A later entry of a defaults list wins over an earlier one.

@@ -7,6 +7,7 @@
 --help experiment=swin    the rows of a paper's tables
 """
 
+import itertools
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -181,10 +182,8 @@ def _arguments(arguments: Iterable[Argument]) -> list[str]:
 def _keys(group: str, choice: str) -> list[str]:
     """Return a choice's yaml with its comments, followed by the files that it inherits from."""
     text = (CONF / group / f"{choice}.yaml").read_text(encoding="utf-8")
-    lines = [f"{group}={choice}", ""]
-    for line in text.splitlines():
-        if not re.match(r"# @package|\s*_target_:", line):
-            lines += _wrapped(line)
+    shown = [line for line in text.splitlines() if not re.match(r"# @package|\s*_target_:", line)]
+    lines = [f"{group}={choice}", "", *_wrapped(shown)]
     defaults = (yaml.safe_load(text) or {}).get("defaults", [])
     for default in defaults:
         if isinstance(default, str) and (CONF / group / f"{default}.yaml").is_file():
@@ -192,20 +191,35 @@ def _keys(group: str, choice: str) -> list[str]:
     return lines
 
 
-def _wrapped(line: str) -> list[str]:
-    """Return a yaml line in lines of the help's width: a comment that does not fit goes before its key."""
-    if len(line) <= WIDTH:
-        return [line]
-    code, mark, comment = line.partition("# ")
-    if not mark:
-        return [line]
-    indent = " " * (len(line) - len(line.lstrip()))
-    comments = textwrap.wrap(comment, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-    return [*comments, code.rstrip()] if code.strip() else comments
+def _wrapped(lines: Iterable[str]) -> list[str]:
+    """Return yaml lines at most as wide as the help: a trailing comment that does not fit goes before its key."""
+    wrapped: list[str] = []
+    for is_comment, block in itertools.groupby(lines, key=lambda line: line.lstrip().startswith("#")):
+        block = list(block)
+        if is_comment:
+            wrapped += _comment(block)
+            continue
+        for line in block:
+            code, mark, comment = line.partition(" # ")
+            if mark and len(line) > WIDTH:
+                indent = " " * (len(line) - len(line.lstrip()))
+                wrapped += [*_comment([f"{indent}# {comment}"]), code]
+            else:
+                wrapped.append(line)
+    return wrapped
+
+
+def _comment(lines: Sequence[str]) -> list[str]:
+    """Return comment lines as they are if they fit, else as one wrapped paragraph."""
+    if max(map(len, lines)) <= WIDTH:
+        return list(lines)
+    mark = lines[0][: lines[0].index("#")] + "# "
+    text = " ".join(line.lstrip("# ") for line in lines)
+    return textwrap.wrap(text, WIDTH, initial_indent=mark, subsequent_indent=mark)
 
 
 def _header(group: str, choice: str) -> str:
-    """Return the first sentence or line of the comment that opens a choice's yaml."""
+    """Return the first sentence of the comment that opens a choice's yaml; for an experiment the whole comment."""
     comment: list[str] = []
     for line in (CONF / group / f"{choice}.yaml").read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -217,7 +231,7 @@ def _header(group: str, choice: str) -> str:
             break
         comment.append(text)
     text = " ".join(comment)
-    return text if group == "experiment" else re.split(r"[.;:] ", text, maxsplit=1)[0].rstrip(".")
+    return text if group == "experiment" else re.split(r"[.;] ", text, maxsplit=1)[0].rstrip(".")
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> list[str]:

@@ -54,7 +54,9 @@ def find_ops() -> dict[str, Class]:
         if "@register_op(" not in text:
             continue
         for node in ast.parse(text).body:
-            for decorator in node.decorator_list if isinstance(node, ast.ClassDef) else ():
+            if not isinstance(node, ast.ClassDef):
+                continue
+            for decorator in node.decorator_list:
                 if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "register_op":
                     ops[ast.literal_eval(decorator.args[0])] = Class(node, path)
     return dict(sorted(ops.items()))

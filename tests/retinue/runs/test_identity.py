@@ -102,7 +102,9 @@ def test_an_argument_of_the_net_is_the_same_wherever_it_is_given():
 
 def save(cfg: DictConfig, folder) -> None:
     folder.mkdir(parents=True)
-    OmegaConf.save(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), folder / "config.yaml", True)
+    OmegaConf.save(
+        OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), folder / "config.yaml", True
+    )
 
 
 def test_saved_configs_are_grouped_by_the_same_rule(tmp_path):
