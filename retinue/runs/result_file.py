@@ -29,9 +29,9 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}; rerun=true trains the run anew") from None
+        raise ValueError(f"{path} cannot be read: {error}; remove it and start the same command again") from None
     if not isinstance(result, dict) or not isinstance(result.get("metrics"), dict):
-        raise ValueError(f"{path} cannot be read: it holds no metrics; rerun=true trains the run anew")
+        raise ValueError(f"{path} cannot be read: it holds no metrics; remove it and start the same command again")
     return result
 
 

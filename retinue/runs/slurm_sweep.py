@@ -152,10 +152,10 @@ def _resources(config: DictConfig) -> dict[str, Any]:
 def _needs_job(run: Run, jobs: frozenset[str] | None) -> bool:
     """Tell whether the run needs a new job, and prepare its folder for the job."""
     from retinue.runs.result_file import FAILED
-    from retinue.runs.status import SUBMITTED, attempt, status
+    from retinue.runs.status import SUBMITTED, attempt, record_failure, status
     from retinue.runs.training import clear, starts_anew
 
-    state = status(run.folder, jobs).state
+    state, detail = status(run.folder, jobs)
     if (run.folder / SUBMITTED).exists():
         run.job = json.loads((run.folder / SUBMITTED).read_text(encoding="utf-8"))["job"]
     if state in ("running", "queued"):
@@ -170,7 +170,10 @@ def _needs_job(run: Run, jobs: frozenset[str] | None) -> bool:
         with attempt(run.folder):
             clear(run.folder)
         state, run.old_result = "missing", None
-    # The folder is cleared, so that a requeued job must not clear it again.
+    elif state == "unreadable":
+        record_failure(run.folder, detail)
+        return False
+    # An old run has been removed by now; a requeued job must not remove the new one.
     run.config.rerun = False
     (run.folder / FAILED).unlink(missing_ok=True)
     return state != "finished"

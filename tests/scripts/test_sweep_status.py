@@ -81,7 +81,7 @@ def test_a_damaged_result_is_unreadable(tmp_path, text):
     (tmp_path / "result.json").write_text(text)
     state, detail = status(tmp_path)
     assert state == "unreadable" and state in STATES
-    assert "result.json cannot be read: " in detail and detail.endswith("rerun=true trains the run anew")
+    assert "result.json cannot be read: " in detail and detail.endswith("remove it and start the same command again")
     with pytest.raises(ValueError, match=r"result\.json cannot be read"):
         read_result(tmp_path)
 
