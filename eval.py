@@ -6,7 +6,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from retinue.runs.config import beside_a_run, register_resolvers, with_run
+from retinue.runs.config import allow_run_keys, register_resolvers, with_run
 from retinue.runs.help import wants_help, write_help
 from retinue.utils.errors import in_a_job, user_errors
 from retinue.utils.paths import CONF
@@ -28,7 +28,7 @@ if __name__ == "__main__":
     register_resolvers()
     with user_errors(CONF, "eval"):
         if wants_help(sys.argv[1:]):
-            write_help("eval")
+            write_help("eval", sys.argv[1:])
         else:
-            sys.argv[1:] = beside_a_run(sys.argv[1:])
+            sys.argv[1:] = allow_run_keys(sys.argv[1:])
             main()

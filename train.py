@@ -1,4 +1,4 @@
-"""Train a net: `python train.py model=biformer data=imagenet data.root=/data/in1k`; `--help` lists what there is."""
+"""Train a net: `python train.py model=biformer data=imagenet data.root=/data/in1k`; see also `--help`."""
 
 import sys
 from pathlib import Path
@@ -26,6 +26,6 @@ if __name__ == "__main__":
     register_resolvers()
     with user_errors(CONF, "train"):
         if wants_help(sys.argv[1:]):
-            write_help("train")
+            write_help("train", sys.argv[1:])
         else:
             main()

@@ -12,11 +12,12 @@ from timm.layers import LayerNorm2d, to_2tuple
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from models.factory import build, resolve, size_pixels
+from models.factory import build
 from models.hierarchical import HierarchicalBackbone
 from models.timm_nets import pad_to_whole_patches
 from models.weights import rename_weights
 from retinue.utils.arithmetic import ceil_div, round_up
+from retinue.utils.sizes import resolve, size_pixels
 
 # Multiples of pixels that a net's image sides may have to be, tried in this order.
 MULTIPLES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 192, 224, 256, 384, 448, 512)

@@ -27,7 +27,7 @@ from retinue.benchmarks.models import Setting, benchmark
 from retinue.benchmarks.timing import Row, describe_device, pick_device, print_rows, write_csv
 from retinue.evaluation.statistics import mean_ci95
 from retinue.runs.config import register_resolvers
-from retinue.runs.result import read_result
+from retinue.runs.result_file import read_result
 from retinue.runs.training import train
 from retinue.utils.errors import user_errors
 from retinue.utils.files import replacing

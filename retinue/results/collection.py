@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 
 from retinue.evaluation.statistics import Summary, summarise
-from retinue.runs.config import NOT_RESULT
-from retinue.runs.result import CONFIG, FAILED, RESULT
+from retinue.runs.identity import flatten, identity
+from retinue.runs.result_file import CONFIG, FAILED, RESULT
+from retinue.runs.status import STATES
 from retinue.utils.suggestions import nearest
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ class Run:
     Args:
         result: what `result.json` holds, if it can be read.
         failure: why there is no result, where that is known.
-        status: `finished`, `failed`, `unreadable` (its result is) or `unfinished`.
+        status: one of `retinue.runs.status.STATES`. A run without a result or a failure is `stopped`, even if a
+            process is training it at the moment: the run's lock is not looked at here.
     """
 
     folder: Path
@@ -45,25 +47,25 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The run's config, resolved; for an evaluation that of the run which it evaluates. {} if there is none."""
-        return self._config[0] | self._config[2]
+        return self._config[0] | self._config[3]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What of the config changes the result, as `recipe.optimizer.lr`; the seed is left out."""
+        """The run's identity by dotted names, such as `recipe.optimizer.lr`; the seed is left out."""
         return self._config[1]
 
     @cached_property
-    def _config(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """The config without the run's own keys, its settings, and these keys."""
+    def _config(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """The config without the run's own keys, its settings, all its values by name, and the run's own keys."""
         path = self.config_path
         try:
             text = path.read_text(encoding="utf-8")
             return *_parse(OWN_KEYS.sub("", text)), _load("".join(OWN_KEYS.findall(text)))
         except FileNotFoundError:
-            return {}, {}, {}
+            return {}, {}, {}, {}
         except (OSError, ValueError, yaml.YAMLError) as error:
             log.warning("%s cannot be read: %s", path, _one_line(error))
-            return {}, {}, {}
+            return {}, {}, {}, {}
 
     @property
     def config_path(self) -> Path:
@@ -82,14 +84,13 @@ class Run:
         for key in ("task", "data"):
             if isinstance(section := config.get(key), dict) and section.get("name"):
                 names[key] = section["name"]
-        if isinstance(model := config.get("model"), dict):
-            sized = (model.get("sizes") or {}).get(model.get("size")) or {}
-            names["model"] = model.get("name") or sized.get("name") or self.folder.parent.name
+        if isinstance(config.get("model"), dict):
+            names["model"] = self.settings.get("model.name") or self.folder.parent.name
         if not config and (match := OWN_NAME.fullmatch(self.folder.name)):  # it failed before it had one
             task, data, net = self.folder.absolute().parts[-4:-1]
             names = {"task": task, "data": data, "model": net, "seed": int(match[1])}
         flat = {key: value for key, value in (result | result.get("metrics", {})).items() if _plain(value)}
-        return {**self.settings, **names, **flat, "kind": self.kind, "status": self.status}
+        return {**self._config[2], **self.settings, **names, **flat, "kind": self.kind, "status": self.status}
 
     def number(self, name: str) -> float | None:
         value = self.values.get(name)
@@ -97,14 +98,11 @@ class Run:
 
 
 @cache  # a sweep has thousands of runs, and far fewer configs
-def _parse(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A config, and what of it changes the result."""
+def _parse(text: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return a config, its identity by dotted names, and all its values by dotted names except the menus of sizes."""
     config = _load(text)
-    kept = {key: value for key, value in config.items() if key not in NOT_RESULT[""]}
-    for section, keys in NOT_RESULT.items():
-        if isinstance(kept.get(section), dict):
-            kept[section] = {key: value for key, value in kept[section].items() if key not in keys}
-    return config, dict(_flat(kept))
+    values = {name: value for name, value in flatten(config) if ".sizes." not in name}
+    return config, dict(flatten(identity(config))), values
 
 
 def _load(text: str) -> dict[str, Any]:
@@ -149,7 +147,7 @@ def _read(folder: Path, there: set[str]) -> Run:
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{FAILED} cannot be read: {_one_line(error)}"
         return Run(folder, None, reason, "failed")
-    return Run(folder, None, None, "unfinished")
+    return Run(folder, None, None, "stopped")
 
 
 def choose(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
@@ -207,8 +205,7 @@ class Group:
 
     def count(self) -> dict[str, int]:
         """Runs by status, finished ones first."""
-        order = ("finished", "failed", "unreadable", "unfinished")
-        return {status: n for status in order if (n := sum(run.status == status for run in self.runs))}
+        return {status: n for status in STATES if (n := sum(run.status == status for run in self.runs))}
 
 
 def group(runs: Sequence[Run], by: Sequence[str] | None = None) -> list[Group]:
@@ -308,14 +305,6 @@ def join_benchmarks(runs: Sequence[Run], path: str | Path) -> None:
         raise ValueError(f"--benchmarks {path} has no row of inference")
     for run in runs:
         run.values.update(speeds.get(str(run.values.get("model")), {}))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _plain(value: Any) -> bool:

@@ -1,1 +1,1 @@
-"""A run: its folder, checkpoints, progress, errors and its one result."""
+"""One run: its identity and folder, its processes, checkpoints, progress, state and result."""

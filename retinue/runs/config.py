@@ -1,7 +1,5 @@
-"""What the config means: the recipe that goes with the data, the run's identity and folder, and its checks."""
+"""Check a composed config, resolve its interpolations, and merge it with a run's config for an evaluation."""
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,99 +7,60 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from retinue.runs.default_recipe import recipe_for
+from retinue.runs.identity import fingerprint, run_folder
 from retinue.utils.paths import CONF
+from retinue.utils.sizes import model_name, size_pixels
+from retinue.utils.suggestions import nearest
 
-# Sections and keys that change how a run is carried out or shown, not what comes out of it.
-NOT_RESULT = {
-    "": ("hydra", "run_dir", "rerun", "seed", "checkpoint", "logger", "ops", "save_images"),
-    "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
-    "data": ("num_workers",),
-}
+# Our names of precisions -> Lightning's.
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def register_resolvers() -> None:
-    """The interpolations that conf/ uses; to be called before Hydra composes."""
+    """Register the interpolations that conf/ uses; call this before Hydra composes."""
     OmegaConf.register_new_resolver("recipe_for", recipe_for, replace=True)
     OmegaConf.register_new_resolver("run_folder", lambda *, _root_: run_folder(_root_), replace=True)
     OmegaConf.register_new_resolver("evaluation_folder", lambda *, _root_: evaluation_folder(_root_), replace=True)
 
 
-def recipe_for(task: str, data: str, model: str, head: str) -> str:
-    """The default recipe: on small data that for small data, elsewhere the head's own, or a classifier's own."""
-
-    def read(group: str, name: str) -> dict:
-        path = CONF / group / f"{name}.yaml"
-        return (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}  # Hydra reports a wrong name
-
-    kind = read("data", data).get("data", {}).get("kind", "small")
-    if task == "classification":
-        return "small_data" if kind == "small" else read("model", model).get("recipe", "deit")
-    head = read("head", f"default_{task}").get("defaults", [head])[0] if head == "none" else head
-    return f"small_{task}" if kind == "small" else read("head", head).get("recipe", f"small_{task}")
-
-
-def identity(cfg: DictConfig) -> dict:
-    """The resolved config without what leaves the result as it is; the seed is left out, too."""
-    plain: dict = {
-        key: OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
-        for key in cfg
-        if key not in NOT_RESULT[""]
-    }
-    for section, keys in NOT_RESULT.items():
-        if section in plain:
-            plain[section] = {key: value for key, value in plain[section].items() if key not in keys}
-    return plain
-
-
-def fingerprint(cfg: DictConfig) -> str:
-    """SHA-256 of the identity and the seed."""
-    return hashlib.sha256(json.dumps([identity(cfg), cfg.seed], sort_keys=True).encode()).hexdigest()
-
-
-def run_folder(cfg: DictConfig) -> str:
-    """`<task>/<data>/<model>/<8 hex of the identity>-s<seed>`: the same for the same experiment, anywhere."""
-    from models import model_name
-    from models.factory import size_pixels
-
-    names = (cfg.task.name, cfg.data.name, model_name(cfg.model, size_pixels(cfg.data)))
-    digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:8]
-    return "/".join([*(re.sub(r"[^\w.-]+", "_", name) for name in names), f"{digest}-s{cfg.seed}"])
-
-
 def per_device_batch(cfg: DictConfig) -> int:
-    """Images in one batch of one device, so that all devices and accumulated batches give recipe.batch_size.
+    """Return the number of images in one batch of one device.
+
+    All devices and accumulated batches together give recipe.batch_size images a step.
 
     Raises:
-        ValueError: recipe.batch_size cannot be shared out evenly.
+        ValueError: recipe.batch_size cannot be divided evenly.
     """
     total, shares = cfg.recipe.batch_size, world_size(cfg) * cfg.trainer.accumulate_grad_batches
     if total % shares:
-        near = max(1, round(total / shares)) * shares
+        divisible = max(1, round(total / shares)) * shares
         raise ValueError(
             f"recipe.batch_size={total} (images a step, over all devices) cannot be shared by {world_size(cfg)} "
-            f"devices x {cfg.trainer.accumulate_grad_batches} accumulated batches; the nearest that can: {near}"
+            f"devices x {cfg.trainer.accumulate_grad_batches} accumulated batches; the nearest that can: {divisible}"
         )
     return total // shares
 
 
 def world_size(cfg: DictConfig) -> int:
+    """Return the number of devices on all machines, which is the number of processes."""
     return cfg.trainer.devices * cfg.trainer.num_nodes
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what could only fail later.
+    """Refuse a config that would fail only later.
 
     Raises:
-        ValueError: with what was expected, what came and the nearest that works.
+        ValueError: the message says what is expected, what the config has, and the nearest value that works.
     """
     import torch
 
     if cfg.data.task != cfg.task.name:
         raise ValueError(f"data={cfg.data.name} is for task={cfg.data.task}, not task={cfg.task.name}")
     if cfg.head.get("task", cfg.task.name) != cfg.task.name:
-        others = [path.stem for path in sorted((CONF / "head").glob("*.yaml")) if _is_for(path, cfg.task.name)]
-        takes = f"which has {', '.join(others)}" if others else "which takes none"
-        raise ValueError(f"head={cfg.head.name} is for task={cfg.head.task}, not task={cfg.task.name}, {takes}")
+        heads = [path.stem for path in sorted((CONF / "head").glob("*.yaml")) if _has_task(path, cfg.task.name)]
+        hint = f"which has {', '.join(heads)}" if heads else "which takes none"
+        raise ValueError(f"head={cfg.head.name} is for task={cfg.head.task}, not task={cfg.task.name}, {hint}")
     if cfg.recipe.get("task", cfg.task.name) != cfg.task.name:
         raise ValueError(f"this recipe is for task={cfg.recipe.task}, not task={cfg.task.name}, which has its own")
     devices, accelerator = cfg.trainer.devices, cfg.trainer.accelerator
@@ -109,8 +68,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"trainer.devices must be a number of devices, 1 or more, not {devices!r}")
     gpus = torch.cuda.device_count()
     if accelerator in ("gpu", "cuda") and devices > gpus:
-        instead = f"trainer.devices={gpus}" if gpus else "trainer=cpu"
-        raise ValueError(f"trainer.devices={devices}, but this machine has {gpus} GPUs; it can run with {instead}")
+        possible = f"trainer.devices={gpus}" if gpus else "trainer=cpu"
+        raise ValueError(f"trainer.devices={devices}, but this machine has {gpus} GPUs; it can run with {possible}")
     if cfg.trainer.precision not in PRECISIONS:
         raise ValueError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, not {cfg.trainer.precision!r}")
     if cfg.trainer.strategy == "fsdp" and cfg.recipe.ema.decay is not None:
@@ -125,69 +84,83 @@ def check(cfg: DictConfig) -> None:
     per_device_batch(cfg)
 
 
-def _is_for(head: Path, task: str) -> bool:
-    return not head.stem.startswith("default_") and yaml.safe_load(head.read_text())["task"] == task
-
-
-PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # ours -> Lightning's
+def _has_task(head: Path, task: str) -> bool:
+    if head.stem.startswith("default_"):
+        return False
+    return yaml.safe_load(head.read_text(encoding="utf-8"))["task"] == task
 
 
 def evaluation_folder(cfg: DictConfig) -> str:
-    """Where `eval.py` writes: below the run that it evaluates, or `outputs/evaluation/<data>/<model>/<8 hex>`."""
-    from models import model_name
-    from models.factory import size_pixels
+    """Return the folder of an evaluation: `evaluation/<8 hex>` in the folder of the run that it evaluates.
 
+    An evaluation of other weights has the folder `outputs/evaluation/<data>/<model>/<8 hex>`.
+    """
     digest = fingerprint(cfg)[:8]
     if cfg.run is not None:
-        return f"{_run_config(cfg.run).parent}/evaluation/{digest}"
+        return f"{_config_file(cfg.run).parent}/evaluation/{digest}"
     return f"outputs/evaluation/{cfg.data.name}/{model_name(cfg.model, size_pixels(cfg.data))}/{digest}"
 
 
-def beside_a_run(arguments: Sequence[str]) -> list[str]:
-    """A command line on which keys of the run's config, which the command's own need not have, are Hydra's `++`."""
+def allow_run_keys(arguments: Sequence[str]) -> list[str]:
+    """Prefix overrides of a run's keys with `++`, so that Hydra accepts keys that eval.yaml lacks.
+
+    Args:
+        arguments: command line of `eval.py`. Without `run=DIR` it is returned unchanged.
+    """
     names = {argument.split("=")[0] for argument in arguments}
     if "run" not in names:
         return list(arguments)
-    # a group that is named brings its own keys
+    # A group that the command line chooses brings its own keys.
     groups = "|".join({"data", "head", "model", "recipe", "task"} - names)
-    return [f"++{one}" if re.match(rf"({groups})\.[\w.]+=", one) else one for one in arguments]
+    return [f"++{text}" if re.match(rf"({groups})\.[\w.]+=", text) else text for text in arguments]
 
 
 def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -> DictConfig:
-    """What `eval.py` evaluates: with `run=DIR` that run's config and best weights, under the keys given in `overrides`.
+    """Return the config that `eval.py` evaluates: with `run=DIR`, the run's config and its best weights.
 
     The trainer is the command's, since a run from eight GPUs may be evaluated on a laptop; its precision is the run's.
-    """
-    from retinue.utils.suggestions import nearest
 
+    Args:
+        cfg: config of the command.
+        overrides: overrides of the command; they win over the run's config.
+        groups: config groups that the command has chosen.
+
+    Raises:
+        ValueError: there is no such run, it has no checkpoint, or its config lacks an overridden key.
+    """
     if cfg.run is not None:
-        run = _run_config(cfg.run).parent
-        there = OmegaConf.load(run / "config.yaml")
-        assert isinstance(there, DictConfig)
+        path = _config_file(cfg.run)
+        run_cfg = OmegaConf.load(path)
+        assert isinstance(run_cfg, DictConfig)
         given = [override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides]
         if not {"trainer", "trainer.precision"} & set(given):
-            cfg.trainer.precision = there.trainer.precision
+            cfg.trainer.precision = run_cfg.trainer.precision
         for key in (override[2:].split("=")[0] for override in overrides if override.startswith("++")):
             section, _, name = key.rpartition(".")
-            known = OmegaConf.select(there, section)
-            if name not in (known or {}):
-                hint = nearest(name, map(str, known or ()))
-                raise ValueError(f"there is no key {key!r} in {run}/config.yaml.{hint}")
+            known = OmegaConf.select(run_cfg, section)
+            known_names = list(map(str, known)) if OmegaConf.is_dict(known) else []
+            if name not in known_names:
+                raise ValueError(f"there is no key {key!r} in {path}.{nearest(name, known_names)}")
         for key in {"trainer", "batch_size", "save_images", "ops", "run_dir", *given} - {"run"}:
             section = key.split(".")[0] if key in groups else key
-            OmegaConf.update(there, section, OmegaConf.select(cfg, section), force_add=True)
-        best = [path for name in ("best.ckpt", "last.ckpt") if (path := run / "checkpoints" / name).exists()]
+            OmegaConf.update(run_cfg, section, OmegaConf.select(cfg, section), force_add=True)
         if cfg.weights is None:
-            if not best:
-                raise ValueError(f"{run} has no checkpoint yet")
-            there.weights = str(best[0])
-        cfg = there
+            run_cfg.weights = str(_best_checkpoint(path.parent))
+        cfg = run_cfg
     cfg.trainer.accumulate_grad_batches = 1
-    cfg.recipe.batch_size = (cfg.batch_size or cfg.task.eval_batch) * world_size(cfg)
+    batch_size = cfg.task.eval_batch if cfg.batch_size is None else cfg.batch_size
+    cfg.recipe.batch_size = batch_size * world_size(cfg)
     return cfg
 
 
-def _run_config(run: str) -> Path:
+def _best_checkpoint(run: Path) -> Path:
+    for name in ("best.ckpt", "last.ckpt"):
+        if (run / "checkpoints" / name).exists():
+            return run / "checkpoints" / name
+    raise ValueError(f"{run} has no checkpoint yet")
+
+
+def _config_file(run: str) -> Path:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise ValueError(f"run={run} is no run folder: it has no config.yaml")

@@ -6,11 +6,12 @@ from torch import Tensor
 
 
 class EMA(WeightAveraging):
-    """Averages weights and buffers after every optimiser step; the average is what is validated, tested and saved.
+    """Average weights and buffers after every optimiser step; validation, test and checkpoints use the average.
 
     Args:
-        decay: of the average, per step.
-        warmup: use min(decay, (1 + n) / (10 + n)) at the n-th step, so that short runs forget where they started.
+        decay: weight of the old average in the new one, per step.
+        warmup: use min(decay, (1 + n) / (10 + n)) at step n, so that the average of a short run forgets the initial
+            weights.
     """
 
     def __init__(self, decay: float, warmup: bool):
@@ -19,7 +20,8 @@ class EMA(WeightAveraging):
             rate = min(decay, (1 + n) / (10 + n)) if warmup else decay
             if averages[0].is_floating_point():
                 torch._foreach_lerp_(averages, currents, 1 - rate)
-            else:  # indices and counters have no mean
+            else:
+                # Indices and counters have no mean.
                 torch._foreach_copy_(averages, currents)
 
         super().__init__(multi_avg_fn=torch.no_grad()(update))

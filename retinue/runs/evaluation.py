@@ -1,4 +1,4 @@
-"""From a config and weights to the figures, predictions and pictures of an evaluation."""
+"""Evaluate a net on the test split, and write its figures, predictions and pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,11 @@ from omegaconf import DictConfig
 
 from models import load_weights
 from ops.backend import set_backend
-from retinue.runs.config import check, fingerprint
+from retinue.runs.config import check
+from retinue.runs.identity import fingerprint
 from retinue.runs.launch import launch, needs_launch, rank
-from retinue.runs.result import provenance, read_result, show_result, write_result
-from retinue.runs.training import build_data, build_task, names, no_empty_folder, quiet_libraries, test
+from retinue.runs.result_file import provenance, read_result, show_result, write_result
+from retinue.runs.training import build_data, build_task, no_empty_folder, quiet_libraries, result_labels, test
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         The metrics: `test/top1`, `test/top1_ci95`, ...
 
     Raises:
-        ValueError: weights, model and data do not fit.
+        ValueError: weights, model and data do not fit together.
     """
     folder = Path(cfg.run_dir)
     with no_empty_folder(folder):
@@ -38,10 +39,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate in this process (one rank of several, perhaps) and write what `eval.py` promises.
+    """Evaluate in this process, which may be one rank of several; write the files and return the result.
 
     Raises:
-        ValueError: there are no weights to evaluate, or they do not fit.
+        ValueError: there are no weights to evaluate, or they do not fit the model.
     """
     folder = Path(cfg.run_dir)
     quiet_libraries()
@@ -58,7 +59,7 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
     params, macs = task.complexity(datamodule)
     result = {
         "status": "finished",
-        **names(cfg),
+        **result_labels(cfg),
         "weights": cfg.weights,
         "metrics": metrics,
         "params": params,

@@ -1,74 +1,250 @@
-"""`--help`: what there is to choose from, read from the files that define it, without importing torch."""
+"""`--help`: what there is to choose from, read from the files that define it, without importing torch.
 
+--help                    usage, examples and the groups, on one screen
+--help model              the choices of a group
+--help model=swin         one choice: its keys with their comments; a net's sizes and arguments
+--help ops                the token mixers; `--help ops=agent` shows the arguments of one
+--help experiment=swin    the rows of a paper's tables
+"""
+
+import itertools
+import re
 import textwrap
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import yaml
 
-from retinue.utils.paths import CONF, PROJECT
+from retinue.runs.signatures import Argument, Class, find_net, find_ops, list_arguments
+from retinue.utils.paths import CONF
+from retinue.utils.suggestions import nearest
 
-GROUPS = ("model", "task", "head", "data", "recipe", "trainer", "logger", "callbacks", "hydra/launcher", "experiment")
-WIDTH, INDENT = 120, 16  # of the help, in characters
+GROUPS = ("model", "ops", "task", "head", "data", "recipe", "trainer", "logger", "callbacks", "hydra/launcher",
+          "experiment")  # fmt: skip
+WIDTH = 100  # characters in a line
+FLAGS = ("--help", "-h")
+
+# Arguments that every op and every net receives from the net or the task, not from the user.
+OP_GIVEN = ("dim", "num_heads", "place")
+NET_GIVEN = ("num_classes", "in_chans", "device", "dtype")
 
 EXAMPLES = {
     "train": (
         ("train.py", "BiFormer on the embedded digits"),
-        ("train.py model=biformer data=imagenet data.root=/data/in1k", "the paper's recipe"),
-        ("train.py model=swin model.mixers=bilevel_routing data=cifar10", "another op in Swin's layout"),
-        ("train.py model=timm model.name=resnet50 data=imagenet data.root=...", "any timm model"),
-        ("train.py task=detection head=mask_rcnn", "on the embedded scenes; task=segmentation head=upernet"),
-        ("train.py data=coco data.root=... head=retinanet model=swin model.size=tiny", "a detector"),
-        ("train.py trainer=ddp trainer.devices=8 trainer.precision=bf16 ...", "eight GPUs"),
-        ("train.py -m model=biformer,swin seed=0,1,2", "a sweep"),
+        ("train.py model=biformer data=imagenet data.root=DIR", "the paper's recipe"),
+        ("train.py model=swin model.mixers=agent data=cifar10", "another op in Swin's layout"),
+        ("train.py model=timm model.name=resnet50", "any net of timm"),
+        ("train.py task=detection head=mask_rcnn", "on the embedded scenes"),
+        ("train.py data=coco data.root=DIR head=retinanet", "data=coco sets the task"),
+        ("train.py trainer=ddp trainer.devices=8", "eight GPUs"),
+        ("train.py -m model=biformer,swin seed=0,1,2", "a sweep of six runs"),
     ),
     "eval": (
-        ("eval.py run=outputs/classification/digits/...", "a finished run, its own config"),
-        ("eval.py model=biformer weights=biformer_tiny_best.pth data=imagenet data.root=...", "released weights"),
-        ("eval.py run=outputs/detection/... save_images=20", "with pictures of what was found"),
-        ("eval.py model=timm model.name=resnet50 model.pretrained=true data=imagenet ...", "timm's weights"),
+        ("eval.py run=outputs/classification/digits/...", "a finished run"),
+        ("eval.py run=outputs/detection/... save_images=20", "with pictures"),
+        ("eval.py model=biformer weights=FILE data=imagenet data.root=DIR", "released weights"),
+        ("eval.py model=timm model.name=resnet50 model.pretrained=true", "timm's weights"),
     ),
 }
 
 
 def wants_help(arguments: Sequence[str]) -> bool:
-    return any(argument in ("--help", "-h") for argument in arguments)
+    """Tell whether the command line asks for help."""
+    return any(argument in FLAGS for argument in arguments)
 
 
-def write_help(program: str) -> None:
-    """Print usage, examples and the choices of every group."""
-    print(f"python {program}.py [group=choice] [key=value] ...\n")
+def write_help(program: str, arguments: Sequence[str]) -> None:
+    """Print the help on the first argument that is not a flag, or the overview if there is none.
+
+    Raises:
+        ValueError: there is no such group or choice.
+    """
+    topics = [argument for argument in arguments if not argument.startswith("-")]
+    print("\n".join(_topic(topics[0]) if topics else _overview(program)))
+
+
+def list_choices(group: str) -> list[str]:
+    """Return the names that `group=` takes, sorted; for experiments `<paper>/<row>`."""
+    if group == "ops":
+        return list(find_ops())
+    folder = CONF / group
+    names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    # The defaults of the tasks are further names of other choices.
+    return [name for name in names if not name.startswith("default_")]
+
+
+def _overview(program: str) -> list[str]:
+    lines = [f"Usage: python {program}.py [group=choice] [key=value] ...", ""]
     width = max(len(command) for command, _ in EXAMPLES[program])
-    for command, what in EXAMPLES[program]:
-        print(f"  python {command:{width}}  # {what}")
-    print()
-    for title, choices in groups().items():
-        lines = choices if title in ("model", "experiment") else [", ".join(choices)]
-        for i, line in enumerate(lines):
-            first = f"{title + ':':{INDENT}}" if i == 0 else " " * INDENT
-            print(textwrap.fill(line, WIDTH, initial_indent=first, subsequent_indent=" " * (INDENT + 2)))
-    print("\n--cfg job shows the composed config with every key; --hydra-help shows Hydra's own flags.")
+    lines += [f"  python {command:{width}}  # {meaning}" for command, meaning in EXAMPLES[program]]
+    lines += ["", "Groups and the number of their choices:"]
+    for group in GROUPS:
+        choices = list_choices(group)
+        names = ", ".join(choices)
+        shown = names if len(names) <= WIDTH - 30 else f"--help {group} lists them"
+        lines.append(f"  {group:16} {len(choices):4}   {shown}")
+    return [
+        *lines,
+        "",
+        "model.mixers= takes the ops: one for all stages, or a list with an entry for each stage.",
+        "",
+        "--help GROUP          the choices of a group, such as --help model",
+        "--help GROUP=CHOICE   keys and meanings, such as --help model=swin, --help ops=agent",
+        "--help experiment=PAPER   the rows of a paper's tables, such as --help experiment=swin",
+        "--cfg job             the composed config with every key",
+        "--hydra-help          Hydra's own flags",
+    ]
 
 
-def groups() -> dict[str, list[str]]:
-    """Choices by group: models with their sizes, experiments by paper, and the ops that `model.mixers=` takes."""
-    found = {group: _names(CONF / group, ".yaml") for group in GROUPS}
-    for group in ("data", "head"):
-        found[group] = [name for name in found[group] if not name.startswith("default_")]
-    found["model"] = [_with_sizes(name) for name in found["model"]]
-    papers: dict[str, list[str]] = {}
-    for name in found["experiment"]:
-        paper, _, row = name.rpartition("/")
-        papers.setdefault(paper, []).append(row)
-    found["experiment"] = [f"{paper}/{{{', '.join(rows)}}}" for paper, rows in papers.items()]
-    found["mixers"] = [name for name in _names(PROJECT / "ops" / "attention", ".py") if name != "__init__"]
-    return {title: choices for title, choices in found.items() if choices}
+def _topic(topic: str) -> list[str]:
+    group, _, choice = topic.partition("=")
+    if group not in GROUPS:
+        raise ValueError(f"there is no group {group!r}.{nearest(group, GROUPS)} There are: {', '.join(GROUPS)}")
+    choices = list_choices(group)
+    papers = sorted({name.partition("/")[0] for name in choices})
+    if not choice:
+        return _papers(choices) if group == "experiment" else _choices(group, choices)
+    if group == "experiment" and choice in papers:
+        return _rows(choice, choices)
+    if choice not in choices and not (CONF / group / f"{choice}.yaml").is_file():
+        known = papers if group == "experiment" and "/" not in choice else choices
+        raise ValueError(f"{group}={choice} is not there.{nearest(choice, known)} There are: {', '.join(known)}")
+    if group == "ops":
+        return _op(choice)
+    lines = _keys(group, choice)
+    return lines + _net(choice) if group == "model" else lines
 
 
-def _with_sizes(model: str) -> str:
-    sizes = yaml.safe_load((CONF / "model" / f"{model}.yaml").read_text()).get("sizes")
-    return f"{model} (size={' | '.join(sizes)})" if sizes else model
+def _choices(group: str, choices: Iterable[str]) -> list[str]:
+    """Return a line for each choice: its name and the first sentence of its docstring or comment."""
+    meanings = {name: _op_summary(name) if group == "ops" else _header(group, name) for name in choices}
+    lines = [f"{group}=", *_table(meanings.items()), ""]
+    return [*lines, f"--help {group}=CHOICE shows one of them."]
 
 
-def _names(folder: Path, suffix: str) -> list[str]:
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob(f"*{suffix}"))
+def _papers(experiments: Iterable[str]) -> list[str]:
+    rows: dict[str, int] = {}
+    for name in experiments:
+        paper = name.partition("/")[0]
+        rows[paper] = rows.get(paper, 0) + 1
+    lines = ["experiment=PAPER/ROW, by paper:", *_table((paper, f"{n} rows") for paper, n in rows.items())]
+    return [*lines, "", "--help experiment=PAPER lists the rows of a paper."]
+
+
+def _rows(paper: str, experiments: Iterable[str]) -> list[str]:
+    names = [name for name in experiments if name.startswith(f"{paper}/")]
+    return [f"experiment={paper}/ROW:", *_table((name, _header("experiment", name)) for name in names)]
+
+
+def _op_summary(name: str) -> str:
+    return find_ops()[name].summary
+
+
+def _op(name: str) -> list[str]:
+    op = find_ops()[name]
+    paragraphs = [textwrap.fill(" ".join(part.split()), WIDTH) for part in op.description.split("\n\n")]
+    arguments = list_arguments(op, OP_GIVEN)
+    example = arguments[0] if arguments else None
+    lines = [f"model.mixers={name}: {_module_summary(op)}", "", *"\n\n".join(paragraphs).splitlines(), ""]
+    if example is None:
+        return [*lines, "It takes no arguments."]
+    usage = f"model.mixers='{{name: {name}, {example.name}: ...}}'"
+    return [*lines, f"Arguments, as in {usage}:", *_arguments(arguments)]
+
+
+def _module_summary(op: Class) -> str:
+    lines = [line for line in op.path.read_text(encoding="utf-8").splitlines() if line.startswith('"""')]
+    return lines[0].strip('"') if lines else ""
+
+
+def _net(model: str) -> list[str]:
+    """Return the lines on the arguments of a model's constructor, that of its first size."""
+    config = yaml.safe_load((CONF / "model" / f"{model}.yaml").read_text(encoding="utf-8"))
+    sizes = config.get("sizes") or {}
+    classes: dict[str, str] = {}
+    lines: list[str] = []
+    for size, entry in sizes.items():
+        net = find_net(entry["name"])
+        if net is None or net.node.name in classes:
+            continue
+        classes[net.node.name] = size
+        lines += ["", f"Arguments of {net.node.name} ({entry['name']}), as in +model.args.NAME=VALUE:"]
+        lines += _arguments(list_arguments(net, NET_GIVEN))
+    return lines
+
+
+def _arguments(arguments: Iterable[Argument]) -> list[str]:
+    return _table(
+        (f"{argument.name}={argument.default}" if argument.default else argument.name, argument.meaning)
+        for argument in arguments
+    )
+
+
+def _keys(group: str, choice: str) -> list[str]:
+    """Return a choice's yaml with its comments, followed by the files that it inherits from."""
+    text = (CONF / group / f"{choice}.yaml").read_text(encoding="utf-8")
+    shown = [line for line in text.splitlines() if not re.match(r"# @package|\s*_target_:", line)]
+    lines = [f"{group}={choice}", "", *_wrapped(shown)]
+    defaults = (yaml.safe_load(text) or {}).get("defaults", [])
+    for default in defaults:
+        if isinstance(default, str) and (CONF / group / f"{default}.yaml").is_file():
+            lines += ["", f"It inherits from {default}:", *_keys(group, default)]
+    return lines
+
+
+def _wrapped(lines: Iterable[str]) -> list[str]:
+    """Return yaml lines at most as wide as the help: a trailing comment that does not fit goes before its key."""
+    wrapped: list[str] = []
+    for is_comment, block in itertools.groupby(lines, key=lambda line: line.lstrip().startswith("#")):
+        block = list(block)
+        if is_comment:
+            wrapped += _comment(block)
+            continue
+        for line in block:
+            code, mark, comment = line.partition(" # ")
+            if mark and len(line) > WIDTH:
+                indent = " " * (len(line) - len(line.lstrip()))
+                wrapped += [*_comment([f"{indent}# {comment}"]), code]
+            else:
+                wrapped.append(line)
+    return wrapped
+
+
+def _comment(lines: Sequence[str]) -> list[str]:
+    """Return comment lines as they are if they fit, else as one wrapped paragraph."""
+    if max(map(len, lines)) <= WIDTH:
+        return list(lines)
+    mark = lines[0][: lines[0].index("#")] + "# "
+    text = " ".join(line.lstrip("# ") for line in lines)
+    return textwrap.wrap(text, WIDTH, initial_indent=mark, subsequent_indent=mark)
+
+
+def _header(group: str, choice: str) -> str:
+    """Return the first sentence of the comment that opens a choice's yaml; for an experiment the whole comment."""
+    comment: list[str] = []
+    for line in (CONF / group / f"{choice}.yaml").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.lstrip("# ")
+        if text.startswith(("@package", "Generated by")):
+            continue
+        if text.startswith("python "):
+            break
+        comment.append(text)
+    text = " ".join(comment)
+    return text if group == "experiment" else re.split(r"[.;] ", text, maxsplit=1)[0].rstrip(".")
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Return rows of two columns: a name, and a text that is wrapped; a long name stands on a line of its own."""
+    rows = list(rows)
+    width = min(max((len(name) for name, _ in rows), default=0), 26)
+    lines: list[str] = []
+    for name, text in rows:
+        indent = " " * (width + 4)
+        wrapped = textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent) or [""]
+        if len(name) <= width:
+            lines.append(f"  {name:{width}}  {wrapped[0].lstrip()}".rstrip())
+            lines += wrapped[1:]
+        else:
+            lines += [f"  {name}", *(line for line in wrapped if line)]
+    return lines

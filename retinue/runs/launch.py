@@ -1,8 +1,8 @@
-"""The processes of a run: who starts them, and which of them this one is.
+"""The processes of a run: how they are started, and which rank this process has.
 
-On several devices of one machine they are started here, with the composed config, so that the command line is not run
-again in each: under `--multirun` that would start the whole sweep again in every rank. Under torchrun, or srun with
-several tasks, which start the processes themselves, nothing is started here.
+On several devices of one machine, the processes are started here with the composed config. Running the command line
+again in each process, as Lightning does, would start a whole sweep again in every rank under `--multirun`. torchrun,
+and srun with several tasks, start the processes themselves; then nothing is started here.
 """
 
 import os
@@ -10,29 +10,29 @@ import signal
 import socket
 from collections.abc import Callable
 
-import torch.multiprocessing as mp
 from omegaconf import DictConfig, OmegaConf
 
 from retinue.utils.errors import Stopped
 
 
 def rank() -> int:
-    """Of this process among those of its run."""
+    """Return the global rank of this process; 0 if it runs alone."""
     if "LOCAL_RANK" in os.environ:
         return int(os.environ.get("RANK", os.environ["LOCAL_RANK"]))
     return int(os.environ["SLURM_PROCID"]) if slurm_tasks() > 1 else 0
 
 
 def slurm_tasks() -> int:
-    """How many processes srun has started with this one; a batch script's own processes are none of srun's."""
+    """Return the number of processes in this process's srun step; 1 in a batch script, which srun has not started."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
 
 
 def needs_launch(cfg: DictConfig) -> bool:
-    """Whether the run wants more processes than this one and nobody else starts them.
+    """Tell whether the run needs more processes than this one and no launcher outside has started them.
 
     Raises:
-        ValueError: somebody has started another number of them, or nobody can start them on several machines.
+        ValueError: a launcher has started a different number of processes, or several machines are asked for without
+            a launcher.
     """
     devices, nodes = cfg.trainer.devices, cfg.trainer.num_nodes
     if "LOCAL_RANK" in os.environ:
@@ -40,8 +40,8 @@ def needs_launch(cfg: DictConfig) -> bool:
     if slurm_tasks() > 1:
         if slurm_tasks() != devices * nodes:
             raise ValueError(
-                f"srun has started {slurm_tasks()} processes for trainer.devices={devices} x trainer.num_nodes={nodes}:"
-                f" it takes --nodes={nodes} --ntasks-per-node={devices}"
+                f"srun has started {slurm_tasks()} processes for trainer.devices={devices} x trainer.num_nodes={nodes};"
+                f" use --nodes={nodes} --ntasks-per-node={devices}"
             )
         return False
     if nodes > 1:
@@ -50,17 +50,21 @@ def needs_launch(cfg: DictConfig) -> bool:
 
 
 def launch(run: Callable[[DictConfig], object], cfg: DictConfig) -> None:
-    """Run `run(cfg)` in `trainer.devices` processes, and wait for them.
+    """Call `run(cfg)` in `trainer.devices` processes and wait for them.
 
-    Signals that ask to stop are passed on, so that the ranks save and end together.
+    Signals that ask to stop are passed on to the processes, so that all ranks save and end together.
+
+    Raises:
+        Stopped: the processes ended after a signal.
     """
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    import torch.multiprocessing as mp
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     processes = mp.start_processes(
-        _rank,
-        args=(run, plain, cfg.trainer.devices, port),
+        _run_rank,
+        args=(run, OmegaConf.to_container(cfg, resolve=True), cfg.trainer.devices, port),
         nprocs=cfg.trainer.devices,
         join=False,
         start_method="spawn",
@@ -71,26 +75,26 @@ def launch(run: Callable[[DictConfig], object], cfg: DictConfig) -> None:
     def pass_on(number: int, frame: object) -> None:
         nonlocal received
         received = number
-        for process in filter(None, processes.processes):
-            if process.pid and process.is_alive():
+        for process in processes.processes:
+            if process is not None and process.pid and process.is_alive():
                 os.kill(process.pid, number)
 
-    former = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    previous_handlers = {number: signal.signal(number, pass_on) for number in signals}
     try:
         while not processes.join():
             pass
     except mp.ProcessExitedException as error:
-        if received:
-            raise Stopped(
-                received, f"stopped by {signal.Signals(received).name}; the same command goes on from there"
-            ) from error
-        raise
+        if not received:
+            raise
+        name = signal.Signals(received).name
+        raise Stopped(received, f"stopped by {name}; the same command goes on from there") from error
     finally:
-        for number, handler in former.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
-def _rank(rank: int, run: Callable[[DictConfig], object], cfg: dict, devices: int, port: int) -> None:
+def _run_rank(rank: int, run: Callable[[DictConfig], object], cfg: dict, devices: int, port: int) -> None:
     os.environ.update(
         LOCAL_RANK=str(rank), RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(devices), LOCAL_WORLD_SIZE=str(devices),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),

@@ -1,8 +1,7 @@
-"""Where figures go: metrics.csv always; TensorBoard and Weights & Biases on demand. All continue a resumed run."""
+"""Loggers of a run: metrics.csv always, TensorBoard and Weights & Biases on demand; each continues a resumed run."""
 
 import csv
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,16 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
+from retinue.utils.files import replacing
+
 
 class MetricsCSV(Logger):
-    """`metrics.csv`: a row for each logged set of figures, with its step; a figure that came later is a new column.
+    """Write `metrics.csv`: a row for each logged set of figures with its step; a new figure becomes a new column.
 
     Args:
-        path: the file; rows after `from_step` are dropped, since the resumed run writes them again.
+        path: the file.
+        from_step: step from which the run is resumed, or 0. Later rows of an existing file are dropped, since the
+            resumed run writes them again.
     """
 
     def __init__(self, path: Path, from_step: int):
@@ -33,7 +36,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """config.yaml holds them."""
+        """Log nothing: config.yaml holds the hyper-parameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -56,27 +59,26 @@ class MetricsCSV(Logger):
         if not self.path.exists():
             return []
         with self.path.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]  # a kill may cut a line
+            # A kill may have cut the last line short.
+            return [row for row in csv.DictReader(file) if None not in row.values()]
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         assert self._columns is not None
-        beside = self.path.with_suffix(".tmp")
-        with beside.open("w", newline="") as file:
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(beside, self.path)
 
 
 def tensorboard(run_dir: str, from_step: int) -> TensorBoardLogger:
-    """Event files in `<run>/tensorboard`; events after `from_step` are hidden."""
+    """Return a logger that writes event files to `<run>/tensorboard` and hides old events after `from_step`."""
     return TensorBoardLogger(
         run_dir, name="", version="", sub_dir="tensorboard", purge_step=from_step + 1 if from_step else None
     )
 
 
 class WandbRun(WandbLogger):
-    """Lightning's, but W&B's own step is the optimiser's: a resumed run then repeats no step, and leaves none out."""
+    """Lightning's W&B logger with the optimiser's step as W&B's own step: a resumed run repeats and skips none."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -92,12 +94,22 @@ def wandb(
     group: str | None,
     tags: Sequence[str],
 ) -> WandbRun:
-    """A run whose id follows from the run folder, so that it goes on after a resume."""
-    identity = hashlib.sha256(str(Path(run_dir)).encode()).hexdigest()[:16]
+    """Return a logger whose run id follows from the run's folder, so that a resumed run continues the same W&B run.
+
+    Args:
+        run_dir: the run's folder.
+        from_step: step from which the run is resumed; W&B finds it by itself.
+        project: W&B's project.
+        entity: user or team that owns the project; None for the user's default.
+        mode: `online`, `offline` or `disabled`.
+        group: name under which W&B shows runs together.
+        tags: tags of the run.
+    """
+    run_id = hashlib.sha256(str(Path(run_dir)).encode()).hexdigest()[:16]
     return WandbRun(
         name="/".join(Path(run_dir).parts[-3:]),
         save_dir=run_dir,
-        id=identity,
+        id=run_id,
         project=project,
         entity=entity,
         mode=mode,
@@ -108,7 +120,7 @@ def wandb(
 
 
 def links(loggers: Iterable[Logger]) -> dict[str, str]:
-    """Where the run can be looked at, for `result.json`: `{"wandb": "https://..."}`; empty without one online."""
+    """Return the run's address on W&B as `{"wandb": "https://..."}`, or {} if it has no online run."""
     urls = (logger.experiment.url for logger in loggers if isinstance(logger, WandbRun))
     url = next((url for url in urls if isinstance(url, str)), None)
     return {"wandb": url} if url else {}

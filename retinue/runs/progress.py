@@ -1,4 +1,4 @@
-"""What a person sees of a training run, and the rows of its log."""
+"""Progress of a training run on the terminal, and the rows of its log."""
 
 import sys
 import time
@@ -12,18 +12,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class TrainingLog(Callback):
-    """Logs a row of running means every `log_every_n_steps` steps and at the end of an epoch, and shows progress.
+    """Log a row of running means every `log_every_n_steps` steps and at the end of an epoch, and show progress.
 
-    On a terminal a bar with loss, accuracy, images/s and the time left; elsewhere a line an epoch. Throughput counts
-    the waits for data, and neither validation nor saving.
+    On a terminal, progress is a bar with loss, accuracy, images/s and the time left; elsewhere it is a line for each
+    epoch. Throughput includes waiting for data, but neither validation nor saving.
+
+    Attributes:
+        seconds: time spent on training steps, over all sessions of the run.
+        images: images of these steps, over all devices.
     """
 
     def __init__(self) -> None:
-        self.seconds, self.images = 0.0, 0  # of training, over all sessions of the run
+        self.seconds, self.images = 0.0, 0
+        # The same since the last logged row.
         self._window_seconds, self._window_images = 0.0, 0
-        self._began = 0.0
+        self._step_began = 0.0
         self._bar: Progress | None = None
-        self._shown = 0.0
+        self._shown_at = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "images": self.images}
@@ -47,17 +52,18 @@ class TrainingLog(Callback):
             done = trainer.current_epoch * batches + trainer.fit_loop.epoch_loop.batch_progress.current.ready
             self._bar.add_task("", total=total, completed=done, epoch="", figures="")
             self._bar.start()
-        self._began = time.perf_counter()
+        self._step_began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.perf_counter()
         images = len(batch["image"]) * trainer.world_size
-        for name, amount in (("seconds", now - self._began), ("images", images)):
-            setattr(self, name, getattr(self, name) + amount)
-            setattr(self, f"_window_{name}", getattr(self, f"_window_{name}") + amount)
-        self._began = now
+        self.seconds += now - self._step_began
+        self.images += images
+        self._window_seconds += now - self._step_began
+        self._window_images += images
+        self._step_began = now
         if self._bar:
             self._show(trainer, pl_module, now)
         stepped = not trainer.fit_loop._should_accumulate()
@@ -67,8 +73,9 @@ class TrainingLog(Callback):
     def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule, now: float) -> None:
         assert self._bar is not None
         bar, fields = self._bar.task_ids[0], {"epoch": f"{trainer.current_epoch + 1}/{trainer.max_epochs}"}
-        if now - self._shown > 0.5:  # reading the figures waits for the GPU
-            self._shown = now
+        # Show figures twice a second only, since reading them waits for the GPU.
+        if now - self._shown_at > 0.5:
+            self._shown_at = now
             rate = {"train/images_per_second": self._window_images / self._window_seconds}
             fields["figures"] = _line(pl_module.running_figures() | rate)  # pyright: ignore[reportCallIssue]
         self._bar.update(bar, advance=1, **fields)  # pyright: ignore[reportArgumentType]
@@ -96,7 +103,8 @@ class TrainingLog(Callback):
             self._bar.console.print(line, highlight=False) if self._bar else print(line, file=sys.stderr, flush=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began = time.perf_counter()  # validation and saving are not training
+        # Validation and saving, which came before, are not training.
+        self._step_began = time.perf_counter()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._bar:
@@ -105,7 +113,7 @@ class TrainingLog(Callback):
 
 
 def _line(row: dict[str, float]) -> str:
-    """`loss 0.123  top1 0.95  val/top1 0.97  1,234 images/s`."""
+    """Return a row as text, such as `loss 0.123  top1 0.95  val/top1 0.97  1,234 images/s`."""
     parts = [f"{name.removeprefix('train/')} {value:.4g}" for name, value in row.items()
              if name not in ("epoch", "train/images_per_second", "train/lr", "val/top5")]  # fmt: skip
     return "  ".join([*parts, f"{row['train/images_per_second']:,.0f} images/s"])

@@ -1,4 +1,4 @@
-"""Ends a trial of a hyper-parameter search early where it does worse than the others did (scripts/search.py)."""
+"""End a trial of a hyper-parameter search early if it does worse than the earlier trials (scripts/search.py)."""
 
 from pathlib import Path
 from typing import Any
@@ -9,28 +9,31 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from pytorch_lightning.callbacks import Callback
 
-JOURNAL, STUDY = "journal.log", "search"  # a search's file, and the name of the only study in it
-PRUNED = "pruned"  # attribute of a trial: the epoch after which it was ended
+# File of a search, and name of the only study in it.
+JOURNAL, STUDY = "journal.log", "search"
+# Attribute of a pruned trial: the epoch after which it was ended.
+PRUNED = "pruned"
 
 
 def open_storage(folder: Path) -> JournalStorage:
-    """The search's storage: a file to which every process appends, and which a kill leaves whole."""
+    """Return the storage of the search in `folder`: a file to which all processes append, and which survives a kill."""
     return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
 
 
 def reopen(study: optuna.Study, number: int) -> optuna.Trial:
-    """A trial that was asked for before, perhaps by another process."""
+    """Return the trial `number` of a study, which another process may have started."""
     return optuna.Trial(study, study.trials[number]._trial_id)
 
 
 class Pruning(Callback):
-    """Reports the validation's figure after each epoch, and ends the training where it is below the trials' median.
+    """Report a validation figure after each epoch, and end the training if it is below the median of earlier trials.
 
     Args:
-        folder: the search's.
-        trial: number of the trial in it.
-        monitor: the figure, of which the highest is the best.
-        warmup, warmup_steps: epochs, and optimiser steps, after which nothing is ended yet.
+        folder: folder of the search.
+        trial: number of the trial in the search.
+        monitor: name of the figure, such as `val/top1`; its highest value is the best.
+        warmup: number of first epochs in which no trial is ended.
+        warmup_steps: number of first optimiser steps in which no trial is ended.
     """
 
     def __init__(self, folder: str, trial: int, monitor: str, warmup: int, warmup_steps: int = 0):
@@ -40,22 +43,25 @@ class Pruning(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         epoch = trainer.current_epoch + 1
-        warming = trainer.global_step < self.warmup_steps
-        stop = trainer.is_global_zero and self._is_worse(epoch, pl_module.val_figures[self.monitor], warming)
+        in_warmup = trainer.global_step < self.warmup_steps
+        stop = trainer.is_global_zero and self._must_stop(epoch, pl_module.val_figures[self.monitor], in_warmup)
         if trainer.strategy.reduce_boolean_decision(stop, all=False):
             trainer.should_stop = True
 
-    def _is_worse(self, epoch: int, value: float, warming: bool) -> bool:
-        if self._trial is None:  # opened in the process that trains, which need not be the search's
+    def _must_stop(self, epoch: int, value: float, in_warmup: bool) -> bool:
+        if self._trial is None:
+            # Open the study in the process that trains, which may be another than the process of the search.
             pruner = optuna.pruners.MedianPruner(n_warmup_steps=self.warmup)
             study = optuna.load_study(study_name=STUDY, storage=open_storage(self.folder), pruner=pruner)
             self._trial = reopen(study, self.number)
         trial = self._trial
-        if PRUNED in trial.user_attrs:  # a kill came between that and the end
+        # A kill came after the trial was marked as pruned and before the training ended.
+        if PRUNED in trial.user_attrs:
             return True
-        if epoch not in trial.study.trials[self.number].intermediate_values:  # a resumed run repeats an epoch
+        # A resumed run may repeat an epoch, whose figure has been reported already.
+        if epoch not in trial.study.trials[self.number].intermediate_values:
             trial.report(value, epoch)
-        if warming or not trial.should_prune():
+        if in_warmup or not trial.should_prune():
             return False
         trial.set_user_attr(PRUNED, epoch)
         return True

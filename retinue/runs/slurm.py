@@ -1,9 +1,9 @@
-"""A run as a job of Slurm: what the job does with it, and how it comes back to the queue.
+"""A run as a Slurm job: what the job executes, and how it returns to the queue.
 
-Each run keeps the folder and the config of its submission, whatever becomes of conf/ while it waits. Before the time
-limit Slurm sends SIGUSR2: the run saves and puts its job back in the queue, up to `max_num_timeout` restarts. Before a
-preemption or a requeue it sends SIGTERM: the run saves and ends, and Slurm queues it by itself. Either way the next
-start goes on from the checkpoint. Whether a run is finished, only its `result.json` says.
+A job keeps the folder and the config of its submission, even if conf/ changes while it waits. Before the time limit
+Slurm sends SIGUSR2: the run saves and puts its job back in the queue, for at most `max_num_timeout` restarts. Before a
+preemption or a requeue Slurm sends SIGTERM: the run saves and ends, and Slurm itself queues the job again. In both
+cases the next start goes on from the checkpoint. Only `result.json` says whether a run is finished.
 """
 
 import getpass
@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from retinue.runs.config import register_resolvers
 from retinue.runs.launch import rank
-from retinue.runs.result import git_commit
+from retinue.runs.result_file import git_commit
 from retinue.runs.status import record_failure
 from retinue.utils.errors import Stopped
 from retinue.utils.paths import PROJECT, own_packages
@@ -35,9 +35,20 @@ log = logging.getLogger(__name__)
 
 
 class Submission(NamedTuple):
-    """What a job needs, as it was when it was submitted."""
+    """State at the time of submission that a job needs.
 
-    config: DictConfig  # of this run, Hydra's own part included
+    Attributes:
+        config: config of this run, Hydra's own section included.
+        sweep_config: config of the sweep, from which Hydra composes each run's config.
+        overrides: this run's overrides.
+        context: Hydra's context.
+        task: function that the job calls with the config.
+        singletons: state of Hydra's singletons.
+        time: seconds since the epoch.
+        git_commit: commit of the project; None outside a git checkout.
+    """
+
+    config: DictConfig
     sweep_config: DictConfig
     overrides: Sequence[str]
     context: HydraContext
@@ -48,26 +59,29 @@ class Submission(NamedTuple):
 
 
 def refuse_without_multirun() -> None:
-    """
+    """Refuse `hydra/launcher=slurm` without `--multirun`, since Hydra ignores the launcher in a single run.
+
     Raises:
-        ValueError: `hydra/launcher=slurm` is asked for, but Hydra has no launcher take part in a single run.
+        ValueError: the command line asks for the launcher without `--multirun`.
     """
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.RUN and "max_num_timeout" in hydra.launcher:
         launcher = hydra.runtime.choices["hydra/launcher"]
-        raise ValueError(f"hydra/launcher={launcher} goes with -m, for a single run, too: python train.py -m ...")
+        raise ValueError(f"hydra/launcher={launcher} needs -m, also for a single run: python train.py -m ...")
 
 
 def run_submitted(submission: Submission) -> None:
-    """The job. Ends the process with a code that is not 0 where the run did not finish."""
+    """Train the submitted run; the job executes this, and exits with a nonzero code if the run did not finish."""
     Singleton.set_state(submission.singletons)
     setup_globals()
     register_resolvers()
-    for number in (signal.SIGTERM, signal.SIGUSR2):  # while it trains, `Checkpoints` has them
+    # While the run trains, `Checkpoints` handles these signals.
+    for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, _stop)
     config = submission.config
     config.hydra.job.id = os.environ["SLURM_JOB_ID"]
-    logging.getLogger("submitit").propagate = False  # its own lines are none of train.log's
+    # Keep submitit's own lines out of train.log.
+    logging.getLogger("submitit").propagate = False
 
     def task(cfg: DictConfig) -> Any:
         if rank() == 0:
@@ -87,7 +101,8 @@ def run_submitted(submission: Submission) -> None:
             requeue(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir), config.hydra.launcher.max_num_timeout)
         sys.exit(128 + stop.signum)
     if done.status == JobStatus.FAILED:
-        traceback.print_exception(done._return_value)  # `return_value` would raise it
+        # The public property `return_value` would raise the exception.
+        traceback.print_exception(done._return_value)
         sys.exit(1)
 
 
@@ -95,48 +110,52 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped(number, f"stopped by {signal.Signals(number).name}; the same command goes on from there")
 
 
-def requeue(folder: Path, at_most: int) -> None:
-    """Put this job back in the queue, unless it has been restarted `at_most` times already, for whatever cause."""
-    times = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    if times >= at_most:
-        record_failure(folder, f"out of time after {times} restarts (hydra.launcher.max_num_timeout={at_most})")
+def requeue(folder: Path, max_restarts: int) -> None:
+    """Put this job back in the queue, unless it has been restarted `max_restarts` times already, for any reason."""
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if restarts >= max_restarts:
+        record_failure(folder, f"out of time after {restarts} restarts (hydra.launcher.max_num_timeout={max_restarts})")
         return
-    print(f"back in the queue, for the {times + 1}. of {at_most} times", file=sys.stderr, flush=True)
+    print(f"back in the queue: restart {restarts + 1} of at most {max_restarts}", file=sys.stderr, flush=True)
     subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True, timeout=60)
 
 
 def changes_since(submission: Submission) -> list[str]:
-    """In a sentence each, how conf/ and the code differ from what was there at submission."""
+    """Return a sentence for each difference of conf/ and of the code from their state at the submission."""
     from retinue.runs.training import difference
 
     changes: list[str] = []
     try:
         now = submission.context.config_loader.load_sweep_config(submission.sweep_config, list(submission.overrides))
         changed = difference(now, submission.config)
-    except Exception as error:  # whatever is wrong with it, this run does not depend on it
+    except Exception as error:
+        # This run does not need the conf/ of today, so an error in it must not end the run.
         changed = f"an error: {str(error).splitlines()[0]}"
     if changed:
         changes.append(f"since the submission conf/ has changed to {changed}; the run is trained as submitted")
-    if files := newer_code(submission.time):
-        commits = {submission.git_commit, git_commit()}
-        moved = f", from commit {submission.git_commit} to {git_commit()}" if len(commits) > 1 else ""
+    if files := code_newer_than(submission.time):
+        commit = git_commit()
+        moved = "" if commit == submission.git_commit else f", from commit {submission.git_commit} to {commit}"
         listed = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
         changes.append(f"since the submission the code has changed{moved}, and is taken as it is now: {listed}")
     return changes
 
 
-def newer_code(time: float) -> list[str]:
-    """The Python files of a run that were written after `time`, those included that git does not know yet."""
+def code_newer_than(time: float) -> list[str]:
+    """Return the project's Python files that were written after `time`, including files that git does not track."""
     patterns = [f"{package}/*.py" for package in sorted(own_packages())]
-    found = subprocess.run(
+    listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", *patterns], cwd=PROJECT, capture_output=True, text=True
     )
-    paths = [PROJECT / name for name in found.stdout.splitlines()] if found.returncode == 0 else []
+    paths = [PROJECT / name for name in listed.stdout.splitlines()] if listed.returncode == 0 else []
     return [str(path.relative_to(PROJECT)) for path in paths if path.exists() and path.stat().st_mtime > time]
 
 
-def queue() -> frozenset[str] | None:
-    """This user's jobs, pending and running, an array's each by itself (`12_3`); None where Slurm does not answer."""
+def list_jobs() -> frozenset[str] | None:
+    """Return the ids of this user's pending and running jobs, or None if Slurm does not answer.
+
+    The jobs of an array have ids such as `12_3`.
+    """
     command = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -1,4 +1,4 @@
-"""What a run's folder says about the run, and whose turn it is: one process writes there at a time."""
+"""State of a run, as its folder tells it, and the lock by which only one process at a time trains a run."""
 
 import fcntl
 import json
@@ -13,64 +13,88 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retinue.runs.launch import rank
-from retinue.runs.result import CONFIG, FAILED, read_result
+from retinue.runs.result_file import CONFIG, FAILED, read_result
 from retinue.utils.files import write_text
 
 log = logging.getLogger(__name__)
 
 LOCK, SUBMITTED = "run.lock", "submitted.json"
 
+# The states of a run, everywhere in the project:
+#   finished    it has a result
+#   running     a process holds its lock
+#   queued      its Slurm job waits or starts
+#   failed      it ended with an error
+#   stopped     it has begun and has neither result nor error; the same command goes on from its checkpoint
+#   missing     it has not begun
+#   unreadable  its result is damaged
+STATES = ("finished", "running", "queued", "failed", "stopped", "missing", "unreadable")
+
+# Seconds for which a process waits for a lock. After a requeue a file server may take a while to notice that the
+# machine is gone on which the job ran before.
+WAIT, WAIT_AFTER_REQUEUE = 3, 120
+
 
 class Status(NamedTuple):
-    """`state` is finished, running, failed, queued, stopped (goes on with the same command) or missing."""
+    """State of a run.
+
+    Attributes:
+        state: one of `STATES`.
+        detail: what is known beyond the state, such as a figure, the process or the reason of a failure; may be empty.
+    """
 
     state: str
     detail: str = ""
 
 
-def status(folder: Path, queue: frozenset[str] | None = None) -> Status:
-    """How the run in `folder` stands, by what lies there.
+def status(folder: Path, jobs: frozenset[str] | None = None) -> Status:
+    """Return the state of the run in `folder`.
 
     Args:
-        queue: Slurm's jobs, pending and running; None where Slurm is not asked.
+        folder: the run's folder; it need not exist.
+        jobs: ids of the pending and running Slurm jobs. With None, Slurm is not asked, and no run is `queued`.
     """
-    if (result := read_result(folder)) is not None:
-        tops = [f"{name} {value:.4f}" for name, value in result["metrics"].items() if isinstance(value, float)]
-        return Status("finished", tops[0] if tops else "")
+    try:
+        result = read_result(folder)
+    except ValueError as error:
+        return Status("unreadable", str(error))
+    if result is not None:
+        figures = [f"{name} {value:.4f}" for name, value in result["metrics"].items() if isinstance(value, float)]
+        return Status("finished", figures[0] if figures else "")
     if (owner := lock_owner(folder)) is not None:
-        return Status("running", "on {host}, process {pid}".format(**owner) if owner else "")
-    if (failed := _read(folder / FAILED)) is not None:
-        return Status("failed", failed["reason"])
-    submitted = _read(folder / SUBMITTED)
-    job = f"job {submitted['job']}" if submitted else ""
-    if submitted and queue is not None and submitted["job"] in queue:
+        return Status("running", f"on {owner['host']}, process {owner['pid']}" if owner else "")
+    if (failure := _read_json(folder / FAILED)) is not None:
+        return Status("failed", failure["reason"])
+    submission = _read_json(folder / SUBMITTED)
+    job = f"job {submission['job']}" if submission else ""
+    if submission and jobs is not None and submission["job"] in jobs:
         return Status("queued", job)
     return Status("stopped" if (folder / CONFIG).exists() else "missing", job)
 
 
 @contextmanager
 def attempt(folder: Path) -> Iterator[None]:
-    """A turn at the run in `folder`: no other process has one meanwhile, and if it fails, `failed.json` says why.
+    """Hold the run in `folder` while the block runs; if the block fails, `failed.json` records why.
 
-    Of a run's several processes the first holds the lock. A failure before anything was trained is recorded in a sweep
-    only: otherwise it is on the screen, and nothing is to be left behind.
+    Of a run's several processes, the one of rank 0 holds the lock. A failure before anything was trained is recorded
+    only in a sweep; in a single run the user reads it on the screen, and no folder is left behind.
 
     Raises:
-        ValueError: another process has its turn.
+        ValueError: another process holds the run.
     """
-    with _holding(folder) if rank() == 0 else nullcontext():
+    with _locked(folder) if rank() == 0 else nullcontext():
         if rank() == 0:
             (folder / FAILED).unlink(missing_ok=True)
         try:
             yield
         except Exception as error:
-            if ((folder / CONFIG).exists() or _in_a_sweep()) and not _anothers(folder):
+            if ((folder / CONFIG).exists() or _in_a_sweep()) and not _another_job_holds(folder):
                 record_failure(folder, _reason(error))
             raise
 
 
 def record_failure(folder: Path, reason: str) -> None:
-    """Write `failed.json`, unless an earlier process of the same run has."""
+    """Write `failed.json`, unless another process of the same run has written it already."""
     if not (folder / FAILED).exists():
         folder.mkdir(parents=True, exist_ok=True)
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -78,9 +102,9 @@ def record_failure(folder: Path, reason: str) -> None:
 
 
 def lock_owner(folder: Path) -> dict[str, Any] | None:
-    """`host`, `pid` and `job` (Slurm's) of the process that has its turn; None where nobody has.
+    """Return `host`, `pid` and Slurm `job` of the process that holds the run, or None if no process does.
 
-    Not for that process itself: it would lose the lock with the file that is closed here.
+    The process that holds the run must not call this: closing the file here would give up its own lock.
     """
     try:
         with open(folder / LOCK) as file:
@@ -94,12 +118,16 @@ def lock_owner(folder: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _holding(folder: Path) -> Iterator[None]:
-    """Hold `run.lock`. The system lets go of it when the process dies, on whatever machine of a cluster."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold `run.lock`; the operating system releases it when the process dies, on every machine of a cluster.
+
+    Raises:
+        ValueError: another process holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    # A file server takes a while to notice that the machine is gone from which a job came back to the queue.
-    deadline = time.monotonic() + (120 if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else 3)
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    deadline = time.monotonic() + (WAIT_AFTER_REQUEUE if requeued else WAIT)
     while True:
         file = open(path, "a+")  # noqa: SIM115 - closing it gives up the lock
         try:
@@ -109,15 +137,16 @@ def _holding(folder: Path) -> Iterator[None]:
             owner = json.loads(file.read() or "{}")
             file.close()
             if time.monotonic() > deadline:
-                where = "process {pid} on {host}".format(**owner) if owner else "another process"
-                raise ValueError(f"{folder} is being trained by {where}; wait for it, or end it") from None
+                holder = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+                raise ValueError(f"{folder} is being trained by {holder}; wait for it, or end it") from None
             time.sleep(0.2)
             continue
         except OSError as error:
             log.warning("%s cannot be locked (%s): do not start this run twice", path, error.strerror)
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
-        file.close()  # its owner removed it in between
+        # The former owner removed the file between opening and locking it: try again with a new file.
+        file.close()
     try:
         file.truncate(0)
         json.dump({"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}, file)
@@ -128,8 +157,11 @@ def _holding(folder: Path) -> Iterator[None]:
         file.close()
 
 
-def _anothers(folder: Path) -> bool:
-    """Whether the lock is another job's: then this process was refused, or belongs to one that was."""
+def _another_job_holds(folder: Path) -> bool:
+    """Tell whether a different job holds the lock; then this process's run was refused, and its error is not recorded.
+
+    Rank 0 of a refused run fails before its attempt begins, so only the other ranks look.
+    """
     owner = lock_owner(folder) if rank() else None
     return bool(owner) and owner.get("job") != os.environ.get("SLURM_JOB_ID")
 
@@ -142,7 +174,7 @@ def _in_a_sweep() -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """One line. Hydra and torch wrap what was raised, the first as the cause, the second as the last line."""
+    """Return an error as one line, without the wrapping of Hydra (the cause) or torch (the last line)."""
     from hydra.errors import HydraException
 
     while isinstance(error, HydraException) and error.__cause__ is not None:
@@ -154,8 +186,8 @@ def _reason(error: BaseException) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None

@@ -1,4 +1,4 @@
-"""From a composed config to a trained net and its result."""
+"""Train a net from a composed config, test it, and write its result."""
 
 import contextlib
 import logging
@@ -22,35 +22,37 @@ from pytorch_lightning.plugins.environments import (
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
-from models import load_weights, model_name
-from models.factory import size_pixels
+from models import load_weights
 from ops.backend import set_backend
 from retinue.evaluation.plots import plot_curves
 from retinue.runs.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints, find_resume
-from retinue.runs.config import PRECISIONS, check, fingerprint, identity, per_device_batch, world_size
+from retinue.runs.config import PRECISIONS, check, per_device_batch, world_size
 from retinue.runs.ema import EMA
+from retinue.runs.identity import fingerprint, flatten, identity
 from retinue.runs.launch import launch, needs_launch, rank, slurm_tasks
 from retinue.runs.loggers import MetricsCSV, links
 from retinue.runs.progress import TrainingLog
-from retinue.runs.result import CONFIG, FAILED, RESULT, provenance, read_result, show_result, write_result
+from retinue.runs.result_file import CONFIG, FAILED, RESULT, provenance, read_result, show_result, write_result
 from retinue.runs.status import attempt
 from retinue.tasks.base import Task
 from retinue.tasks.optimization import total_epochs
 from retinue.utils.files import replacing
+from retinue.utils.sizes import model_name, size_pixels
 
 log = logging.getLogger(__name__)
 
+# Files and folders that a run leaves. `clear` removes the result first: a run without its result is not finished.
 MADE_BY_A_RUN = (RESULT, FAILED, CONFIG, "metrics.csv", "curves.png", "checkpoints", "tensorboard", "wandb")
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
-    """Train as composed, on as many devices as the config says; a finished run is not run again.
+    """Train as composed, on as many devices as the config says; a finished run is not trained again.
 
     Returns:
         The metrics of `result.json`: `test/top1`, `test/top1_ci95`, ...
 
     Raises:
-        ValueError: the config asks for what cannot be.
+        ValueError: the config is contradictory or asks for something that this machine or the project cannot do.
     """
     folder = Path(cfg.run_dir)
     with no_empty_folder(folder):
@@ -71,9 +73,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 def train_here(cfg: DictConfig) -> dict[str, Any]:
-    """Train in this process (one rank of several, perhaps), test the best weights, write `result.json`.
+    """Train in this process, test the best weights and write `result.json`; return the result.
 
-    Goes on from the newest checkpoint of the run folder where there is one.
+    This process may be one rank of several. Training goes on from the newest checkpoint of the run's folder, if any.
     """
     folder, began = Path(cfg.run_dir), time.monotonic()
     quiet_libraries()
@@ -85,7 +87,8 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints)
     if resume is None and cfg.weights:
         task.start_from(cfg.weights, cfg.drop_classifier)
-    if rank_zero_only.rank == 0:  # from here on something is written
+    # Everything before this point can fail without leaving a folder behind; from here on files are written.
+    if rank_zero_only.rank == 0:
         if cfg.rerun:
             clear(folder)
         save_config(cfg, folder)
@@ -106,13 +109,14 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     epochs, steps = trainer.current_epoch, trainer.global_step
 
     best = checkpoints / BEST
-    task = build_task(cfg, datamodule)  # anew: a strategy may have sharded the other's net
+    # A strategy may have sharded the net of the trained task, so build a new one for the test.
+    task = build_task(cfg, datamodule)
     load_weights(task.model, best if best.exists() else checkpoints / LAST)
     metrics = test(cfg, task, datamodule)
     params, macs = task.complexity(datamodule)
     result = {
         "status": "finished",
-        **names(cfg),
+        **result_labels(cfg),
         "seed": cfg.seed,
         "metrics": metrics,
         "params": params,
@@ -133,21 +137,21 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def names(cfg: DictConfig) -> dict[str, str]:
-    """What a result says it is of: `task`, `model`, `data`, and a detector's or segmentor's `head`."""
+def result_labels(cfg: DictConfig) -> dict[str, str]:
+    """Return the labels of a result: `task`, `model`, `data`, and `head` for detection and segmentation."""
     head = {"head": cfg.head.name} if cfg.head.name else {}
     return {"task": cfg.task.name, "model": model_name(cfg.model, size_pixels(cfg.data)), **head, "data": cfg.data.name}
 
 
 def test(cfg: DictConfig, task: Task, datamodule: pl.LightningDataModule) -> dict[str, Any]:
-    """Figures of `task`'s net on the test split, as `test/top1`, `test/top1_ci95`, ..."""
+    """Return the figures of the task's net on the test split: `test/top1`, `test/top1_ci95`, ..."""
     strategy = "ddp" if world_size(cfg) > 1 else "auto"
     build_trainer(cfg, logger=False, strategy=strategy).test(task, datamodule=datamodule, verbose=False)
     return {f"test/{name}": value for name, value in task.test_figures(datamodule).items()}
 
 
 def build_data(cfg: DictConfig) -> Any:
-    """The LightningDataModule of `cfg.data`, with the recipe's augmentation."""
+    """Return the LightningDataModule of `cfg.data`, with the recipe's augmentation."""
     return instantiate(
         _arguments(cfg.data, "name", "task", "kind"),
         augment=OmegaConf.to_container(cfg.recipe.augment, resolve=True),
@@ -159,7 +163,7 @@ def build_data(cfg: DictConfig) -> Any:
 
 
 def build_task(cfg: DictConfig, datamodule: Any) -> Any:
-    """The LightningModule of `cfg.task` around its net."""
+    """Return the LightningModule of `cfg.task` with its net."""
     return instantiate(
         _arguments(cfg.task, "name", "figure", "eval_batch"),
         model=get_class(cfg.task._target_).build_net(cfg, datamodule),
@@ -171,7 +175,12 @@ def build_task(cfg: DictConfig, datamodule: Any) -> Any:
 
 
 def build_trainer(cfg: DictConfig, **overrides: Any) -> pl.Trainer:
-    """Lightning's Trainer from `cfg.trainer` and the recipe."""
+    """Return Lightning's Trainer as `cfg.trainer` and the recipe describe it.
+
+    Args:
+        cfg: the composed config.
+        **overrides: arguments of `pytorch_lightning.Trainer` that replace those of the config.
+    """
     settings: dict[str, Any] = dict(cfg.trainer) | {"precision": PRECISIONS[cfg.trainer.precision]}
     settings["max_epochs"] = cfg.recipe.epochs
     if cfg.trainer.strategy == "fsdp":
@@ -190,10 +199,11 @@ def build_trainer(cfg: DictConfig, **overrides: Any) -> pl.Trainer:
 
 
 def cluster_environment() -> list[ClusterEnvironment]:
-    """Who has started the processes, where Lightning would take every process in a job of Slurm for one of srun's.
+    """Return Lightning's plug-in that says who started the processes; an empty list lets Lightning find out.
 
-    Without Lightning's own requeueing, which leaves `hpc_ckpt_*` that a later test would load instead of the best
-    weights: here a signal is `Checkpoints`' affair, and the queue that of `runs.slurm`.
+    In a Slurm job Lightning would take every process for one that srun started. Its own requeueing is off, since it
+    leaves `hpc_ckpt_*` files that a later test would load instead of the best weights. Here `Checkpoints` handles the
+    signals, and `retinue.runs.slurm` handles the queue.
     """
     if "SLURM_JOB_ID" not in os.environ or TorchElasticEnvironment.detect():
         return []
@@ -202,17 +212,18 @@ def cluster_environment() -> list[ClusterEnvironment]:
 
 
 def _arguments(section: DictConfig, *labels: str) -> DictConfig:
-    """A config section without the keys that only label it."""
+    """Return a config section without its keys `labels`, which are no arguments of its class."""
     return OmegaConf.masked_copy(section, [str(key) for key in section if key not in labels])
 
 
 @contextlib.contextmanager
 def no_empty_folder(folder: Path) -> Iterator[None]:
-    """Where an error comes before anything is in the run's folder, leave no folder."""
+    """Remove the run's folder, and the empty folders above it, if the block fails before anything is written there."""
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # it holds something
+        # rmdir raises an OSError for a folder that is not empty.
+        with contextlib.suppress(OSError):
             while folder != Path.cwd() and folder.is_relative_to(Path.cwd()):
                 folder.rmdir()
                 folder = folder.parent
@@ -220,56 +231,63 @@ def no_empty_folder(folder: Path) -> Iterator[None]:
 
 
 def starts_anew(cfg: DictConfig, folder: Path) -> bool:
-    """Whether what lies in `folder` is to be removed first: only with `rerun`, and not a run that can go on.
+    """Tell whether the files in the run's folder must be removed first.
+
+    This is so only with `rerun=true`, and only if the folder holds a different run or a result. An unfinished run with
+    the same config goes on from its checkpoint.
 
     Raises:
-        ValueError: another run lies there, and `rerun` is not set.
+        ValueError: the folder holds a run with a different config, and `rerun` is false.
     """
-    config = folder / CONFIG
-    other = difference(OmegaConf.load(config), cfg) if config.exists() else None
-    if other and not cfg.rerun:
-        raise ValueError(f"{folder} holds a run with {other}: choose another hydra.run.dir, or rerun=true")
-    return bool(cfg.rerun and (other or read_result(folder)))
+    path = folder / CONFIG
+    changed = difference(OmegaConf.load(path), cfg) if path.exists() else None
+    if changed and not cfg.rerun:
+        raise ValueError(f"{folder} holds a run with {changed}: choose another hydra.run.dir, or rerun=true")
+    return bool(cfg.rerun and (changed or (folder / RESULT).exists()))
 
 
-def difference(there: Any, here: Any) -> str | None:
-    """The first key in which the results of two configs would differ: `key=<there>, not <here>`."""
-    one, other = (_flat(identity(cfg)) | {"seed": cfg.seed} for cfg in (there, here))
-    changed = [key for key in sorted(one | other) if one.get(key) != other.get(key)]
-    return f"{changed[0]}={one.get(changed[0])}, not {other.get(changed[0])}" if changed else None
+def difference(saved_cfg: Any, cfg: Any) -> str | None:
+    """Return the first key by which two configs give different results, as `key=<saved>, not <new>`, or None."""
+    saved, wanted = (dict(flatten(identity(config))) | {"seed": config.seed} for config in (saved_cfg, cfg))
+    for key in sorted(saved | wanted):
+        if saved.get(key) != wanted.get(key):
+            return f"{key}={_show(saved.get(key))}, not {_show(wanted.get(key))}"
+    return None
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def clear(folder: Path) -> None:
-    """Remove what a run left in its folder, the result first: a run without it is unfinished."""
+    """Remove everything that a run left in its folder."""
     for name in MADE_BY_A_RUN:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def save_config(cfg: DictConfig, folder: Path) -> None:
+    """Write the resolved config to the run's folder."""
     with replacing(folder / CONFIG) as path:
         OmegaConf.save(cfg, path, resolve=True)
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def quiet_libraries() -> None:
-    """Lightning's banners and tips, and warnings about what is meant here."""
+    """Silence Lightning's banners and tips, and warnings about behaviour that is intended here."""
     for name in ("pytorch_lightning", "lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
-        ".*does not have many workers.*",  # the config decides
-        ".*is smaller than the logging interval.*",  # TrainingLog logs the end of an epoch
+        # The config decides on the number of workers.
+        ".*does not have many workers.*",
+        # TrainingLog logs at the end of every epoch.
+        ".*is smaller than the logging interval.*",
         ".*Checkpoint directory .* exists.*",
         ".*in eval mode at the start of training.*",
         ".*srun. command is available.*",
         ".*isinstance.treespec, LeafSpec.*",
-        ".*overrides the configure_model.*",  # ours shards only where there is no average
-        ".*sync_dist=True.*",  # what is logged has been summed up over the ranks
+        # Our configure_model shards the net only if there is no average of the weights.
+        ".*overrides the configure_model.*",
+        # Logged figures have been summed over the ranks already.
+        ".*sync_dist=True.*",
     ):
         warnings.filterwarnings("ignore", message)

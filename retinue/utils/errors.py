@@ -1,7 +1,9 @@
-"""Errors as a user sees them: one line on stderr and exit code 2, without a traceback."""
+"""Show errors to the user as one line on stderr with exit code 2, without a traceback."""
 
+import argparse
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -16,7 +18,12 @@ SHOW_TRACEBACK = "HYDRA_FULL_ERROR"
 
 
 class Stopped(BaseException):
-    """The run was asked to stop by a signal, and has saved where it is."""
+    """A signal has asked the run to stop, and the run has saved its state.
+
+    Args:
+        signum: number of the signal.
+        message: the line that the user sees.
+    """
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
@@ -27,28 +34,48 @@ class Stopped(BaseException):
 def user_errors(config_dir: Path | None = None, config_name: str = "") -> Iterator[None]:
     """Turn our ValueErrors and Hydra's composition errors into one line and exit code 2.
 
-    `HYDRA_FULL_ERROR=1` shows the traceback instead. With `config_dir` and `config_name` (of Hydra's primary
-    config) a mistyped key is answered with the nearest key that there is.
+    `HYDRA_FULL_ERROR=1` shows the traceback instead. A reader of standard output that has gone, as in `--help | head`,
+    ends the program quietly. `Stopped` ends it with the exit code of its signal.
+
+    Args:
+        config_dir: folder of Hydra's primary config; with it, a mistyped key is answered with the nearest existing key.
+        config_name: name of the primary config.
     """
-    wish = os.environ.get(SHOW_TRACEBACK, "0")
-    os.environ[SHOW_TRACEBACK] = "1"  # Hydra raises then, instead of printing several lines and ending with 1
+    user_setting = os.environ.get(SHOW_TRACEBACK, "0")
+    # With this setting Hydra raises its errors, instead of printing several lines and exiting with code 1.
+    os.environ[SHOW_TRACEBACK] = "1"
     try:
-        with _reporting(config_dir, config_name) if wish != "1" else nullcontext():
-            yield
-            sys.stdout.flush()
+        with _reporting(config_dir, config_name) if user_setting != "1" else nullcontext():
+            try:
+                yield
+            finally:
+                # Flush here: an error in the flush at the interpreter's end could not be handled.
+                sys.stdout.flush()
     except Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(128 + stop.signum)
-    except BrokenPipeError:  # the reader has gone, as in `--help | head`
+    except BrokenPipeError:
+        if not _reader_has_closed_stdout():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     finally:
-        os.environ[SHOW_TRACEBACK] = wish
+        os.environ[SHOW_TRACEBACK] = user_setting
+
+
+def _reader_has_closed_stdout() -> bool:
+    """Tell whether standard output is a pipe that nobody reads any more, as in `--help | head -1`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 @contextmanager
 def in_a_job() -> Iterator[None]:
-    """Within Hydra's job: a single run ends here, before Hydra adds a line of its own; a sweep's other jobs go on."""
+    """Report the errors of a single run from within Hydra's job, before Hydra adds a line of its own.
+
+    In a sweep the error is raised, so that the sweep's other jobs go on.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -59,7 +86,7 @@ def in_a_job() -> Iterator[None]:
 @contextmanager
 def _reporting(config_dir: Path | None = None, config_name: str = "") -> Iterator[None]:
     global _reports
-    former, _reports = _reports, True
+    previous, _reports = _reports, True
     try:
         yield
     except Exception as error:
@@ -69,14 +96,15 @@ def _reporting(config_dir: Path | None = None, config_name: str = "") -> Iterato
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     finally:
-        _reports = former
+        _reports = previous
 
 
-_reports = False  # whether errors are being turned into lines
+# True while `user_errors` or `in_a_job` turns errors into lines.
+_reports = False
 
 
 def _one_line(error: Exception, config_dir: Path | None, config_name: str) -> str | None:
-    """What to tell the user, or None for an error that is nobody's wrong input."""
+    """Return the line for the user, or None for an error that no input of the user has caused."""
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -95,18 +123,18 @@ def _one_line(error: Exception, config_dir: Path | None, config_name: str) -> st
             known = _known_keys(config_dir, config_name, sys.argv[1:])
             return f"there is no key {key!r} in the config.{nearest(key, known)} --cfg job shows all keys"
         return " ".join(text.split("\nSet the environment")[0].split())
-    if isinstance(error, ValueError) and _ours(error):
+    if isinstance(error, ValueError) and _is_ours(error):
         return " ".join(str(error).split())
     return _from_worker(error)
 
 
-def _ours(error: Exception) -> bool:
+def _is_ours(error: Exception) -> bool:
     """Tell whether our own code raised the error; one from inside a library keeps its traceback."""
     return is_own_file(Path(traceback.extract_tb(error.__traceback__)[-1].filename))
 
 
 def _from_worker(error: Exception) -> str | None:
-    """The message of a ValueError of our own code in a loader's worker, which torch wraps in its traceback."""
+    """Return the message of our ValueError from a data loader's worker, which torch wraps in a traceback, or None."""
     text = str(error)
     files = [Path(name) for name in re.findall(r'^  File "(.+?)", line', text, re.MULTILINE)]
     if not (text.startswith("Caught ValueError in DataLoader worker") and files and is_own_file(files[-1])):
@@ -115,12 +143,16 @@ def _from_worker(error: Exception) -> str | None:
 
 
 def _known_keys(config_dir: Path, config_name: str, arguments: list[str]) -> list[str]:
-    """Every key of the config that the groups chosen in `arguments` compose, dotted."""
+    """Return every key, dotted, of the config that the groups chosen in `arguments` compose."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import DictConfig
 
-    choices = [argument for argument in arguments if (config_dir / argument.split("=")[0]).is_dir()]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    options, overrides = parser.parse_known_args(arguments)
+    folders = [f"file://{Path(options.config_dir).absolute()}"] if options.config_dir else []
+    choices = [override for override in overrides if (config_dir / override.split("=")[0]).is_dir()]
 
     def walk(node: DictConfig, prefix: str) -> Iterator[str]:
         for key in node:
@@ -131,4 +163,4 @@ def _known_keys(config_dir: Path, config_name: str, arguments: list[str]) -> lis
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir), version_base="1.3"):
-        return list(walk(compose(config_name, choices), ""))
+        return list(walk(compose(config_name, [*choices, f"hydra.searchpath=[{', '.join(folders)}]"]), ""))

@@ -206,7 +206,7 @@ function drawTable() {
 // Long names may break after _ and =.
 const breakable = (text) => text.split(/(?<=[_=])/).flatMap((part, i) => (i ? [element("wbr"), part] : [part]));
 
-const COLOURS = { failed: "bad", unreadable: "bad", unfinished: "wait" };
+const COLOURS = { failed: "bad", unreadable: "bad", stopped: "wait" };
 
 function status(runs) {
   if (state.view === "runs") return [element("span", { class: COLOURS[runs[0].status] ?? null }, runs[0].status)];

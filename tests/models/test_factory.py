@@ -8,8 +8,9 @@ import torch
 from omegaconf import OmegaConf
 
 from models import create_model, model_name
-from models.factory import build, pick_size, resolve, size_pixels
+from models.factory import build
 from retinue.utils.paths import CONF
+from retinue.utils.sizes import pick_size, resolve, size_pixels
 
 MODEL_CONF = CONF / "model"
 

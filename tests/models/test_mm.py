@@ -17,10 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from timm.optim import create_optimizer_v2
 
 from models import complexity, load_weights
-from models.factory import resolve
 from models.openmmlab.build import Detector, Segmentor, build_detector, build_segmentor
 from models.openmmlab.config import merge
 from retinue.utils.paths import CONF
+from retinue.utils.sizes import resolve
 
 DETECTORS = ("retinanet", "mask_rcnn", "cascade_mask_rcnn", "dino")
 SEGMENTORS = ("semantic_fpn", "upernet", "mask2former", "vwformer")

@@ -13,7 +13,7 @@ from tests.scripts.run_folders import fail, make_run, write_result
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Two nets by three seeds, a failed, an unfinished and an unreadable run."""
+    """Two nets by three seeds, a failed, a stopped and an unreadable run."""
     for seed, top1 in enumerate((0.80, 0.82, 0.84)):
         make_run(tmp_path, "swin_nano", seed, top1)
         make_run(tmp_path, "biformer_nano", seed, top1 + 0.1)
@@ -34,17 +34,17 @@ def table(folder, *arguments):
 def test_a_row_is_the_mean_over_seeds_and_counts_what_is_not_finished(sweep, capsys):
     biformer, swin = table(sweep)
     assert (swin["model"], swin["runs"]) == ("swin_nano", "3 (1 failed)")
-    assert biformer["runs"] == "3 (1 unreadable, 1 unfinished)"
+    assert biformer["runs"] == "3 (1 stopped, 1 unreadable)"
     assert float(swin["test/top1"]) == pytest.approx(0.82)
     assert float(swin["test/top1_std"]) == pytest.approx(0.02)
     assert float(swin["test/top1_ci95"]) == pytest.approx(4.30265 * 0.02 / math.sqrt(3), rel=1e-5)
     assert (swin["test/top1_n"], float(swin["params"])) == ("3", 9e6)
     out, err = capsys.readouterr()
-    assert "| swin_nano     | 3 (1 failed)                   |  82.00 ± 4.97 |       9.00 |    27.00 |" in out
-    assert "9 runs: 6 finished, 1 unfinished, 1 unreadable, 1 failed" in err
+    assert "| swin_nano     | 3 (1 failed)                |  82.00 ± 4.97 |       9.00 |    27.00 |" in out
+    assert "9 runs: 6 finished, 1 stopped, 1 unreadable, 1 failed" in err
     assert "swin_nano/0a1b2c3d-s3: OutOfMemoryError: 2 GiB" in err
     assert "biformer_nano/0a1b2c3d-s4: result.json cannot be read: Unterminated string" in err
-    assert "unfinished: " in err
+    assert "stopped: " in err
 
 
 def test_runs_of_different_settings_are_not_averaged_and_the_settings_are_named(tmp_path):
@@ -85,7 +85,7 @@ def test_whatever_lies_in_the_files_the_others_are_collected(tmp_path, capsys):
         (tmp_path / name[:6] / name).write_bytes(content)
     rows = table(tmp_path)
     assert rows[-1]["test/top1"] == "0.5" and rows[-1]["runs"] == "1"
-    assert rows[0]["runs"] == f"0 (1 failed, {len(results)} unreadable, 1 unfinished)"
+    assert rows[0]["runs"] == f"0 (1 failed, 1 stopped, {len(results)} unreadable)"
     assert capsys.readouterr().err.count("result.json cannot be read") == len(results)
 
 

@@ -129,7 +129,7 @@ def test_the_page_loads_nothing_and_takes_no_name_for_its_own_code(page, reader)
 def test_the_table_has_the_means_and_sorts_by_a_column(reader):
     assert reader.names() == ["biformer_nano", "swin_nano", "resnet10t_wide", EVIL]  # the best first
     row = reader.all("tbody tr")[1].text
-    assert "80.50 ± 6.35" in row and "2 + 1 failed + 1 unreadable + 1 unfinished" in row.replace("\n", " ")
+    assert "80.50 ± 6.35" in row and "2 + 1 failed + 1 stopped + 1 unreadable" in row.replace("\n", " ")
     button = reader.one("[data-sort='test/top1']")
     button.click()
     assert reader.names() == [EVIL, "resnet10t_wide", "swin_nano", "biformer_nano"]

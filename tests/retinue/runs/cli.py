@@ -1,4 +1,4 @@
-"""Runs `train.py` and `eval.py` as a user does."""
+"""Run `train.py` and `eval.py` as a user does."""
 
 import csv
 import logging
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from retinue.runs.result import read_result
+from retinue.runs.result_file import read_result
 from retinue.utils.paths import PROJECT
 
 SWIN = ("model=swin", "model.size=nano")
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The one line of an error; fails where there is a traceback, another line or another exit code."""
+        """The one line of an error; fails if there is a traceback, a second line or a different exit code."""
         lines = [line for line in self.err.splitlines() if line]
         assert self.code == 2, (self.code, self.err)
         assert lines and lines[-1].startswith("error: "), self.err
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 
 
 class CommandLine:
-    """`program(...)` in this process: quick, since torch is imported once."""
+    """Run programs in this process, which is quick, since torch is imported only once."""
 
     def __init__(self, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, folder: Path):
         self.capfd, self.monkeypatch, self.folder = capfd, monkeypatch, folder
@@ -71,25 +71,25 @@ class CommandLine:
         return self("train", *net, *SMALL, *arguments)
 
     def files(self) -> list[str]:
-        """All files below the working folder."""
+        """Return the paths of all files below the working folder."""
         return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """What a finished run left."""
-    found = read_result(folder)
-    assert found is not None
-    return found
+    """Return the result of a finished run."""
+    finished = read_result(folder)
+    assert finished is not None
+    return finished
 
 
 def rows(path: str | Path) -> list[dict[str, str]]:
-    """A CSV file's."""
+    """Return the rows of a CSV file."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def start(program: str, *arguments: str, folder: Path, **environment: str) -> subprocess.Popen:
-    """`python program.py ...` in `folder`, as a process of its own."""
+    """Start `python program.py ...` in `folder` as a process of its own."""
     return subprocess.Popen(
         [sys.executable, str(PROJECT / f"{program}.py"), *arguments],
         cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, text=True,
@@ -97,10 +97,10 @@ def start(program: str, *arguments: str, folder: Path, **environment: str) -> su
     )  # fmt: skip
 
 
-def stop_when(process: subprocess.Popen, there: Path, number: signal.Signals) -> int:
-    """Send a signal as soon as the file `there` exists; returns the exit code."""
+def stop_when(process: subprocess.Popen, file: Path, number: signal.Signals) -> int:
+    """Send a signal as soon as `file` exists, and return the exit code."""
     deadline = time.monotonic() + 120
-    while not there.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not file.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     assert process.poll() is None, process.communicate()[1]
     process.send_signal(number)

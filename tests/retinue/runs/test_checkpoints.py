@@ -1,3 +1,5 @@
+"""Checkpoints are written whole or not at all, and the newest readable one is resumed."""
+
 import logging
 
 import pytest
@@ -8,7 +10,7 @@ from retinue.runs.checkpoints import AtomicCheckpointIO, find_resume
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """Every write of more than 10 kB fails as on a full disk."""
+    """Let every write of more than 10 kB fail as on a full disk."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -17,17 +19,17 @@ def full_disk(monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, full_disk):
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, full_disk):
     path = tmp_path / "last.ckpt"
     io = AtomicCheckpointIO()
     io.save_checkpoint({"step": torch.tensor(1)}, path)
     with pytest.raises(ValueError, match=r"could not save .*last\.ckpt: .*the checkpoint before it is kept"):
         io.save_checkpoint({"weights": torch.zeros(100_000)}, path)
     assert torch.load(path, weights_only=True) == {"step": torch.tensor(1)}
-    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_resume_passes_over_what_cannot_be_read(tmp_path, caplog):
+def test_resume_skips_checkpoints_that_cannot_be_read(tmp_path, caplog):
     assert find_resume(tmp_path) == (None, 0)
     for step, name in enumerate(("best", "previous", "last")):
         torch.save({"global_step": step, "weights": torch.rand(1000)}, tmp_path / f"{name}.ckpt")

@@ -1,3 +1,5 @@
+"""Composed configs: the groups, the checks, and the config of an evaluation."""
+
 import pytest
 import timm
 from hydra import compose, initialize_config_dir
@@ -6,16 +8,13 @@ from omegaconf import DictConfig, OmegaConf
 from datamodules.dense_transforms import DenseAugment
 from models import model_name
 from retinue.runs.config import (
-    beside_a_run,
+    allow_run_keys,
     check,
-    fingerprint,
     per_device_batch,
-    recipe_for,
     register_resolvers,
-    run_folder,
     with_run,
 )
-from retinue.runs.help import groups
+from retinue.runs.help import list_choices
 from retinue.utils.paths import CONF
 
 IMAGENET = ("data=imagenet", "data.root=/data/in1k")
@@ -27,41 +26,8 @@ def composed(*overrides: str, program: str = "train") -> DictConfig:
         return compose(program, overrides=["run_dir=run", *overrides])
 
 
-@pytest.mark.parametrize(
-    ("overrides", "recipe", "data", "task"),
-    [
-        ((), "small_data", "digits", "classification"),
-        (("model=swin",), "small_data", "digits", "classification"),
-        (("data=cifar10",), "small_data", "cifar10", "classification"),
-        (("data=imagenet",), "biformer", "imagenet", "classification"),
-        (("data=imagenet", "model=swin"), "swin", "imagenet", "classification"),
-        (("data=webdataset", "model=timm"), "deit", "webdataset", "classification"),
-        (("data=imagenet", "recipe=small_data"), "small_data", "imagenet", "classification"),
-        (("task=detection",), "small_detection", "scenes", "detection"),
-        (("task=segmentation", "head=semantic_fpn"), "small_segmentation", "scenes", "segmentation"),
-        (("data=coco", "model=swin"), "coco_1x", "coco", "detection"),
-        (("data=coco", "head=dino"), "dino_1x", "coco", "detection"),
-        (("data=ade20k",), "ade20k_80k", "ade20k", "segmentation"),
-        (("data=ade20k", "head=upernet"), "ade20k_160k", "ade20k", "segmentation"),
-    ],
-)
-def test_the_recipe_goes_with_the_data(overrides, recipe, data, task):
-    cfg = composed(*overrides)
-    assert (cfg.data.name, cfg.task.name) == (data, task)
-    assert cfg.recipe == composed(f"recipe={recipe}").recipe
-
-
-def test_recipe_for_reads_the_files_that_say_it():
-    assert recipe_for("classification", "digits", "swin", "none") == "small_data"
-    assert recipe_for("classification", "imagenet", "swin", "none") == "swin"
-    assert recipe_for("classification", "imagenet", "not_there", "none") == "deit"
-    assert recipe_for("detection", "coco", "swin", "none") == "coco_1x"  # of mask_rcnn, the task's default
-    assert recipe_for("detection", "none", "swin", "mask_rcnn") == "small_detection"
-    assert recipe_for("detection", "coco", "swin", "dino") == "dino_1x"
-
-
 def test_biformer_recipe_is_the_papers():
-    """paper_results of BiFormer: README and train_args of the authors' repository."""
+    """The figures are those of the README and train_args of the authors' repository."""
     recipe = composed("model=biformer", "data=imagenet").recipe
     assert (recipe.epochs, recipe.batch_size, recipe.optimizer.name) == (300, 1024, "adamw")
     assert recipe.optimizer.lr * recipe.batch_size / recipe.optimizer.lr_batch_size == 5e-4 * 1024 / 512
@@ -73,30 +39,7 @@ def test_biformer_recipe_is_the_papers():
     assert recipe.ema.decay == 0.99996
 
 
-@pytest.mark.parametrize(
-    "override", ["recipe.epochs=21", "model.size=tiny", "data.image_size=28", "trainer.precision=bf16"]
-)
-def test_the_folder_changes_with_what_changes_the_result(override):
-    assert run_folder(composed(override)) != run_folder(composed())
-    assert fingerprint(composed(override)) != fingerprint(composed())
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["data.num_workers=3", "logger=none", "trainer=cpu", "trainer.devices=2", "rerun=true", "checkpoint.every_steps=7"],
-)
-def test_the_folder_stays_with_what_does_not(override):
-    assert run_folder(composed(override)) == run_folder(composed())
-
-
-def test_the_folder_names_task_data_model_and_seed():
-    folder = run_folder(composed("model=swin", "model.size=nano", "seed=3"))
-    assert folder.startswith("classification/digits/swin_nano/") and folder.endswith("-s3")
-    assert run_folder(composed("model=swin", "model.size=nano", "seed=4")) == folder[:-1] + "4"
-    assert not set(run_folder(composed("model=timm", "model.name='hf-hub:a/b=c,d'"))) & set("=,: ")
-
-
-def test_a_batch_is_shared_by_devices_and_accumulation():
+def test_a_step_is_divided_among_devices_and_accumulated_batches():
     cfg = composed(
         "recipe.batch_size=256", "trainer.devices=4", "trainer.num_nodes=2", "trainer.accumulate_grad_batches=2"
     )
@@ -141,21 +84,29 @@ def test_a_recipe_of_another_task_is_refused(overrides, says):
         check(composed(*overrides))
 
 
+@pytest.mark.parametrize(
+    ("task", "figure"), [("classification", "top1"), ("detection", "box_ap"), ("segmentation", "miou")]
+)
+def test_early_stopping_watches_the_tasks_figure(task, figure):
+    callback = composed(f"task={task}", "callbacks=early_stopping").callbacks.early_stopping
+    assert (callback.monitor, callback.mode) == (f"val/{figure}", "max")
+
+
 @pytest.mark.parametrize("data", ["coco", "ade20k"])
-def test_an_evaluation_has_the_augmentation_of_its_task(data):
+def test_the_config_of_an_evaluation_has_the_augmentation_of_its_task(data):
     DenseAugment.from_config(dict(composed(f"data={data}", program="eval").recipe.augment))
 
 
-def evaluated(tmp_path, *arguments: str) -> DictConfig:
+def evaluation_config(tmp_path, *arguments: str) -> DictConfig:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/best.ckpt").touch()
     OmegaConf.save(composed("data=ade20k", "data.root=/data/ade"), tmp_path / "config.yaml")
-    overrides = beside_a_run([f"run={tmp_path}", *arguments])
+    overrides = allow_run_keys([f"run={tmp_path}", *arguments])
     return with_run(composed(*overrides, program="eval"), overrides, ["data", "task", "recipe"])
 
 
-def test_keys_beside_a_run_are_those_of_its_config(tmp_path):
-    cfg = evaluated(tmp_path, "task.test.mode=slide", "data.root=/elsewhere", "trainer.precision=bf16")
+def test_overrides_of_a_run_apply_to_its_config(tmp_path):
+    cfg = evaluation_config(tmp_path, "task.test.mode=slide", "data.root=/elsewhere", "trainer.precision=bf16")
     assert (cfg.task.test.mode, cfg.task.test.flip, cfg.data.root) == ("slide", False, "/elsewhere")
     assert (cfg.data.name, cfg.trainer.precision) == ("ade20k", "bf16")
 
@@ -168,9 +119,9 @@ def test_keys_beside_a_run_are_those_of_its_config(tmp_path):
         ("model.nam.x=1", "no key 'model.nam.x' in"),
     ],
 )
-def test_keys_that_a_run_does_not_have_are_refused(tmp_path, argument, says):
+def test_keys_that_the_runs_config_lacks_are_refused(tmp_path, argument, says):
     with pytest.raises(ValueError, match=says):
-        evaluated(tmp_path, argument)
+        evaluation_config(tmp_path, argument)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +133,7 @@ def test_keys_that_a_run_does_not_have_are_refused(tmp_path, argument, says):
         (("data=ade20k", "recipe.steps=1.5"), "recipe.steps must be a whole number, 1 or more, not 1.5"),
     ],
 )
-def test_a_recipe_has_one_length(overrides, says):
+def test_a_recipe_has_epochs_or_steps_but_not_both(overrides, says):
     with pytest.raises(ValueError, match=says):
         check(composed(*overrides))
 
@@ -192,7 +143,7 @@ def test_every_choice_composes_and_is_in_the_help(group):
     for path in sorted((CONF / group).glob("*.yaml")):
         assert composed(f"{group}={path.stem}")[group] is not None
         if not path.stem.startswith("default_"):
-            assert any(choice.split(" ")[0] == path.stem for choice in groups()[group])
+            assert path.stem in list_choices(group)
 
 
 def test_every_size_of_every_model_is_registered():

@@ -1,11 +1,11 @@
-"""Two processes, each with half the batch, train as one with all of it."""
+"""Two processes, each with half of the batch, train like one process with the whole batch."""
 
 import pytest
 import torch
 
 from tests.retinue.runs.cli import SMALL, SWIN, result, start
 
-# SGD, since Adam turns the rounding of a tiny gradient into a whole step.
+# The optimiser is SGD, since Adam turns the rounding error of a tiny gradient into a whole step.
 RUN = (
     *SWIN, *SMALL, "recipe.optimizer.name=sgd", "recipe.optimizer.momentum=0.9", "recipe.optimizer.lr=0.05",
     "recipe.optimizer.eps=null", "+model.args.drop_path_rate=0.0", "recipe.ema.decay=null", "hydra.run.dir=run",
@@ -20,17 +20,17 @@ def trained(folder, *arguments):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("one"))
+def single(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("single"))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_equal_one(strategy, one, tmp_path):
+def test_two_processes_equal_one(strategy, single, tmp_path):
     state, wrote = trained(tmp_path, "trainer.devices=2", f"trainer.strategy={strategy}")
-    assert state["global_step"] == one[0]["global_step"] > 0
-    for key, value in one[0]["state_dict"].items():
+    assert state["global_step"] == single[0]["global_step"] > 0
+    for key, value in single[0]["state_dict"].items():
         if value.is_floating_point():
             error = (value - state["state_dict"][key]).norm() / value.norm().clamp_min(1e-3)
             assert error < 1e-4, (key, float(error))
-    assert wrote["metrics"]["test/n"] == one[1]["metrics"]["test/n"] == 357
-    assert abs(wrote["metrics"]["test/loss"] - one[1]["metrics"]["test/loss"]) < 1e-3
+    assert wrote["metrics"]["test/n"] == single[1]["metrics"]["test/n"] == 357
+    assert abs(wrote["metrics"]["test/loss"] - single[1]["metrics"]["test/loss"]) < 1e-3

@@ -31,8 +31,8 @@ def command(task, scenes):
 
 
 @pytest.fixture(scope="module", params=FIGURES)
-def whole(request, scenes, tmp_path_factory):
-    """The task, and the folder of a run that nothing stopped."""
+def undisturbed(request, scenes, tmp_path_factory):
+    """Train a task without a stop, and return its name and the run's folder."""
     folder = tmp_path_factory.mktemp(request.param)
     run = start("train", *command(request.param, scenes), folder=folder)
     _, err = run.communicate(timeout=400)
@@ -40,15 +40,15 @@ def whole(request, scenes, tmp_path_factory):
     return request.param, folder / "run"
 
 
-def test_what_a_run_leaves(whole):
-    task, run = whole
-    found = result(run)
-    assert (found["task"], found["data"], found["model"]) == (task, "scenes", "swin_nano")
-    assert found["head"] == {"detection": "mask_rcnn", "segmentation": "semantic_fpn"}[task]
-    assert found["params"] > 1e5 and found["macs"] > 1e7
-    assert found["metrics"]["test/n"] == 7
+def test_a_run_leaves_its_result_and_its_log(undisturbed):
+    task, run = undisturbed
+    saved = result(run)
+    assert (saved["task"], saved["data"], saved["model"]) == (task, "scenes", "swin_nano")
+    assert saved["head"] == {"detection": "mask_rcnn", "segmentation": "semantic_fpn"}[task]
+    assert saved["params"] > 1e5 and saved["macs"] > 1e7
+    assert saved["metrics"]["test/n"] == 7
     for name in FIGURES[task]:
-        value = found["metrics"][f"test/{name}"]
+        value = saved["metrics"][f"test/{name}"]
         assert value is None or 0 <= value <= 1
     logged = rows(run / "metrics.csv")[-1]
     losses = {"detection": ("loss_rpn_cls", "loss_bbox", "loss_mask"), "segmentation": ("decode.loss_ce",)}[task]
@@ -56,11 +56,11 @@ def test_what_a_run_leaves(whole):
     assert logged[f"val/{FIGURES[task][0]}"] != ""
 
 
-def test_a_killed_run_ends_as_one_that_was_not(whole, scenes, tmp_path):
-    task, run = whole
+def test_a_killed_run_ends_like_an_undisturbed_run(undisturbed, scenes, tmp_path):
+    task, run = undisturbed
     killed = start("train", *command(task, scenes), folder=tmp_path)
-    there = tmp_path / "run/checkpoints/previous.ckpt"
-    assert stop_when(killed, there, signal.SIGKILL) == -signal.SIGKILL
+    previous = tmp_path / "run/checkpoints/previous.ckpt"
+    assert stop_when(killed, previous, signal.SIGKILL) == -signal.SIGKILL
     assert not (tmp_path / "run/result.json").exists()
     again = start("train", *command(task, scenes), folder=tmp_path)
     _, err = again.communicate(timeout=400)
@@ -69,8 +69,8 @@ def test_a_killed_run_ends_as_one_that_was_not(whole, scenes, tmp_path):
     assert_same_run(run, tmp_path / "run")
 
 
-def test_two_processes_count_each_image_once(whole, tmp_path):
-    task, run = whole
+def test_two_processes_count_each_image_once(undisturbed, tmp_path):
+    task, run = undisturbed
     shutil.copytree(run, tmp_path / "run")
     evaluation = start(
         "eval", "run=run", "trainer=cpu", "trainer.devices=2", "trainer.strategy=ddp", "batch_size=2", "save_images=3",
@@ -78,35 +78,35 @@ def test_two_processes_count_each_image_once(whole, tmp_path):
     )  # fmt: skip
     _, err = evaluation.communicate(timeout=400)
     assert evaluation.returncode == 0, err
-    ours, theirs = result(tmp_path / "evaluation")["metrics"], result(run)["metrics"]
-    assert ours["test/n"] == 7
+    parallel, single = result(tmp_path / "evaluation")["metrics"], result(run)["metrics"]
+    assert parallel["test/n"] == 7
     for name in FIGURES[task]:
-        assert ours[f"test/{name}"] == pytest.approx(theirs[f"test/{name}"], abs=1e-6), name
+        assert parallel[f"test/{name}"] == pytest.approx(single[f"test/{name}"], abs=1e-6), name
     files = {path.name for path in (tmp_path / "evaluation").iterdir()}
-    wanted = {"detection": {"detections.json", "pr_curves.png"}, "segmentation": {"iou.csv", "confusion.png"}}[task]
-    assert wanted | {"per_class.png", "images"} <= files
+    expected = {"detection": {"detections.json", "pr_curves.png"}, "segmentation": {"iou.csv", "confusion.png"}}[task]
+    assert expected | {"per_class.png", "images"} <= files
     assert len(list((tmp_path / "evaluation/images").glob("*.png"))) == 3
 
 
-def test_a_sharded_run_leaves_the_weights_of_a_whole_net(whole, scenes, tmp_path):
-    task, run = whole
+def test_a_sharded_run_leaves_the_weights_of_a_whole_net(undisturbed, scenes, tmp_path):
+    task, run = undisturbed
     sharded = start(
         "train", *command(task, scenes), "trainer.devices=2", "trainer.strategy=fsdp", "recipe.ema.decay=null",
         folder=tmp_path,
     )  # fmt: skip
     _, err = sharded.communicate(timeout=400)
     assert sharded.returncode == 0, err
-    states = [torch.load(each / "checkpoints/last.ckpt", weights_only=True) for each in (run, tmp_path / "run")]
-    theirs, ours = (
-        {key: value.shape for key, value in each["state_dict"].items() if key.startswith("model.")} for each in states
+    states = [torch.load(folder / "checkpoints/last.ckpt", weights_only=True) for folder in (run, tmp_path / "run")]
+    whole_net, sharded_net = (
+        {key: value.shape for key, value in state["state_dict"].items() if key.startswith("model.")} for state in states
     )
-    assert ours == theirs
+    assert sharded_net == whole_net
     evaluation = start("eval", "run=run", "trainer=cpu", "hydra.run.dir=evaluation", folder=tmp_path)
     _, err = evaluation.communicate(timeout=400)
     assert evaluation.returncode == 0, err
-    again, once = result(tmp_path / "evaluation")["metrics"], result(tmp_path / "run")["metrics"]
+    evaluated, trained = result(tmp_path / "evaluation")["metrics"], result(tmp_path / "run")["metrics"]
     for name in FIGURES[task]:
-        assert again[f"test/{name}"] == pytest.approx(once[f"test/{name}"], abs=1e-6), name
+        assert evaluated[f"test/{name}"] == pytest.approx(trained[f"test/{name}"], abs=1e-6), name
 
 
 @pytest.mark.parametrize(
@@ -125,23 +125,23 @@ def test_a_sharded_run_leaves_the_weights_of_a_whole_net(whole, scenes, tmp_path
         (["task=detection", "recipe.schedule.kind=stp"], "recipe.schedule.kind must be cosine, step, poly, not 'stp'"),
     ],
 )
-def test_one_line_and_nothing_left(cli, scenes, arguments, message):
-    own = (f"data.root={scenes}",) if any(a.startswith("task") for a in arguments) else ()
-    own = () if any(a.startswith("data") for a in arguments) else own
-    net = () if any(a.startswith("model") for a in arguments) else SWIN
-    outcome = cli("train", *net, "trainer.accelerator=cpu", "logger=none", *arguments, *own)
+def test_an_error_is_one_line_and_leaves_no_files(cli, scenes, arguments, message):
+    keys = {argument.partition("=")[0].partition(".")[0] for argument in arguments}
+    root = (f"data.root={scenes}",) if "task" in keys and "data" not in keys else ()
+    net = () if "model" in keys else SWIN
+    outcome = cli("train", *net, "trainer.accelerator=cpu", "logger=none", *arguments, *root)
     assert message in outcome.error
     assert cli.files() == []
 
 
-def test_an_annotation_without_its_image(cli, scenes, tmp_path):
+def test_an_annotation_without_its_image_is_an_error(cli, scenes, tmp_path):
     shutil.copytree(scenes, tmp_path / "scenes")
     (tmp_path / "scenes/images/train/00003.jpg").unlink()
     outcome = cli("train", *SWIN, "task=detection", "data.root=scenes", "trainer.accelerator=cpu")
     assert "00003.jpg" in outcome.error
 
 
-def test_a_class_that_is_not_there(cli, scenes, tmp_path):
+def test_an_unknown_class_is_an_error(cli, scenes, tmp_path):
     shutil.copytree(scenes, tmp_path / "scenes")
     path = tmp_path / "scenes/annotations/instances_train.json"
     truth = json.loads(path.read_text())
@@ -151,7 +151,7 @@ def test_a_class_that_is_not_there(cli, scenes, tmp_path):
     assert "77" in outcome.error
 
 
-def test_an_image_without_its_mask(cli, scenes, tmp_path):
+def test_an_image_without_its_mask_is_an_error(cli, scenes, tmp_path):
     shutil.copytree(scenes, tmp_path / "scenes")
     (tmp_path / "scenes/masks/train/00003.png").unlink()
     outcome = cli("train", *SWIN, "task=segmentation", "data.root=scenes", "trainer.accelerator=cpu")

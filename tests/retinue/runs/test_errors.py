@@ -1,4 +1,4 @@
-"""What is wrong is said in one line, with exit code 2, and leaves nothing behind."""
+"""An error is one line with exit code 2, and leaves no files behind."""
 
 import shutil
 
@@ -45,7 +45,7 @@ from tests.retinue.runs.cli import result
         (["seed=0", "seed"], "seed"),
     ],
 )
-def test_one_line_and_nothing_left(cli, arguments, message, tmp_path_factory, monkeypatch):
+def test_an_error_is_one_line_and_leaves_no_files(cli, arguments, message, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("EMPTY", str(tmp_path_factory.mktemp("empty")))
     outcome = cli.train(*arguments)
     assert message in outcome.error
@@ -54,26 +54,27 @@ def test_one_line_and_nothing_left(cli, arguments, message, tmp_path_factory, mo
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
-def test_kernels_that_cannot_run(cli, monkeypatch):
-    monkeypatch.setitem(backend._state, "backend", "auto")  # which is put back when the test ends
+def test_forced_kernels_that_cannot_run_are_an_error(cli, monkeypatch):
+    # The value at the end of the test is the one before it.
+    monkeypatch.setitem(backend._state, "backend", "auto")
     error = cli.train("ops.backend=triton").error
     assert "ops.backend=triton, but window_attention cannot run as a kernel: it needs a CUDA device, not cpu" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
-def test_gpus_that_are_not_there(cli):
+def test_gpus_that_the_machine_lacks_are_an_error(cli):
     error = cli.train("trainer=gpu", "trainer.devices=4", "trainer.accelerator=gpu").error
     assert "trainer.devices=4, but this machine has 0 GPUs; it can run with trainer=cpu" in error
     assert cli.files() == []
 
 
-def test_the_traceback_is_a_variable_away(cli, monkeypatch):
+def test_an_environment_variable_shows_the_traceback(cli, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match=r"trainer\.precision must be one of"):
         cli.train("trainer.precision=fp8")
 
 
-def test_channels_that_the_weights_do_not_have(cli):
+def test_weights_for_another_number_of_channels_are_an_error(cli):
     assert cli.train("hydra.run.dir=grey", "data.in_chans=1", "data.mean=[0.5]", "data.std=[0.5]").code == 0
     outcome = cli("eval", "run=grey", "data.in_chans=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]")
     assert "grey/checkpoints/best.ckpt" in outcome.error
@@ -81,7 +82,7 @@ def test_channels_that_the_weights_do_not_have(cli):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A checkpoint of Swin's nano size for ten classes."""
+    """Save a checkpoint of Swin's nano size for ten classes, and return its path."""
     import timm
 
     path = tmp_path_factory.mktemp("trained") / "swin_nano.pth"
@@ -89,7 +90,7 @@ def trained(tmp_path_factory):
     return path
 
 
-def test_weights_that_do_not_fit(cli, trained, tmp_path_factory):
+def test_weights_that_do_not_fit_are_an_error(cli, trained, tmp_path_factory):
     swin = ("data=digits", "model=swin", "model.size=nano", "trainer.accelerator=cpu", "data.num_workers=0")
     assert cli("eval", *swin, f"weights={trained}").code == 0
     shutil.rmtree(cli.folder / "outputs")
@@ -110,7 +111,7 @@ def test_weights_that_do_not_fit(cli, trained, tmp_path_factory):
     assert cli.files() == []
 
 
-def test_weights_that_would_execute_code(cli, tmp_path_factory):
+def test_weights_that_would_execute_code_are_an_error(cli, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evil")
 
     class Evil:
@@ -124,7 +125,7 @@ def test_weights_that_would_execute_code(cli, tmp_path_factory):
     assert cli.files() == []
 
 
-def test_nothing_to_evaluate(cli):
+def test_an_evaluation_without_weights_is_an_error(cli):
     assert "give run=DIR, weights=FILE" in cli("eval", "model=swin").error
     assert "run=nowhere is no run folder" in cli("eval", "run=nowhere").error
     assert list(cli.folder.iterdir()) == []
@@ -147,7 +148,8 @@ def test_a_full_disk_leaves_a_run_that_goes_on(cli):
 
     run = ("hydra.run.dir=run", "checkpoint.every_steps=1")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # room for the config, not for a checkpoint
+    # The config fits into this limit, a checkpoint does not.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         error = cli.train(*run).error
     finally:
@@ -158,7 +160,7 @@ def test_a_full_disk_leaves_a_run_that_goes_on(cli):
     assert result(cli.folder / "run")["status"] == "finished"
 
 
-def test_a_folder_that_holds_another_run(cli):
+def test_a_folder_that_holds_another_run_is_an_error(cli):
     assert cli.train("hydra.run.dir=run").code == 0
     before = (cli.folder / "run/result.json").read_text()
     error = cli.train("hydra.run.dir=run", "recipe.epochs=3").error

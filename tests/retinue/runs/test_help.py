@@ -1,32 +1,138 @@
+"""`--help` fits on one screen, answers questions about every choice, and needs no torch."""
+
+import os
+import signal
 import subprocess
 import sys
 
+import pytest
+
 from ops import list_ops
-from retinue.utils.paths import PROJECT
+from retinue.results.papers import experiments
+from retinue.runs.help import GROUPS, OP_GIVEN, list_choices
+from retinue.runs.signatures import find_net, find_ops, list_arguments
+from retinue.utils.paths import CONF, PROJECT
+
+SCREEN = 40  # lines
 
 
-def test_help_lists_what_there_is(cli):
-    for program in ("train", "eval"):
-        text = cli(program, "--help").out
-        for word in (
-            "biformer (size=",
-            "swin",
-            "timm",
-            "digits",
-            "imagenet",
-            "webdataset",
-            "small_data",
-            "wandb",
-            *list_ops(),
-        ):
-            assert word in text, word
-        assert "default_classification" not in text
+@pytest.mark.parametrize("program", ["train", "eval"])
+def test_the_overview_is_one_screen(cli, program):
+    lines = cli(program, "--help").out.splitlines()
+    assert len(lines) <= SCREEN and max(map(len, lines)) <= 100
+    text = "\n".join(lines)
+    assert f"Usage: python {program}.py" in text and all(group in text for group in GROUPS)
+    assert "classification, detection, segmentation" in text and f"{len(list_choices('model'))}   --help model" in text
 
 
-def test_help_imports_no_torch():
+@pytest.mark.parametrize("program", ["train", "eval"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_lists_its_choices(cli, program, group):
+    outcome = cli(program, "--help", group)
+    assert outcome.code == 0, outcome.err
+    names = {line.split()[0] for line in outcome.out.splitlines() if line.startswith("  ") and line.strip()}
+    papers = {name.partition("/")[0] for name in list_choices(group)}
+    assert names >= (papers if group == "experiment" else set(list_choices(group)))
+    assert max(map(len, outcome.out.splitlines())) <= 100
+    assert "default_" not in outcome.out
+
+
+def test_every_op_is_listed_with_its_first_line_and_shown_with_its_arguments(cli):
+    assert list_choices("ops") == list_ops()
+    text = cli("train", "--help", "ops=window").out
+    assert "window=7" in text and "side of a window" in text and "model.mixers=" in text
+    for name, op in find_ops().items():
+        assert op.summary, name
+        outcome = cli("train", "--help", f"ops={name}")
+        assert outcome.code == 0
+        for argument in list_arguments(op, OP_GIVEN):
+            assert argument.meaning and f"  {argument.name}" in outcome.out, (name, argument)
+
+
+def test_a_model_shows_its_sizes_names_and_arguments(cli):
+    text = cli("train", "--help", "model=swin").out
+    for words in ("size: null", "name: swin_tiny", "drop_path_rate: 0.3", "recipe: swin", "mixers: null",
+                  "dim=96", "window=7", "side of a window", "depths=(2, 2, 6, 2)"):  # fmt: skip
+        assert words in text, words
+    assert "cfg" in cli("train", "--help", "model=maxvit").out  # a net of timm
+    for name in ("biformer_tiny", "agent_cswin_base", "gc_vit_tiny", "efficientvit_m0", "resnet50.a1_in1k"):
+        assert find_net(name) is not None, name
+
+
+@pytest.mark.parametrize(
+    ("topic", "words"),
+    [
+        ("data=imagenet", ("root: null", "synsets: folder", "crop_pct: 0.875")),
+        ("data=digits", ("It inherits from default_classification", "mean: [0.309, 0.309, 0.309]")),
+        ("head=upernet", ("UPerNet", "auxiliary_head", "recipe: ade20k_160k")),
+        ("recipe=swin", ("clip_grad: 5.0", "It inherits from deit", "erasing_mode: pixel")),
+        ("task=segmentation", ("mode: whole", "stride: [341, 341]")),
+        ("hydra/launcher=slurm", ("timeout_min: 1440",)),
+        ("experiment=swin/tiny_in1k", ("Swin-T on ImageNet-1k", "override /model: swin")),
+    ],
+)
+def test_a_choice_shows_its_keys_with_their_comments(cli, topic, words):
+    outcome = cli("eval", topic, "--help")
+    assert outcome.code == 0 and all(word in outcome.out for word in words), outcome
+    assert "@package" not in outcome.out and " _target_:" not in outcome.out
+
+
+def test_every_yaml_of_every_group_can_be_shown(cli):
+    for group in GROUPS:
+        if group not in ("ops", "experiment"):
+            for path in (CONF / group).glob("*.yaml"):
+                assert cli("train", "--help", f"{group}={path.stem}").code == 0
+
+
+def test_a_paper_lists_its_rows(cli):
+    text = " ".join(cli("train", "--help", "experiment=swin").out.split())
+    for name in experiments("swin"):
+        assert f"{name} " in text
+    assert "swin/tiny_in1k Swin-T on ImageNet-1k at 224 px: 28 M parameters, 4.5 GFLOPs, top-1 81.2 %" in text
+    assert "biformer/" not in text
+
+
+@pytest.mark.parametrize("program", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("topic", "message"),
+    [
+        ("modl", "there is no group 'modl'. Did you mean 'model'?"),
+        ("model=swn", "model=swn is not there. Did you mean 'swin'?"),
+        ("ops=agnt", "ops=agnt is not there. Did you mean 'agent'?"),
+        ("experiment=biformr", "experiment=biformr is not there. Did you mean 'biformer'?"),
+        ("experiment=swin/tiny_in1", "experiment=swin/tiny_in1 is not there. Did you mean 'swin/tiny_in1k'?"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_nearest(cli, program, topic, message):
+    assert message in cli(program, "--help", topic).error
+
+
+@pytest.mark.parametrize("topic", [(), ("model=swin",), ("ops=agent",), ("experiment=swin",)])
+def test_help_imports_no_torch_and_is_quick(topic):
     code = (
-        "import sys, runpy; sys.argv = ['train.py', '--help']; "
+        f"import sys, runpy; sys.argv = ['train.py', '--help', *{topic!r}]; "
         "runpy.run_path('train.py', run_name='__main__'); print('torch' in sys.modules)"
     )
+    before = os.times().children_user
     run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "False"
+    assert os.times().children_user - before < 1  # seconds of processor time
+
+
+@pytest.mark.parametrize(
+    "command", [["train.py", "--help"], ["train.py", "--help", "ops"], ["scripts/collect.py", "--help"]]
+)
+def test_a_closed_pipe_is_no_error(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run([sys.executable, *command], cwd=PROJECT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert run.stderr == ""
+    # The code of any program whose reader has gone; argparse itself ignores that.
+    assert run.returncode in (128 + signal.SIGPIPE, 0)
+
+
+def test_another_broken_pipe_keeps_its_traceback():
+    code = "from retinue.utils.errors import user_errors\nwith user_errors():\n    raise BrokenPipeError('a worker')"
+    run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert run.returncode == 1 and "BrokenPipeError: a worker" in run.stderr

@@ -1,4 +1,4 @@
-"""A small folder like ImageNet, as files and as tar shards."""
+"""Train on a small folder like ImageNet, as files and as tar shards."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ TRAINING = ("logger=none", "recipe.epochs=2", "recipe.batch_size=8")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three classes of images of several sizes, grey and CMYK ones among them, and one that is truncated."""
+    """Make three classes of images of several sizes, some grey or CMYK and one truncated."""
     return make_imagenet_folder(tmp_path_factory.mktemp("imagenet") / "images", classes=3, per_class=10, broken=True)
 
 
@@ -35,20 +35,21 @@ def test_folder_and_shards_give_the_same_run(cli, folder, shards):
     for outcome in outcomes.values():
         assert outcome.code == 0, outcome.err
         assert "broken image skipped: " in outcome.err
-    ours, theirs = result(cli.folder / "imagenet"), result(cli.folder / "webdataset")
-    assert ours["metrics"] == theirs["metrics"]
-    assert (ours["params"], ours["macs"], ours["steps"]) == (theirs["params"], theirs["macs"], theirs["steps"])
+    from_files, from_shards = result(cli.folder / "imagenet"), result(cli.folder / "webdataset")
+    assert from_files["metrics"] == from_shards["metrics"]
+    assert all(from_files[key] == from_shards[key] for key in ("params", "macs", "steps"))
     losses = [[row["train/loss"] for row in rows(f"{data}/metrics.csv")] for data in outcomes]
     assert losses[0] == losses[1]
-    assert any(" " in name or name.islower() for name in ours["metrics"]["test/per_class"])
-    assert not any(name.startswith("n0") for name in ours["metrics"]["test/per_class"])  # names, not wnids
+    assert any(" " in name or name.islower() for name in from_files["metrics"]["test/per_class"])
+    # The classes have names, not wnids.
+    assert not any(name.startswith("n0") for name in from_files["metrics"]["test/per_class"])
 
     weights = "weights=imagenet/checkpoints/best.ckpt"
     evaluated = cli("eval", *NET, "data=webdataset", f"data.root={shards}", weights, "hydra.run.dir=evaluated")
     assert evaluated.code == 0, evaluated.err
-    assert result(cli.folder / "evaluated")["metrics"]["test/top1"] == ours["metrics"]["test/top1"]
+    assert result(cli.folder / "evaluated")["metrics"]["test/top1"] == from_files["metrics"]["test/top1"]
     names = [row["image"] for row in rows("evaluated/predictions.csv")]
-    assert len(names) == len(set(names)) == ours["metrics"]["test/n"] and all(name.count("/") for name in names)
+    assert len(names) == len(set(names)) == from_files["metrics"]["test/n"] and all(name.count("/") for name in names)
 
 
 def test_too_many_broken_images_stop_the_run(cli, folder):

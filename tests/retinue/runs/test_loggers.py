@@ -1,3 +1,5 @@
+"""The loggers of a run: each row once, also after a resume."""
+
 import signal
 import struct
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from retinue.runs.loggers import MetricsCSV, WandbRun, links
 from tests.retinue.runs.cli import SMALL, SWIN, rows, start, stop_when
 
 
-def test_a_figure_that_comes_later_is_a_new_column(tmp_path):
+def test_a_new_figure_is_a_new_column(tmp_path):
     path = tmp_path / "metrics.csv"
     log = MetricsCSV(path, from_step=0)
     log.log_metrics({"train/loss": 2.0}, 1)
@@ -30,14 +32,15 @@ def test_a_resumed_run_writes_no_row_twice(tmp_path):
         whole.log_metrics({"train/loss": 1 / step}, step)
     for step in range(1, 6):
         killed.log_metrics({"train/loss": 1 / step}, step)
-    path.write_bytes(path.read_bytes()[:-4])  # the kill cut the last line
+    # A kill may cut the last line short.
+    path.write_bytes(path.read_bytes()[:-4])
     resumed = MetricsCSV(path, from_step=3)
     for step in range(4, 7):
         resumed.log_metrics({"train/loss": 1 / step}, step)
     assert path.read_text() == (tmp_path / "whole.csv").read_text()
 
 
-def test_a_new_run_does_not_keep_the_rows_of_one_without_a_checkpoint(tmp_path):
+def test_a_run_without_a_checkpoint_starts_with_an_empty_log(tmp_path):
     path = tmp_path / "metrics.csv"
     MetricsCSV(path, 0).log_metrics({"train/loss": 9.0}, 1)
     MetricsCSV(path, 0).log_metrics({"train/loss": 1.0}, 1)
@@ -45,7 +48,7 @@ def test_a_new_run_does_not_keep_the_rows_of_one_without_a_checkpoint(tmp_path):
 
 
 def records(folder: Path) -> Iterator[Any]:
-    """The records of an offline W&B run: LevelDB's log format after seven bytes, a message a record."""
+    """Yield the records of an offline W&B run: LevelDB's log format after seven bytes, one message per record."""
     (path,), messages = folder.glob("*.wandb"), cast(Any, wandb_internal_pb2)
     data, at, message = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
@@ -55,13 +58,14 @@ def records(folder: Path) -> Iterator[Any]:
         _, length, kind = struct.unpack_from("<IHB", data, at)
         message += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or its last part
+        # 1 marks a whole record, 4 the last part of a record.
+        if kind in (1, 4):
             record, message = messages.Record.FromString(message), b""
             yield record
 
 
 def history(folder: Path) -> Iterator[dict[str, str]]:
-    """Its rows of figures."""
+    """Yield the rows of figures of an offline W&B run."""
     for record in records(folder):
         if record.WhichOneof("record_type") == "history":
             yield {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
@@ -79,10 +83,10 @@ def test_tensorboard_and_wandb_go_on_with_the_same_run(tmp_path):
     _, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
 
-    steps, of_epochs = list(range(1, 25)), [8, 16, 24]
+    steps, epoch_ends = list(range(1, 25)), [8, 16, 24]
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == steps
-    assert [event.step for event in events.Scalars("val/top1")] == of_epochs
+    assert [event.step for event in events.Scalars("val/top1")] == epoch_ends
 
     parts = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
     assert len(parts) == 2 and len({part.name.rpartition("-")[2] for part in parts}) == 1  # one id
@@ -90,7 +94,7 @@ def test_tensorboard_and_wandb_go_on_with_the_same_run(tmp_path):
     assert {(run.run_group, *run.tags) for run in runs} == {("classification/digits", "short")}
     figures = [row for part in parts for row in history(part)]
     assert [int(row["_step"]) for row in figures] == steps
-    assert [int(row["_step"]) for row in figures if "val/top1" in row] == of_epochs
+    assert [int(row["_step"]) for row in figures if "val/top1" in row] == epoch_ends
     written = rows(tmp_path / "run/metrics.csv")
     assert [float(row["train/loss"]) for row in figures] == [float(row["train/loss"]) for row in written]
 
@@ -98,6 +102,6 @@ def test_tensorboard_and_wandb_go_on_with_the_same_run(tmp_path):
 def test_the_result_links_to_an_online_run():
     online, offline = WandbRun(mode="disabled"), WandbRun(mode="disabled")
     url = "https://wandb.ai/me/retinue/runs/1"
-    online._experiment, offline._experiment = (SimpleNamespace(url=each) for each in (url, None))  # pyright: ignore
+    online._experiment, offline._experiment = (SimpleNamespace(url=address) for address in (url, None))  # pyright: ignore
     assert links([MetricsCSV(Path("metrics.csv"), 0), online]) == {"wandb": url}
     assert links([offline]) == {}

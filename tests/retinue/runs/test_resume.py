@@ -1,4 +1,4 @@
-"""A run that is stopped, in whatever way, ends as one that was not."""
+"""A run that is stopped, in whatever way, ends with the same result as an undisturbed run."""
 
 import signal
 
@@ -7,7 +7,7 @@ import torch
 
 from tests.retinue.runs.cli import SMALL, SWIN, result, rows, start, stop_when
 
-# Dropout, mixing and drop path draw random numbers; accumulation and the average of the weights carry state.
+# Dropout, mixup and drop path draw random numbers; accumulation and the average of the weights carry state.
 RUN = (
     *SWIN, *SMALL, "recipe.epochs=3", "trainer.limit_train_batches=8", "trainer.accumulate_grad_batches=2",
     "recipe.augment.mixup=0.8", "recipe.augment.cutmix=1.0", "recipe.augment.erasing=0.25",
@@ -17,9 +17,9 @@ RUN = (
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("whole")
+def undisturbed(tmp_path_factory):
+    """Train without a stop, and return the run's folder."""
+    folder = tmp_path_factory.mktemp("undisturbed")
     run = start("train", *RUN, "hydra.run.dir=run", folder=folder)
     _, err = run.communicate(timeout=300)
     assert run.returncode == 0, err
@@ -42,10 +42,10 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_killed_within_an_epoch(workers, whole, tmp_path):
+def test_a_run_that_is_killed_within_an_epoch_ends_the_same(workers, undisturbed, tmp_path):
     command = (*RUN, f"data.num_workers={workers}", "hydra.run.dir=run")
     killed = start("train", *command, folder=tmp_path)
-    # previous.ckpt: a second checkpoint has been written, so at least one step of the first epoch is behind.
+    # previous.ckpt exists once a second checkpoint is written, so at least one step of the first epoch is done.
     assert stop_when(killed, tmp_path / "run/checkpoints/previous.ckpt", signal.SIGKILL) == -signal.SIGKILL
     step = torch.load(tmp_path / "run/checkpoints/previous.ckpt", weights_only=True)["global_step"]
     assert step % 4, "killed at the end of an epoch"
@@ -54,14 +54,14 @@ def test_killed_within_an_epoch(workers, whole, tmp_path):
     _, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
     assert "going on from" in err
-    assert_same_run(whole, tmp_path / "run")
+    assert_same_run(undisturbed, tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop(number, whole, tmp_path):
+def test_a_run_that_a_signal_stops_ends_the_same(number, undisturbed, tmp_path):
     command = (*RUN, "checkpoint.every_steps=null", "hydra.run.dir=run")
     stopped = start("train", *command, folder=tmp_path)
-    # The log of the first epoch's end is there: the second epoch is under way.
+    # best.ckpt exists once the first epoch has ended, so the second epoch is under way.
     code = stop_when(stopped, tmp_path / "run/checkpoints/best.ckpt", number)
     assert code == 128 + number
     assert f"stopped by {number.name} at step" in stopped.communicate()[1]
@@ -70,10 +70,10 @@ def test_asked_to_stop(number, whole, tmp_path):
     again = start("train", *command, folder=tmp_path)
     _, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
-    assert_same_run(whole, tmp_path / "run")
+    assert_same_run(undisturbed, tmp_path / "run")
 
 
-def test_a_truncated_last_checkpoint_falls_back(whole, tmp_path):
+def test_a_truncated_last_checkpoint_is_replaced_by_the_previous_one(undisturbed, tmp_path):
     command = (*RUN, "hydra.run.dir=run")
     killed = start("train", *command, folder=tmp_path)
     stop_when(killed, tmp_path / "run/checkpoints/previous.ckpt", signal.SIGKILL)
@@ -83,4 +83,4 @@ def test_a_truncated_last_checkpoint_falls_back(whole, tmp_path):
     _, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
     assert "last.ckpt cannot be read" in err and "previous.ckpt, step" in err
-    assert_same_run(whole, tmp_path / "run")
+    assert_same_run(undisturbed, tmp_path / "run")

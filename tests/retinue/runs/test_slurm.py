@@ -11,8 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from retinue.runs.result import read_result
-from retinue.runs.slurm import newer_code, queue
+from retinue.runs.result_file import read_result
+from retinue.runs.slurm import code_newer_than, list_jobs
 from retinue.runs.status import status
 from retinue.utils.paths import PROJECT
 from tests.retinue.runs.cli import SMALL, SWIN, result, start
@@ -20,13 +20,13 @@ from tests.retinue.runs.cli import SMALL, SWIN, result, start
 pytestmark = pytest.mark.skipif(shutil.which("sbatch") is None, reason="Slurm is not installed (sbatch)")
 
 SLURM = ("-m", "hydra/launcher=slurm_local", *SWIN, *SMALL)
-# Some ten seconds of training.
+# This run trains for some ten seconds.
 LONG = ("recipe.epochs=3", "trainer.limit_train_batches=40", "checkpoint.every_steps=10")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def slurm(tmp_path_factory):
-    """A cluster of this test process's own."""
+    """Start a cluster for this test process alone."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_SLURM_DIR", f"/tmp/slurm-test-{os.getpid()}")
@@ -40,7 +40,7 @@ def slurm(tmp_path_factory):
 
 
 def sweep(folder, *arguments, code=0):
-    """The launcher's lines; fails where it ends with another exit code."""
+    """Run a sweep and return the launcher's lines; fails if its exit code is not `code`."""
     process = start("train", *SLURM, *arguments, folder=folder)
     out, err = process.communicate(timeout=200)
     assert process.returncode == code, out + err + logs(folder)
@@ -48,20 +48,20 @@ def sweep(folder, *arguments, code=0):
 
 
 def submit(folder, *arguments, flags=()):
-    """A sweep of one run under way; returns the launcher, the run's folder and its job."""
+    """Start a sweep of one run, and return the launcher, the run's folder and the id of its job."""
     launcher = start("train", *flags, *SLURM, *arguments, folder=folder)
     [record] = wait_for(lambda: list(folder.glob("outputs/*/*/*/*/submitted.json")), launcher)
     return launcher, record.parent, json.loads(record.read_text())["job"]
 
 
-def wait_for(there, process=None, seconds=100):
-    """What `there()` returns as soon as it is true."""
+def wait_for(condition, process=None, seconds=100):
+    """Return the value of `condition()` as soon as it is true."""
     deadline = time.monotonic() + seconds
-    while not (found := there()):
+    while not (value := condition()):
         assert time.monotonic() < deadline, "waited too long"
         assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.05)
-    return found
+    return value
 
 
 def ended(launcher, folder, code=0):
@@ -90,7 +90,7 @@ def assert_same_weights(one, other):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The folder of the LONG run that nothing stopped, and that no Slurm ran."""
+    """Train the LONG run without Slurm and without a stop, and return its folder."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run = start("train", *SWIN, *SMALL, *LONG, "hydra.run.dir=run", folder=folder)
     _, err = run.communicate(timeout=200)
@@ -100,13 +100,14 @@ def undisturbed(tmp_path_factory):
 
 def test_a_sweep_of_two_by_two_can_be_run_again(tmp_path):
     grid = ("weights=null,start.pth", "seed=0,1")
-    err = sweep(tmp_path, *grid, code=2)  # start.pth is not there yet
+    # start.pth does not exist yet, so half of the runs fail.
+    err = sweep(tmp_path, *grid, code=2)
     assert err.splitlines()[-1] == "error: 2 of 4 runs did not finish; the same command tries them again"
     assert len(re.findall(r"^job (\d+)_[0-3]: outputs/", err, re.MULTILINE)) == 4  # one array
     runs = [path.parent for path in tmp_path.glob("outputs/classification/digits/swin_nano/*/submitted.json")]
     states = {run: status(run) for run in runs}
-    assert sorted(each.state for each in states.values()) == ["failed", "failed", "finished", "finished"]
-    assert all("start.pth" in each.detail for each in states.values() if each.state == "failed")
+    assert sorted(state for state, _ in states.values()) == ["failed", "failed", "finished", "finished"]
+    assert all("start.pth" in detail for state, detail in states.values() if state == "failed")
     stamps = {run: (run / "result.json").stat().st_mtime_ns for run in runs if states[run].state == "finished"}
 
     [finished, *_] = stamps
@@ -117,7 +118,7 @@ def test_a_sweep_of_two_by_two_can_be_run_again(tmp_path):
     assert {run: (run / "result.json").stat().st_mtime_ns for run in stamps} == stamps
 
 
-def test_a_preempted_run_ends_as_an_undisturbed_one(tmp_path, undisturbed):
+def test_a_preempted_run_ends_like_an_undisturbed_run(tmp_path, undisturbed):
     launcher, run, job = submit(tmp_path, *LONG)
     wait_for((run / "checkpoints/previous.ckpt").exists, launcher)
     urgent = scontrol("sbatch", "--parsable", "--partition=urgent", "--cpus-per-task=2", "--output=/dev/null",
@@ -135,13 +136,13 @@ def test_a_preempted_run_ends_as_an_undisturbed_one(tmp_path, undisturbed):
 
 
 def test_a_run_goes_back_to_the_queue_before_its_time_limit_but_not_for_ever(tmp_path, undisturbed):
-    """The signal is Slurm's own; only its time is chosen here, since a time limit is a matter of minutes."""
+    """The test sends the signal that Slurm would send, since a time limit of Slurm is at least a minute."""
     launcher, run, job = submit(tmp_path, *LONG, "hydra.launcher.max_num_timeout=1")
     wait_for((run / "checkpoints/previous.ckpt").exists, launcher)
     scontrol("scancel", "--signal=USR2", job)
     wait_for(lambda: "going on from" in logs(tmp_path), launcher)
     assert status(run).state == "running"
-    assert "back in the queue, for the 1. of 1 times" in logs(tmp_path)
+    assert "back in the queue: restart 1 of at most 1" in logs(tmp_path)
     scontrol("scancel", "--signal=USR2", job)
     err = ended(launcher, tmp_path, code=2)
     assert "failed: " in err and "out of time after 1 restarts (hydra.launcher.max_num_timeout=1)" in err
@@ -151,7 +152,7 @@ def test_a_run_goes_back_to_the_queue_before_its_time_limit_but_not_for_ever(tmp
     assert_same_weights(run, undisturbed)
 
 
-def test_a_run_that_dies_is_reported_and_nobody_else_may_train_it_meanwhile(tmp_path, cli):
+def test_a_killed_run_is_reported_and_no_other_process_may_train_it_before(tmp_path, cli):
     launcher, run, job = submit(tmp_path, *LONG)
     wait_for((run / "checkpoints/previous.ckpt").exists, launcher)
     config = (run / "config.yaml").read_text()
@@ -165,7 +166,7 @@ def test_a_run_that_dies_is_reported_and_nobody_else_may_train_it_meanwhile(tmp_
     assert status(run).state == "failed"
 
 
-def test_two_tasks_of_slurm_train_as_two_processes_started_here(tmp_path):
+def test_two_slurm_tasks_train_like_two_local_processes(tmp_path):
     ddp = ("trainer.strategy=ddp", "trainer.devices=2", "recipe.epochs=1")
     sweep(tmp_path, *ddp)
     [run] = [path.parent for path in tmp_path.glob("outputs/*/*/*/*/result.json")]
@@ -173,7 +174,8 @@ def test_two_tasks_of_slurm_train_as_two_processes_started_here(tmp_path):
     local = start("train", "-m", *SWIN, *SMALL, *ddp, "seed=0,1", "hydra.sweep.dir=local", folder=tmp_path)
     _, err = local.communicate(timeout=200)
     assert local.returncode == 0, err
-    assert err.count("epoch 1/1") == 2  # each run of the sweep is started once
+    # Each run of the sweep is started once.
+    assert err.count("epoch 1/1") == 2
     assert_same_weights(run, tmp_path / "local" / run.relative_to(tmp_path / "outputs"))
 
 
@@ -184,7 +186,7 @@ def test_a_run_keeps_the_config_of_its_submission(tmp_path):
     launcher, run, job = submit(
         tmp_path, "recipe=mine", "+hydra.launcher.additional_parameters.hold=true", flags=["--config-dir=own"]
     )
-    assert status(run, queue()).state == "queued"
+    assert status(run, list_jobs()).state == "queued"
     recipe.write_text("defaults: [small_data]\nclip_grad: 1.0\n")
     scontrol("scontrol", "release", job)
     ended(launcher, tmp_path)
@@ -193,14 +195,14 @@ def test_a_run_keeps_the_config_of_its_submission(tmp_path):
 
 
 def test_code_that_changed_since_the_submission_is_named():
-    assert "ops/registry.py" in newer_code(0)
-    assert newer_code(time.time() + 60) == []
+    assert "ops/registry.py" in code_newer_than(0)
+    assert code_newer_than(time.time() + 60) == []
 
 
-def test_where_there_is_no_slurm(cli, monkeypatch):
+def test_without_slurm_the_launcher_is_an_error(cli, monkeypatch):
     error = cli("train", "hydra/launcher=slurm").error
-    assert "hydra/launcher=slurm goes with -m, for a single run, too" in error
+    assert "hydra/launcher=slurm needs -m, also for a single run" in error
     monkeypatch.setenv("PATH", "/nowhere")
     error = cli("train", "-m", "hydra/launcher=slurm").error
-    assert "needs Slurm's sbatch, which is not here; scripts/local_slurm/start starts" in error
+    assert "needs Slurm's sbatch, which is not installed; scripts/local_slurm/start starts" in error
     assert cli.files() == ["outputs/multirun.yaml"]

@@ -18,7 +18,7 @@ FIELDS = {
 
 
 def assert_same_metrics(one, other):
-    """Equal but for the rounding of another batch size."""
+    """Check that metrics are equal up to the rounding of a different batch size."""
     assert one["metrics"].keys() == other["metrics"].keys()
     for name, value in one["metrics"].items():
         if isinstance(value, float | int):
@@ -45,7 +45,8 @@ def test_a_run_leaves_one_result_and_is_not_run_again(cli):
 
     assert cli.train("data=digits", "rerun=true").code == 0
     assert (run / "result.json").stat().st_mtime_ns > stamp
-    assert result(run)["metrics"] == wrote["metrics"]  # the same seed: the same run
+    # The same seed gives the same run.
+    assert result(run)["metrics"] == wrote["metrics"]
 
     same = cli("eval", f"run={run}", "trainer.accelerator=cpu")
     assert same.code == 0, same.err
@@ -87,7 +88,7 @@ def test_a_sweep_goes_on_past_a_job_that_fails(cli):
     ],
     ids=["lamb", "sgd", "bce", "bf16", "augment", "timm", "grey"],
 )
-def test_what_a_recipe_can_ask_for(cli, arguments):
+def test_the_options_of_a_recipe_train(cli, arguments):
     outcome = cli.train(*arguments, "recipe.epochs=1", "hydra.run.dir=run")
     assert outcome.code == 0, outcome.err
     logged = rows(cli.folder / "run/metrics.csv")
@@ -97,16 +98,18 @@ def test_what_a_recipe_can_ask_for(cli, arguments):
 def test_accumulated_batches_equal_one_large_batch(cli):
     sgd = ("recipe.optimizer.name=sgd", "recipe.optimizer.eps=null", "recipe.optimizer.lr=0.05", "recipe.epochs=1",
            "+model.args.drop_path_rate=0.0", "recipe.ema.decay=null")  # fmt: skip
-    assert cli.train(*sgd, "hydra.run.dir=one", "trainer.limit_train_batches=3").code == 0
+    assert cli.train(*sgd, "hydra.run.dir=whole", "trainer.limit_train_batches=3").code == 0
     halves = ("trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6")
-    assert cli.train(*sgd, *halves, "hydra.run.dir=two").code == 0
-    one, two = (torch.load(f"{name}/checkpoints/last.ckpt", weights_only=True) for name in ("one", "two"))
-    assert one["global_step"] == two["global_step"] == 3
-    for key, value in one["state_dict"].items():
-        torch.testing.assert_close(value, two["state_dict"][key], rtol=1e-4, atol=1e-6)
+    assert cli.train(*sgd, *halves, "hydra.run.dir=halves").code == 0
+    whole, accumulated = (
+        torch.load(f"{name}/checkpoints/last.ckpt", weights_only=True) for name in ("whole", "halves")
+    )
+    assert whole["global_step"] == accumulated["global_step"] == 3
+    for key, value in whole["state_dict"].items():
+        torch.testing.assert_close(value, accumulated["state_dict"][key], rtol=1e-4, atol=1e-6)
 
 
-def test_the_average_of_the_weights_is_what_is_saved_and_evaluated(cli):
+def test_the_average_of_the_weights_is_saved_and_evaluated(cli):
     assert cli.train("hydra.run.dir=run", "recipe.ema.decay=0.9", "recipe.ema.warmup=false").code == 0
     state = torch.load("run/checkpoints/best.ckpt", weights_only=True)
     average, current = state["state_dict"], state["current_model_state"]
@@ -143,16 +146,16 @@ def test_distillation_loss(mode, tmp_path):
     scores = teacher.net(image)
     assert not scores.requires_grad
     logits = torch.randn(3, 5)
-    student, taught = (F.softmax(x / 2.0, -1) for x in (logits, scores))
+    student, teacher_shares = (F.softmax(x / 2.0, -1) for x in (logits, scores))
     expected = {
-        "soft": 4 * (taught * (taught / student).log()).sum(1).mean(),
+        "soft": 4 * (teacher_shares * (teacher_shares / student).log()).sum(1).mean(),
         "hard": -F.log_softmax(logits, -1)[range(3), scores.argmax(1)].mean(),
     }[mode]
     torch.testing.assert_close(teacher.blend(loss, logits, image), 0.75 * loss + 0.25 * expected)
     assert copy.deepcopy(teacher) is teacher
 
 
-def test_a_student_learns_from_a_teacher_and_keeps_none_of_it(cli):
+def test_a_student_learns_from_a_teacher_and_does_not_save_it(cli):
     assert cli.train("hydra.run.dir=teacher").code == 0
     distil = ("task.distillation.teacher=swin_nano", "task.distillation.weights=teacher/checkpoints/last.ckpt")
     assert cli.train("hydra.run.dir=student", *distil).code == 0
@@ -164,7 +167,7 @@ def test_a_student_learns_from_a_teacher_and_keeps_none_of_it(cli):
 
 
 @pytest.mark.parametrize("kind", ["ce", "bce"])
-def test_labels_are_smoothed_once_whether_mixed_or_not(kind):
+def test_labels_are_smoothed_once_with_and_without_mixing(kind):
     recipe = {
         "loss": kind,
         "bce_target_threshold": None,
