@@ -1,4 +1,4 @@
-"""The recipe that a run gets when the command line names none."""
+"""Choose the recipe of a run whose command line names none."""
 
 from typing import Any
 
@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 def recipe_for(task: str, data: str, model: str, head: str) -> str:
     """Return the name of the default recipe; conf/train.yaml interpolates it into the defaults list.
 
-    On small data it is the small recipe of the task. On other data it is the one that the head's yaml names, or for
-    classification the one that the model's yaml names.
+    On small data the task's small recipe is the default: `small_data`, `small_detection` or `small_segmentation`. On
+    other data it is the recipe that the head's yaml names, for classification the recipe that the model's yaml names.
+    A model's yaml that names no recipe gets `deit`, a head's yaml that names none the task's small recipe.
 
     Args:
         task: choice of the config group `task`.
@@ -19,29 +20,31 @@ def recipe_for(task: str, data: str, model: str, head: str) -> str:
         model: choice of the config group `model`.
         head: choice of the config group `head`; `none` if the command line chooses none.
     """
-    small = _declared("data", data, "kind") in (None, "small")
+    small = _declared("data", data, "kind", "small") == "small"
     if task == "classification":
-        return "small_data" if small else _declared("model", model, "recipe") or "deit"
+        return "small_data" if small else _declared("model", model, "recipe", "deit")
     head = f"default_{task}" if head == "none" else head
-    return f"small_{task}" if small else _declared("head", head, "recipe") or f"small_{task}"
+    return f"small_{task}" if small else _declared("head", head, "recipe", f"small_{task}")
 
 
-def _declared(group: str, choice: str, key: str) -> Any:
-    """Return `key` of the group's section as the choice's yaml gives it, or a yaml that it inherits from.
+def _declared(group: str, choice: str, key: str, default: str) -> str:
+    """Return `key` of the group's section from the yaml of `choice` or from a yaml that it inherits; else `default`.
 
     The yaml files are those that Hydra finds for the running command, in conf/ or in its `--config-dir`; folders of
-    `hydra.searchpath` are not known here. None stands for a key or a file that does not exist: Hydra itself reports a
-    wrong name.
+    `hydra.searchpath` are not known here. A file that does not exist gives `default` too: Hydra itself reports a wrong
+    name.
     """
-    return _read(f"{group}/{choice}", group, key)
+    value = _read(f"{group}/{choice}", group, key)
+    return default if value is None else str(value)
 
 
 def _read(path: str, group: str, key: str) -> Any:
+    """Return the key as the file `path` or a file that it inherits gives it; None if they do not."""
     loader: Any = GlobalHydra.instance().config_loader()
     loaded = loader.repository.load_config(path)
     if loaded is None:
         return None
-    # A file with the header `@package _global_` holds the whole config, another one its group's section alone.
+    # A file with the header `@package _global_` has the keys of the whole config, others have only the group's keys.
     name = f"{group}.{key}" if loaded.header["package"] == "_global_" else key
     written = OmegaConf.select(loaded.config, name)
     inherited: list[InputDefault] = list(loaded.defaults_list or ())
@@ -56,7 +59,7 @@ def _read(path: str, group: str, key: str) -> Any:
 
 
 def _read_default(default: InputDefault, path: str, group: str, key: str) -> Any:
-    """Return the key as an entry of the defaults list of the file `path` gives it."""
+    """Return the key as one entry of a defaults list, that of the file `path`, gives it."""
     if default.is_override() or (isinstance(default, GroupDefault) and not isinstance(default.value, str)):
         return None
     default.update_parent(path.rpartition("/")[0], "")

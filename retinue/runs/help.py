@@ -1,4 +1,4 @@
-"""`--help`: what there is to choose from, read from the files that define it, without importing torch.
+"""Print `--help`: the choices on the command line, read from the files that define them, without importing torch.
 
 --help                    usage, examples and the groups, on one screen
 --help model              the choices of a group

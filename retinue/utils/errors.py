@@ -72,7 +72,7 @@ def _reader_has_closed_stdout() -> bool:
 
 @contextmanager
 def in_a_job() -> Iterator[None]:
-    """Report the errors of a single run from within Hydra's job, before Hydra adds a line of its own.
+    """Report the errors of a single run from within Hydra's job, before Hydra adds a line.
 
     In a sweep the error is raised, so that the sweep's other jobs go on.
     """
