@@ -8,6 +8,8 @@ import subprocess
 import pytest
 import yaml
 
+from retinue.results.collection import find_runs
+from retinue.results.report import commands, read_curves, thin
 from scripts import report
 from tests.scripts.run_folders import fail, make_run, write_result
 
@@ -39,7 +41,7 @@ def outputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(outputs, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    report.main([str(outputs), "--title", "Swin & <others>", "--out", str(path)])
+    report.main([f"folder={outputs}", "title=Swin & <others>", f"out={path}"])
     return path
 
 
@@ -222,12 +224,10 @@ def test_nothing_hangs_over_the_edge_of_a_phone(reader, page):
 def test_a_command_of_a_folder_with_special_characters_is_the_shells_and_hydras(tmp_path):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from retinue.results.collection import find_runs
-
     make_run(tmp_path / "a b's, c=d", "swin_nano", 0)
     (run,) = find_runs(tmp_path)
-    ((title, command),) = report.commands(run)
-    assert title == "Go on with it"
+    ((title, command),) = commands(run)
+    assert title == "Resume the run"
     shown = command.replace("python train.py", "printf '%s\\n'")
     words = subprocess.run(["sh", "-c", shown], capture_output=True, text=True).stdout.splitlines()
     assert words[:4] == ["--config-dir", str(run.folder), "--config-name", "config"]
@@ -237,27 +237,27 @@ def test_a_command_of_a_folder_with_special_characters_is_the_shells_and_hydras(
 
 def test_long_curves_are_thinned_and_keep_their_end():
     points = [[i, i / 3] for i in range(1000)]
-    thinned = report.thin(points, 100)
+    thinned = thin(points, 100)
     assert len(thinned) == 100 and thinned[-1] == [999, 333.0]
-    assert report.thin(points[:3], 100) == [[0, 0.0], [1, 0.333333], [2, 0.666667]]
+    assert thin(points[:3], 100) == [[0, 0.0], [1, 0.333333], [2, 0.666667]]
 
 
 def test_a_cut_line_of_the_curves_is_passed_over(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,epoch,val/top1,train/loss\n1,1,0.5,nan\n2,2,0.6,1.0\n3,3,0.")
-    curves = report.read_curves(tmp_path / "metrics.csv")
+    curves = read_curves(tmp_path / "metrics.csv")
     assert curves == {"val/top1": [[1, 0.5], [2, 0.6]], "train/loss": [[2, 1.0]]}
-    assert report.read_curves(tmp_path / "nowhere.csv") == {}
+    assert read_curves(tmp_path / "nowhere.csv") == {}
 
 
 def test_a_folder_without_runs_makes_no_page(tmp_path):
     with pytest.raises(ValueError, match="no run lies below"):
-        report.main([str(tmp_path), "--out", str(tmp_path / "report.html")])
+        report.main([f"folder={tmp_path}", f"out={tmp_path / 'report.html'}"])
     assert not (tmp_path / "report.html").exists()
 
 
 def test_a_folder_without_any_result_still_makes_a_page(tmp_path, chrome):
     fail(make_run(tmp_path, "swin_nano", 0), "no")
-    report.main([str(tmp_path), "--out", str(tmp_path / "report.html")])
+    report.main([f"folder={tmp_path}", f"out={tmp_path / 'report.html'}"])
     reader = Reader(chrome)
     chrome.get_log("browser")
     reader.open(tmp_path / "report.html")
