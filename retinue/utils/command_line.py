@@ -43,10 +43,10 @@ class Options(BaseModel):
         Raises:
             ValueError: A key is unknown or missing, or a value has another type or is out of range.
         """
-        options, others = cls.parse_some(arguments)
+        values, others = cls._read_values(arguments)
         if others:
             raise ValueError(cls._unknown(others[0]))
-        return options
+        return cls._validate(values)
 
     @classmethod
     def parse_some(cls, arguments: Sequence[str] | None = None) -> tuple[Self, list[str]]:
@@ -59,6 +59,12 @@ class Options(BaseModel):
             ValueError: An argument is not `key=value`, a key is missing, or a value has another type or is out of
                 range.
         """
+        values, others = cls._read_values(arguments)
+        return cls._validate(values), others
+
+    @classmethod
+    def _read_values(cls, arguments: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
+        """Return the values of the options as pydantic takes them, and the arguments for other keys."""
         arguments = sys.argv[1:] if arguments is None else arguments
         if any(argument in HELP for argument in arguments):
             # A closed pipe (`--help | head -1`) must fail here, within `user_errors`, not when Python exits.
@@ -81,8 +87,13 @@ class Options(BaseModel):
                 others.append(argument)
             else:
                 values[name] = _read(text, field)
+        return values, others
+
+    @classmethod
+    def _validate(cls, values: dict[str, Any]) -> Self:
+        """Return the options with these values; a ValueError in one line if a value is missing or wrong."""
         try:
-            return cls(**values), others
+            return cls(**values)
         except ValidationError as error:
             raise ValueError(_one_line(error, cls.model_fields)) from None
 

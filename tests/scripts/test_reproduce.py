@@ -120,7 +120,7 @@ def test_biformers_table_is_whole_and_says_how_to_get_the_rest(capsys):
     lines = Path("biformer.md").read_text().splitlines()
     body = [line for line in lines if line.startswith("| BiFormer-")]
     assert len(body) == 5 and all(
-        re.search(r"\| 224 \| [\d.]+ / [\d.]+ \| [\d.]+ / [\d.]+ \| [\d.]+ / – \|", row) for row in body
+        re.search(r"\| +224 \| +[\d.]+ / [\d.]+ \| +[\d.]+ / [\d.]+ \| +[\d.]+ / – \|", row) for row in body
     )
     assert "✗" not in out and "*" not in out
     named = re.findall(r"python train.py experiment=(\S+) data.root=DIR", out)
@@ -148,13 +148,13 @@ def test_detectors_are_matched_by_net_head_and_schedule(paper):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("paper=biformr",), r"paper=biformr is not there\. Did you mean 'biformer'"),
-        ((), "paper=<name> is missing"),
-        (("papr=biformer",), r"there is no option 'papr'\. Did you mean 'paper'"),
-        (("paper=biformer", "table=detecton"), r"table=detecton is unknown\. Did you mean 'detection'"),
-        (("paper=biformer", "out=table.txt"), r"must be a \.csv or a \.md file"),
-        (("paper=biformer", "weights=a.pth"), r"weights\.<net>=FILE"),
-        (("paper=biformer", "weights.biformer_tny=a.pth"), "no row of it. Did you mean 'biformer_tiny'"),
+        (("paper=biformr",), r"there is no paper=biformr\. Did you mean 'biformer'"),
+        ((), "paper=TEXT is missing: name of a paper"),
+        (("papr=biformer",), r"there is no option 'papr=biformer'\. Did you mean 'paper'"),
+        (("paper=biformer", "table=detecton"), r"^table must be 'variants', 'detection' or 'segmentation', not detecton\. Did you mean 'detection'"),
+        (("paper=biformer", "out=table.txt"), r"out takes files that end in \.csv, \.md, not table\.txt"),
+        (("paper=biformer", "weights=a.pth"), r"weights takes weights\.<name>=TEXT, not weights=a\.pth"),
+        (("paper=biformer", "weights.biformer_tny=a.pth"), "no row has this net. Did you mean 'biformer_tiny'"),
         (("paper=biformer", "weights.biformer_tiny=a.pth"), "a.pth is not a file"),
     ],
 )
@@ -167,4 +167,4 @@ def test_wrong_options_are_answered_with_the_nearest(options, message, tmp_path)
 def test_an_outputs_folder_that_was_asked_for_must_hold_runs(paper):
     paper({"net": "swin_nano"})
     with pytest.raises(ValueError, match="there is no folder nowhere"):
-        table("outputs=nowhere")
+        table("folder=nowhere")

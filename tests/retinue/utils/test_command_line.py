@@ -104,6 +104,11 @@ def test_flags_are_not_handed_on_as_other_keys():
         Options.parse_some(["--rounds=3"])
 
 
+def test_a_mistyped_key_is_named_before_a_missing_one():
+    with pytest.raises(ValueError, match=r"there is no option 'spase=a'\. Did you mean 'space'"):
+        Required.parse(["spase=a"])
+
+
 def test_a_missing_key_is_named_with_its_meaning():
     with pytest.raises(ValueError, match=r"^space=TEXT is missing: name of a search space$"):
         Required.parse([])
