@@ -6,6 +6,7 @@ import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
+from retinue.results.search import Search, read_space
 from retinue.runs.config import register_resolvers
 from retinue.utils.paths import CONF
 from scripts import search
@@ -34,7 +35,7 @@ def space_file(**space):
 
 
 def test_trials_are_runs_and_the_same_command_goes_on(capsys):
-    search.main(["lr_wd", "--trials", "2", *QUICK])
+    search.main(["space=lr_wd", "trials=2", *QUICK])
     first, folder = trials("lr_wd"), Path("outputs/search/lr_wd")
     assert len(first) == 2
     for name, row in first.items():
@@ -48,7 +49,7 @@ def test_trials_are_runs_and_the_same_command_goes_on(capsys):
     assert f"recipe.optimizer.lr={best['recipe.optimizer.lr']}" in out.split("best: python train.py ")[1]
 
     results = {name: (folder / name / "result.json").stat().st_mtime_ns for name in first}
-    search.main(["lr_wd", "--trials", "3", *QUICK])
+    search.main(["space=lr_wd", "trials=3", *QUICK])
     again = trials("lr_wd")
     assert len(again) == 3 and {name: again[name] for name in first} == first
     assert {name: (folder / name / "result.json").stat().st_mtime_ns for name in first} == results
@@ -58,7 +59,7 @@ def test_trials_are_runs_and_the_same_command_goes_on(capsys):
 def test_a_recipe_that_warms_up_by_steps():
     for task, steps in (("detection", 150), ("classification", 0)):
         lr = {"recipe.optimizer.lr": FloatDistribution(1e-5, 2e-5)}
-        pruning = search.Search(Path(task).absolute(), lr, [f"task={task}"], 0).config(0, {}).callbacks.pruning
+        pruning = Search(Path(task).absolute(), lr, [f"task={task}"], 0).config(0, {}).callbacks.pruning
         assert (pruning.warmup_steps, pruning.warmup) == (steps, 0 if steps else 2)
 
 
@@ -67,7 +68,7 @@ def test_a_trial_below_the_median_is_ended_early(steps, state, epochs):
     space = {"recipe.optimizer.lr": FloatDistribution(1e-5, 2e-5)}
     name = space_file(**{"recipe.optimizer.lr": {"low": 1e-5, "high": 2e-5}})
     quick = (*QUICK, f"+recipe.schedule.warmup_steps={steps}") if steps else QUICK
-    study = search.Search(Path("outputs/search/space").absolute(), space, quick, 0).study
+    study = Search(Path("outputs/search/space").absolute(), space, quick, 0).study
     for _ in range(5):
         study.add_trial(
             create_trial(
@@ -77,14 +78,14 @@ def test_a_trial_below_the_median_is_ended_early(steps, state, epochs):
                 intermediate_values={1: 0.0, 2: 1.0, 3: 1.0},
             )
         )
-    search.main([name, "--trials", "6", *quick])
+    search.main([f"space={name}", "trials=6", *quick])
     row = trials("space")["trial-5"]
     assert (row["state"], row["epochs"]) == (state, epochs)
     assert result(Path("outputs/search/space/trial-5"))["epochs"] == int(epochs)
 
 
 def test_a_killed_search_goes_on_with_the_trial_that_it_was_at(tmp_path):
-    command = ("scripts/search", "lr_wd", "--trials", "1", *QUICK, "checkpoint.every_steps=1", "recipe.epochs=4")
+    command = ("scripts/search", "space=lr_wd", "trials=1", *QUICK, "checkpoint.every_steps=1", "recipe.epochs=4")
     killed = start(*command, folder=tmp_path)
     stop_when(killed, tmp_path / "outputs/search/lr_wd/trial-0/checkpoints/last.ckpt", signal.SIGKILL)
     config = Path("outputs/search/lr_wd/trial-0/config.yaml").read_text()
@@ -102,7 +103,7 @@ def test_the_trials_are_one_group_in_wandb():
     def group(*overrides):
         space = {"seed": IntDistribution(0, 9)}
         return (
-            search.Search(Path("a").absolute(), space, ["logger=wandb", *overrides], 0).config(0, {}).logger.wandb.group
+            Search(Path("a").absolute(), space, ["logger=wandb", *overrides], 0).config(0, {}).logger.wandb.group
         )
 
     assert group() == "search/a"
@@ -112,20 +113,20 @@ def test_the_trials_are_one_group_in_wandb():
 
 def test_a_trial_that_another_process_is_at_is_left_to_it():
     space = {"recipe.optimizer.lr": FloatDistribution(1e-4, 1e-3)}
-    here = search.Search(Path("search").absolute(), space, QUICK, 0)
-    there = search.Search(Path("search").absolute(), space, QUICK, 0)
+    here = Search(Path("search").absolute(), space, QUICK, 0)
+    there = Search(Path("search").absolute(), space, QUICK, 0)
     number = there.study.ask({**space}).number
-    with there._claimed(number) as theirs:
+    with there._claim(number) as theirs:
         assert theirs
         here.run(1)  # nothing is left to do
         assert here.study.trials[number].state == TrialState.RUNNING
-    with here._claimed(number) as mine:
+    with here._claim(number) as mine:
         assert mine
 
 
 def test_a_failed_trial_does_not_stop_the_others(capsys):
     name = space_file(**{"model.mixers": ["windw", "window"]})
-    search.main([name, "--trials", "6", *QUICK[:4], "recipe.epochs=1", *QUICK[5:]])
+    search.main([f"space={name}", "trials=6", *QUICK[:4], "recipe.epochs=1", *QUICK[5:]])
     found = list(trials("space").values())
     assert {row["state"] for row in found} == {"complete", "fail"}
     assert all(("windw" in row["failed"]) == (row["state"] == "fail") for row in found)
@@ -135,7 +136,7 @@ def test_a_search_in_which_everything_fails_ends(tmp_path):
     with pytest.raises(
         ValueError, match=r"the first 3 trials failed, the last one with .*recipe\.loss must be ce or bce"
     ):
-        search.main(["lr_wd", "--trials", "9", *QUICK, "recipe.loss=cee"])
+        search.main(["space=lr_wd", "trials=9", *QUICK, "recipe.loss=cee"])
     assert [row["state"] for row in trials("lr_wd").values()] == ["fail"] * 3
 
 
@@ -149,7 +150,7 @@ def test_a_search_in_which_everything_fails_ends(tmp_path):
     ],
 )
 def test_a_space_is_ranges_and_choices(values, expected):
-    assert search.read_space(space_file(**{"a.b": values})) == {"a.b": expected}
+    assert read_space(space_file(**{"a.b": values})) == {"a.b": expected}
 
 
 @pytest.mark.parametrize(
@@ -157,22 +158,22 @@ def test_a_space_is_ranges_and_choices(values, expected):
 )
 def test_what_is_neither_is_refused(values):
     with pytest.raises(ValueError, match=r"^space\.yaml: a\.b"):
-        search.read_space(space_file(**{"a.b": values}))
+        read_space(space_file(**{"a.b": values}))
 
 
 def test_unknown_spaces_keys_and_other_searches_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"no search space 'lr_w'\. Did you mean 'lr_wd'"):
-        search.main(["lr_w", *QUICK])
+        search.main(["space=lr_w", *QUICK])
     with pytest.raises(Exception, match="no_such_key"):
-        search.main(["lr_wd", *QUICK, "no_such_key=1"])
+        search.main(["space=lr_wd", *QUICK, "no_such_key=1"])
     assert not list(tmp_path.iterdir())
-    search.Search(tmp_path / "outputs/search/lr_wd", search.read_space("lr_wd"), QUICK, 0)
+    Search(tmp_path / "outputs/search/lr_wd", read_space("lr_wd"), QUICK, 0)
     with pytest.raises(ValueError, match="holds a search with other overrides"):
-        search.main(["lr_wd", *QUICK, "seed=1"])
+        search.main(["space=lr_wd", *QUICK, "seed=1"])
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "search").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_keys_of_every_space_are_train_pys(path, tmp_path):
-    search.Search(tmp_path, search.read_space(path.stem), QUICK, 0)
+    Search(tmp_path, read_space(path.stem), QUICK, 0)
     with pytest.raises(Exception, match="no_such_key"):
-        search.Search(tmp_path, search.read_space(space_file(**{"recipe.no_such_key": [1]})), QUICK, 0)
+        Search(tmp_path, read_space(space_file(**{"recipe.no_such_key": [1]})), QUICK, 0)

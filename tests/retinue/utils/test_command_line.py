@@ -17,6 +17,7 @@ class Options(command_line.Options):
     small: bool = Field(False, description="short runs")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the activations")
     seeds: list[int] = Field([0, 1], description="seeds of the runs")
+    ops: list[str] | None = Field(None, min_length=1, description="ops to compare")
     out: list[Path] = Field([], description="files to write")
     where: dict[str, str] = Field({}, description="only runs with this value")
     data: dict[str, Any] = Field({}, description="keys of the data set")
@@ -85,6 +86,7 @@ def test_other_keys_are_handed_on():
         (["dtype=bfloat"], "dtype must be 'float32' or 'bfloat16', not bfloat. Did you mean 'bfloat16'?"),
         (["seeds=[0,x]"], "seeds must be an integer, not x"),
         (["seeds=[0"], "seeds must be a list, not [0"),
+        (["ops=[]"], "ops needs at least 1 entry"),
         (["where=a"], "where takes where.<name>=TEXT, not where=a"),
         (["small=true", "rounds=8"], "small=true takes at most rounds=7"),
         (["round=3"], "there is no option 'round=3'. Did you mean 'rounds'? There are, as key=value: folder, rounds, "),
@@ -133,6 +135,7 @@ def test_help_lists_every_option_with_its_meaning_and_default(capsys):
         "small=true|false": "short runs [false]",
         "dtype=float32|bfloat16": "type of the activations [float32]",
         "seeds=[INT,...]": "seeds of the runs [[0,1]]",
+        "ops=[TEXT,...]": "ops to compare [null]",
         "out=[PATH,...]": "files to write [[]]",
         "where.<name>=TEXT": "only runs with this value",
         "data.<name>=VALUE": "keys of the data set",
