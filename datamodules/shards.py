@@ -21,8 +21,8 @@ MAX_SAMPLES = 1_000_000_000
 def make_shards(source: Path, out: Path, layout: Layout = "image_folder", max_size: float = 1e9) -> dict[str, int]:
     """Write the splits that a folder has as shards, all of them or none.
 
-    `out` gets {train,val}-000000.tar, ... and classes.txt: the same images in the same order with the same names, labels
-    and class names as in `source`. The files' bytes are copied, not encoded again.
+    `out` gets {train,val}-000000.tar, ... and classes.txt: the same images in the same order with the same names,
+    labels and class names as in `source`. The files' bytes are copied, not encoded again.
 
     Args:
         source: Folder of images.

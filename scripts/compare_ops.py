@@ -32,7 +32,9 @@ class Options(command_line.Options):
     backbone: str = Field("swin", description="backbone in conf/model, one that takes mixers")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of the runs")
     small: bool = Field(False, description=f"short runs: {' '.join(SMALL)}")
-    image_sizes: list[int] | None = Field(None, min_length=1, description="image sizes of the measurement, px; null: the data's own")
+    image_sizes: list[int] | None = Field(
+        None, min_length=1, description="image sizes of the measurement, px; null: the data's own"
+    )
     batch_size: int = Field(32, ge=1, description="images in a batch of the measurement")
     rounds: int = Field(5, ge=1, description="how often each net is timed")
     device: str = Field("auto", description="device of the measurement: auto, cpu, cuda or cuda:N")

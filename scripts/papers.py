@@ -1,4 +1,4 @@
-"""Generate docs/papers.md and conf/experiment from the papers' tables in papers.
+"""Generate docs/papers.md and conf/experiment from the papers' tables, which papers/ holds.
 
     python scripts/papers.py            # after a change of papers or conf/model
 

@@ -142,9 +142,7 @@ def list_missing(paper: str, table: str, rows: Sequence[PaperRow]) -> Iterator[s
     names = [row.facts.get("name") or str(row.facts.get("backbone")) for row in rows if not row.label]
     if names:
         yield f"missing, no net here: {', '.join(dict.fromkeys(names))}"
-    incomplete = [
-        row for row in rows if row.label and any(figure.ours is None for figure in row.figures.values())
-    ]
+    incomplete = [row for row in rows if row.label and any(figure.ours is None for figure in row.figures.values())]
     if table == "variants":
         yield from _missing_accuracy(paper, incomplete)
     else:

@@ -202,7 +202,7 @@ def read_curves(path: Path) -> Curves:
 
 
 def thin(points: list[list[float]], max_points: int) -> list[list[float]]:
-    """Return about `max_points` points at most, evenly spaced, with the last one; values have six significant digits."""
+    """Return about `max_points` points at most, evenly spaced, with the last one; values are rounded to six digits."""
     step = math.ceil(len(points) / max_points)
     return [[x, float(f"{y:.6g}")] for x, y in points[(len(points) - 1) % step :: step]]
 

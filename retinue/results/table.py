@@ -158,8 +158,13 @@ def to_csv_rows(rows: Sequence[Mapping[str, Cell]]) -> list[CsvRow]:
         line: CsvRow = {}
         for heading, cell in row.items():
             if isinstance(cell, Summary):
-                mean, std, ci95 = (None if math.isnan(number) else number for number in (cell.mean, cell.std, cell.ci95))
-                line |= {heading: mean, f"{heading}_std": std, f"{heading}_ci95": ci95, f"{heading}_n": cell.n}
+                numbers = {
+                    heading: cell.mean,
+                    f"{heading}_std": cell.std,
+                    f"{heading}_ci95": cell.ci95,
+                    f"{heading}_n": cell.n,
+                }
+                line |= {column: None if math.isnan(number) else number for column, number in numbers.items()}
             else:
                 line[heading] = cell
                 if heading in measured:

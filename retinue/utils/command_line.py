@@ -113,11 +113,11 @@ class Options(BaseModel):
             key = f"{name}.<name>" if _is_mapping(field) else name
             default = ""
             if not field.is_required() and not _is_mapping(field):
-                default = f" [{to_text(field.get_default(call_default_factory=True))}]"
+                default = f" ({to_text(field.get_default(call_default_factory=True))})"
             rows.append((f"{key}={describe_type(field.annotation)}", f"{field.description}{default}"))
         width = max((len(left) for left, _ in rows), default=0)
         lines = [f"  {left:{width}}  {right}" for left, right in rows]
-        heading = ["Options, with their defaults in brackets:"] if rows else []
+        heading = ["Options, with their defaults in parentheses:"] if rows else []
         docstring = sys.modules[cls.__module__].__doc__ or ""
         return "\n".join([docstring.strip(), "", *heading, *lines])
 

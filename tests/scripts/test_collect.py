@@ -179,7 +179,9 @@ def test_what_is_wrong_is_said_in_one_line(sweep, monkeypatch, arguments, messag
 
 
 def test_an_error_on_the_command_line(tmp_path):
-    done = subprocess.run([sys.executable, collect.__file__, "folder=nowhere"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, collect.__file__, "folder=nowhere"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: there is no folder nowhere\n")
 
 

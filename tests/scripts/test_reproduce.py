@@ -151,7 +151,10 @@ def test_detectors_are_matched_by_net_head_and_schedule(paper):
         (("paper=biformr",), r"there is no paper=biformr\. Did you mean 'biformer'"),
         ((), "paper=TEXT is missing: name of a paper"),
         (("papr=biformer",), r"there is no option 'papr=biformer'\. Did you mean 'paper'"),
-        (("paper=biformer", "table=detecton"), r"^table must be 'variants', 'detection' or 'segmentation', not detecton\. Did you mean 'detection'"),
+        (
+            ("paper=biformer", "table=detecton"),
+            r"^table must be 'variants', 'detection' or 'segmentation', not detecton\. Did you mean 'detection'",
+        ),
         (("paper=biformer", "out=table.txt"), r"out takes files that end in \.csv, \.md, not table\.txt"),
         (("paper=biformer", "weights=a.pth"), r"weights takes weights\.<name>=TEXT, not weights=a\.pth"),
         (("paper=biformer", "weights.biformer_tny=a.pth"), "no row has this net. Did you mean 'biformer_tiny'"),

@@ -102,9 +102,7 @@ def test_a_killed_search_goes_on_with_the_trial_that_it_was_at(tmp_path):
 def test_the_trials_are_one_group_in_wandb():
     def group(*overrides):
         space = {"seed": IntDistribution(0, 9)}
-        return (
-            Search(Path("a").absolute(), space, ["logger=wandb", *overrides], 0).config(0, {}).logger.wandb.group
-        )
+        return Search(Path("a").absolute(), space, ["logger=wandb", *overrides], 0).config(0, {}).logger.wandb.group
 
     assert group() == "search/a"
     Path("a").rename("b")

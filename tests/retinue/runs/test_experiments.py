@@ -33,7 +33,9 @@ def test_an_experiment_is_its_row_on_imagenet(name):  # tests/models/test_papers
 def test_a_detectors_experiment_is_its_row(name):  # tests/models/test_dense_papers.py builds the nets
     table, row = DETECTORS[name]
     cfg = composed(f"experiment={name}")
-    assert cfg == composed(*model_choice(row["net"], row.get("args", {}), None), *row["train"], f"data={DENSE_DATA[table]}")
+    assert cfg == composed(
+        *model_choice(row["net"], row.get("args", {}), None), *row["train"], f"data={DENSE_DATA[table]}"
+    )
     assert cfg.head.task == cfg.task.name == table
     assert (
         (CONF / f"experiment/{name}.yaml")

@@ -65,7 +65,9 @@ def test_a_list_takes_brackets_or_a_single_entry():
 
 
 def test_a_mapping_takes_an_entry_at_a_time():
-    options = Options.parse(["where.model=swin_*,none", "where.recipe.optimizer.lr=1e-3", "data.root=/data", "data.n=3"])
+    options = Options.parse(
+        ["where.model=swin_*,none", "where.recipe.optimizer.lr=1e-3", "data.root=/data", "data.n=3"]
+    )
     assert options.where == {"model": "swin_*,none", "recipe.optimizer.lr": "1e-3"}
     assert options.data == {"root": "/data", "n": 3}
 
@@ -129,14 +131,14 @@ def test_help_lists_every_option_with_its_meaning_and_default(capsys):
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     shown = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in lines if "=" in line}
     assert shown == {
-        "folder=PATH": "folder of the runs [outputs]",
-        "rounds=INT": "how often each candidate is timed [7]",
-        "share=FLOAT": "share of the images [null]",
-        "small=true|false": "short runs [false]",
-        "dtype=float32|bfloat16": "type of the activations [float32]",
-        "seeds=[INT,...]": "seeds of the runs [[0,1]]",
-        "ops=[TEXT,...]": "ops to compare [null]",
-        "out=[PATH,...]": "files to write [[]]",
+        "folder=PATH": "folder of the runs (outputs)",
+        "rounds=INT": "how often each candidate is timed (7)",
+        "share=FLOAT": "share of the images (null)",
+        "small=true|false": "short runs (false)",
+        "dtype=float32|bfloat16": "type of the activations (float32)",
+        "seeds=[INT,...]": "seeds of the runs ([0,1])",
+        "ops=[TEXT,...]": "ops to compare (null)",
+        "out=[PATH,...]": "files to write ([])",
         "where.<name>=TEXT": "only runs with this value",
         "data.<name>=VALUE": "keys of the data set",
     }
