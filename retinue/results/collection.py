@@ -103,7 +103,8 @@ class Run:
         return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-@cache  # many runs share a config
+# Cached, since many runs share a config.
+@cache
 def _parse(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a config, and the settings in it that change the result, with dotted names."""
     config = _load(text)

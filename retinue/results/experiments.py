@@ -1,6 +1,7 @@
 """The rows of the papers' tables that are experiments of conf/experiment, by the names of the experiments."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from retinue.results.papers import DENSE_DATA, model_choice, read_paper
@@ -61,6 +62,6 @@ def dense_experiments(paper: str) -> dict[str, tuple[str, dict[str, Any]]]:
     return named
 
 
-def head_of_experiment(row: dict[str, Any]) -> str:
+def head_of_experiment(row: Mapping[str, Any]) -> str:
     """Return the choice in conf/head that a row's `train` makes; its first override is `head=...`."""
     return row["train"][0].partition("=")[2]

@@ -68,7 +68,7 @@ class PaperRow:
 
     @property
     def name(self) -> str:
-        """What the paper calls the row: its net or its detector, with the schedule and the data."""
+        """The paper's name of the row: its net or its detector, with the schedule and the data."""
         keys = ("name", "detector", "head", "backbone", "neck", "schedule", "dataset")
         return ", ".join(str(self.facts[key]) for key in keys if self.facts.get(key))
 

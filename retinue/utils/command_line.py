@@ -199,7 +199,7 @@ def _one_line(error: ValidationError, fields: Mapping[str, FieldInfo]) -> str:
     if fault["type"] == "missing":
         return f"{name}={describe_type(annotation)} is missing: {fields[name].description}"
     if fault["type"] == "too_short":
-        return f"{name} needs at least {fault['ctx']['min_length']} entry"
+        return f"{name} needs at least {fault.get('ctx', {}).get('min_length')} entry"
     expected = message.removeprefix("Input should be ").partition(", unable")[0]
     expected = expected.replace("a valid integer", "an integer").replace("a valid ", "a ")
     hint = nearest(str(given), map(str, get_args(annotation))) if fault["type"] == "literal_error" else ""

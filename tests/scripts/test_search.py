@@ -3,20 +3,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import TrialState, create_trial
+from optuna.distributions import FloatDistribution
+from optuna.trial import create_trial
 
 from retinue.results.search import Search, read_space
 from retinue.runs.config import register_resolvers
-from retinue.utils.paths import CONF
 from scripts import search
+from tests.retinue.results.test_search import QUICK, space_file
 from tests.retinue.runs.cli import result, rows, start, stop_when
-
-QUICK = (
-    "model=swin", "model.size=nano", "+model.args.depths=[1,1,1,1]", "data.image_size=16", "recipe.epochs=3",
-    "recipe.batch_size=32", "recipe.schedule.warmup_epochs=0", "trainer.limit_train_batches=3",
-    "trainer.accelerator=cpu", "logger=none", "data.num_workers=0",
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +20,11 @@ def in_folder(tmp_path, monkeypatch):
 
 
 def trials(name):
+    """Return the rows of a search's trials.csv by the names of the trials."""
     return {row["what"]: row for row in rows(f"outputs/search/{name}/trials.csv")}
 
 
-def space_file(**space):
-    Path("space.yaml").write_text(yaml.safe_dump(space))
-    return "space.yaml"
-
-
-def test_trials_are_runs_and_the_same_command_goes_on(capsys):
+def test_trials_are_runs_and_the_same_command_adds_trials(capsys):
     search.main(["space=lr_wd", "trials=2", *QUICK])
     first, folder = trials("lr_wd"), Path("outputs/search/lr_wd")
     assert len(first) == 2
@@ -54,13 +44,6 @@ def test_trials_are_runs_and_the_same_command_goes_on(capsys):
     assert len(again) == 3 and {name: again[name] for name in first} == first
     assert {name: (folder / name / "result.json").stat().st_mtime_ns for name in first} == results
     assert len({row["recipe.optimizer.lr"] for row in again.values()}) == 3
-
-
-def test_a_recipe_that_warms_up_by_steps():
-    for task, steps in (("detection", 150), ("classification", 0)):
-        lr = {"recipe.optimizer.lr": FloatDistribution(1e-5, 2e-5)}
-        pruning = Search(Path(task).absolute(), lr, [f"task={task}"], 0).config(0, {}).callbacks.pruning
-        assert (pruning.warmup_steps, pruning.warmup) == (steps, 0 if steps else 2)
 
 
 @pytest.mark.parametrize(("steps", "state", "epochs"), [(0, "pruned", "2"), (100, "complete", "3")])
@@ -84,7 +67,7 @@ def test_a_trial_below_the_median_is_ended_early(steps, state, epochs):
     assert result(Path("outputs/search/space/trial-5"))["epochs"] == int(epochs)
 
 
-def test_a_killed_search_goes_on_with_the_trial_that_it_was_at(tmp_path):
+def test_a_killed_search_resumes_its_last_trial(tmp_path):
     command = ("scripts/search", "space=lr_wd", "trials=1", *QUICK, "checkpoint.every_steps=1", "recipe.epochs=4")
     killed = start(*command, folder=tmp_path)
     stop_when(killed, tmp_path / "outputs/search/lr_wd/trial-0/checkpoints/last.ckpt", signal.SIGKILL)
@@ -99,35 +82,12 @@ def test_a_killed_search_goes_on_with_the_trial_that_it_was_at(tmp_path):
     }
 
 
-def test_the_trials_are_one_group_in_wandb():
-    def group(*overrides):
-        space = {"seed": IntDistribution(0, 9)}
-        return Search(Path("a").absolute(), space, ["logger=wandb", *overrides], 0).config(0, {}).logger.wandb.group
-
-    assert group() == "search/a"
-    Path("a").rename("b")
-    assert group("logger.wandb.group=mine") == "mine"
-
-
-def test_a_trial_that_another_process_is_at_is_left_to_it():
-    space = {"recipe.optimizer.lr": FloatDistribution(1e-4, 1e-3)}
-    here = Search(Path("search").absolute(), space, QUICK, 0)
-    there = Search(Path("search").absolute(), space, QUICK, 0)
-    number = there.study.ask({**space}).number
-    with there._claim(number) as theirs:
-        assert theirs
-        here.run(1)  # nothing is left to do
-        assert here.study.trials[number].state == TrialState.RUNNING
-    with here._claim(number) as mine:
-        assert mine
-
-
 def test_a_failed_trial_does_not_stop_the_others(capsys):
     name = space_file(**{"model.mixers": ["windw", "window"]})
     search.main([f"space={name}", "trials=6", *QUICK[:4], "recipe.epochs=1", *QUICK[5:]])
-    found = list(trials("space").values())
-    assert {row["state"] for row in found} == {"complete", "fail"}
-    assert all(("windw" in row["failed"]) == (row["state"] == "fail") for row in found)
+    finished = list(trials("space").values())
+    assert {row["state"] for row in finished} == {"complete", "fail"}
+    assert all(("windw" in row["failed"]) == (row["state"] == "fail") for row in finished)
 
 
 def test_a_search_in_which_everything_fails_ends(tmp_path):
@@ -136,27 +96,6 @@ def test_a_search_in_which_everything_fails_ends(tmp_path):
     ):
         search.main(["space=lr_wd", "trials=9", *QUICK, "recipe.loss=cee"])
     assert [row["state"] for row in trials("lr_wd").values()] == ["fail"] * 3
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"low": 1, "high": 5}, IntDistribution(1, 5)),
-        ({"low": 0.1, "high": 1, "log": True}, FloatDistribution(0.1, 1.0, log=True)),
-        (["adamw", "lamb", None], CategoricalDistribution(["adamw", "lamb", None])),
-        ([["agent", "window"], "window"], CategoricalDistribution(["[agent,window]", "window"])),
-    ],
-)
-def test_a_space_is_ranges_and_choices(values, expected):
-    assert read_space(space_file(**{"a.b": values})) == {"a.b": expected}
-
-
-@pytest.mark.parametrize(
-    "values", [{"low": 1}, {"low": 0.1, "high": 1, "lg": True}, {"low": 2, "high": 1}, [], "adamw"]
-)
-def test_what_is_neither_is_refused(values):
-    with pytest.raises(ValueError, match=r"^space\.yaml: a\.b"):
-        read_space(space_file(**{"a.b": values}))
 
 
 def test_unknown_spaces_keys_and_other_searches_are_refused_before_anything_is_written(tmp_path):
@@ -168,10 +107,3 @@ def test_unknown_spaces_keys_and_other_searches_are_refused_before_anything_is_w
     Search(tmp_path / "outputs/search/lr_wd", read_space("lr_wd"), QUICK, 0)
     with pytest.raises(ValueError, match="holds a search with other overrides"):
         search.main(["space=lr_wd", *QUICK, "seed=1"])
-
-
-@pytest.mark.parametrize("path", sorted((CONF / "search").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_keys_of_every_space_are_train_pys(path, tmp_path):
-    Search(tmp_path, read_space(path.stem), QUICK, 0)
-    with pytest.raises(Exception, match="no_such_key"):
-        Search(tmp_path, read_space(space_file(**{"recipe.no_such_key": [1]})), QUICK, 0)
