@@ -38,7 +38,7 @@ class Options(command_line.Options):
     where: dict[str, str] = Field({}, description="only runs with this value; a,b and swin_* work")
     by: list[str] | None = Field(None, description="names whose values make a row; null: all that differs but the seed")
     columns: list[str] | None = Field(None, description="names to show; null: the tasks' main metrics, params and macs")
-    pivot: str | None = Field(None, description="name for each of whose values there are columns")
+    pivot: str | None = Field(None, description="name whose values each get columns of their own")
     spread: Literal["ci95", "std"] = Field("ci95", description="what stands after ±; a CSV file has both")
     benchmarks: Path | None = Field(None, description="CSV of benchmark_models.py; adds the names inference_...")
     out: list[Path] = Field([], description=f"files to write, which end in {', '.join(SUFFIXES)}")

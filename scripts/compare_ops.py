@@ -29,7 +29,7 @@ from retinue.utils.paths import CONF
 
 class Options(command_line.Options):
     ops: list[str] | None = Field(None, min_length=1, description="ops to compare; null: all")
-    backbone: str = Field("swin", description="backbone in conf/model, one that takes mixers")
+    backbone: str = Field("swin", description="backbone in conf/model that takes mixers")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of the runs")
     small: bool = Field(False, description=f"short runs: {' '.join(SMALL)}")
     image_sizes: list[int] | None = Field(

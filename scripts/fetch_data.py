@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = options.out
     if folder is None:
         folder = Path(os.environ.get("RETINUE_DATA", "data")) / options.name
-    done = "fetched and checked" if fetch(options.name, folder) else "were there already and are right"
+    done = "fetched and checked" if fetch(options.name, folder) else "are already there and correct"
     print(f"{options.name}: {count} files {done}, in {folder}")
 
 

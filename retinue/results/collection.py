@@ -26,7 +26,7 @@ RUN_KEYS = re.compile(r"^(?:seed|run_dir):.*\n?(?: .*\n?)*", re.MULTILINE)
 # Name of a run's folder, below <task>/<data>/<model>.
 FOLDER_NAME = re.compile(r"[0-9a-f]{8}-s(\d+)")
 STATUSES = ("finished", "failed", "unreadable", "unfinished")
-# An error lists at most so many of the values that the runs have.
+# Maximum number of the runs' values that an error lists.
 MAX_LISTED_VALUES = 20
 
 
@@ -38,7 +38,7 @@ class Run:
         folder: The folder.
         result: Contents of `result.json`; None if there is none or it cannot be read.
         failure: Why there is no result; None if that is not known.
-        status: `finished`, `failed`, `unreadable` (its result is) or `unfinished`.
+        status: `finished`, `failed`, `unreadable` (its result cannot be read) or `unfinished`.
     """
 
     folder: Path

@@ -21,7 +21,7 @@ from scripts.benchmark_models import Setting, benchmark
 
 # Overrides for runs that take a quarter of an hour together.
 SMALL = ("data.image_size=16", "recipe.epochs=3")
-# An error message in the table has at most so many characters.
+# Maximum length of an error message in the table, in characters.
 MAX_MESSAGE_LENGTH = 200
 # Mode of a benchmark -> prefix of the table's columns.
 PREFIXES = {"inference": "infer", "training": "train"}

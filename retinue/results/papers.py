@@ -18,9 +18,9 @@ DENSE_DATA = {"detection": "coco", "segmentation": "ade20k"}
 NOT_ARCHITECTURE = ("name", "drop_path_rate", "images_up_to", "dense")
 # Image size for which conf/model and conf/data need no override, in pixels.
 DEFAULT_IMAGE_SIZE = 224
-# An accuracy may differ from the paper's by so many percentage points.
+# Maximum difference between an accuracy and the paper's, in percentage points.
 ACCURACY_TOLERANCE = 0.1
-# Binary fractions must not fail a comparison of decimal ones.
+# Slack for the rounding errors of floating point, so that a difference of exactly the tolerance agrees.
 ROUNDING = 1e-9
 
 
@@ -84,18 +84,18 @@ def model_choice(net: str, args: Mapping[str, Any], image_size: int | None) -> l
         the size in conf/model does not set.
     """
     args = {key: value for key, value in args.items() if key != "img_size"}
-    # The size in conf/model that sets the most of the arguments names the net.
-    chosen: dict[str, Any] = {}
+    # Of the sizes in conf/model that agree with the arguments, the one that sets the most arguments names the net.
+    chosen: dict[str, Any] | None = None
     choice = ["model=timm", f"model.name={net}"]
-    found = False
     for path in sorted(MODELS.glob("*.yaml")):
         for size, settings in (_load(path).get("sizes") or {}).items():
             if settings["name"] != net:
                 continue
             architecture = {key: value for key, value in settings.items() if key not in NOT_ARCHITECTURE}
             fits = all(args.get(key) == value for key, value in architecture.items())
-            if fits and (not found or len(architecture) > len(chosen)):
-                chosen, choice, found = architecture, [f"model={path.stem}", f"model.size={size}"], True
+            if fits and (chosen is None or len(architecture) > len(chosen)):
+                chosen, choice = architecture, [f"model={path.stem}", f"model.size={size}"]
     if image_size not in (DEFAULT_IMAGE_SIZE, None):
         choice.append(f"data.image_size={image_size}")
-    return choice + [f"+model.args.{key}={to_text(value)}" for key, value in args.items() if key not in chosen]
+    missing = {key: value for key, value in args.items() if chosen is None or key not in chosen}
+    return choice + [f"+model.args.{key}={to_text(value)}" for key, value in missing.items()]

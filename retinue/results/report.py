@@ -1,7 +1,7 @@
 """One HTML page of many runs: table, quality against cost, learning curves, and each run's config and commands.
 
-The page is one file that loads nothing else. `page/` holds its parts: `make_data` makes the JSON that the scripts
-there show.
+The page is one file that loads nothing else. `page/` holds its template, style and scripts, which show the JSON of
+`make_data`.
 """
 
 import csv
@@ -21,7 +21,7 @@ from retinue.results.figures import display_unit, lower_is_better, main_figures
 
 PAGE_FOLDER = Path(__file__).resolve().parent / "page"
 SCRIPTS = ("charts.js", "details.js", "report.js")
-# All curves together have at most so many points, which take about 8 MB.
+# Maximum number of points of all curves together, which take about 8 MB.
 MAX_POINTS = 400_000
 MIN_POINTS_PER_CURVE = 20
 # Headings of the figures that the chart of quality against cost offers, and of the table's other columns.
@@ -165,7 +165,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
         return []
     if run.status != "finished":
         return [("Resume the run", _train_command(run, str(run.folder)))]
-    # A folder of its own: below the folder of the other runs it would be counted as one of them.
+    # The new run is outside the folder of the other runs, since collect.py would average it with them there.
     new_folder = str(Path("again", *run.folder.parts[-4:]))
     return [
         ("Train again in a new folder", _train_command(run, new_folder)),

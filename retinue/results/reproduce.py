@@ -81,18 +81,18 @@ def count_complexity(row: PaperRow) -> None:
     facts = row.facts
     net = partial(timm.create_model, facts["net"], num_classes=NUM_CLASSES, **facts.get("args", {}))
     row.complexity = params, macs = complexity(net, facts["input"] or DEFAULT_IMAGE_SIZE)
-    _set_count(row, "params_m", params / 1e6)
+    _set_count(row.figures["params_m"], params / 1e6, facts.get("params_exception", ""))
     # Without the size of the paper's images its MACs cannot be compared.
     if facts["input"] is not None:
-        _set_count(row, "flops_g", macs / 1e9)
+        _set_count(row.figures["flops_g"], macs / 1e9, facts.get("flops_exception", ""))
 
 
-def _set_count(row: PaperRow, key: str, ours: float) -> None:
-    figure = row.figures[key]
+def _set_count(figure: Figure, ours: float, reason: str) -> None:
+    """Set a counted figure; `reason` tells why it differs from the paper's, if that is known."""
     figure.ours = ours
     if figure.paper is not None and not agrees(ours, figure.paper):
         figure.differs = True
-        figure.reason = row.facts.get(f"{key.partition('_')[0]}_exception", "")
+        figure.reason = reason
 
 
 def finished_trainings(folder: Path | None) -> list[Run]:
@@ -178,7 +178,7 @@ def evaluate_weights(row: PaperRow, weights: str, data: Mapping[str, Any], batch
     check(cfg)
     metrics = evaluate_here(cfg)["metrics"]
     low, high = metrics["test/top1_ci95"]
-    # On the whole validation set the checkpoint has one accuracy; on a part of it the interval counts.
+    # A part of the validation set has an interval; for the whole set only the tolerance counts.
     interval = (100 * low, 100 * high) if metrics["test/n"] < NUM_IMAGES else None
     _set_accuracy(row.figures["top1"], 100 * metrics["test/top1"], interval)
 

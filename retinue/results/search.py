@@ -30,9 +30,9 @@ from retinue.utils.suggestions import nearest
 
 SPACES = CONF / "search"
 RANGE_KEYS = {"low", "high", "log", "step"}
-# A search ends if so many trials fail before any succeeds: then its settings are wrong, not one trial's values.
+# Number of failures before any success that ends a search: the settings are wrong then, not the values of one trial.
 MAX_FIRST_FAILURES = 3
-# An error message in trials.csv has at most so many characters.
+# Maximum length of an error message in trials.csv, in characters.
 MAX_MESSAGE_LENGTH = 200
 
 

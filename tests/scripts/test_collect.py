@@ -13,7 +13,7 @@ from tests.scripts.run_folders import fail, make_run, write_result
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A folder with two nets by three seeds, and a failed, an unfinished and an unreadable run."""
+    """Make a folder of two nets by three seeds, and a failed, an unfinished and an unreadable run."""
     for seed, top1 in enumerate((0.80, 0.82, 0.84)):
         make_run(tmp_path, "swin_nano", seed, top1)
         make_run(tmp_path, "biformer_nano", seed, top1 + 0.1)

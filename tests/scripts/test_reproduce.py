@@ -22,7 +22,7 @@ def in_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def paper(tmp_path, monkeypatch):
-    """A function that writes the tables of `paper=toy`."""
+    """Yield a function that writes the tables of `paper=toy`."""
 
     def make(*variants, detection=()):
         net = {"name": "Toy", "input": 32, "params_m": None, "flops_g": None, "top1": None, "pretrain": None}

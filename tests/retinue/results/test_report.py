@@ -15,9 +15,8 @@ def test_a_command_quotes_the_folder_for_the_shell_and_for_hydra(tmp_path):
     shown = command.replace("python train.py", "printf '%s\\n'")
     words = subprocess.run(["sh", "-c", shown], capture_output=True, text=True).stdout.splitlines()
     assert words[:4] == ["--config-dir", str(run.folder), "--config-name", "config"]
-    overrides = {
-        override.key_or_group: override.value() for override in OverridesParser.create().parse_overrides(words[4:])
-    }
+    parsed = OverridesParser.create().parse_overrides(words[4:])
+    overrides = {override.key_or_group: override.value() for override in parsed}
     assert overrides == {"hydra.output_subdir": None, "hydra.run.dir": str(run.folder), "run_dir": str(run.folder)}
 
 
