@@ -35,7 +35,7 @@ def test_a_command_has_its_own_help(retinue):
     assert (process.returncode, process.stderr) == (0, "")
     assert process.stdout.startswith(summary("scripts.collect"))
     assert "folder=PATH" in process.stdout
-    assert retinue("train", "--help").stdout.startswith("python train.py")
+    assert "python train.py" in retinue("train", "--help").stdout
 
 
 def test_a_command_gets_its_arguments(retinue):
