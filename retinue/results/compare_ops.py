@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from models import model_name
 from ops import list_ops
+from retinue.benchmarks.models import Setting, benchmark
 from retinue.benchmarks.timing import Row
 from retinue.evaluation.statistics import mean_ci95
 from retinue.runs.result import read_result
@@ -17,7 +18,6 @@ from retinue.runs.training import train
 from retinue.utils.files import replacing
 from retinue.utils.paths import CONF
 from retinue.utils.suggestions import nearest
-from scripts.benchmark_models import Setting, benchmark
 
 # Overrides for runs that take a quarter of an hour together.
 SMALL = ("data.image_size=16", "recipe.epochs=3")

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from models import complexity
+from retinue.benchmarks.models import Setting, benchmark
 from retinue.benchmarks.timing import pick_device
 from retinue.evaluation.statistics import mean_ci95
 from retinue.results.collection import Run, find_runs
@@ -21,7 +22,6 @@ from retinue.runs.config import check, register_resolvers, with_run
 from retinue.runs.evaluation import evaluate_here
 from retinue.utils.paths import CONF
 from retinue.utils.suggestions import nearest
-from scripts.benchmark_models import Setting, benchmark
 
 TASKS = {"variants": "classification", "detection": "detection", "segmentation": "segmentation"}
 OUTPUTS = Path("outputs")
