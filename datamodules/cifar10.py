@@ -107,5 +107,5 @@ class CIFAR10(ClassificationData):
                     return folder, suffix
         raise ValueError(
             f"no CIFAR-10 in {root}: expected test_batch, test_batch.bin or test_batch.png; "
-            "`python scripts/fetch_data.py cifar10` fetches it"
+            "`python scripts/fetch_data.py name=cifar10` fetches it"
         )

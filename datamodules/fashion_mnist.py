@@ -22,7 +22,9 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
     """
     paths = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
     if not paths:
-        raise ValueError(f"no {name} or {name}.gz in {folder}; `python scripts/fetch_data.py fashion_mnist` fetches it")
+        raise ValueError(
+            f"no {name} or {name}.gz in {folder}; `python scripts/fetch_data.py name=fashion_mnist` fetches it"
+        )
     try:
         data = paths[0].read_bytes()
         data = gzip.decompress(data) if paths[0].suffix == ".gz" else data

@@ -8,14 +8,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import scripts
+from retinue.utils.command_line import HELP
 from retinue.utils.errors import user_errors
 from retinue.utils.suggestions import nearest
 
 
 def list_commands() -> dict[str, str]:
     """Return the module of each command: `train`, `eval`, and every script."""
-    found = {info.name: f"scripts.{info.name}" for info in pkgutil.iter_modules(scripts.__path__)}
-    return {"train": "train", "eval": "eval"} | found
+    script_modules = {module.name: f"scripts.{module.name}" for module in pkgutil.iter_modules(scripts.__path__)}
+    return {"train": "train", "eval": "eval"} | script_modules
 
 
 def summary(module: str) -> str:
@@ -26,15 +27,20 @@ def summary(module: str) -> str:
     return docstring.partition("\n")[0]
 
 
+def print_help(commands: dict[str, str]) -> None:
+    """Print the usage, and the commands with their summaries."""
+    print("retinue COMMAND [key=value] ...        retinue COMMAND --help\n")
+    width = max(map(len, commands))
+    for command, module in commands.items():
+        print(f"  {command:{width}}  {summary(module)}")
+
+
 def main() -> None:
     commands, arguments = list_commands(), sys.argv[1:]
-    name = arguments[0] if arguments else "--help"
+    name = arguments[0] if arguments else HELP[0]
     with user_errors():
-        if name in ("--help", "-h"):
-            print("retinue COMMAND [key=value] ...        retinue COMMAND --help\n")
-            width = max(map(len, commands))
-            for command, module in commands.items():
-                print(f"  {command:{width}}  {summary(module)}")
+        if name in HELP:
+            print_help(commands)
             return
         if name not in commands:
             raise ValueError(f"there is no command {name!r}.{nearest(name, commands)} There are: {', '.join(commands)}")

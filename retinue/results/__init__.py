@@ -1,1 +1,1 @@
-"""Many runs: collect, group, compare and report them; the papers' tables beside ours."""
+"""Results of many runs: collect, group, compare and report them, and compare them with the papers' tables."""

@@ -1,11 +1,10 @@
-"""Many runs at once: what lies below a folder, which of it is chosen, and which runs differ in their seed alone."""
+"""The runs below a folder: find them, choose some of them, and group the ones that differ only in their seed."""
 
-import csv
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
@@ -18,24 +17,28 @@ from retinue.evaluation.statistics import Summary, summarise
 from retinue.runs.identity import flatten, identity
 from retinue.runs.result_file import CONFIG, FAILED, RESULT
 from retinue.runs.status import STATES
+from retinue.utils.command_line import to_text
 from retinue.utils.suggestions import nearest
 
 log = logging.getLogger(__name__)
 
-OWN_KEYS = re.compile(r"^(?:seed|run_dir):.*\n?(?: .*\n?)*", re.MULTILINE)  # in which the runs of a config differ
-OWN_NAME = re.compile(r"[0-9a-f]{8}-s(\d+)")  # of a run's folder, below <task>/<data>/<model>
-RATES = ("top1", "top5", "mean_class_accuracy", "ece", "miou", "box_ap", "mask_ap")  # fractions of 1, shown in %
-LESS_IS_BETTER = ("loss", "ece", "params", "macs", "seconds", "memory_mb", "peak_mb", "ms_per_image")
+# Top-level keys that differ between the runs of one config, with their values, in the text of a config.yaml.
+RUN_KEYS = re.compile(r"^(?:seed|run_dir):.*\n?(?: .*\n?)*", re.MULTILINE)
+# Name of a run's folder, below <task>/<data>/<model>.
+FOLDER_NAME = re.compile(r"[0-9a-f]{8}-s(\d+)")
+# Maximum number of the runs' values that an error lists.
+MAX_LISTED_VALUES = 20
 
 
 @dataclass
 class Run:
-    """A run folder, finished or not; also the folder of an evaluation (`eval.py`).
+    """A run folder, finished or not, or the folder of an evaluation (`eval.py`).
 
-    Args:
-        result: what `result.json` holds, if it can be read.
-        failure: why there is no result, where that is known.
-        status: one of `retinue.runs.status.STATES`. A run without a result or a failure is `stopped`, even if a
+    Attributes:
+        folder: The folder.
+        result: Contents of `result.json`; None if there is none or it cannot be read.
+        failure: Why there is no result; None if that is not known.
+        status: One of `retinue.runs.status.STATES`. A run without a result or a failure is `stopped`, even if a
             process is training it at the moment: the run's lock is not looked at here.
     """
 
@@ -46,21 +49,21 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The run's config, resolved; for an evaluation that of the run which it evaluates. {} if there is none."""
+        """The resolved config of the run, or of the run that an evaluation evaluates; {} if there is none."""
         return self._config[0] | self._config[3]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The run's identity by dotted names, such as `recipe.optimizer.lr`; the seed is left out."""
+        """The run's identity with dotted names such as `recipe.optimizer.lr`, without the seed."""
         return self._config[1]
 
     @cached_property
     def _config(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """The config without the run's own keys, its settings, all its values by name, and the run's own keys."""
+        """The config without `RUN_KEYS`, its identity, all its values by name, and the values of `RUN_KEYS`."""
         path = self.config_path
         try:
             text = path.read_text(encoding="utf-8")
-            return *_parse(OWN_KEYS.sub("", text)), _load("".join(OWN_KEYS.findall(text)))
+            return *_parse(RUN_KEYS.sub("", text)), _load("".join(RUN_KEYS.findall(text)))
         except FileNotFoundError:
             return {}, {}, {}, {}
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -69,6 +72,7 @@ class Run:
 
     @property
     def config_path(self) -> Path:
+        """Path of `config.yaml`, which an evaluation shares with the run that it evaluates."""
         return (self.folder.parent.parent if self.kind == "evaluation" else self.folder) / CONFIG
 
     @property
@@ -78,7 +82,7 @@ class Run:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """All that is known of the run, by name: settings, the result's fields, its metrics (`test/top1`)."""
+        """All values of the run by name: settings, fields of the result, metrics (`test/top1`), kind and status."""
         config, result = self.config, self.result or {}
         names: dict[str, Any] = {"seed": config["seed"]} if "seed" in config else {}
         for key in ("task", "data"):
@@ -86,18 +90,21 @@ class Run:
                 names[key] = section["name"]
         if isinstance(config.get("model"), dict):
             names["model"] = self.settings.get("model.name") or self.folder.parent.name
-        if not config and (match := OWN_NAME.fullmatch(self.folder.name)):  # it failed before it had one
+        if not config and (match := FOLDER_NAME.fullmatch(self.folder.name)):
+            # The run failed before it wrote a config.
             task, data, net = self.folder.absolute().parts[-4:-1]
             names = {"task": task, "data": data, "model": net, "seed": int(match[1])}
-        flat = {key: value for key, value in (result | result.get("metrics", {})).items() if _plain(value)}
-        return {**self._config[2], **self.settings, **names, **flat, "kind": self.kind, "status": self.status}
+        fields = {key: value for key, value in (result | result.get("metrics", {})).items() if _is_scalar(value)}
+        return {**self._config[2], **self.settings, **names, **fields, "kind": self.kind, "status": self.status}
 
     def number(self, name: str) -> float | None:
+        """Return the value of this name if it is a number, else None."""
         value = self.values.get(name)
         return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-@cache  # a sweep has thousands of runs, and far fewer configs
+# Cached, since many runs share a config.
+@cache
 def _parse(text: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return a config, its identity by dotted names, and all its values by dotted names except the menus of sizes."""
     config = _load(text)
@@ -108,32 +115,36 @@ def _parse(text: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
 def _load(text: str) -> dict[str, Any]:
     tree = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
     if not isinstance(tree, dict):
-        raise ValueError("it is no mapping")
+        raise ValueError("it is not a mapping")
     return tree
 
 
 def find_runs(folder: str | Path) -> list[Run]:
-    """All runs and evaluations below `folder`, by path; one with a corrupt or half-written result is `unreadable`.
+    """Return all runs and evaluations below a folder, in the order of their paths.
+
+    A run whose result is corrupt or half-written has the status `unreadable`.
 
     Raises:
-        ValueError: `folder` is missing, or holds no run.
+        ValueError: The folder does not exist, or holds no run.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder}")
     runs = []
     for path, folders, files in os.walk(folder):
-        there = {CONFIG, RESULT, FAILED}.intersection(files)
-        if there:
-            runs.append(_read(Path(path), there))
-        # a run's own folders (checkpoints, logs) hold no other run, except for its evaluations
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and (not there or f == "evaluation"))
+        run_files = {CONFIG, RESULT, FAILED}.intersection(files)
+        if run_files:
+            runs.append(_read(Path(path), run_files))
+        # The folders of a run (checkpoints, logs) hold no other run, except for the evaluations of this run.
+        visible = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in visible if name == "evaluation" or not run_files]
     if not runs:
         raise ValueError(f"no run lies below {folder}: a run's folder holds {CONFIG} or {RESULT}")
     return runs
 
 
-def _read(folder: Path, there: set[str]) -> Run:
-    if RESULT in there:
+def _read(folder: Path, run_files: set[str]) -> Run:
+    """Return the run of a folder that holds these of the files `CONFIG`, `RESULT` and `FAILED`."""
+    if RESULT in run_files:
         try:
             result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
             if not isinstance(result, dict) or not isinstance(result.get("metrics"), dict):
@@ -141,7 +152,7 @@ def _read(folder: Path, there: set[str]) -> Run:
             return Run(folder, result, None, "finished")
         except (OSError, ValueError) as error:
             return Run(folder, None, f"{RESULT} cannot be read: {_one_line(error)}", "unreadable")
-    if FAILED in there:
+    if FAILED in run_files:
         try:
             reason = str(json.loads((folder / FAILED).read_text(encoding="utf-8"))["reason"])
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -150,164 +161,137 @@ def _read(folder: Path, there: set[str]) -> Run:
     return Run(folder, None, None, "stopped")
 
 
-def choose(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
-    """The runs that fit all `conditions`: `name=value`, with alternatives (`a,b`) and patterns (`swin_*`).
+def choose_runs(runs: Sequence[Run], where: Mapping[str, str]) -> list[Run]:
+    """Return the runs that meet all conditions.
+
+    Args:
+        runs: The runs to choose from.
+        where: Wanted value by name; alternatives (`a,b`) and patterns (`swin_*`) are permitted.
 
     Raises:
-        ValueError: a condition has no `=` or a name that no run has; or no run fits.
+        ValueError: No run has a value of such a name, or no run meets a condition.
     """
-    for condition in conditions:
-        name, equals, wanted = condition.partition("=")
-        if not equals:
-            raise ValueError(f"--where takes name=value, not {condition!r}")
+    for name, wanted in where.items():
         check_name(name, runs)
-        found = list(dict.fromkeys(show(run.values[name]) for run in runs if name in run.values))
-        runs = [run for run in runs if name in run.values and _fits(run.values[name], wanted)]
+        values = list(dict.fromkeys(to_text(run.values[name]) for run in runs if name in run.values))
+        runs = [run for run in runs if name in run.values and _matches(run.values[name], wanted)]
         if not runs:
-            raise ValueError(f"no run has {condition}.{nearest(wanted, found)} There are: {', '.join(found[:20])}")
+            listed = ", ".join(values[:MAX_LISTED_VALUES])
+            raise ValueError(f"no run has {name}={wanted}.{nearest(wanted, values)} There are: {listed}")
     return list(runs)
 
 
-def _fits(value: Any, wanted: str) -> bool:
-    text, either = show(value), [wanted, *wanted.split(",")]  # the whole, too: a list has commas
-    return any(text == each or fnmatchcase(text, each) or _same_number(value, each) for each in either)
+def _matches(value: Any, wanted: str) -> bool:
+    text = to_text(value)
+    # The whole of `wanted` counts as well, since the text of a list has commas.
+    alternatives = [wanted, *wanted.split(",")]
+    return any(
+        text == alternative or fnmatchcase(text, alternative) or _is_same_number(value, alternative)
+        for alternative in alternatives
+    )
 
 
-def _same_number(value: Any, text: str) -> bool:
+def _is_same_number(value: Any, text: str) -> bool:
     try:
         return isinstance(value, int | float) and float(text) == value
     except ValueError:
         return False
 
 
-def show(value: Any) -> str:
-    """A value as it is typed on the command line."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return f"[{','.join(map(show, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}: {show(each)}' for key, each in value.items())}}}"
-    return repr(value) if type(value) in (int, float) else json.dumps(value)
-
-
 @dataclass
 class Group:
-    """Runs that have `key` in common."""
+    """Runs that have the same values of some names.
+
+    Attributes:
+        key: The shared values by name, as text.
+        runs: The runs.
+    """
 
     key: dict[str, str]
     runs: list[Run]
 
     def summary(self, name: str) -> Summary | None:
-        """Of the finished runs that have it; None where none has."""
+        """Summarise the numbers of this name over the runs that have one; None if no run has."""
         numbers = [number for run in self.runs if (number := run.number(name)) is not None]
         return summarise(numbers) if numbers else None
 
-    def count(self) -> dict[str, int]:
-        """Runs by status, finished ones first."""
-        return {status: n for status in STATES if (n := sum(run.status == status for run in self.runs))}
+    def count_by_status(self) -> dict[str, int]:
+        """Return the number of runs with each status that occurs, in the order of `STATES`."""
+        counts = {status: sum(run.status == status for run in self.runs) for status in STATES}
+        return {status: count for status, count in counts.items() if count}
 
 
-def group(runs: Sequence[Run], by: Sequence[str] | None = None) -> list[Group]:
-    """Runs of a kind with the same values of `by`; if not given, runs that differ in nothing but the seed.
+def group_runs(runs: Sequence[Run], by: Sequence[str] | None = None) -> list[Group]:
+    """Group the runs that have the same values of the names in `by`, and are of the same kind.
+
+    Args:
+        runs: The runs to group.
+        by: Names of values. Default: the names that tell runs apart which differ in more than the seed.
 
     Raises:
-        ValueError: no run has a name in `by`.
+        ValueError: No run has a value of a name in `by`.
     """
-    for name in by or ():
-        check_name(name, runs)
-    mixed = len({run.kind for run in runs}) > 1  # an evaluation repeats the figures of its run, or has other images
-    keys = distinguishing(runs) if by is None else ["kind"] * (mixed and "kind" not in by) + [*by]
+    if by is None:
+        names = distinguishing_names(runs)
+    else:
+        for name in by:
+            check_name(name, runs)
+        names = list(by)
+        # Evaluations and trainings are not averaged: an evaluation repeats the metrics of its run, or has other images.
+        if "kind" not in names and len({run.kind for run in runs}) > 1:
+            names.insert(0, "kind")
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        groups.setdefault(_values(run, keys), []).append(run)
-    return [Group(dict(zip(keys, values, strict=True)), members) for values, members in groups.items()]
+        groups.setdefault(_key(run, names), []).append(run)
+    return [Group(dict(zip(names, key, strict=True)), members) for key, members in groups.items()]
 
 
 def check_name(name: str, runs: Sequence[Run]) -> None:
     """Raise a ValueError with the nearest name if no run has a value called `name`."""
-    known = dict.fromkeys(known for run in runs for known in run.values)
-    if name not in known:
-        raise ValueError(f"no run has {name!r}.{nearest(name, known)}")
+    names = dict.fromkeys(known for run in runs for known in run.values)
+    if name not in names:
+        raise ValueError(f"no run has {name!r}.{nearest(name, names)}")
 
 
-def distinguishing(runs: Sequence[Run]) -> list[str]:
-    """`model`, what else of kind, task and data differs, and the fewest settings that tell all others apart."""
-    keys = [name for name in ("kind", "task", "data") if len({_values(run, [name]) for run in runs}) > 1] + ["model"]
-    cells: dict[tuple[str, ...], dict[int, Run]] = {}  # one run for all with the same settings
+def distinguishing_names(runs: Sequence[Run]) -> list[str]:
+    """Return the names that tell runs apart which differ in more than the seed.
+
+    These are `kind`, `task` and `data` where they differ, `model`, and then settings, chosen greedily: each next one
+    splits the groups that are left into the most parts.
+    """
+    names = [name for name in ("kind", "task", "data") if len({_key(run, [name]) for run in runs}) > 1] + ["model"]
+    # For each key, one run for all that share their settings (the object that `_parse` caches).
+    representatives: dict[tuple[str, ...], dict[int, Run]] = {}
     for run in runs:
         if run.settings:
-            cells.setdefault(_values(run, keys), {}).setdefault(id(run.settings), run)
-    parts = [list(cell.values()) for cell in cells.values()]
+            representatives.setdefault(_key(run, names), {}).setdefault(id(run.settings), run)
+    parts = [list(part.values()) for part in representatives.values()]
     chosen: list[str] = []
     while parts := [part for part in parts if len(part) > 1]:
-        names = dict.fromkeys(name for part in parts for run in part for name in run.settings)
-        splits = {name: sum(len({_values(run, [name]) for run in part}) - 1 for part in parts) for name in names}
+        settings = dict.fromkeys(name for part in parts for run in part for name in run.settings)
+        splits = {name: sum(len({_key(run, [name]) for run in part}) - 1 for part in parts) for name in settings}
         best = max(splits, key=lambda name: splits[name], default=None)
         if best is None or not splits[best]:
             break
         chosen.append(best)
-        parts = [[run for run in part if _values(run, [best]) == value]
-                 for part in parts for value in {_values(run, [best]) for run in part}]  # fmt: skip
-    return keys + chosen
+        parts = [subset for part in parts for subset in _split(part, best)]
+    return names + chosen
 
 
-def _values(run: Run, names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(show(run.values[name]) if name in run.values else "" for name in names)
-
-
-def figures(runs: Sequence[Run]) -> list[str]:
-    """The figure of each task, as `test/top1`; where a run's config does not tell it, its first test metric."""
-    names = {}
+def _split(runs: Sequence[Run], name: str) -> list[list[Run]]:
+    """Return the runs in lists, one for each value of the name."""
+    subsets: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        metrics = [name for name in (run.result or {}).get("metrics", {}) if run.number(name) is not None]
-        figure = f"test/{run.settings.get('task.figure')}"
-        rest = [name for name in metrics if name != "test/n"]
-        names |= dict.fromkeys([figure] if figure in metrics else rest[:1])
-    return list(names)
+        subsets.setdefault(_key(run, [name]), []).append(run)
+    return list(subsets.values())
 
 
-def unit(name: str, largest: float) -> tuple[str, float]:
-    """What `name` is shown in, and what that is worth: `("%", 0.01)`. `largest` is the largest value to be shown."""
-    if name.rpartition("/")[2] in RATES:
-        return "%", 0.01
-    if name in ("params", "macs"):
-        return ("G", 1e9) if largest >= 1e9 else ("M", 1e6)
-    return "", 1.0
+def _key(run: Run, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the run's values of these names as text; "" for a value that it lacks."""
+    return tuple(to_text(run.values[name]) if name in run.values else "" for name in names)
 
 
-def less_is_better(name: str) -> bool:
-    return name.endswith(LESS_IS_BETTER)
-
-
-def join_benchmarks(runs: Sequence[Run], path: str | Path) -> None:
-    """Give the runs the speed and memory that `benchmark_models.py --csv` measured of their nets, as `inference_...`.
-
-    Raises:
-        ValueError: the file cannot be read, is not of that kind, or has a net in more than one setting.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("mode", "inference") == "inference"]
-        speeds: dict[str, dict[str, float | None]] = {}
-        for row in rows:
-            if row["what"] in speeds:
-                raise ValueError(f"{row['what']} has more than one row: --benchmarks takes one shape, dtype and device")
-            speed = float(row["images_per_s"])
-            peak = float(row["peak_mb"]) if row["peak_mb"] else None
-            speeds[row["what"]] = {"inference_ms_per_image": 1000 / speed, "inference_images_per_s": speed,
-                                    "inference_peak_mb": peak}  # fmt: skip
-    except OSError as error:
-        raise ValueError(f"--benchmarks {path}: {error.strerror}") from None
-    except KeyError as error:
-        raise ValueError(f"--benchmarks {path} has no column {error}; benchmark_models.py writes it") from None
-    if not speeds:
-        raise ValueError(f"--benchmarks {path} has no row of inference")
-    for run in runs:
-        run.values.update(speeds.get(str(run.values.get("model")), {}))
-
-
-def _plain(value: Any) -> bool:
+def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 

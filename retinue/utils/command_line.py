@@ -1,14 +1,15 @@
 """The command line of the scripts: `key=value` with types, ranges, suggestions and `--help`, as `train.py` has it.
 
-A script declares its options as a subclass of `Options`, one field each with a description:
+A script declares its options as a subclass of `Options`, one field for each key, with a description:
 
     class Options(command_line.Options):
-        '''Table of all runs below a folder.'''
-
         folder: Path = Field(Path("outputs"), description="folder of the runs")
         rounds: int = Field(7, ge=1, description="how often each candidate is timed")
+        seeds: list[int] = Field([0, 1, 2], description="seeds of the runs")
+        where: dict[str, str] = Field({}, description="only runs with this value")
 
-A list takes `key=[a,b]` or one entry; a mapping takes `key.name=value`, once for each entry; `null` is None.
+A list takes `seeds=[0,1]`, or `seeds=0` for a single entry. A mapping takes `where.model=swin`, once for each entry;
+the values of a `dict[str, Any]` are read as YAML. `null` is None where the type permits None.
 """
 
 import sys
@@ -24,6 +25,7 @@ from pydantic.fields import FieldInfo
 from retinue.utils.suggestions import nearest
 
 HELP = ("--help", "-h")
+TYPE_NAMES = {str: "TEXT", int: "INT", float: "FLOAT", bool: "true|false", Path: "PATH"}
 
 
 class Options(BaseModel):
@@ -36,22 +38,37 @@ class Options(BaseModel):
         """Read the options from the command line; with `--help` print them and exit.
 
         Args:
-            arguments: the command line without the program's name; by default that of this process.
+            arguments: The command line without the program's name. Default: that of this process.
 
         Raises:
-            ValueError: an option is unknown or lacking, or has a value of another type or out of range.
+            ValueError: A key is unknown or missing, or a value has another type or is out of range.
         """
-        options, others = cls.parse_some(arguments)
+        values, others = cls._read_values(arguments)
         if others:
             raise ValueError(cls._unknown(others[0]))
-        return options
+        return cls._validate(values)
 
     @classmethod
     def parse_some(cls, arguments: Sequence[str] | None = None) -> tuple[Self, list[str]]:
-        """Read the options, and return them with the arguments for other keys, such as overrides of `train.py`."""
+        """Read the options, and return them with the arguments for other keys, such as overrides of `train.py`.
+
+        Args:
+            arguments: As in `parse`.
+
+        Raises:
+            ValueError: An argument is not `key=value`, a key is missing, or a value has another type or is out of
+                range.
+        """
+        values, others = cls._read_values(arguments)
+        return cls._validate(values), others
+
+    @classmethod
+    def _read_values(cls, arguments: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
+        """Return the values of the options as pydantic takes them, and the arguments for other keys."""
         arguments = sys.argv[1:] if arguments is None else arguments
         if any(argument in HELP for argument in arguments):
-            print(cls.help())
+            # A closed pipe (`--help | head -1`) must fail here, within `user_errors`, not when Python exits.
+            print(cls.help(), flush=True)
             sys.exit()
         values: dict[str, Any] = {}
         others: list[str] = []
@@ -59,26 +76,34 @@ class Options(BaseModel):
             key, equals, text = argument.partition("=")
             name, dot, entry = key.partition(".")
             field = cls.model_fields.get(name)
-            if not equals:
+            if not equals or key.startswith("-"):
                 raise ValueError(cls._unknown(argument))
             if field is not None and _is_mapping(field):
                 if not entry:
-                    raise ValueError(f"{name} takes {name}.<name>=<value>, not {argument}")
-                values.setdefault(name, {})[entry] = text
+                    expected = describe_type(field.annotation)
+                    raise ValueError(f"{name} takes {name}.<name>={expected}, not {argument}")
+                values.setdefault(name, {})[entry] = _read_entry(text, field)
             elif field is None or dot:
                 others.append(argument)
             else:
                 values[name] = _read(text, field)
+        return values, others
+
+    @classmethod
+    def _validate(cls, values: dict[str, Any]) -> Self:
+        """Return the options with these values; a ValueError in one line if a value is missing or wrong."""
         try:
-            return cls(**values), others
+            return cls(**values)
         except ValidationError as error:
             raise ValueError(_one_line(error, cls.model_fields)) from None
 
     @classmethod
     def _unknown(cls, argument: str) -> str:
-        known = list(cls.model_fields)
-        hint = nearest(argument.partition("=")[0].lstrip("-").replace("-", "_"), known)
-        return f"there is no option {argument!r}.{hint} There are, as key=value: {', '.join(known)}"
+        """Return the message for an argument whose key is no option."""
+        names = list(cls.model_fields)
+        key = argument.partition("=")[0].lstrip("-").replace("-", "_")
+        listed = f"There are, as key=value: {', '.join(names)}" if names else "The command takes no options"
+        return f"there is no option {argument!r}.{nearest(key, names)} {listed}"
 
     @classmethod
     def help(cls) -> str:
@@ -86,13 +111,15 @@ class Options(BaseModel):
         rows = []
         for name, field in cls.model_fields.items():
             key = f"{name}.<name>" if _is_mapping(field) else name
-            silent = field.is_required() or _is_mapping(field)
-            default = "" if silent else f" [{_show(field.get_default(call_default_factory=True))}]"
+            default = ""
+            if not field.is_required() and not _is_mapping(field):
+                default = f" ({to_text(field.get_default(call_default_factory=True))})"
             rows.append((f"{key}={describe_type(field.annotation)}", f"{field.description}{default}"))
-        width = max(len(left) for left, _ in rows)
+        width = max((len(left) for left, _ in rows), default=0)
         lines = [f"  {left:{width}}  {right}" for left, right in rows]
-        module = sys.modules[cls.__module__]
-        return "\n".join([(module.__doc__ or "").strip(), "", "Options, with their defaults in brackets:", *lines])
+        heading = ["Options, with their defaults in parentheses:"] if rows else []
+        docstring = sys.modules[cls.__module__].__doc__ or ""
+        return "\n".join([docstring.strip(), "", *heading, *lines])
 
 
 def describe_type(annotation: Any) -> str:
@@ -101,17 +128,46 @@ def describe_type(annotation: Any) -> str:
     if origin is Literal:
         return "|".join(map(str, arguments))
     if origin in (Union, types.UnionType):
-        return "|".join(describe_type(each) for each in arguments if each is not type(None))
+        return "|".join(describe_type(argument) for argument in arguments if argument is not type(None))
     if origin in (list, tuple):
         return f"[{describe_type(arguments[0])},...]"
     if origin is dict:
         return describe_type(arguments[1])
-    names = {str: "TEXT", int: "INT", float: "FLOAT", bool: "true|false", Path: "PATH"}
-    return names.get(annotation, "VALUE")
+    return TYPE_NAMES.get(annotation, "VALUE")
+
+
+def to_text(value: Any) -> str:
+    """Return a value as it is typed on the command line: `null`, `true`, `0.001`, `[a,b]`, `{a: b}`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(to_text, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}: {to_text(entry)}' for key, entry in value.items())}}}"
+    return str(value)
+
+
+def check_suffixes(name: str, paths: Sequence[Path], suffixes: Sequence[str]) -> None:
+    """Raise a ValueError if one of the files that the option `name` takes has another suffix."""
+    for path in paths:
+        if path.suffix not in suffixes:
+            raise ValueError(f"{name} takes files that end in {', '.join(suffixes)}, not {path}")
 
 
 def _is_mapping(field: FieldInfo) -> bool:
     return get_origin(field.annotation) is dict
+
+
+def _read_entry(text: str, field: FieldInfo) -> Any:
+    """Return the value of one entry of a mapping: text, or read as YAML where the mapping takes any value."""
+    if get_args(field.annotation)[1] is not Any:
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _read(text: str, field: FieldInfo) -> Any:
@@ -120,37 +176,31 @@ def _read(text: str, field: FieldInfo) -> Any:
     allowed = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     if text == "null" and type(None) in allowed:
         return None
-    if any(get_origin(each) in (list, tuple) for each in allowed):
+    if any(get_origin(type_) in (list, tuple) for type_ in allowed):
         if not text.startswith("["):
             return [text]
         try:
-            entries = yaml.load(text, yaml.BaseLoader)  # BaseLoader keeps every entry a string
+            # BaseLoader keeps every entry a string.
+            return yaml.load(text, yaml.BaseLoader)
         except yaml.YAMLError:
             return text
-        return entries
     return text
 
 
 def _one_line(error: ValidationError, fields: Mapping[str, FieldInfo]) -> str:
-    """Return the first thing that is wrong: what was expected, what came, and the nearest choice."""
-    first = error.errors()[0]
-    if not first["loc"]:  # a check of several options together, which words its own message
-        return first["msg"].removeprefix("Value error, ")
-    name = str(first["loc"][0])
-    annotation, given = fields[name].annotation, first["input"]
-    if first["type"] == "missing":
+    """Return the first fault: what was expected, what was given, and the nearest choice."""
+    fault = error.errors()[0]
+    message = fault["msg"].removeprefix("Value error, ")
+    if not fault["loc"]:
+        # A validator of several options together words its own message.
+        return message
+    name = str(fault["loc"][0])
+    annotation, given = fields[name].annotation, fault["input"]
+    if fault["type"] == "missing":
         return f"{name}={describe_type(annotation)} is missing: {fields[name].description}"
-    expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    expected = expected.partition(", unable")[0].replace("a valid integer", "an integer").replace("a valid ", "a ")
-    hint = nearest(str(given), map(str, get_args(annotation))) if first["type"] == "literal_error" else ""
-    return f"{name} must be {expected}, not {_show(given)}.{hint}".removesuffix(".")
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(_show, value))}]"
-    return str(value)
+    if fault["type"] == "too_short":
+        return f"{name} needs at least {fault.get('ctx', {}).get('min_length')} entry"
+    expected = message.removeprefix("Input should be ").partition(", unable")[0]
+    expected = expected.replace("a valid integer", "an integer").replace("a valid ", "a ")
+    hint = nearest(str(given), map(str, get_args(annotation))) if fault["type"] == "literal_error" else ""
+    return f"{name} must be {expected}, not {to_text(given)}.{hint}".removesuffix(".")

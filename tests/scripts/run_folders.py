@@ -1,4 +1,4 @@
-"""Run folders as `train.py` leaves them, without training."""
+"""Make run folders as `train.py` leaves them, without training."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import yaml
 def make_run(
     outputs: Path, model: str, seed: int, top1: float | None = None, *, data: str = "digits", **recipe: Any
 ) -> Path:
-    """A finished run with test accuracy `top1`, or, without it, one that has just begun."""
+    """Make the folder of a finished run with test accuracy `top1`; without `top1`, of a run that has just begun."""
     identity = "".join(f"{name}{value}" for name, value in recipe.items()) or "0a1b2c3d"
     folder = outputs / "classification" / data / model / f"{identity}-s{seed}"
     (folder / "checkpoints").mkdir(parents=True)
@@ -33,7 +33,7 @@ def make_run(
 
 
 def write_result(folder: Path, model: str, seed: int, metrics: dict[str, Any], **more: Any) -> None:
-    """`result.json`; the longer the model's name, the larger and slower it is."""
+    """Write `result.json`; the longer the model's name, the larger and slower the model."""
     size = 1_000_000 * len(model)
     result = {
         "status": "finished",
@@ -53,4 +53,5 @@ def write_result(folder: Path, model: str, seed: int, metrics: dict[str, Any], *
 
 
 def fail(folder: Path, reason: str) -> None:
+    """Write `failed.json` with this reason."""
     (folder / "failed.json").write_text(json.dumps({"reason": reason, "time": "2026-11-21T10:00:00"}))

@@ -13,7 +13,7 @@ from tests.scripts.run_folders import fail, make_run, write_result
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Two nets by three seeds, a failed, a stopped and an unreadable run."""
+    """Make a folder of two nets by three seeds, and a failed, a stopped and an unreadable run."""
     for seed, top1 in enumerate((0.80, 0.82, 0.84)):
         make_run(tmp_path, "swin_nano", seed, top1)
         make_run(tmp_path, "biformer_nano", seed, top1 + 0.1)
@@ -24,14 +24,14 @@ def sweep(tmp_path):
 
 
 def table(folder, *arguments):
-    """Rows of the CSV that the script writes."""
+    """Run the script and return the rows of the CSV file that it writes."""
     path = folder / "table.csv"
-    collect.main([str(folder), *arguments, "--out", str(path)])
+    collect.main([f"folder={folder}", *arguments, f"out={path}"])
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def test_a_row_is_the_mean_over_seeds_and_counts_what_is_not_finished(sweep, capsys):
+def test_a_row_is_the_mean_over_seeds_and_counts_unfinished_runs(sweep, capsys):
     biformer, swin = table(sweep)
     assert (swin["model"], swin["runs"]) == ("swin_nano", "3 (1 failed)")
     assert biformer["runs"] == "3 (1 stopped, 1 unreadable)"
@@ -55,10 +55,11 @@ def test_runs_of_different_settings_are_not_averaged_and_the_settings_are_named(
     assert [(row["recipe.epochs"], float(row["test/top1"]), row["runs"]) for row in rows] == [
         ("2", 0.002, "2"), ("300", 0.3, "2"),
     ]  # fmt: skip
-    assert "recipe.warmup" not in rows[0]  # tells nothing that epochs does not
+    # `recipe.epochs` distinguishes the same runs already.
+    assert "recipe.warmup" not in rows[0]
 
 
-def test_what_leaves_the_result_as_it_is_makes_no_row(tmp_path):
+def test_settings_that_do_not_change_the_result_make_no_row(tmp_path):
     for seed, workers in ((0, 0), (1, 8)):
         config = make_run(tmp_path, "swin_nano", seed, 0.5) / "config.yaml"
         config.write_text(config.read_text().replace("num_workers: 0", f"num_workers: {workers}"))
@@ -71,10 +72,10 @@ def test_a_run_that_failed_before_it_had_a_config_counts_with_the_others_of_its_
     failed.mkdir()
     fail(failed, "no such data")
     assert [(row["model"], row["runs"]) for row in table(tmp_path)] == [("swin_nano", "1 (1 failed)")]
-    assert [row["runs"] for row in table(tmp_path, "--where", "seed=1", "data=digits")] == ["0 (1 failed)"]
+    assert [row["runs"] for row in table(tmp_path, "where.seed=1", "where.data=digits")] == ["0 (1 failed)"]
 
 
-def test_whatever_lies_in_the_files_the_others_are_collected(tmp_path, capsys):
+def test_corrupt_files_do_not_stop_the_other_runs(tmp_path, capsys):
     make_run(tmp_path, "swin_nano", 0, 0.5)
     results = ["[]", "null", "", "{}", '{"metrics": 3}', "\x00"]
     for i, text in enumerate(results):
@@ -89,28 +90,28 @@ def test_whatever_lies_in_the_files_the_others_are_collected(tmp_path, capsys):
     assert capsys.readouterr().err.count("result.json cannot be read") == len(results)
 
 
-def test_a_mean_that_is_not_over_seeds_alone_is_told(tmp_path, capsys):
+def test_a_mean_over_more_than_seeds_is_reported(tmp_path, capsys):
     make_run(tmp_path, "swin_nano", 0, 0.1, epochs=2)
     make_run(tmp_path, "swin_nano", 0, 0.3, epochs=300)
-    assert float(table(tmp_path, "--by", "model")[0]["test/top1"]) == pytest.approx(0.2)
+    assert float(table(tmp_path, "by=model")[0]["test/top1"]) == pytest.approx(0.2)
     assert "model=swin_nano: a mean over runs that differ in recipe.epochs" in capsys.readouterr().err
     make_run(tmp_path / "copy", "swin_nano", 0, 0.1, epochs=2)
-    table(tmp_path, "--where", "recipe.epochs=2")
+    table(tmp_path, "where.recipe.epochs=2")
     assert "model=swin_nano: seed 0 counts more than once" in capsys.readouterr().err
 
 
 def test_filters_take_alternatives_patterns_and_numbers(sweep):
-    assert [row["model"] for row in table(sweep, "--where", "model=swin_*")] == ["swin_nano"]
-    assert [row["runs"] for row in table(sweep, "--where", "seed=0,1")] == ["2", "2"]
-    assert len(table(sweep, "--where", "recipe.optimizer.lr=1e-3", "model=biformer_nano,none")) == 1
-    assert [row["runs"] for row in table(sweep, "--where", "status=failed")] == ["0 (1 failed)"]
+    assert [row["model"] for row in table(sweep, "where.model=swin_*")] == ["swin_nano"]
+    assert [row["runs"] for row in table(sweep, "where.seed=0,1")] == ["2", "2"]
+    assert len(table(sweep, "where.recipe.optimizer.lr=1e-3", "where.model=biformer_nano,none")) == 1
+    assert [row["runs"] for row in table(sweep, "where.status=failed")] == ["0 (1 failed)"]
 
 
 def test_a_pivot_puts_data_sets_side_by_side(tmp_path):
     make_run(tmp_path, "swin_nano", 0, 0.5)
     make_run(tmp_path, "swin_nano", 0, 0.7, data="cifar10")
     make_run(tmp_path, "biformer_nano", 0, 0.9, data="cifar10")
-    biformer, swin = table(tmp_path, "--by", "model", "--pivot", "data", "--columns", "test/top1")
+    biformer, swin = table(tmp_path, "by=[model]", "pivot=data", "columns=[test/top1]")
     assert (swin["digits test/top1"], swin["cifar10 test/top1"], swin["runs"]) == ("0.5", "0.7", "2")
     assert (biformer["digits test/top1"], biformer["cifar10 test/top1"]) == ("", "0.9")
 
@@ -118,29 +119,30 @@ def test_a_pivot_puts_data_sets_side_by_side(tmp_path):
 def test_runs_with_different_metrics_share_a_table(tmp_path, capsys):
     write_result(make_run(tmp_path, "swin_nano", 0), "swin_nano", 0, {"test/top1": 0.5})
     write_result(make_run(tmp_path, "swin_nano", 1), "swin_nano", 1, {"test/miou": 0.25, "test/top5": float("nan")})
-    write_result(tmp_path / "elsewhere", "other", 0, {"test/box_ap": 0.4})  # no config
+    # A result without a config.
+    write_result(tmp_path / "elsewhere", "other", 0, {"test/box_ap": 0.4})
     rows = {row["model"]: row for row in table(tmp_path)}
     assert (rows["swin_nano"]["test/top1"], rows["swin_nano"]["test/miou"]) == ("0.5", "0.25")
     assert rows["other"]["test/box_ap"] == "0.4"
     assert "1 of 2 finished runs have no test/miou" in capsys.readouterr().err
 
 
-def test_an_evaluation_stands_apart_from_its_run(tmp_path):
+def test_an_evaluation_has_a_row_apart_from_its_run(tmp_path):
     folder = make_run(tmp_path, "swin_nano", 7, 0.5)
     write_result(folder / "evaluation/1234abcd", "swin_nano", 0, {"test/top1": 0.3}, weights="best.ckpt")
     training, evaluation = table(tmp_path)
     assert (training["kind"], training["test/top1"]) == ("training", "0.5")
     assert (evaluation["kind"], evaluation["test/top1"]) == ("evaluation", "0.3")
-    assert [row["runs"] for row in table(tmp_path, "--by", "model")] == ["1", "1"]
+    assert [row["runs"] for row in table(tmp_path, "by=model")] == ["1", "1"]
     assert find_runs(tmp_path)[1].settings["recipe.epochs"] == 2
 
 
-def test_markdown_and_latex_escape_what_they_would_take_for_their_own(tmp_path):
+def test_markdown_and_latex_escape_special_characters(tmp_path):
     name = "größe_<b>|50%&"
     make_run(tmp_path, name, 0, 0.5)
     make_run(tmp_path, name, 1, 0.6)
     files = [tmp_path / "t.md", tmp_path / "t.tex"]
-    collect.main([str(tmp_path), "--spread", "std", "--out", *map(str, files)])
+    collect.main([f"folder={tmp_path}", "spread=std", f"out=[{files[0]},{files[1]}]"])
     markdown, latex = (file.read_text(encoding="utf-8") for file in files)
     assert r"| größe_&lt;b&gt;\|50%&amp; | 2    |  55.00 ± 7.07 |" in markdown
     assert r"  größe\_<b>|50\%\& & 2 & 55.00 $\pm$ 7.07 & 14.00 & 42.00 \\" in latex
@@ -151,7 +153,7 @@ def test_speed_and_memory_of_a_benchmark_are_joined_by_the_nets_name(sweep):
     header = "what,shape,median_ms,peak_mb,mode,images_per_s"
     (sweep / "models.csv").write_text(f"{header}\nswin_nano,8x3x32x32,40,55,inference,200\nswin_nano,,,9,training,50\n")
     names = ("inference_ms_per_image", "inference_peak_mb")
-    biformer, swin = table(sweep, "--benchmarks", str(sweep / "models.csv"), "--columns", *names)
+    biformer, swin = table(sweep, f"benchmarks={sweep / 'models.csv'}", f"columns=[{','.join(names)}]")
     assert [float(swin[name]) for name in names] == [5.0, 55.0]
     assert biformer[names[0]] == ""
 
@@ -159,32 +161,33 @@ def test_speed_and_memory_of_a_benchmark_are_joined_by_the_nets_name(sweep):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "there is no folder nowhere"),
-        (["empty"], "no run lies below empty: a run's folder holds config.yaml or result.json"),
-        (["--where", "modl=swin"], "no run has 'modl'. Did you mean 'model'?"),
-        (["--where", "model=swin_nono"], "no run has model=swin_nono. Did you mean 'swin_nano'? There are: "),
-        (["--where", "model"], "--where takes name=value, not 'model'"),
-        (["--columns", "test/top2"], "no run has 'test/top2'. Did you mean 'test/top1'?"),
-        (["--by", "modle"], "no run has 'modle'. Did you mean 'model'?"),
-        (["--out", "table.xls"], "--out takes files that end in .csv, .md, .tex, not table.xls"),
-        (["--benchmarks", "nowhere.csv"], "--benchmarks nowhere.csv: No such file or directory"),
+        (["folder=nowhere"], "there is no folder nowhere"),
+        (["folder=empty"], "no run lies below empty: a run's folder holds config.yaml or result.json"),
+        (["where.modl=swin"], "no run has 'modl'. Did you mean 'model'?"),
+        (["where.model=swin_nono"], "no run has model=swin_nono. Did you mean 'swin_nano'? There are: "),
+        (["where=model"], "where takes where.<name>=TEXT, not where=model"),
+        (["columns=test/top2"], "no run has 'test/top2'. Did you mean 'test/top1'?"),
+        (["by=modle"], "no run has 'modle'. Did you mean 'model'?"),
+        (["out=table.xls"], "out takes files that end in .csv, .md, .tex, not table.xls"),
+        (["benchmarks=nowhere.csv"], "benchmarks=nowhere.csv: No such file or directory"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(sweep, monkeypatch, arguments, message):
+def test_a_mistake_is_answered_in_one_line(sweep, monkeypatch, arguments, message):
     monkeypatch.chdir(sweep)
     (sweep / "empty").mkdir()
-    folder = [] if arguments[0] in ("nowhere", "empty") else ["."]
     with pytest.raises(ValueError) as error:
-        collect.main([*folder, *arguments])
+        collect.main(["folder=.", *arguments])
     assert message in str(error.value)
 
 
 def test_an_error_on_the_command_line(tmp_path):
-    done = subprocess.run([sys.executable, collect.__file__, "nowhere"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, collect.__file__, "folder=nowhere"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: there is no folder nowhere\n")
 
 
-def test_a_thousand_runs_take_a_second_or_two(tmp_path):
+def test_a_thousand_runs_take_at_most_two_seconds(tmp_path):
     for i in range(200):
         for seed in range(5):
             make_run(tmp_path, f"net{i % 10}", seed, i / 200, lr=i)

@@ -1,9 +1,8 @@
-"""The page as a reader meets it: in a browser, by mouse and by keyboard, on a desk and on a phone."""
+"""The page in a browser: by mouse and by keyboard, on a wide screen and on a phone."""
 
 import json
 import re
 import shutil
-import subprocess
 
 import pytest
 import yaml
@@ -21,12 +20,14 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """Three nets by two seeds, one of two data sets, and runs that failed, stopped or left half a result."""
+    """Make a folder of three nets by two seeds, a second data set, and failed, stopped and half-written runs."""
     outputs = tmp_path_factory.mktemp("outputs")
     for seed in (0, 1):
         make_run(outputs, "swin_nano", seed, 0.80 + seed / 100)
-        make_run(outputs, "biformer_nano", seed, 0.90 + seed / 100)  # the dearest and the best
-        make_run(outputs, "resnet10t_wide", seed, 0.70 + seed / 100)  # dearer than both and worse
+        # More expensive than swin_nano and better.
+        make_run(outputs, "biformer_nano", seed, 0.90 + seed / 100)
+        # More expensive than both and worse.
+        make_run(outputs, "resnet10t_wide", seed, 0.70 + seed / 100)
     fail(make_run(outputs, "swin_nano", 2), "OutOfMemoryError: <img src=x onerror=document.title='taken'> 2 GiB")
     make_run(outputs, "swin_nano", 3)
     (make_run(outputs, "swin_nano", 4) / "result.json").write_text('{"status"')
@@ -39,7 +40,7 @@ def outputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(outputs, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    report.main([str(outputs), "--title", "Swin & <others>", "--out", str(path)])
+    report.main([f"folder={outputs}", "title=Swin & <others>", f"out={path}"])
     return path
 
 
@@ -60,7 +61,7 @@ def chrome(tmp_path_factory):
 
 
 class Reader:
-    """What a person does with the page."""
+    """A reader of the page: opens it, presses keys, and looks at elements."""
 
     def __init__(self, driver):
         self.driver = driver
@@ -84,14 +85,14 @@ class Reader:
         ActionChains(self.driver).send_keys(*keys).perform()
 
     def tab_to(self, selector):
-        """Go on by the tabulator until the element has the focus."""
+        """Press the tabulator key until the element has the focus."""
         from selenium.webdriver import Keys
 
         for _ in range(100):
             if self.driver.execute_script("return document.activeElement.matches(arguments[0])", selector):
                 return
             self.press(Keys.TAB)
-        raise AssertionError(f"the tabulator does not reach {selector}")
+        raise AssertionError(f"the tabulator key does not reach {selector}")
 
     def names(self):
         return [node.text for node in self.all("tbody .open")]
@@ -107,13 +108,14 @@ class Reader:
 def reader(chrome, page):
     reader = Reader(chrome)
     reader.open(page)
+    # Empty the logs of the previous test.
     for log in ("browser", "performance"):
-        chrome.get_log(log)  # of the test before
+        chrome.get_log(log)
     yield reader
     assert [entry for entry in chrome.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
 
 
-def test_the_page_loads_nothing_and_takes_no_name_for_its_own_code(page, reader):
+def test_the_page_loads_nothing_and_runs_no_code_from_names(page, reader):
     text = re.sub(r'(?s)<script type="application/json".*?</script>', "", page.read_text(encoding="utf-8"))
     assert "<script" in text
     assert not re.search(r"(?:src|href)=[\"']?(?!data:)[\w/]|@import|url\(|https?://(?!www\.w3\.org/2000/svg)", text)
@@ -121,13 +123,16 @@ def test_the_page_loads_nothing_and_takes_no_name_for_its_own_code(page, reader)
     assert reader.driver.title == "Swin & <others>"
     assert EVIL in reader.names()
     assert not reader.all("img, tbody b")
-    asked = [json.loads(entry["message"])["message"] for entry in reader.driver.get_log("performance")]
-    urls = {each["params"]["request"]["url"] for each in asked if each["method"] == "Network.requestWillBeSent"}
+    messages = [json.loads(entry["message"])["message"] for entry in reader.driver.get_log("performance")]
+    urls = {
+        message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"
+    }
     assert {url for url in urls if not url.startswith("data:")} == {page.as_uri()}
 
 
 def test_the_table_has_the_means_and_sorts_by_a_column(reader):
-    assert reader.names() == ["biformer_nano", "swin_nano", "resnet10t_wide", EVIL]  # the best first
+    # The best net comes first.
+    assert reader.names() == ["biformer_nano", "swin_nano", "resnet10t_wide", EVIL]
     row = reader.all("tbody tr")[1].text
     assert "80.50 ± 6.35" in row and "2 + 1 failed + 1 stopped + 1 unreadable" in row.replace("\n", " ")
     button = reader.one("[data-sort='test/top1']")
@@ -136,7 +141,8 @@ def test_the_table_has_the_means_and_sorts_by_a_column(reader):
     assert reader.one("th[aria-sort='ascending']").text.startswith("top1")
     reader.tab_to("[data-sort='test/loss']")
     reader.press(" ")
-    assert reader.names() == ["biformer_nano", "swin_nano", "resnet10t_wide", EVIL]  # what has no loss is last
+    # A net without a loss comes last in both directions.
+    assert reader.names() == ["biformer_nano", "swin_nano", "resnet10t_wide", EVIL]
     reader.press(" ")
     assert reader.names() == ["resnet10t_wide", "swin_nano", "biformer_nano", EVIL]
 
@@ -161,7 +167,7 @@ def test_only_runs_on_the_same_data_are_compared(reader):
     assert "60.00" in reader.one("tbody tr").text
 
 
-def test_the_theme_is_the_systems_until_the_switch_says_otherwise(reader, page):
+def test_the_theme_follows_the_system_until_it_is_switched(reader, page):
     light = reader.style("body", "background-color")
     reader.one("#theme").click()
     dark = reader.style("body", "background-color")
@@ -172,11 +178,12 @@ def test_the_theme_is_the_systems_until_the_switch_says_otherwise(reader, page):
     assert reader.style("body", "background-color") == dark
 
 
-def test_points_tell_what_they_are_by_mouse_and_by_keyboard(reader):
+def test_points_have_tooltips_by_mouse_and_by_keyboard(reader):
     from selenium.webdriver import ActionChains, Keys
 
-    best = {mark.get_attribute("data-entry") for mark in reader.all(".mark.best")}
-    assert best == {"swin_nano", "biformer_nano"}  # the front: one is cheaper, one is better
+    # On the Pareto front one net is cheaper and one is better.
+    front = {mark.get_attribute("data-entry") for mark in reader.all(".mark.best")}
+    assert front == {"swin_nano", "biformer_nano"}
     ActionChains(reader.driver).move_to_element(reader.one(".mark[data-entry='swin_nano'] .shape")).perform()
     assert reader.one(".tip").text.splitlines() == ["swin_nano", "top1 80.50 ± 6.35 %", "MACs 27.00 M"]
     reader.one("#x input[value='params'] + span").click()
@@ -197,7 +204,8 @@ def test_a_runs_details_open_and_close_by_keyboard(reader, outputs):
     assert config["recipe"]["optimizer"]["lr"] == 0.001 and "seed" not in config
     folder = outputs / "classification/digits/swin_nano/0a1b2c3d"
     assert f"python eval.py run={folder}-s0" in reader.one("#details").text
-    assert len(reader.all("#details .curve")) == 10  # of five runs, loss and top-1
+    # Two charts, loss and top-1, show five runs.
+    assert len(reader.all("#details .curve")) == 10
     reader.tab_to("#run")
     reader.press(Keys.DOWN, Keys.DOWN)
     text = reader.one("#details").text
@@ -208,7 +216,7 @@ def test_a_runs_details_open_and_close_by_keyboard(reader, outputs):
     assert reader.driver.execute_script("return document.activeElement.textContent") == "swin_nano"
 
 
-def test_nothing_hangs_over_the_edge_of_a_phone(reader, page):
+def test_nothing_is_wider_than_a_phone(reader, page):
     for scheme in ("light", "dark"):
         reader.open(page, 375, scheme)
         assert reader.width() == 375
@@ -219,45 +227,15 @@ def test_nothing_hangs_over_the_edge_of_a_phone(reader, page):
         assert reader.one("#details").rect["width"] <= 375
 
 
-def test_a_command_of_a_folder_with_special_characters_is_the_shells_and_hydras(tmp_path):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from retinue.results.collection import find_runs
-
-    make_run(tmp_path / "a b's, c=d", "swin_nano", 0)
-    (run,) = find_runs(tmp_path)
-    ((title, command),) = report.commands(run)
-    assert title == "Go on with it"
-    shown = command.replace("python train.py", "printf '%s\\n'")
-    words = subprocess.run(["sh", "-c", shown], capture_output=True, text=True).stdout.splitlines()
-    assert words[:4] == ["--config-dir", str(run.folder), "--config-name", "config"]
-    overrides = {each.key_or_group: each.value() for each in OverridesParser.create().parse_overrides(words[4:])}
-    assert overrides == {"hydra.output_subdir": None, "hydra.run.dir": str(run.folder), "run_dir": str(run.folder)}
-
-
-def test_long_curves_are_thinned_and_keep_their_end():
-    points = [[i, i / 3] for i in range(1000)]
-    thinned = report.thin(points, 100)
-    assert len(thinned) == 100 and thinned[-1] == [999, 333.0]
-    assert report.thin(points[:3], 100) == [[0, 0.0], [1, 0.333333], [2, 0.666667]]
-
-
-def test_a_cut_line_of_the_curves_is_passed_over(tmp_path):
-    (tmp_path / "metrics.csv").write_text("step,epoch,val/top1,train/loss\n1,1,0.5,nan\n2,2,0.6,1.0\n3,3,0.")
-    curves = report.read_curves(tmp_path / "metrics.csv")
-    assert curves == {"val/top1": [[1, 0.5], [2, 0.6]], "train/loss": [[2, 1.0]]}
-    assert report.read_curves(tmp_path / "nowhere.csv") == {}
-
-
 def test_a_folder_without_runs_makes_no_page(tmp_path):
     with pytest.raises(ValueError, match="no run lies below"):
-        report.main([str(tmp_path), "--out", str(tmp_path / "report.html")])
+        report.main([f"folder={tmp_path}", f"out={tmp_path / 'report.html'}"])
     assert not (tmp_path / "report.html").exists()
 
 
 def test_a_folder_without_any_result_still_makes_a_page(tmp_path, chrome):
     fail(make_run(tmp_path, "swin_nano", 0), "no")
-    report.main([str(tmp_path), "--out", str(tmp_path / "report.html")])
+    report.main([f"folder={tmp_path}", f"out={tmp_path / 'report.html'}"])
     reader = Reader(chrome)
     chrome.get_log("browser")
     reader.open(tmp_path / "report.html")

@@ -8,7 +8,7 @@ import timm
 import yaml
 
 from models import complexity
-from retinue.results import papers as tables
+from retinue.results import papers as paper_tables
 from retinue.results.collection import find_runs
 from scripts import reproduce
 from tests.imagenet_folder import make_imagenet_folder
@@ -22,7 +22,7 @@ def in_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def paper(tmp_path, monkeypatch):
-    """`paper=toy` with these rows."""
+    """Yield a function that writes the tables of `paper=toy`."""
 
     def make(*variants, detection=()):
         net = {"name": "Toy", "input": 32, "params_m": None, "macs_g": None, "top1": None, "pretrain": None}
@@ -30,9 +30,9 @@ def paper(tmp_path, monkeypatch):
         (tmp_path / "papers").mkdir(exist_ok=True)
         (tmp_path / "papers/toy.yaml").write_text(yaml.safe_dump(facts))
 
-    monkeypatch.setattr(tables, "PAPERS", tmp_path / "papers")
+    monkeypatch.setattr(paper_tables, "PAPERS", tmp_path / "papers")
     yield make
-    tables._load.cache_clear()
+    paper_tables._load.cache_clear()
 
 
 def table(*options):
@@ -41,7 +41,7 @@ def table(*options):
 
 
 def finished(folder, result, seed=0, top1=0.5, epochs=300, mixers=None, **config):
-    """A run folder of train.py's."""
+    """Write the folder of a finished run, as train.py leaves it."""
     metrics = {"test/top1": top1, "test/top1_ci95": [top1 - 0.01, top1 + 0.01]}
     facts = {"task": "classification", "data": "imagenet", "model": "swin_nano", "metrics": metrics, "epochs": epochs}
     settings = {"model": {"mixers": mixers}, "data": {"classes": None}, "recipe": {"epochs": epochs}, "seed": seed}
@@ -76,7 +76,7 @@ def test_counts_are_compared_with_the_papers(paper, capsys):
     assert "missing, no net here: Absent" in out and f"* Known at 32 px: {params:.1f} M are counted" in out
 
 
-def test_accuracy_is_the_mean_of_the_longest_configurations_runs(paper):
+def test_accuracy_is_the_mean_over_the_runs_of_the_longest_configuration(paper):
     counted = swin_nano()
     for seed, top1 in enumerate((0.50, 0.52, 0.54)):
         finished(f"outputs/a/long-s{seed}", counted, seed, top1)
@@ -87,12 +87,13 @@ def test_accuracy_is_the_mean_of_the_longest_configurations_runs(paper):
     finished("outputs/a/other_net-s0", counted | {"model": "swin_tiny"}, top1=0.9, epochs=600)
     net = {"net": "swin_nano"}
     paper(net | {"top1": 53.0}, net | {"name": "Within", "top1": 54.9}, net | {"name": "Off", "top1": 70.0})
-    found = table()
-    assert [float(row["top1_ours"]) for row in found] == pytest.approx([52.0] * 3)
-    assert [row["top1_note"] for row in found] == ["", "", "outside the tolerance"]  # the interval is 52 ± 4.97
+    reproduced = table()
+    assert [float(row["top1_ours"]) for row in reproduced] == pytest.approx([52.0] * 3)
+    # The interval is 52 ± 4.97.
+    assert [row["top1_note"] for row in reproduced] == ["", "", "outside the tolerance"]
 
 
-def test_one_runs_own_interval_counts(paper):
+def test_the_interval_of_a_single_run_counts(paper):
     finished("outputs/a/one-s0", swin_nano(), top1=0.52)
     paper(*({"net": "swin_nano", "top1": top1} for top1 in (51.2, 50.8)))
     assert [row["top1_note"] for row in table()] == ["", "outside the tolerance"]
@@ -114,20 +115,22 @@ def test_a_run_and_its_weights_give_the_same_accuracy(paper, tmp_path, capfd, mo
     assert float(table(f"weights.swin_nano={weights}", *data)[0]["top1_ours"]) == pytest.approx(top1)
 
 
-def test_biformers_table_is_whole_and_says_how_to_get_the_rest(capsys):
+def test_the_table_of_biformer_is_complete_and_lists_how_to_train_its_rows(capsys):
     reproduce.main(["paper=biformer", "out=biformer.md"])
     out = capsys.readouterr().out
     lines = Path("biformer.md").read_text().splitlines()
     body = [line for line in lines if line.startswith("| BiFormer-")]
     assert len(body) == 5 and all(
-        re.search(r"\| 224 \| [\d.]+ / [\d.]+ \| [\d.]+ / [\d.]+ \| [\d.]+ / – \|", row) for row in body
+        re.search(r"\| +224 \| +[\d.]+ / [\d.]+ \| +[\d.]+ / [\d.]+ \| +[\d.]+ / – \|", row) for row in body
     )
     assert "✗" not in out and "*" not in out
-    named = re.findall(r"python train.py experiment=(\S+) data.root=DIR", out)
-    assert len(named) == 5 and all((tables.CONF / f"experiment/{name}.yaml").is_file() for name in named)
+    experiments = re.findall(r"python train.py experiment=(\S+) data.root=DIR", out)
+    assert len(experiments) == 5 and all(
+        (paper_tables.CONF / f"experiment/{name}.yaml").is_file() for name in experiments
+    )
 
 
-def test_speed_and_memory_are_measured_when_asked_for(paper):
+def test_speed_and_memory_are_measured_on_request(paper):
     paper({"net": "swin_nano"}, {"net": "swin_nano", "input": 64})
     small, large = table("measure=true", "batch_size=4", "device=cpu")
     assert float(small["images_per_s_ours"]) > float(large["images_per_s_ours"]) > 0
@@ -148,13 +151,16 @@ def test_detectors_are_matched_by_net_head_and_schedule(paper):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("paper=biformr",), r"paper=biformr is not there\. Did you mean 'biformer'"),
-        ((), "paper=<name> is missing"),
-        (("papr=biformer",), r"there is no option 'papr'\. Did you mean 'paper'"),
-        (("paper=biformer", "table=detecton"), r"table=detecton is unknown\. Did you mean 'detection'"),
-        (("paper=biformer", "out=table.txt"), r"must be a \.csv or a \.md file"),
-        (("paper=biformer", "weights=a.pth"), r"weights\.<net>=FILE"),
-        (("paper=biformer", "weights.biformer_tny=a.pth"), "no row of it. Did you mean 'biformer_tiny'"),
+        (("paper=biformr",), r"there is no paper=biformr\. Did you mean 'biformer'"),
+        ((), "paper=TEXT is missing: name of a paper"),
+        (("papr=biformer",), r"there is no option 'papr=biformer'\. Did you mean 'paper'"),
+        (
+            ("paper=biformer", "table=detecton"),
+            r"^table must be 'variants', 'detection' or 'segmentation', not detecton\. Did you mean 'detection'",
+        ),
+        (("paper=biformer", "out=table.txt"), r"out takes files that end in \.csv, \.md, not table\.txt"),
+        (("paper=biformer", "weights=a.pth"), r"weights takes weights\.<name>=TEXT, not weights=a\.pth"),
+        (("paper=biformer", "weights.biformer_tny=a.pth"), "no row has this net. Did you mean 'biformer_tiny'"),
         (("paper=biformer", "weights.biformer_tiny=a.pth"), "a.pth is not a file"),
     ],
 )
@@ -164,7 +170,7 @@ def test_wrong_options_are_answered_with_the_nearest(options, message, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_outputs_folder_that_was_asked_for_must_hold_runs(paper):
+def test_a_folder_that_is_given_must_hold_runs(paper):
     paper({"net": "swin_nano"})
     with pytest.raises(ValueError, match="there is no folder nowhere"):
-        table("outputs=nowhere")
+        table("folder=nowhere")

@@ -3,19 +3,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import TrialState, create_trial
+from optuna.distributions import FloatDistribution
+from optuna.trial import create_trial
 
+from retinue.results.search import Search, read_space
 from retinue.runs.config import register_resolvers
-from retinue.utils.paths import CONF
 from scripts import search
+from tests.retinue.results.test_search import QUICK, space_file
 from tests.retinue.runs.cli import result, rows, start, stop_when
-
-QUICK = (
-    "model=swin", "model.size=nano", "+model.args.depths=[1,1,1,1]", "data.image_size=16", "recipe.epochs=3",
-    "recipe.batch_size=32", "recipe.schedule.warmup_epochs=0", "trainer.limit_train_batches=3",
-    "trainer.accelerator=cpu", "logger=none", "data.num_workers=0",
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -25,16 +20,12 @@ def in_folder(tmp_path, monkeypatch):
 
 
 def trials(name):
+    """Return the rows of a search's trials.csv by the names of the trials."""
     return {row["what"]: row for row in rows(f"outputs/search/{name}/trials.csv")}
 
 
-def space_file(**space):
-    Path("space.yaml").write_text(yaml.safe_dump(space))
-    return "space.yaml"
-
-
-def test_trials_are_runs_and_the_same_command_goes_on(capsys):
-    search.main(["lr_wd", "--trials", "2", *QUICK])
+def test_trials_are_runs_and_the_same_command_adds_trials(capsys):
+    search.main(["space=lr_wd", "trials=2", *QUICK])
     first, folder = trials("lr_wd"), Path("outputs/search/lr_wd")
     assert len(first) == 2
     for name, row in first.items():
@@ -48,18 +39,11 @@ def test_trials_are_runs_and_the_same_command_goes_on(capsys):
     assert f"recipe.optimizer.lr={best['recipe.optimizer.lr']}" in out.split("best: python train.py ")[1]
 
     results = {name: (folder / name / "result.json").stat().st_mtime_ns for name in first}
-    search.main(["lr_wd", "--trials", "3", *QUICK])
+    search.main(["space=lr_wd", "trials=3", *QUICK])
     again = trials("lr_wd")
     assert len(again) == 3 and {name: again[name] for name in first} == first
     assert {name: (folder / name / "result.json").stat().st_mtime_ns for name in first} == results
     assert len({row["recipe.optimizer.lr"] for row in again.values()}) == 3
-
-
-def test_a_recipe_that_warms_up_by_steps():
-    for task, steps in (("detection", 150), ("classification", 0)):
-        lr = {"recipe.optimizer.lr": FloatDistribution(1e-5, 2e-5)}
-        pruning = search.Search(Path(task).absolute(), lr, [f"task={task}"], 0).config(0, {}).callbacks.pruning
-        assert (pruning.warmup_steps, pruning.warmup) == (steps, 0 if steps else 2)
 
 
 @pytest.mark.parametrize(("steps", "state", "epochs"), [(0, "pruned", "2"), (100, "complete", "3")])
@@ -67,7 +51,7 @@ def test_a_trial_below_the_median_is_ended_early(steps, state, epochs):
     space = {"recipe.optimizer.lr": FloatDistribution(1e-5, 2e-5)}
     name = space_file(**{"recipe.optimizer.lr": {"low": 1e-5, "high": 2e-5}})
     quick = (*QUICK, f"+recipe.schedule.warmup_steps={steps}") if steps else QUICK
-    study = search.Search(Path("outputs/search/space").absolute(), space, quick, 0).study
+    study = Search(Path("outputs/search/space").absolute(), space, quick, 0).study
     for _ in range(5):
         study.add_trial(
             create_trial(
@@ -77,14 +61,14 @@ def test_a_trial_below_the_median_is_ended_early(steps, state, epochs):
                 intermediate_values={1: 0.0, 2: 1.0, 3: 1.0},
             )
         )
-    search.main([name, "--trials", "6", *quick])
+    search.main([f"space={name}", "trials=6", *quick])
     row = trials("space")["trial-5"]
     assert (row["state"], row["epochs"]) == (state, epochs)
     assert result(Path("outputs/search/space/trial-5"))["epochs"] == int(epochs)
 
 
-def test_a_killed_search_goes_on_with_the_trial_that_it_was_at(tmp_path):
-    command = ("scripts/search", "lr_wd", "--trials", "1", *QUICK, "checkpoint.every_steps=1", "recipe.epochs=4")
+def test_a_killed_search_resumes_its_last_trial(tmp_path):
+    command = ("scripts/search", "space=lr_wd", "trials=1", *QUICK, "checkpoint.every_steps=1", "recipe.epochs=4")
     killed = start(*command, folder=tmp_path)
     stop_when(killed, tmp_path / "outputs/search/lr_wd/trial-0/checkpoints/last.ckpt", signal.SIGKILL)
     config = Path("outputs/search/lr_wd/trial-0/config.yaml").read_text()
@@ -98,81 +82,28 @@ def test_a_killed_search_goes_on_with_the_trial_that_it_was_at(tmp_path):
     }
 
 
-def test_the_trials_are_one_group_in_wandb():
-    def group(*overrides):
-        space = {"seed": IntDistribution(0, 9)}
-        return (
-            search.Search(Path("a").absolute(), space, ["logger=wandb", *overrides], 0).config(0, {}).logger.wandb.group
-        )
-
-    assert group() == "search/a"
-    Path("a").rename("b")
-    assert group("logger.wandb.group=mine") == "mine"
-
-
-def test_a_trial_that_another_process_is_at_is_left_to_it():
-    space = {"recipe.optimizer.lr": FloatDistribution(1e-4, 1e-3)}
-    here = search.Search(Path("search").absolute(), space, QUICK, 0)
-    there = search.Search(Path("search").absolute(), space, QUICK, 0)
-    number = there.study.ask({**space}).number
-    with there._claimed(number) as theirs:
-        assert theirs
-        here.run(1)  # nothing is left to do
-        assert here.study.trials[number].state == TrialState.RUNNING
-    with here._claimed(number) as mine:
-        assert mine
-
-
 def test_a_failed_trial_does_not_stop_the_others(capsys):
     name = space_file(**{"model.mixers": ["windw", "window"]})
-    search.main([name, "--trials", "6", *QUICK[:4], "recipe.epochs=1", *QUICK[5:]])
-    found = list(trials("space").values())
-    assert {row["state"] for row in found} == {"complete", "fail"}
-    assert all(("windw" in row["failed"]) == (row["state"] == "fail") for row in found)
+    search.main([f"space={name}", "trials=6", *QUICK[:4], "recipe.epochs=1", *QUICK[5:]])
+    finished = list(trials("space").values())
+    assert {row["state"] for row in finished} == {"complete", "fail"}
+    assert all(("windw" in row["failed"]) == (row["state"] == "fail") for row in finished)
 
 
 def test_a_search_in_which_everything_fails_ends(tmp_path):
     with pytest.raises(
         ValueError, match=r"the first 3 trials failed, the last one with .*recipe\.loss must be ce or bce"
     ):
-        search.main(["lr_wd", "--trials", "9", *QUICK, "recipe.loss=cee"])
+        search.main(["space=lr_wd", "trials=9", *QUICK, "recipe.loss=cee"])
     assert [row["state"] for row in trials("lr_wd").values()] == ["fail"] * 3
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"low": 1, "high": 5}, IntDistribution(1, 5)),
-        ({"low": 0.1, "high": 1, "log": True}, FloatDistribution(0.1, 1.0, log=True)),
-        (["adamw", "lamb", None], CategoricalDistribution(["adamw", "lamb", None])),
-        ([["agent", "window"], "window"], CategoricalDistribution(["[agent,window]", "window"])),
-    ],
-)
-def test_a_space_is_ranges_and_choices(values, expected):
-    assert search.read_space(space_file(**{"a.b": values})) == {"a.b": expected}
-
-
-@pytest.mark.parametrize(
-    "values", [{"low": 1}, {"low": 0.1, "high": 1, "lg": True}, {"low": 2, "high": 1}, [], "adamw"]
-)
-def test_what_is_neither_is_refused(values):
-    with pytest.raises(ValueError, match=r"^space\.yaml: a\.b"):
-        search.read_space(space_file(**{"a.b": values}))
 
 
 def test_unknown_spaces_keys_and_other_searches_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"no search space 'lr_w'\. Did you mean 'lr_wd'"):
-        search.main(["lr_w", *QUICK])
+        search.main(["space=lr_w", *QUICK])
     with pytest.raises(Exception, match="no_such_key"):
-        search.main(["lr_wd", *QUICK, "no_such_key=1"])
+        search.main(["space=lr_wd", *QUICK, "no_such_key=1"])
     assert not list(tmp_path.iterdir())
-    search.Search(tmp_path / "outputs/search/lr_wd", search.read_space("lr_wd"), QUICK, 0)
+    Search(tmp_path / "outputs/search/lr_wd", read_space("lr_wd"), QUICK, 0)
     with pytest.raises(ValueError, match="holds a search with other overrides"):
-        search.main(["lr_wd", *QUICK, "seed=1"])
-
-
-@pytest.mark.parametrize("path", sorted((CONF / "search").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_keys_of_every_space_are_train_pys(path, tmp_path):
-    search.Search(tmp_path, search.read_space(path.stem), QUICK, 0)
-    with pytest.raises(Exception, match="no_such_key"):
-        search.Search(tmp_path, search.read_space(space_file(**{"recipe.no_such_key": [1]})), QUICK, 0)
+        search.main(["space=lr_wd", *QUICK, "seed=1"])

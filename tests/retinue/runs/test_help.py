@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ops import list_ops
-from retinue.results.papers import experiments
+from retinue.results.experiments import experiments
 from retinue.runs.help import GROUPS, OP_GIVEN, list_choices
 from retinue.runs.signatures import find_net, find_ops, list_arguments
 from retinue.utils.paths import CONF, PROJECT
@@ -40,7 +40,7 @@ def test_a_group_lists_its_choices(cli, program, group):
 def test_every_op_is_listed_with_its_first_line_and_shown_with_its_arguments(cli):
     assert list_choices("ops") == list_ops()
     text = cli("train", "--help", "ops=window").out
-    assert "window=7" in text and "side of a window" in text and "model.mixers=" in text
+    assert "window=7" in text and "Side of a window" in text and "model.mixers=" in text
     for name, op in find_ops().items():
         assert op.summary, name
         outcome = cli("train", "--help", f"ops={name}")
@@ -52,7 +52,7 @@ def test_every_op_is_listed_with_its_first_line_and_shown_with_its_arguments(cli
 def test_a_model_shows_its_sizes_names_and_arguments(cli):
     text = cli("train", "--help", "model=swin").out
     for words in ("size: null", "name: swin_tiny", "drop_path_rate: 0.3", "recipe: swin", "mixers: null",
-                  "dim=96", "window=7", "side of a window", "depths=(2, 2, 6, 2)"):  # fmt: skip
+                  "dim=96", "window=7", "Side of a window", "depths=(2, 2, 6, 2)"):  # fmt: skip
         assert words in text, words
     assert "cfg" in cli("train", "--help", "model=maxvit").out  # a net of timm
     for name in ("biformer_tiny", "agent_cswin_base", "gc_vit_tiny", "efficientvit_m0", "resnet50.a1_in1k"):
@@ -88,7 +88,7 @@ def test_a_paper_lists_its_rows(cli):
     text = " ".join(cli("train", "--help", "experiment=swin").out.split())
     for name in experiments("swin"):
         assert f"{name} " in text
-    assert "swin/tiny_in1k Swin-T on ImageNet-1k at 224 px: 28 M parameters, 4.5 GFLOPs, top-1 81.2 %" in text
+    assert "swin/tiny_in1k Swin-T on ImageNet-1k at 224 px: 28 M parameters, 4.5 GMACs, top-1 81.2 %" in text
     assert "biformer/" not in text
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from retinue.results.collection import find_runs, group
+from retinue.results.collection import find_runs, group_runs
 from retinue.runs.identity import fingerprint, identity, run_folder
 from tests.retinue.runs.test_config import composed
 
@@ -114,7 +114,7 @@ def test_saved_configs_are_grouped_by_the_same_rule(tmp_path):
     save(changed(cfg, seed=1, **menu), tmp_path / "b-s1")
     save(changed(cfg, seed=1, model__sizes__tiny__drop_path_rate=0.3), tmp_path / "c-s1")
     runs = find_runs(tmp_path)
-    assert [len(members.runs) for members in group(runs)] == [2, 1]
+    assert [len(members.runs) for members in group_runs(runs)] == [2, 1]
     assert runs[0].values["model"] == "swin_tiny" and runs[0].values["data.num_workers"] is None
 
 
@@ -126,4 +126,4 @@ def test_a_config_that_names_no_net_of_today_can_still_be_read(tmp_path):
         config = {"model": {"size": size, "sizes": {"tiny": {"name": "swin_tiny"}}}, "data": {"name": "digits"},
                   "task": {"name": "classification", "_target_": "x"}, "seed": seed}  # fmt: skip
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    assert [len(members.runs) for members in group(find_runs(tmp_path))] == [2, 1]
+    assert [len(members.runs) for members in group_runs(find_runs(tmp_path))] == [2, 1]

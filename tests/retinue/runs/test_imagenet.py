@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def shards(folder):
     out = folder.with_name("shards")
-    command = [sys.executable, str(PROJECT / "scripts/make_shards.py"), str(folder), str(out)]
+    command = [sys.executable, str(PROJECT / "scripts/make_shards.py"), f"source={folder}", f"out={out}"]
     subprocess.run(command, check=True, capture_output=True)
     return out
 

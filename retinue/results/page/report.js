@@ -1,12 +1,13 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const columns = new Map(data.columns.map((column) => [column.name, column]));
-const MOST_CURVES = 60,
-  MOST_NAMED = 24;
+const MAX_CURVES = 60,
+  MAX_LEGEND_ENTRIES = 24;
 const state = { set: 0, view: "groups", filter: "", sort: null, descending: true, x: null, y: null, curve: null };
-let entries = []; // what the table and the charts show: {name, index, group, runs, stats: {column: [mean, ci]}}
+// The rows that the table and the charts show: {name, index, group, runs, stats: {column: [mean, ci]}}.
+let entries = [];
 
-// Figures as they are read: rates in %, counts in M or G.
+// Formats a figure for people: fractions in %, counts in M or G.
 function format(name, value, digits = null) {
   if (value === null || value === undefined) return "";
   const column = columns.get(name) ?? curveColumn(name),
@@ -24,7 +25,7 @@ function format(name, value, digits = null) {
 
 const curveColumn = (name) => data.curveColumns.find((column) => column.name === name) ?? { unit: "", scale: 1 };
 const heading = (column) => (column.unit ? `${column.heading} (${column.unit})` : column.heading);
-const plain = (number) => number.toLocaleString("en", { maximumSignificantDigits: 4 });
+const formatNumber = (number) => number.toLocaleString("en", { maximumSignificantDigits: 4 });
 
 function update() {
   const words = state.filter.toLowerCase().split(/\s+/).filter(Boolean);
@@ -54,7 +55,7 @@ function update() {
 }
 
 function drawLegend() {
-  const few = entries.length <= MOST_NAMED ? entries : [];
+  const few = entries.length <= MAX_LEGEND_ENTRIES ? entries : [];
   $("legend").replaceChildren(
     ...few.map((entry) => {
       const on = () => light(entry.name),
@@ -83,7 +84,7 @@ function drawLegend() {
 const swatch = (entry) =>
   element("span", { class: "swatch", style: `--colour: ${colour(entry.index)}`, "aria-hidden": "true" });
 
-// Brings out one entry in all charts and in the table.
+// Highlights one entry in all charts and in the table; `null` removes the highlight.
 function light(name) {
   for (const picture of document.querySelectorAll(".charts svg")) picture.classList.toggle("dim", name !== null);
   for (const node of document.querySelectorAll("[data-entry]"))
@@ -104,27 +105,28 @@ function drawCharts() {
         const text = [entry.name, line(y, value(y.name, [mean, ci])), line(x, format(x.name, cost))].join("\n");
         return { x: cost, y: mean, ci, name: entry.name, index: entry.index, text, open: () => openDetails(entry) };
       });
-    // the scales work on what is shown, so that ticks are round in %, M and G
+    // The scales get the numbers that are shown, so that ticks are round in %, M and G.
     for (const p of points) [p.x, p.y, p.ci] = [p.x / x.scale, p.y / y.scale, p.ci && p.ci / y.scale];
     drawCosts($("costs"), points, {
       xTitle: heading(x),
-      formatX: plain,
-      formatY: plain,
-      lessIsBetter: y.less,
+      formatX: formatNumber,
+      formatY: formatNumber,
+      lowerIsBetter: y.lowerIsBetter,
       bounds: y.unit === "%" ? [0, 100] : [-Infinity, Infinity],
     });
   }
   const lines = curvesOf(entries, state.curve);
-  drawCurves($("curves"), lines.slice(0, MOST_CURVES), CURVE_AXES);
+  drawCurves($("curves"), lines.slice(0, MAX_CURVES), CURVE_AXES);
   $("curves-note").textContent =
-    lines.length > MOST_CURVES
-      ? `${MOST_CURVES} of ${lines.length} runs; the filter chooses others.`
-      : "A line is a run; those of one colour differ in the seed.";
+    lines.length > MAX_CURVES
+      ? `${MAX_CURVES} of ${lines.length} runs are drawn; the filter chooses others.`
+      : "Each line is a run; runs of one colour differ in the seed only.";
 }
 
-function curvesOf(some, name) {
+// Returns the curves of this name of all runs of these entries, as `drawCurves` takes them.
+function curvesOf(chosenEntries, name) {
   const { scale } = curveColumn(name);
-  return some.flatMap((entry) =>
+  return chosenEntries.flatMap((entry) =>
     entry.runs
       .filter((run) => run.curves[name])
       .map((run) => ({
@@ -136,7 +138,7 @@ function curvesOf(some, name) {
   );
 }
 
-const CURVE_AXES = { xTitle: "epoch", formatY: plain };
+const CURVE_AXES = { xTitle: "epoch", formatY: formatNumber };
 
 function value(name, stat) {
   if (!stat) return "";
@@ -158,7 +160,7 @@ function drawTable() {
       const means = entries.filter((entry) => entry.stats[column.name]).map((entry) => entry.stats[column.name][0]);
       return [
         column.name,
-        column.figure && new Set(means).size > 1 ? Math[column.less ? "min" : "max"](...means) : null,
+        column.figure && new Set(means).size > 1 ? Math[column.lowerIsBetter ? "min" : "max"](...means) : null,
       ];
     }),
   );
@@ -203,7 +205,7 @@ function drawTable() {
   );
 }
 
-// Long names may break after _ and =.
+// Returns the text with places for a line break after each _ and =.
 const breakable = (text) => text.split(/(?<=[_=])/).flatMap((part, i) => (i ? [element("wbr"), part] : [part]));
 
 const COLOURS = { failed: "bad", unreadable: "bad", stopped: "wait" };
@@ -229,14 +231,15 @@ function sorted() {
         : entry.stats[state.sort]?.[0];
   const sign = state.descending ? -1 : 1;
   return [...entries].sort((a, b) => {
-    const [one, other] = [key(a), key(b)];
-    if (one === undefined || other === undefined) return (one === undefined) - (other === undefined); // blanks last
-    return sign * (typeof one === "string" ? one.localeCompare(other, "en", { numeric: true }) : one - other);
+    const [keyA, keyB] = [key(a), key(b)];
+    // Entries without a value come last in both directions.
+    if (keyA === undefined || keyB === undefined) return (keyA === undefined) - (keyB === undefined);
+    return sign * (typeof keyA === "string" ? keyA.localeCompare(keyB, "en", { numeric: true }) : keyA - keyB);
   });
 }
 
 function sortBy(name) {
-  state.descending = state.sort === name ? !state.descending : name !== "name" && !columns.get(name)?.less;
+  state.descending = state.sort === name ? !state.descending : name !== "name" && !columns.get(name)?.lowerIsBetter;
   state.sort = name;
   drawTable();
   document.querySelector(`[data-sort="${CSS.escape(name)}"]`).focus();
@@ -251,7 +254,7 @@ function showTheme() {
   $("theme").setAttribute("aria-pressed", dark());
 }
 
-function options(select, names, texts, chosen) {
+function fillSelect(select, names, texts, chosen) {
   select.replaceChildren(
     ...names.map((name, i) => element("option", { value: name, selected: name === chosen }, texts[i])),
   );
@@ -262,7 +265,7 @@ function start() {
     .map(([name, count]) => `${count} ${name}`)
     .join(", ");
   $("counts").textContent = `${data.folder}: ${counts}. ${data.made}`;
-  options(
+  fillSelect(
     $("set"),
     data.sets.map((_, i) => i),
     data.sets,
@@ -271,7 +274,7 @@ function start() {
   $("set-field").hidden = data.sets.length < 2;
   $("set").addEventListener("change", (event) => {
     state.set = Number(event.target.value);
-    choices();
+    fillMenus();
     update();
   });
   $("filter").addEventListener("input", (event) => {
@@ -307,12 +310,12 @@ function start() {
     }
   });
   showTheme();
-  choices();
+  fillMenus();
   update();
 }
 
-// The figures, costs and curves that the chosen data set's runs have.
-function choices() {
+// Fills the menus with the figures, costs and curves that the runs on the chosen data set have.
+function fillMenus() {
   const groups = data.groups.filter((group) => group.set === data.sets[state.set]);
   const measured = data.columns.filter((column) => groups.some((group) => group.stats[column.name]));
   const figures = measured.filter((column) => column.figure),
@@ -320,16 +323,19 @@ function choices() {
   const curves = data.curveColumns.filter((column) =>
     groups.some((group) => group.runs.some((run) => run.curves[column.name])),
   );
-  const keep = (some, name) => (some.some((column) => column.name === name) ? name : some[0]?.name);
+  const keep = (offered, name) => (offered.some((column) => column.name === name) ? name : offered[0]?.name);
   [state.y, state.x, state.curve] = [keep(figures, state.y), keep(costs, state.x), keep(curves, state.curve)];
-  if (!state.sort) [state.sort, state.descending] = [state.y ?? "name", Boolean(state.y) && !columns.get(state.y).less];
-  options(
+  if (!state.sort) {
+    state.sort = state.y ?? "name";
+    state.descending = Boolean(state.y) && !columns.get(state.y).lowerIsBetter;
+  }
+  fillSelect(
     $("y"),
     figures.map((column) => column.name),
     figures.map(heading),
     state.y,
   );
-  options(
+  fillSelect(
     $("curve"),
     curves.map((column) => column.name),
     curves.map(heading),

@@ -1,5 +1,5 @@
 "use strict";
-// Charts as inline SVG. Nothing that comes from a run is ever parsed as HTML: all text is set as text.
+// Charts as inline SVG. Text from a run is always set as text and never parsed as HTML.
 
 function element(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
@@ -18,16 +18,17 @@ function fill(node, attributes, children) {
   return node;
 }
 
-// A scale from values to pixels, with round ticks; logarithmic where the values span more than a factor of 20.
+// Returns a function from values to pixels, with round `ticks`. The scale is logarithmic if `mayBeLog` holds and the
+// values span more than a factor of 20. `space` is the distance of linear ticks in pixels.
 function makeScale(values, from, to, mayBeLog, space) {
   let low = Math.min(...values),
     high = Math.max(...values);
   const log = mayBeLog && low > 0 && high / low > 20;
-  const into = log ? Math.log10 : (value) => value;
-  [low, high] = [into(low), into(high)];
+  const transform = log ? Math.log10 : (value) => value;
+  [low, high] = [transform(low), transform(high)];
   const margin = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
   [low, high] = [low - margin, high + margin];
-  const scale = (value) => from + ((into(value) - low) / (high - low)) * (to - from);
+  const scale = (value) => from + ((transform(value) - low) / (high - low)) * (to - from);
   scale.ticks = log ? logTicks(low, high) : linearTicks(low, high, Math.max(2, Math.abs(to - from) / space));
   return scale;
 }
@@ -53,9 +54,9 @@ function logTicks(low, high) {
   return ticks;
 }
 
-// An empty chart with axes: its SVG and the two scales.
-function frame(place, height, xs, ys, xTitle, formatX, formatY, mayBeLog) {
-  const width = Math.max(240, place.clientWidth);
+// Returns an empty chart with axes: its SVG (`picture`), the two scales, and the area of the plot in pixels.
+function frame(container, height, xs, ys, xTitle, formatX, formatY, mayBeLog) {
+  const width = Math.max(240, container.clientWidth);
   const box = { left: 52, right: width - 14, top: 12, bottom: height - 42 };
   const x = makeScale(xs, box.left, box.right, mayBeLog, 60),
     y = makeScale(ys, box.bottom, box.top, false, 50);
@@ -73,24 +74,24 @@ function frame(place, height, xs, ys, xTitle, formatX, formatY, mayBeLog) {
   return { picture, x, y, box };
 }
 
-function empty(place, text) {
-  place.replaceChildren(element("div", { class: "empty" }, text));
+function empty(container, text) {
+  container.replaceChildren(element("div", { class: "empty" }, text));
 }
 
-// Shows `text` near a point of the chart in `place`; without text it is hidden.
-function tip(place, text, x = 0, y = 0) {
-  place.querySelector(".tip")?.remove();
+// Shows `text` near a point of the chart in `container`; without text the tooltip is removed.
+function tip(container, text, x = 0, y = 0) {
+  container.querySelector(".tip")?.remove();
   if (!text) return;
   const node = element("div", { class: "tip", role: "tooltip" }, text);
-  place.append(node);
-  const left = Math.min(Math.max(0, x - node.offsetWidth / 2), place.clientWidth - node.offsetWidth);
+  container.append(node);
+  const left = Math.min(Math.max(0, x - node.offsetWidth / 2), container.clientWidth - node.offsetWidth);
   node.style.left = `${left}px`;
   node.style.top = `${y > node.offsetHeight + 16 ? y - node.offsetHeight - 14 : y + 16}px`;
 }
 
-// The points that no other one beats in both cost and figure, by cost.
-function paretoFront(points, lessIsBetter) {
-  const sign = lessIsBetter ? -1 : 1,
+// Returns the points for which no other point has both a lower cost and a better figure, sorted by cost.
+function paretoFront(points, lowerIsBetter) {
+  const sign = lowerIsBetter ? -1 : 1,
     front = [];
   for (const point of [...points].sort((a, b) => a.x - b.x || sign * (b.y - a.y))) {
     if (!front.length || sign * (point.y - front.at(-1).y) > 0) front.push(point);
@@ -98,36 +99,37 @@ function paretoFront(points, lessIsBetter) {
   return front;
 }
 
+// Paths of markers around (0, 0). There are eight colours, so eight nets in turn share a shape.
 const SHAPES = [
-  // around 0, 0; the next one where the colours begin anew
   "M0-6A6 6 0 1 1 0 6A6 6 0 1 1 0-6Z",
   "M-5.5-5.5H5.5V5.5H-5.5Z",
   "M0-7.5L7.5 0L0 7.5L-7.5 0Z",
   "M0-7L6.8 5H-6.8Z",
 ];
 
-// points: {x, y, ci, name, index, text, open()}
-function drawCosts(place, points, { xTitle, formatX, formatY, lessIsBetter, bounds }) {
-  if (!points.length) return empty(place, "No finished run has both figures.");
+// Draws quality against cost. Each point is {x, y, ci, name, index, text, open()}: `ci` is half the width of the 95 %
+// interval or null, `text` the tooltip.
+function drawCosts(container, points, { xTitle, formatX, formatY, lowerIsBetter, bounds }) {
+  if (!points.length) return empty(container, "No finished run has both figures.");
   const ys = points.flatMap((p) => (p.ci ? [p.y - p.ci, p.y + p.ci] : [p.y]));
-  const seen = points.map((p) => p.y),
-    spread = Math.max(...seen) - Math.min(...seen) || Math.abs(seen[0]) || 1;
-  // a wide interval of two seeds must not press all points into one line
+  const values = points.map((p) => p.y),
+    spread = Math.max(...values) - Math.min(...values) || Math.abs(values[0]) || 1;
+  // The wide interval of a net with two seeds must not compress all points to one line.
   const limits = [
-    Math.max(bounds[0], Math.min(...ys), Math.min(...seen) - spread),
-    Math.min(bounds[1], Math.max(...ys), Math.max(...seen) + spread),
+    Math.max(bounds[0], Math.min(...ys), Math.min(...values) - spread),
+    Math.min(bounds[1], Math.max(...ys), Math.max(...values) + spread),
   ];
   const { picture, x, y, box } = frame(
-    place,
+    container,
     330,
     points.map((p) => p.x),
-    [...seen, ...limits],
+    [...values, ...limits],
     xTitle,
     formatX,
     formatY,
     true,
   );
-  const front = paretoFront(points, lessIsBetter);
+  const front = paretoFront(points, lowerIsBetter);
   picture.append(
     svg("path", {
       class: "front",
@@ -135,11 +137,11 @@ function drawCosts(place, points, { xTitle, formatX, formatY, lessIsBetter, boun
     }),
   );
   const within = (value) => Math.min(box.bottom, Math.max(box.top, y(value)));
-  const taken = points.map((p) => [x(p.x) - 7, x(p.x) + 7, y(p.y) - 7, y(p.y) + 7]);
+  const occupied = points.map((p) => [x(p.x) - 7, x(p.x) + 7, y(p.y) - 7, y(p.y) + 7]);
   for (const p of [...points].sort((a, b) => front.includes(b) - front.includes(a))) {
     const at = [x(p.x), y(p.y)];
-    const show = () => tip(place, p.text, ...at),
-      hide = () => tip(place, "");
+    const show = () => tip(container, p.text, ...at),
+      hide = () => tip(container, "");
     const mark = svg("g", {
       class: `mark${front.includes(p) ? " best" : ""}`,
       style: `--colour: ${colour(p.index)}`,
@@ -171,34 +173,34 @@ function drawCosts(place, points, { xTitle, formatX, formatY, lessIsBetter, boun
       }),
     );
     picture.append(mark);
-    // a label where it meets no other one
+    // Draw the label above or below its point, if it overlaps no point and no other label there.
     const half = Math.min(p.name.length, 32) * 3.5,
       middle = Math.min(Math.max(at[0], box.left + half), box.right - half);
-    const spot = [-11, 21]
+    const area = [-11, 21]
       .map((dy) => [middle - half, middle + half, at[1] + dy - 11, at[1] + dy + 3])
-      .find((s) => s[2] > 0 && !taken.some((t) => s[0] < t[1] && s[1] > t[0] && s[2] < t[3] && s[3] > t[2]));
-    if (spot && half * 2 < box.right - box.left) {
-      taken.push(spot);
+      .find((s) => s[2] > 0 && !occupied.some((t) => s[0] < t[1] && s[1] > t[0] && s[2] < t[3] && s[3] > t[2]));
+    if (area && half * 2 < box.right - box.left) {
+      occupied.push(area);
       const text = p.name.length > 32 ? `${p.name.slice(0, 31)}…` : p.name;
       picture.append(
         svg(
           "text",
-          { class: "label", x: middle, y: spot[3] - 3, "text-anchor": "middle", "pointer-events": "none" },
+          { class: "label", x: middle, y: area[3] - 3, "text-anchor": "middle", "pointer-events": "none" },
           text,
         ),
       );
     }
   }
-  place.replaceChildren(picture);
+  container.replaceChildren(picture);
 }
 
-// lines: {points: [[x, y], ...], name, index, entry}
-function drawCurves(place, lines, { xTitle, formatY, height = 372 }) {
-  if (!lines.length) return empty(place, "No run has such a curve.");
+// Draws learning curves. Each line is {points: [[x, y], ...], name, index, entry}.
+function drawCurves(container, lines, { xTitle, formatY, height = 372 }) {
+  if (!lines.length) return empty(container, "No run has such a curve.");
   const all = lines.flatMap((line) => line.points);
   const formatX = (value) => value.toLocaleString("en");
   const { picture, x, y } = frame(
-    place,
+    container,
     height,
     all.map((p) => p[0]),
     all.map((p) => p[1]),
@@ -217,7 +219,7 @@ function drawCurves(place, lines, { xTitle, formatY, height = 372 }) {
   );
   picture.append(...paths);
   const leave = () => {
-    tip(place, "");
+    tip(container, "");
     picture.classList.remove("dim");
     for (const path of paths) path.classList.remove("lit");
   };
@@ -226,7 +228,8 @@ function drawCurves(place, lines, { xTitle, formatY, height = 372 }) {
     const edge = picture.getBoundingClientRect(),
       px = event.clientX - edge.left,
       py = event.clientY - edge.top;
-    let best = [24 ** 2]; // pixels
+    // The nearest point of all lines within 24 pixels: [squared distance, index of the line, point].
+    let best = [24 ** 2];
     lines.forEach((line, i) => {
       for (const p of line.points) {
         const distance = (x(p[0]) - px) ** 2 + (y(p[1]) - py) ** 2;
@@ -238,9 +241,9 @@ function drawCurves(place, lines, { xTitle, formatY, height = 372 }) {
     const [, i, p] = best;
     picture.classList.add("dim");
     paths[i].classList.add("lit");
-    tip(place, `${lines[i].name}\n${formatY(p[1])} at ${xTitle} ${formatX(p[0])}`, x(p[0]), y(p[1]));
+    tip(container, `${lines[i].name}\n${formatY(p[1])} at ${xTitle} ${formatX(p[0])}`, x(p[0]), y(p[1]));
   });
-  place.replaceChildren(picture);
+  container.replaceChildren(picture);
 }
 
 const colour = (index) => `var(--s${index % 8})`;

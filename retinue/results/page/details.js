@@ -1,4 +1,4 @@
-// What is known of one entry, in a dialog: its runs, their results, curves, config and commands.
+// Shows an entry in a dialog: its runs, and the result, curves, config and commands of the chosen run.
 
 function openDetails(entry, chosen = 0) {
   const dialog = $("details"),
@@ -13,10 +13,10 @@ function openDetails(entry, chosen = 0) {
     .map((quantity) => {
       const name = data.curveColumns
         .map((column) => column.name)
-        .find((each) => each === quantity || each === `val/${quantity}`);
+        .find((curve) => curve === quantity || curve === `val/${quantity}`);
       return [name, element("div", { class: "chart" })];
     })
-    .filter(([name]) => name && entry.runs.some((each) => each.curves[name]));
+    .filter(([name]) => name && entry.runs.some((run) => run.curves[name]));
   const section = (title, ...content) => [element("h3", {}, title), ...content];
   dialog.replaceChildren(
     element(
@@ -39,8 +39,8 @@ function openDetails(entry, chosen = 0) {
                 $("run").focus();
               },
             },
-            ...entry.runs.map((each, i) =>
-              element("option", { selected: i === chosen }, `seed ${each.seed ?? "unknown"}: ${each.status}`),
+            ...entry.runs.map(({ seed, status }, i) =>
+              element("option", { selected: i === chosen }, `seed ${seed ?? "unknown"}: ${status}`),
             ),
           ),
         )
@@ -52,7 +52,7 @@ function openDetails(entry, chosen = 0) {
           element(
             "pre",
             { class: COLOURS[run.status] },
-            run.reason ?? "It has left no result yet; the command goes on with it.",
+            run.reason ?? "The run has no result yet; the command resumes it.",
           ),
         )),
     ...section("Folder", element("div", { style: "overflow-wrap: anywhere" }, run.folder)),
@@ -75,8 +75,8 @@ function openDetails(entry, chosen = 0) {
           element(
             "div",
             { class: "pair" },
-            ...charts.map(([name, place]) =>
-              element("div", {}, element("div", { class: "muted" }, heading(curveColumn(name))), place),
+            ...charts.map(([name, container]) =>
+              element("div", {}, element("div", { class: "muted" }, heading(curveColumn(name))), container),
             ),
           ),
         )
@@ -89,7 +89,9 @@ function openDetails(entry, chosen = 0) {
       : []),
   );
   if (!dialog.open) dialog.showModal();
-  for (const [name, place] of charts) drawCurves(place, curvesOf([entry], name), { ...CURVE_AXES, height: 220 });
+  for (const [name, container] of charts) {
+    drawCurves(container, curvesOf([entry], name), { ...CURVE_AXES, height: 220 });
+  }
 }
 
 function copyButton(text) {
