@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-from models.openmmlab.build import DenseNet
+from models.openmmlab.build import DensePredictor
 from models.unpickling import read_weights
 from models.weights import load_weights, unwrap
 from retinue.tasks.base import Task
@@ -20,7 +20,7 @@ class DenseTask(Task):
     `methods` of the net are called beside `forward`.
     """
 
-    model: DenseNet
+    model: DensePredictor
     methods: tuple[str, ...] = ("loss",)
 
     def start_from(self, weights: str | Path, drop_classifier: bool) -> None:
