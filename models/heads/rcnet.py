@@ -61,6 +61,7 @@ class DeformableConv(nn.Module):
 
 
 def relu_conv_bn(dim: int) -> nn.Sequential:
+    """Return ReLU, a deformable convolution and batch norm, in this order."""
     return nn.Sequential(nn.ReLU(), DeformableConv(dim), nn.BatchNorm2d(dim))
 
 

@@ -16,7 +16,7 @@ from ops.windows import from_windows, to_windows
 
 # Number of windows of a map by height and width, for any size of the map.
 GRID = (8, 8)
-# Side of a window's context relative to the side of the window, of each attention.
+# Side of the context relative to the side of the window, for each of the three attentions.
 RATIOS = (2, 4, 8)
 
 

@@ -1,4 +1,4 @@
-"""Interface of detectors and segmentors that the tasks, timm's optimisers and the loading of weights use."""
+"""Interface of detectors and segmentors for the tasks, timm's optimisers and `load_weights`."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -22,15 +22,15 @@ FLOAT32_INPUT = re.compile(r"_roi_extractor(\.\d+)?$")
 
 
 class DensePredictor(nn.Module):
-    """Interface that the tasks and timm's optimisers use of a detector or a segmentor: a backbone under a head.
+    """Backbone under a head: the interface of detectors and segmentors for the tasks and timm's optimisers.
 
-    A subclass is either complete or mixed with a class of the package's by `mixed`. It has no wrapped model inside, so
-    its parameters and weights have the names of the packages' checkpoints, for FSDP too.
+    A subclass is either complete, or `mixed` combines it with a class of the package. It does not wrap a model of the
+    package, so its parameters and weights have the names of the packages' checkpoints, for FSDP too.
 
     Attributes:
         masks: Whether the net predicts instance masks.
         backbone: The backbone under the head.
-        undecayed: Names of the head's parameters that take no weight decay (Mask2Former's queries and levels).
+        undecayed: Pattern of the names of the head's parameters without weight decay: Mask2Former's queries and levels.
     """
 
     masks: bool
@@ -100,7 +100,7 @@ class DensePredictor(nn.Module):
 
 
 def mixed(interface: type[DensePredictor], package_class: type[nn.Module]) -> type[Any]:
-    """Return a subclass of the package's class whose methods `loss`, `predict` and `forward` are our interface's."""
+    """Return a subclass of the package's class in which our interface's methods, such as `loss`, take precedence."""
     return type(interface.__name__, (interface, package_class), {})
 
 

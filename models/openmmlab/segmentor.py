@@ -54,7 +54,7 @@ class Segmentor(DensePredictor):
 
     @staticmethod
     def _metainfo(image: Tensor) -> list[dict[str, Any]]:
-        """Return what mmsegmentation needs to know of each image: that it is not padded or resized."""
+        """Return mmsegmentation's metadata of each image, which say that the image is neither padded nor resized."""
         size = tuple(image.shape[2:])
         return [{"img_shape": size, "ori_shape": size, "pad_shape": size}] * len(image)
 
