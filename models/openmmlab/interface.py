@@ -22,15 +22,16 @@ FLOAT32_INPUT = re.compile(r"_roi_extractor(\.\d+)?$")
 
 
 class DensePredictor(nn.Module):
-    """Backbone under a head: the interface of detectors and segmentors for the tasks and timm's optimisers.
+    """Interface of a detector or a segmentor, a backbone under a head, for the tasks and for timm's optimisers.
 
-    A subclass is either complete, or `mixed` combines it with a class of the package. It does not wrap a model of the
-    package, so its parameters and weights have the names of the packages' checkpoints, for FSDP too.
+    `mixed` makes a subclass of this class and of the package's class, so the net does not wrap the package's model but
+    is one. Parameters and weights therefore have the names of the package's checkpoints. Hooks on the state dict of a
+    wrapper would not suffice: Lightning restores a sharded net (FSDP) by the names of its parameters.
 
     Attributes:
         masks: Whether the net predicts instance masks.
         backbone: The backbone under the head.
-        undecayed: Pattern of the names of the head's parameters without weight decay: Mask2Former's queries and levels.
+        undecayed: Pattern of the names of head parameters without weight decay: Mask2Former's queries and levels.
     """
 
     masks: bool
@@ -100,7 +101,7 @@ class DensePredictor(nn.Module):
 
 
 def mixed(interface: type[DensePredictor], package_class: type[nn.Module]) -> type[Any]:
-    """Return a subclass of the package's class in which our interface's methods, such as `loss`, take precedence."""
+    """Return a subclass of a package's class with the methods of `interface`, which call the package's by `super()`."""
     return type(interface.__name__, (interface, package_class), {})
 
 
