@@ -1,1 +1,1 @@
-"""Decoders and necks that mmdetection and mmsegmentation lack, as plain modules on the maps of a net."""
+"""Decoders and necks that mmdetection and mmsegmentation lack, as plain modules that read a backbone's maps."""

@@ -1,15 +1,16 @@
-"""RCNet's neck: Reverse Feature Pyramid and Cross-scale Shift Network for Object Detection (Zong et al., ACM MM 2021,
-arXiv:2110.12130).
+"""RCNet's neck: a reverse feature pyramid (RevFP) and a network that shifts channels across scales (CSN).
 
-Written after the authors' repository, TempleX98/RCNet (Apache-2.0), and a description of the paper; where they differ,
-the code is followed:
+Paper: RCNet: Reverse Feature Pyramid and Cross-scale Shift Network for Object Detection (Zong et al., ACM MM 2021,
+arXiv:2110.12130). Written after the authors' repository, https://github.com/TempleX98/RCNet (Apache-2.0), and a
+description of the paper. Where the two differ, we follow the code:
 
-- The levels are shifted in a circle, so that a level at an end receives from the other end, not zeros.
-- The weights of the feature-guided upsampling have a mean of 1 over the map; T is learned, and d is the width.
-- The balance of a level with the one above is read from that one before it is guided.
-- Further levels are made by a 1 x 1 convolution, batch norm and max-pooling.
+- The shift of levels is cyclic: the finest and the coarsest levels receive channels from each other, not zeros.
+- The weights of the feature-guided upsampling have a mean of 1 over the map. Of its formula, the temperature T is
+  learned, and d is the number of channels.
+- The weight that balances a level against the next coarser level is computed before that level is guided.
+- Levels beyond those of the backbone are made by a 1 x 1 convolution, batch norm and max-pooling.
 
-The authors released no weights, so their figures have not been checked with any.
+The authors released no weights, so the figures of the paper have not been checked with weights.
 """
 
 from collections.abc import Sequence
@@ -20,20 +21,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-SHIFTS = (-1, 1, -2, 2)  # of levels, towards coarser ones
-PARTS = 16  # of a level's channels; one moves with each shift, so a quarter of them in all
+# Numbers of levels by which channels are shifted; positive numbers shift to coarser levels.
+SHIFTS = (-1, 1, -2, 2)
+# A level's channels are divided into this number of groups, and each shift moves one group: a quarter of all channels.
+CHANNEL_GROUPS = 16
 
 
 def conv1x1_bn(in_dim: int, dim: int) -> list[nn.Module]:
+    """Return the layers of a 1 x 1 convolution with batch norm."""
     conv = nn.Conv2d(in_dim, dim, 1, bias=False)
     nn.init.xavier_uniform_(conv.weight)
     return [conv, nn.BatchNorm2d(dim)]
 
 
 class DeformableConv(nn.Module):
-    """3 x 3 convolution whose samples are moved and weighted (DCNv2, Zhu et al., 2018, arXiv:1811.11168).
+    """Deformable 3 x 3 convolution, which moves and weights its samples (DCNv2, Zhu et al., 2018, arXiv:1811.11168).
 
-    (B, dim, H, W) to the same shape. Offsets and weights follow from the map, for each of `groups` of the channels.
+    Takes a map (B, dim, H, W) and returns the same shape. The samples' offsets and weights are computed from the map.
+
+    Args:
+        dim: Number of channels.
+        groups: Number of groups of channels that have offsets and weights of their own.
     """
 
     def __init__(self, dim: int, groups: int = 2):
@@ -46,17 +54,22 @@ class DeformableConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         offset, mask = self.conv_offset(x).tensor_split((self.conv_offset.out_channels * 2 // 3,), dim=1)
-        wide = torch.promote_types(x.dtype, torch.float32)  # torchvision's kernels for the CPU know no bfloat16
-        x, offset, weight, mask = (t.to(wide) for t in (x, offset, self.weight, mask.sigmoid()))
+        # torchvision's CPU kernels do not support bfloat16.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, offset, weight, mask = (t.to(dtype) for t in (x, offset, self.weight, mask.sigmoid()))
         return deform_conv2d(x, offset, weight, padding=(1, 1), mask=mask).to(self.weight.dtype)
 
 
 def relu_conv_bn(dim: int) -> nn.Sequential:
+    """Return ReLU, a deformable convolution and batch norm, in this order."""
     return nn.Sequential(nn.ReLU(), DeformableConv(dim), nn.BatchNorm2d(dim))
 
 
 class Balance(nn.Conv2d):
-    """The weight (B, 1, 1, 1) of the first of two maps (B, dim, H, W) in their sum, from their means; 1/2 at first."""
+    """Weight (B, 1, 1, 1) of the first of two maps in their weighted sum, between 0 and 1; the initial weight is 1/2.
+
+    The weight is computed from the means of the two maps (B, dim, H, W) over their positions.
+    """
 
     def __init__(self, dim: int):
         super().__init__(2 * dim, 1, 1)
@@ -69,8 +82,11 @@ class Balance(nn.Conv2d):
 
 
 class Guide(nn.Module):
-    """Weights (B, 1, H, W), with a mean of 1, of the places of an upsampled map, from it and the finer map's; even at
-    first."""
+    """Weight of each position of an upsampled coarser map, computed from this map and the finer map.
+
+    Takes the finer map and the upsampled map (B, dim, H, W), and returns weights (B, 1, H, W) with a mean of 1 over the
+    positions. Initially, all weights are 1.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -87,7 +103,7 @@ class Guide(nn.Module):
 
 
 class FuseAbove(nn.Module):
-    """A map (B, dim, H, W) with that of the next coarser level, upsampled."""
+    """Fuse a map (B, dim, H, W) with the upsampled map of the next coarser level."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -100,7 +116,7 @@ class FuseAbove(nn.Module):
 
 
 class FuseBelow(nn.Module):
-    """A map (B, dim, ⌈H / 2⌉, ⌈W / 2⌉) with that of the next finer level, (B, dim, H, W), downsampled."""
+    """Fuse a map (B, dim, ⌈H / 2⌉, ⌈W / 2⌉) with the downsampled map (B, dim, H, W) of the next finer level."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -113,8 +129,16 @@ class FuseBelow(nn.Module):
 
 
 class Node(nn.Module):
-    """A level of RevFP: its map (B, dim, H, W), fused with that of the next coarser level of the net, and then with the
-    result for the next finer one, where there are such."""
+    """Level of RevFP, which fuses its map with the next coarser input map, then with the next finer output map.
+
+    Takes the level's map (B, dim, H, W), the input map of the next coarser level and the output of the next finer
+    level's node, and returns (B, dim, H, W).
+
+    Args:
+        dim: Number of channels.
+        above: Whether there is a coarser level.
+        below: Whether there is a finer level.
+    """
 
     def __init__(self, dim: int, above: bool, below: bool):
         super().__init__()
@@ -132,7 +156,7 @@ class Node(nn.Module):
 
 
 class GlobalContext(nn.Module):
-    """Tokens (B, N, dim) to one vector (B, dim): their mean with learned weights, and a linear layer."""
+    """Summarise tokens (B, N, dim) in one vector (B, dim): a mean with computed weights, then a linear layer."""
 
     renames = ((r"^channel_agg\.", "score."), (r"^trans\.", "proj."))
 
@@ -149,8 +173,15 @@ class GlobalContext(nn.Module):
 
 
 class CrossScaleShift(nn.Module):
-    """Exchange channels among all levels at the size of the second: maps (B, dim, H_i, W_i), finest first, to the same
-    shapes."""
+    """Cross-scale shift network, which exchanges channels between all levels and adds a global context.
+
+    Takes maps (B, dim, H_i, W_i), finest first, and returns a tuple of maps of the same shapes. For the exchange, all
+    levels are resized to the second finest level's size.
+
+    Args:
+        dim: Number of channels of every level, a multiple of `CHANNEL_GROUPS`.
+        levels: Number of levels, at least 2.
+    """
 
     renames = (
         (r"^msm\.aggregation\.(\d)\.0\.conv\.", r"mix.\1.0."),
@@ -161,13 +192,13 @@ class CrossScaleShift(nn.Module):
 
     def __init__(self, dim: int, levels: int):
         super().__init__()
-        wide = dim + len(SHIFTS) * (dim // PARTS)
+        shifted_dim = dim + len(SHIFTS) * (dim // CHANNEL_GROUPS)
         self.mix = nn.ModuleList()
         for _ in range(levels):
             last = nn.Conv2d(dim, dim, 1)
             nn.init.xavier_uniform_(last.weight)
             nn.init.zeros_(last.get_parameter("bias"))
-            self.mix.append(nn.Sequential(*conv1x1_bn(wide, dim), nn.ReLU(), last))
+            self.mix.append(nn.Sequential(*conv1x1_bn(shifted_dim, dim), nn.ReLU(), last))
         self.scale_context, self.spatial_context = GlobalContext(dim), GlobalContext(dim)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -177,31 +208,40 @@ class CrossScaleShift(nn.Module):
         shifted = torch.cat((shift(x), x), dim=2)
         x = x + torch.stack([mix(level) for mix, level in zip(self.mix, shifted.unbind(1), strict=True)], dim=1)
         context = self.scale_context(x.mean(dim=(3, 4))) + self.spatial_context(x.mean(dim=1).flatten(2).mT)
-        finest, *rest = (x + context[:, None, :, None, None]).unbind(1)
-        back = [F.interpolate(finest, maps[0].shape[2:], mode="bilinear")]
-        back += [F.adaptive_max_pool2d(level, m.shape[2:]) for level, m in zip(rest, maps[1:], strict=True)]
-        return tuple(m + b for m, b in zip(maps, back, strict=True))
+        finest, *coarser = (x + context[:, None, :, None, None]).unbind(1)
+        updates = [F.interpolate(finest, maps[0].shape[2:], mode="bilinear")]
+        updates += [F.adaptive_max_pool2d(level, m.shape[2:]) for level, m in zip(coarser, maps[1:], strict=True)]
+        return tuple(m + update for m, update in zip(maps, updates, strict=True))
 
 
 def shift(x: Tensor) -> Tensor:
-    """The first channels of (B, levels, C, H, W), a 16th for each of the `SHIFTS`, moved by so many levels."""
-    parts = x.split(x.shape[2] // PARTS, dim=2)
-    return torch.cat([part.roll(by, dims=1) for part, by in zip(parts, SHIFTS, strict=False)], dim=2)
+    """Shift the first four groups of channels cyclically between the levels, by one of the `SHIFTS` each.
+
+    Args:
+        x: All levels at one size, (B, levels, C, H, W).
+
+    Returns:
+        The shifted channels only, (B, levels, C / 4, H, W).
+    """
+    groups = x.split(x.shape[2] // CHANNEL_GROUPS, dim=2)
+    shifted = [group.roll(levels, dims=1) for group, levels in zip(groups[: len(SHIFTS)], SHIFTS, strict=True)]
+    return torch.cat(shifted, dim=2)
 
 
 class RCNet(nn.Module):
-    """Maps of a net (B, in_channels[i], H_i, W_i), finest first, to a tuple of `num_outs` maps of `out_channels`, the
-    further ones each half as large as the one before; a neck in FPN's place.
+    """RCNet's neck, which takes the place of a feature pyramid network (FPN).
 
-    A map is ⌈H / 2⌉ x ⌈W / 2⌉ where the one before it is H x W. In training, batch norm needs more than one place or
-    image at the coarsest level.
+    Takes maps of a backbone (B, in_channels[i], H_i, W_i), finest first, and returns a tuple of `num_outs` maps with
+    `out_channels` channels: one of each map's size, and then coarser ones. After a map of H x W, the next is
+    ⌈H / 2⌉ x ⌈W / 2⌉. In training, batch norm needs more than one position or image at the coarsest level.
 
     Args:
-        in_channels: of the maps, from the finest to be used: RetinaNet's are those of strides 8, 16 and 32.
-        out_channels: a multiple of 16.
+        in_channels: Numbers of channels of the maps, finest first; RetinaNet uses the maps of strides 8, 16 and 32.
+        out_channels: Number of channels of the returned maps, a multiple of 16.
+        num_outs: Number of returned maps, at least 2 and at least the number of maps in `in_channels`.
 
     Raises:
-        ValueError: `out_channels` does not divide, or there are fewer levels than maps, or fewer than two.
+        ValueError: `out_channels` is not a multiple of 16, or `num_outs` is too small.
     """
 
     renames = (
@@ -224,10 +264,11 @@ class RCNet(nn.Module):
 
     def __init__(self, in_channels: Sequence[int], out_channels: int = 256, num_outs: int = 5):
         super().__init__()
-        if out_channels % PARTS:
-            raise ValueError(f"RCNet's out_channels must be a multiple of {PARTS}, not {out_channels}")
-        if num_outs < max(2, len(in_channels)):
-            raise ValueError(f"RCNet gives at least {max(2, len(in_channels))} maps here, not num_outs={num_outs}")
+        if out_channels % CHANNEL_GROUPS:
+            raise ValueError(f"RCNet's out_channels must be a multiple of {CHANNEL_GROUPS}, not {out_channels}")
+        min_outs = max(2, len(in_channels))
+        if num_outs < min_outs:
+            raise ValueError(f"RCNet with {len(in_channels)} maps returns at least {min_outs}, not num_outs={num_outs}")
         self.laterals = nn.ModuleList(nn.Sequential(*conv1x1_bn(width, out_channels)) for width in in_channels)
         self.extras = nn.ModuleList(
             nn.Sequential(*conv1x1_bn(out_channels, out_channels), nn.MaxPool2d(2, ceil_mode=True))

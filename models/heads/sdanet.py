@@ -1,8 +1,8 @@
-"""SDANet's neck: Towards Real-World Prohibited Item Detection: A Large-Scale X-ray Benchmark (Wang et al., ICCV 2021,
-arXiv:2108.07020).
+"""SDANet's neck, selective dense attention: each level of a feature pyramid receives a weighted sum of all levels.
 
-Written after the paper and the authors' repository, bywang2018/security-dataset (Apache-2.0); the weights of its neck
-load. The context block is that of GCNet (Cao et al., 2019, arXiv:1904.11492).
+Paper: Towards Real-World Prohibited Item Detection: A Large-Scale X-ray Benchmark (Wang et al., ICCV 2021,
+arXiv:2108.07020). Written after the paper and the authors' repository, https://github.com/bywang2018/security-dataset
+(Apache-2.0), whose weights of the neck load. The context block is that of GCNet (Cao et al., 2019, arXiv:1904.11492).
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 
 class ContextBlock(nn.Module):
-    """Add to a map (B, C, H, W) one vector, made of a mean over its places with learned weights."""
+    """Global context block, which adds one vector to all positions of a map (B, C, H, W).
+
+    The vector is a transformed mean over the map's positions, whose weights are computed from the map.
+
+    Args:
+        channels: Number C of channels.
+        hidden: Width of the hidden layer of the transformation.
+    """
 
     renames = ((r"^conv_mask\.", "score."), (r"^channel_add_conv\.", "transform."))
 
@@ -37,7 +44,17 @@ class ContextBlock(nn.Module):
 
 
 class LevelAttention(nn.Module):
-    """All levels at the size of one: (B, channels, H, W) each, to what is added to that one."""
+    """Attention of one level to all levels, which computes the map that is added to the level.
+
+    Takes one map (B, channels, H, W) for each level, all at this level's size, and returns (B, channels, H, W). Each
+    map has a weight for each channel and a weight for each position; the sum of both multiplies the map.
+
+    Args:
+        channels: Number of channels of every level.
+        levels: Number of levels.
+        reduction: Width of the layer between the mean of the levels' sum and the weights by channel.
+        hidden: Width of the context block's hidden layer.
+    """
 
     renames = (
         (r"^channel_att\.fc\.", "squeeze."),
@@ -56,36 +73,43 @@ class LevelAttention(nn.Module):
         self.context = ContextBlock(channels, hidden)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        channel, place = self.weights(reduce(torch.add, maps))
-        mixed = ((c + p) * x for c, p, x in zip(channel, place, maps, strict=True))
-        return self.context(reduce(torch.add, mixed))
+        by_channel, by_position = self.weights(reduce(torch.add, maps))
+        weighted = ((c + p) * x for c, p, x in zip(by_channel, by_position, maps, strict=True))
+        return self.context(reduce(torch.add, weighted))
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Each level's weight by channel, (levels, B, channels, 1, 1), and by place, (levels, B, 1, H, W), from the sum
-        of the levels; over the levels each sums to 1."""
+        """Compute the weights of the levels by channel and by position.
+
+        Args:
+            x: Sum of the levels' maps, (B, channels, H, W).
+
+        Returns:
+            Weights (levels, B, channels, 1, 1) and (levels, B, 1, H, W), each of which sums to 1 over the levels.
+        """
         squeezed = self.squeeze(x.mean(dim=(2, 3), keepdim=True))
         summary = torch.cat((x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)), dim=1)
-        channel = torch.stack([layer(squeezed) for layer in self.by_channel])
-        place = torch.stack([layer(summary) for layer in self.by_place])
-        return channel.softmax(dim=0), place.softmax(dim=0)
+        by_channel = torch.stack([layer(squeezed) for layer in self.by_channel])
+        by_position = torch.stack([layer(summary) for layer in self.by_place])
+        return by_channel.softmax(dim=0), by_position.softmax(dim=0)
 
 
 class SelectiveDenseAttention(nn.Module):
-    """Maps (B, channels, H_i, W_i) of a feature pyramid, finest first, to a tuple of maps of the same shapes.
+    """Selective dense attention, which refines each level of a feature pyramid with all levels.
 
-    To each level, a mixture of all levels is added that is weighted by channel and by place. For it, finer levels are
-    max-pooled and coarser ones repeated to the level's size.
+    Takes maps (B, channels, H_i, W_i), finest first, and returns a tuple of maps of the same shapes. To each level,
+    `LevelAttention` adds a sum of all levels that is weighted by channel and by position. For this sum, finer levels
+    are max-pooled and coarser levels are upsampled (nearest neighbour) to the level's size.
 
-    In training, batch norm needs at least two images on a device, for it norms one vector of each.
+    In training, batch norm needs at least two images per device: it normalises one vector of each image.
 
     Args:
-        channels: of every level.
-        levels: how many there are.
-        reduction: width of the layer between the levels' mean and their weights by channel.
-        ratio: width of the context block's hidden layer, as a share of `channels`.
+        channels: Number of channels of every level.
+        levels: Number of levels.
+        reduction: Width of the layer between the mean of the levels' sum and the weights by channel.
+        ratio: Width of the context block's hidden layer, relative to `channels`.
 
     Raises:
-        ValueError: on a forward pass, there are not as many maps as levels.
+        ValueError: A forward pass receives another number of maps than `levels`.
     """
 
     renames = ((r"^selective_attention_(\d)\.", r"attention.\1."),)
@@ -102,7 +126,7 @@ class SelectiveDenseAttention(nn.Module):
 
 
 def at_level(maps: Sequence[Tensor], level: int) -> list[Tensor]:
-    """The maps of a pyramid, finest first, at the size of the one at `level`."""
+    """Resize all maps of a pyramid (finest first) to the size of the map at index `level`."""
     size = maps[level].shape[2:]
     finer = [F.adaptive_max_pool2d(x, size) for x in maps[:level]]
     return [*finer, maps[level], *(F.interpolate(x, size, mode="nearest") for x in maps[level + 1 :])]

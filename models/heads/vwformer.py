@@ -1,7 +1,8 @@
-"""VWFormer: Multi-Scale Representations by Varying Window Attention for Semantic Segmentation (Yan et al., ICLR 2024,
-arXiv:2404.16573).
+"""VWFormer's decoder: windows of a map attend to contexts of several sizes around them.
 
-Written after the paper and the authors' repository, yan-hao-tian/VW (MIT); its checkpoints load.
+Paper: Multi-Scale Representations by Varying Window Attention for Semantic Segmentation (Yan et al., ICLR 2024,
+arXiv:2404.16573). Written after the paper and the authors' repository, https://github.com/yan-hao-tian/VW (MIT), whose
+checkpoints load.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from ops.functional import merge_heads, split_heads
 from ops.windows import from_windows, to_windows
 
-GRID = (8, 8)  # windows of a map, whatever its size
-RATIOS = (2, 4, 8)  # of the side of a window's context to its own
+# Number of windows of a map by height and width, for any size of the map.
+GRID = (8, 8)
+# Side of the context relative to the side of the window, for each of the three attentions.
+RATIOS = (2, 4, 8)
 
 
 def conv_bn_relu(in_dim: int, dim: int, kernel: int = 1) -> nn.Sequential:
@@ -24,7 +27,7 @@ def conv_bn_relu(in_dim: int, dim: int, kernel: int = 1) -> nn.Sequential:
 
 
 class CrossAttention(nn.Module):
-    """Attention of tokens (N, T, D) to as many of a context (N, T, D)."""
+    """Attention whose queries are tokens (N, T, D) and whose keys and values are a context (N, T, D)."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -41,11 +44,18 @@ class CrossAttention(nn.Module):
 
 
 class VaryingWindowAttention(nn.Module):
-    """Attention of each window of a map (B, D, h, w) to a context around it that is `ratio` times as wide and high.
+    """Attention of each window of a map to a context around the window that is `ratio` times as wide and high.
 
-    There are 8 x 8 windows, so h and w are multiples of 8. For a context of no more tokens than a window has, each
-    ratio x ratio of its places are one token, and a convolution leaves D / ratio² channels of each place. Beyond its
-    borders the map goes on with places of its own (the paper's copy-shift padding).
+    Takes a map (B, D, h, w) and returns a map of the same shape; h and w are multiples of 8, since a map has 8 x 8
+    windows. A context has as many tokens as a window: a convolution reduces each position to D / ratio² channels, and
+    ratio x ratio positions are concatenated into one token. Beyond its borders, the map is continued with copies of its
+    own positions (the paper's copy-shift padding, see `extend`).
+
+    Args:
+        dim: Number D of channels, a multiple of ratio² and of `num_heads`.
+        num_heads: Number of attention heads.
+        ratio: Side of the context relative to the side of the window: 2, 4 or 8.
+        city: Use the authors' form for Cityscapes: PyTorch's attention without a norm after it.
     """
 
     def __init__(self, dim: int, num_heads: int, ratio: int, city: bool = False):
@@ -74,20 +84,30 @@ class VaryingWindowAttention(nn.Module):
 
 
 def contexts(x: Tensor, ratio: int) -> Tensor:
-    """The contexts of the windows of a map (B, C, h, w): (B, 64, tokens of a window, ratio² C)."""
+    """Gather the contexts of the 8 x 8 windows of a map.
+
+    Args:
+        x: Map (B, C, h, w); h and w are multiples of 8.
+        ratio: Side of a context relative to the side of a window.
+
+    Returns:
+        (B, 64, tokens of a window, ratio² C).
+    """
     for dim, windows in zip((2, 3), GRID, strict=True):
         x = extend(x, ratio, dim)
         window = x.shape[dim] // (windows + ratio - 1)
-        x = x.unfold(dim, ratio * window, window)  # its windows in its place, their content at the end
+        # This replaces the dimension by the windows, and appends a dimension with the positions of each context.
+        x = x.unfold(dim, ratio * window, window)
     x = x.unflatten(5, (-1, ratio)).unflatten(4, (-1, ratio))  # (B, C, 8, 8, rows, ratio, columns, ratio)
     x = x.permute(0, 2, 3, 4, 6, 5, 7, 1)
     return x.flatten(5).flatten(3, 4).flatten(1, 2)
 
 
 def extend(x: Tensor, ratio: int, dim: int) -> Tensor:
-    """Lengthen dimension `dim`, of 2 or 3, by the (ratio - 1) windows that the contexts reach over its ends.
+    """Extend dimension `dim` (2 or 3) of a map by the ratio - 1 windows by which contexts reach beyond its two ends.
 
-    What is added at an end is what lies up to `ratio` windows from it: for ratio 8, the map's other half.
+    Half of these windows are added at each end. They are copies of positions inside the map, the farthest of which lies
+    `ratio` windows from that end; for ratio 8, they are the opposite half of the map.
     """
     length = x.shape[dim]
     window = length // GRID[dim - 2]
@@ -98,23 +118,27 @@ def extend(x: Tensor, ratio: int, dim: int) -> Tensor:
 
 
 class VWHead(nn.Module):
-    """Four maps (B, in_channels[i], ⌈H / 4 / 2^i⌉, ⌈W / 4 / 2^i⌉) to logits (B, num_classes, ⌈H / 4⌉, ⌈W / 4⌉).
+    """VWFormer's decoder: four maps of a backbone to logits at stride 4.
 
-    The authors' form takes images whose sides are multiples of 64. For others, the map at stride 8 is replicated
-    beyond its right and bottom borders to multiples of 8 for the attention, and what is attended there is cropped.
+    Takes maps (B, in_channels[i], ⌈H / 4 / 2^i⌉, ⌈W / 4 / 2^i⌉) and returns logits (B, num_classes, ⌈H / 4⌉, ⌈W / 4⌉).
 
-    In training, batch norm needs at least two images on a device, for one branch is the mean of each.
+    The authors' code takes images whose sides are multiples of 64. For other images, the map at stride 8 is padded for
+    the attention to multiples of 8, by replicating its right and bottom borders, and the attention's output is cropped.
+
+    In training, batch norm needs at least two images per device, since one branch averages each image to one vector.
 
     Args:
-        in_channels: of the maps of strides 4, 8, 16 and 32.
-        channels: of the decoder, a multiple of 64 and of `num_heads`.
-        short_cut: add each attention's input to its output. The authors' nets for Cityscapes do not.
-        dropout: rate of whole channels before the classifier.
-        city: the authors' form for Cityscapes: the maps pass convolution, batch norm and ReLU in place of a linear
-            layer, and are upsampled by repetition; attention is PyTorch's, without a norm; no branch of the mean.
+        in_channels: Numbers of channels of the maps of strides 4, 8, 16 and 32.
+        num_classes: Number of classes.
+        channels: Width of the decoder, a multiple of 64 and of `num_heads`.
+        num_heads: Number of attention heads.
+        short_cut: Add each attention's input to its output. The authors' nets for Cityscapes do not.
+        dropout: Probability of dropping a whole channel before the classifier.
+        city: Use the authors' form for Cityscapes: convolution, batch norm and ReLU on the maps instead of a linear
+            layer, nearest-neighbour upsampling, PyTorch's attention without a norm, and no branch of the mean.
 
     Raises:
-        ValueError: not four maps, or `channels` does not divide.
+        ValueError: There are not four maps, or `channels` is not such a multiple.
     """
 
     renames = (
@@ -159,8 +183,8 @@ class VWHead(nn.Module):
         self.short_cut = short_cut
         widths = (48, channels, channels, channels)
         self.laterals = nn.ModuleList(
-            conv_bn_relu(theirs, ours) if city else nn.Conv2d(theirs, ours, 1)
-            for theirs, ours in zip(in_channels, widths, strict=True)
+            conv_bn_relu(in_dim, width) if city else nn.Conv2d(in_dim, width, 1)
+            for in_dim, width in zip(in_channels, widths, strict=True)
         )
         self.fuse = conv_bn_relu(3 * channels, channels)
         self.local = conv_bn_relu(channels, channels)
@@ -174,7 +198,7 @@ class VWHead(nn.Module):
         nn.init.zeros_(self.classifier.get_parameter("bias"))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        low, *maps = (lateral(x) for lateral, x in zip(self.laterals, maps, strict=True))
+        finest, *maps = (lateral(x) for lateral, x in zip(self.laterals, maps, strict=True))
         h, w = maps[0].shape[2:]
         maps = [maps[0], *(F.interpolate(x, (h, w), mode=self.upsampling) for x in maps[1:])]
         x = self.fuse(torch.cat(maps[::-1], dim=1))
@@ -188,5 +212,5 @@ class VWHead(nn.Module):
             branches.append(attended + x if self.short_cut else attended)
         x = self.merge(torch.cat(branches, dim=1))
 
-        x = F.interpolate(x, low.shape[2:], mode="bilinear")
-        return self.classifier(self.dropout(self.refine(torch.cat((x, low), dim=1))))
+        x = F.interpolate(x, finest.shape[2:], mode="bilinear")
+        return self.classifier(self.dropout(self.refine(torch.cat((x, finest), dim=1))))

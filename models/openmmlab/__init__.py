@@ -1,1 +1,1 @@
-"""The bridge to mmdetection and mmsegmentation."""
+"""Bridge to mmdetection and mmsegmentation: their heads on any backbone of timm's registry."""

@@ -1,7 +1,7 @@
-"""What a `conf/head/*.yaml` says of a head of mmdetection's or mmsegmentation's: the package's own config, changed.
+"""Configs of mmdetection's and mmsegmentation's heads: read, changed by `conf/head/*.yaml`, and fitted to a backbone.
 
-The config is one of those in the package's wheel; what it says of the backbone is not used. It is changed by the head's
-size and arguments, then fitted to the maps of the backbone and to the data's classes.
+The package's wheel brings its configs along. We take a config's model without its backbone, apply the changes of the
+head's size and arguments, and set what follows from the backbone's maps and the data's classes.
 """
 
 import importlib
@@ -18,51 +18,74 @@ from models.dense import DenseBackbone
 from models.openmmlab import mmcv_ext
 from retinue.utils.suggestions import nearest
 
-FINEST = 4  # stride of the first map that the papers' heads read
+# Stride of the finest map that the heads read in the papers.
+FINEST_STRIDE = 4
 
 
 @cache
 def library(name: str) -> Path:
-    """Import mmdetection and, for `mmseg`, mmsegmentation, quietly; the folder of the package's configs."""
+    """Import a package quietly and return the folder of its configs.
+
+    Warnings of the packages are filtered from then on. mmengine's logger, which would log the initialisation of each
+    parameter, shows errors only.
+
+    Args:
+        name: `mmdet` or `mmseg`. mmsegmentation needs mmdetection for its Mask2Former, so `mmseg` imports both.
+    """
     mmcv_ext.install()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for package in dict.fromkeys(("mmdet", name)):  # mmsegmentation's Mask2Former is mmdetection's
+        for package in dict.fromkeys(("mmdet", name)):
             importlib.import_module(f"{package}.models")
     warnings.filterwarnings("ignore", module=r"mm(engine|cv|det|seg)\b")
-    warnings.filterwarnings("ignore", message=r"torch\.meshgrid")  # theirs, told of as torch's
+    # The packages call torch.meshgrid without `indexing`, and torch attributes the warning to its own module.
+    warnings.filterwarnings("ignore", message=r"torch\.meshgrid")
     from mmengine.logging import MMLogger
 
-    MMLogger.get_current_instance().setLevel(logging.ERROR)  # it tells every parameter's initialisation
+    MMLogger.get_current_instance().setLevel(logging.ERROR)
     return Path(importlib.import_module(name).__file__ or "").parent / ".mim" / "configs"
 
 
 def read_model(head: Any, small: bool) -> dict[str, Any]:
-    """The model part of the package's config with the head's changes, for data that is `small` or not.
+    """Return the model of the package's config with the head's changes.
+
+    Args:
+        head: The composed head config.
+        small: Whether the data are small, which chooses the head's default size.
 
     Raises:
-        ValueError: the config or the size is unknown.
+        ValueError: The package has no such config, or the size is unknown.
     """
     from mmengine.config import Config
 
     configs = library(head.library)
     path = configs / head.config
     if not path.is_file():
-        near = nearest(head.config, [str(each.relative_to(configs)) for each in configs.rglob("*.py")])
-        raise ValueError(f"{head.library} has no config {head.config!r}.{near}")
+        known = [str(file.relative_to(configs)) for file in configs.rglob("*.py")]
+        raise ValueError(f"{head.library} has no config {head.config!r}.{nearest(head.config, known)}")
     model = Config.fromfile(path).model.to_dict()
-    model |= {"data_preprocessor": None} | ({"pretrained": None} if head.library == "mmseg" else {})
-    return merge(model, changes(head, small))
+    # Our data modules normalise and pad the images.
+    model["data_preprocessor"] = None
+    if head.library == "mmseg":
+        # mmsegmentation would hand a path of pretrained weights to the backbone.
+        model["pretrained"] = None
+    return merge(model, head_changes(head, small))
 
 
-def changes(head: Any, small: bool) -> dict[str, Any]:
-    """What a head's size and the command line change in it.
+def head_changes(head: Any, small: bool) -> dict[str, Any]:
+    """Return the changes of a head's size and of `head.args`, as one mapping.
+
+    Args:
+        head: The composed head config.
+        small: Whether the data are small: without `head.size`, the size is `small` then, otherwise `full`.
 
     Raises:
-        ValueError: the size is unknown, or `args` is no mapping.
+        ValueError: The size is unknown, or `head.args` is not a mapping.
     """
     settings: Any = OmegaConf.to_container(head, resolve=True)
-    size, sizes = settings["size"] or ("small" if small else "full"), settings["sizes"]
+    size, sizes = settings["size"], settings["sizes"]
+    if not size:
+        size = "small" if small else "full"
     if size not in sizes:
         raise ValueError(f"head.size {size!r} is unknown.{nearest(size, sizes)} There are: {', '.join(sizes)}")
     if not isinstance(settings["args"], dict):
@@ -72,36 +95,50 @@ def changes(head: Any, small: bool) -> dict[str, Any]:
     return merge(sizes[size], settings["args"])
 
 
-def merge(config: dict[str, Any], change: Mapping) -> dict[str, Any]:
-    """Change `config` in place: a mapping changes a mapping's values, or those of every mapping of a list.
+def merge(config: dict[str, Any], changes: Mapping) -> dict[str, Any]:
+    """Change `config` in place and return it.
 
-    All else replaces what was there, as a mapping with a key `_delete_` does.
+    A mapping changes the keys of the mapping in its place, or of every mapping in the list in its place. A mapping with
+    the key `_delete_`, and any other value, replaces what was in its place.
+
+    Example:
+        >>> merge({"norm": {"type": "BN"}, "heads": [{"dim": 8}, {"dim": 8}]}, {"norm": {"eps": 0.1}})
+        {'norm': {'type': 'BN', 'eps': 0.1}, 'heads': [{'dim': 8}, {'dim': 8}]}
+        >>> merge({"heads": [{"dim": 8}, {"dim": 8}]}, {"heads": {"dim": 4}})
+        {'heads': [{'dim': 4}, {'dim': 4}]}
     """
-    for key, value in change.items():
-        old = config.get(key)
-        if not isinstance(value, Mapping):
-            config[key] = value
-        elif isinstance(old, list) and "_delete_" not in value:
-            config[key] = [merge(each, value) for each in old]
+    for key, change in changes.items():
+        current = config.get(key)
+        if not isinstance(change, Mapping):
+            config[key] = change
+        elif isinstance(current, list) and "_delete_" not in change:
+            config[key] = [merge(element, change) for element in current]
         else:
-            kept = old if isinstance(old, dict) and "_delete_" not in value else {}
-            config[key] = merge(kept, {k: v for k, v in value.items() if k != "_delete_"})
+            base = current if isinstance(current, dict) and "_delete_" not in change else {}
+            config[key] = merge(base, {name: value for name, value in change.items() if name != "_delete_"})
     return config
 
 
 def finest_stride(model: dict[str, Any]) -> int:
-    """That of the first map which a head reads, for a backbone with strides from 4 to 32.
+    """Return the stride of the finest map that a head reads, and remove `start_level` from its neck.
 
-    A neck's `start_level`, which says so, is taken out: the backbone gives only maps that are read.
+    The config counts four maps of strides 4 to 32, and a neck's `start_level` is the number of fine maps that it skips.
+    Our backbones give only the maps that are read, so that nothing remains to be skipped.
     """
     reader = model.get("neck") or model["decode_head"]
-    return FINEST * 2 ** (4 - len(reader["in_channels"]) + reader.pop("start_level", 0))
+    skipped = 4 - len(reader["in_channels"]) + reader.pop("start_level", 0)
+    return FINEST_STRIDE * 2**skipped
 
 
-def fit(model: dict[str, Any], backbone: DenseBackbone, num_classes: int) -> None:
-    """Set what follows from the backbone's maps and the data's classes."""
+def fit_config(model: dict[str, Any], backbone: DenseBackbone, num_classes: int) -> None:
+    """Set in place what follows from the backbone's maps and the number of classes.
+
+    These are the classes, the class weights, the channels and strides of the maps, and batch norm instead of
+    synchronised batch norm: `trainer.sync_batchnorm` synchronises it again.
+    """
     channels, levels = list(backbone.channels), len(backbone.channels)
-    strides = [backbone.strides[0] * 2**i for i in range(8)]  # those of a neck's further maps, too
+    # A neck adds coarser maps to those of the backbone; eight strides are more than any head uses.
+    strides = [backbone.strides[0] * 2**i for i in range(8)]
 
     def visit(node: Any) -> None:
         for child in node.values() if isinstance(node, dict) else node:
@@ -111,9 +148,10 @@ def fit(model: dict[str, Any], backbone: DenseBackbone, num_classes: int) -> Non
             return
         if "num_classes" in node:
             node["num_classes"] = num_classes
-        if isinstance(node.get("class_weight"), list):  # the last is that of no object
+        if isinstance(node.get("class_weight"), list):
+            # The last weight is for "no object".
             node["class_weight"] = [1.0] * num_classes + node["class_weight"][-1:]
-        if node.get("type") == "SyncBN":  # trainer.sync_batchnorm makes it of BN
+        if node.get("type") == "SyncBN":
             node["type"] = "BN"
         for key in ("strides", "featmap_strides", "feature_strides"):
             if isinstance(node.get(key), list):
@@ -125,6 +163,7 @@ def fit(model: dict[str, Any], backbone: DenseBackbone, num_classes: int) -> Non
     else:
         model["decode_head"] |= {"in_channels": channels, "in_index": list(range(levels))}
     if model.get("auxiliary_head"):
+        # The auxiliary head reads the second coarsest map.
         index = max(levels - 2, 0)
         model["auxiliary_head"] |= {"in_channels": channels[index], "in_index": index}
 
@@ -137,7 +176,7 @@ def learns_masks(head: Any, small: bool) -> bool:
         small: Whether the data are small, which chooses the head's default size.
 
     Raises:
-        ValueError: the config or the size is unknown.
+        ValueError: The config or the size is unknown.
     """
     model = read_model(head, small)
     return bool(model.get("mask_head") or (model.get("roi_head") or {}).get("mask_head"))

@@ -1,9 +1,11 @@
-"""Stand-in for mmcv's compiled extension, from torchvision and plain PyTorch, on any device.
+"""Stand-in for mmcv's compiled extension, made of torchvision's kernels and plain PyTorch, on any device.
 
-mmcv-lite comes without `mmcv._ext`, whose functions the Python side of `mmcv.ops` calls. `install` puts this module in
-its place; where a compiled mmcv is installed, that one stays. Signatures are mmcv's: results are written into the
-arguments that are given for them. Half precision is computed in float32. Here are the functions that the heads of
-`conf/head/` call, soft-NMS and deformable convolution, which their variants use; any other raises when it is called.
+mmcv-lite comes without `mmcv._ext`, whose functions the Python side of `mmcv.ops` calls. `install` registers this
+module under that name, unless a compiled mmcv is installed. The functions have mmcv's signatures: most write their
+results into tensors among their arguments. Inputs in half precision are converted to float32.
+
+The module has the functions that the heads of `conf/head/` call, and soft-NMS and deformable convolution, which
+variants of these heads call. Any other function of the extension raises a ValueError when it is called, not at import.
 
 mmcv: https://github.com/open-mmlab/mmcv (2.1.0).
 """
@@ -15,22 +17,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision  # noqa: F401  # registers the operators
+import torchvision  # noqa: F401
 from torch import Tensor
 
+# Name of the module that this one stands in for.
 NAME = "mmcv._ext"
-kernels: Any = torch.ops.torchvision
+# The import of torchvision registers these operators.
+torchvision_ops: Any = torch.ops.torchvision
 
 
 def install() -> bool:
-    """Put this module at `mmcv._ext` before `mmcv.ops` is imported; False where a compiled one is there."""
+    """Register this module as `mmcv._ext`, unless a compiled extension is installed.
+
+    Call this before anything imports `mmcv.ops`.
+
+    Returns:
+        True if this module is `mmcv._ext` now, False if the compiled extension stays.
+    """
     if NAME not in sys.modules and importlib.util.find_spec(NAME) is None:
         sys.modules[NAME] = sys.modules[__name__]
     return sys.modules.get(NAME) is sys.modules[__name__]
 
 
 def __getattr__(name: str) -> Callable:
-    """mmcv looks up every function at import."""
+    """Return a function that raises when it is called: mmcv looks up every function of the extension at import."""
     if name.startswith("__"):
         raise AttributeError(name)
 
@@ -40,7 +50,8 @@ def __getattr__(name: str) -> Callable:
     return missing
 
 
-def _single(*tensors: Tensor) -> list[Tensor]:
+def _to_float32(*tensors: Tensor) -> list[Tensor]:
+    """Convert tensors in half precision to float32; leave float32 and float64 unchanged."""
     return [t.float() if t.dtype in (torch.half, torch.bfloat16) else t for t in tensors]
 
 
@@ -48,11 +59,18 @@ def _single(*tensors: Tensor) -> list[Tensor]:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) -> Tensor:
-    """Indices kept of boxes (N, 4) xyxy, best score first; `offset` 1 counts the last pixel into a width."""
-    boxes, scores = _single(boxes, scores)
+    """Return the indices of the boxes that non-maximum suppression keeps, highest score first.
+
+    Args:
+        boxes: (N, 4) xyxy.
+        scores: (N,).
+        iou_threshold: A box is dropped if its IoU with a better box is above it.
+        offset: 1 if a box includes its last pixel, so that its width is x2 - x1 + 1; otherwise 0.
+    """
+    boxes, scores = _to_float32(boxes, scores)
     if offset:
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], 1)
-    return kernels.nms(boxes, scores.to(boxes.dtype), iou_threshold)
+    return torchvision_ops.nms(boxes, scores.to(boxes.dtype), iou_threshold)
 
 
 def softnms(
@@ -65,29 +83,40 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Soft-NMS (arXiv:1704.04503): kept boxes and lowered scores into `dets` (N, 5), their indices returned.
+    """Apply soft-NMS (arXiv:1704.04503), which lowers the scores of boxes that overlap a better box.
 
     Args:
-        method: 0 drops what overlaps, 1 lowers its score by the overlap, 2 by a Gaussian of it.
+        boxes: (N, 4) xyxy.
+        scores: (N,).
+        dets: Output (N, 5): the kept boxes and their lowered scores are written into its first rows.
+        iou_threshold: Boxes with a smaller IoU do not overlap; for methods 0 and 1.
+        sigma: Variance of the Gaussian of method 2.
+        min_score: Boxes whose score falls below it are dropped.
+        method: The factor of an overlapping box's score: 0 for zero, 1 for 1 - IoU, 2 for a Gaussian of the IoU.
+        offset: 1 if a box includes its last pixel, otherwise 0.
+
+    Returns:
+        Indices of the kept boxes, in the order in which they were chosen.
     """
-    boxes, scores = _single(boxes, scores)
+    boxes, scores = _to_float32(boxes, scores)
     scores, area = scores.clone(), (boxes[:, 2:] - boxes[:, :2] + offset).prod(1)
-    alive, keep = torch.ones_like(scores, dtype=torch.bool), []
-    while alive.any():
-        i = int(scores.where(alive, -torch.inf).argmax())
-        dets[len(keep), :4], dets[len(keep), 4] = boxes[i], scores[i]
-        keep.append(i)
-        alive[i] = False
-        low, high = torch.maximum(boxes[i, :2], boxes[:, :2]), torch.minimum(boxes[i, 2:], boxes[:, 2:])
-        shared = (high - low + offset).clamp(min=0).prod(1)
-        iou = shared / (area[i] + area - shared)
+    remaining, kept = torch.ones_like(scores, dtype=torch.bool), []
+    while remaining.any():
+        best = int(scores.where(remaining, -torch.inf).argmax())
+        dets[len(kept), :4], dets[len(kept), 4] = boxes[best], scores[best]
+        kept.append(best)
+        remaining[best] = False
+        low = torch.maximum(boxes[best, :2], boxes[:, :2])
+        high = torch.minimum(boxes[best, 2:], boxes[:, 2:])
+        intersection = (high - low + offset).clamp(min=0).prod(1)
+        iou = intersection / (area[best] + area - intersection)
         if method == 2:
             factor = torch.exp(-iou.square() / sigma)
         else:
             factor = torch.where(iou < iou_threshold, 1.0, 1 - iou if method == 1 else 0.0)
-        scores = torch.where(alive, scores * factor, scores)
-        alive &= scores >= min_score
-    return torch.tensor(keep, dtype=torch.long)
+        scores = torch.where(remaining, scores * factor, scores)
+        remaining &= scores >= min_score
+    return torch.tensor(kept, dtype=torch.long)
 
 
 # --- RoIAlign ---
@@ -106,12 +135,19 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Average RoIAlign (arXiv:1703.06870) of maps (B, C, H, W) in rois (N, 5), their image's index first."""
+    """Apply RoIAlign with averaging (arXiv:1703.06870) and write the features (N, C, h, w) into `output`.
+
+    `input` holds maps (B, C, H, W), and `rois` (N, 5) the image's index and the box (xyxy, in pixels of the image).
+    `argmax_y` and `argmax_x` are for max-pooling and not used.
+
+    Raises:
+        ValueError: `pool_mode` is 0, max-pooling.
+    """
     if pool_mode != 1:
         raise ValueError("RoIAlign with pool_mode='max' needs a compiled mmcv")
-    x, rois = _single(input, rois)
+    x, rois = _to_float32(input, rois)
     size = (aligned_height, aligned_width)
-    output.copy_(kernels.roi_align(x, rois.to(x.dtype), spatial_scale, *size, sampling_ratio, aligned))
+    output.copy_(torchvision_ops.roi_align(x, rois.to(x.dtype), spatial_scale, *size, sampling_ratio, aligned))
 
 
 def roi_align_backward(
@@ -127,10 +163,12 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    grad, rois = _single(grad_output, rois)
+    """Compute the gradient of `roi_align_forward` and write it into `grad_input` (B, C, H, W)."""
+    grad, rois = _to_float32(grad_output, rois)
     sizes = (aligned_height, aligned_width, *grad_input.shape)
-    back = kernels._roi_align_backward(grad, rois.to(grad.dtype), spatial_scale, *sizes, sampling_ratio, aligned)
-    grad_input.copy_(back)
+    rois = rois.to(grad.dtype)
+    grad = torchvision_ops._roi_align_backward(grad, rois, spatial_scale, *sizes, sampling_ratio, aligned)
+    grad_input.copy_(grad)
 
 
 # --- focal loss ---
@@ -139,37 +177,43 @@ def roi_align_backward(
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Focal loss (arXiv:1708.02002) of each logit (N, K) for labels (N,), K being the background."""
-    (x,) = _single(input)
-    hot, p = _one_hot(x, target), x.sigmoid()
+    """Compute the focal loss (arXiv:1708.02002) of each logit and write it into `output` (N, K).
+
+    `input` holds logits (N, K), and `target` labels (N,), where K is the background. `weight` (K,) holds the weights of
+    the classes, and is empty for equal weights.
+    """
+    (x,) = _to_float32(input)
+    is_target, p = _is_target(x, target), x.sigmoid()
     positive = -alpha * (1 - p) ** gamma * F.logsigmoid(x)
     negative = -(1 - alpha) * p**gamma * F.logsigmoid(-x)
-    output.copy_(torch.where(hot, positive, negative) * _weights(weight))
+    output.copy_(torch.where(is_target, positive, negative) * _class_weights(weight))
 
 
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    (x,) = _single(input)
-    hot, p = _one_hot(x, target), x.sigmoid()
+    """Compute the gradient of `sigmoid_focal_loss_forward` and write it into `grad_input` (N, K)."""
+    (x,) = _to_float32(input)
+    is_target, p = _is_target(x, target), x.sigmoid()
     positive = alpha * (1 - p) ** gamma * (gamma * p * F.logsigmoid(x) - (1 - p))
     negative = (1 - alpha) * p**gamma * (p - gamma * (1 - p) * F.logsigmoid(-x))
-    grad_input.copy_(torch.where(hot, positive, negative) * _weights(weight))
+    grad_input.copy_(torch.where(is_target, positive, negative) * _class_weights(weight))
 
 
-def _one_hot(x: Tensor, target: Tensor) -> Tensor:
+def _is_target(x: Tensor, target: Tensor) -> Tensor:
+    """Return for each logit (N, K) whether its class is the label in `target` (N,)."""
     return target[:, None] == torch.arange(x.shape[1], device=x.device)
 
 
-def _weights(weight: Tensor) -> Tensor | float:
-    """Of the classes (K,); an empty tensor stands for none."""
+def _class_weights(weight: Tensor) -> Tensor | float:
+    """Return the weights of the classes (K,), or 1 if the tensor is empty, which mmcv passes for equal weights."""
     return weight if weight.numel() else 1.0
 
 
 # --- deformable convolution, v1 (arXiv:1703.06211) and v2 with a mask (arXiv:1811.11168) ---
 
 
-def _arguments(
+def _deform_conv_arguments(
     x: Tensor,
     weight: Tensor,
     offset: Tensor,
@@ -178,27 +222,43 @@ def _arguments(
     geometry: Sequence[int],
     groups: Sequence[int],
 ) -> tuple:
-    """Those of torchvision's operator. `geometry`: stride, padding and dilation, each of height, then of width."""
-    m = x.new_zeros(len(x), 1) if mask is None else mask
-    b = x.new_zeros(len(weight)) if bias is None else bias
-    return (*_single(x, weight, offset, m, b), *geometry, *groups, mask is not None)
+    """Return the arguments of torchvision's operator.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (out channels, C / groups, kernel height, kernel width).
+        offset: Offset of each sample, vertical then horizontal, for each kernel position and offset group.
+        mask: Factor of each sample; None for deformable convolution v1, where an empty mask takes its place.
+        bias: (out channels,); None for no bias.
+        geometry: Stride, padding and dilation, each of the height, then of the width.
+        groups: Number of groups of the convolution, and number of groups of channels that share offsets.
+    """
+    use_mask = mask is not None
+    if mask is None:
+        mask = x.new_zeros(len(x), 1)
+    if bias is None:
+        bias = x.new_zeros(len(weight))
+    return (*_to_float32(x, weight, offset, mask, bias), *geometry, *groups, use_mask)
 
 
 def deform_conv_forward(
     input, weight, offset, output, columns, ones,
     kW, kH, dW, dH, padW, padH, dilationW, dilationH, group, deformable_group, im2col_step,
 ):  # fmt: skip
+    """Apply deformable convolution v1 and write the result into `output`."""
     geometry, groups = (dH, dW, padH, padW, dilationH, dilationW), (group, deformable_group)
-    output.copy_(kernels.deform_conv2d(*_arguments(input, weight, offset, None, None, geometry, groups)))
+    arguments = _deform_conv_arguments(input, weight, offset, None, None, geometry, groups)
+    output.copy_(torchvision_ops.deform_conv2d(*arguments))
 
 
 def deform_conv_backward_input(
     input, offset, gradOutput, gradInput, gradOffset, weight, columns,
     kW, kH, dW, dH, padW, padH, dilationW, dilationH, group, deformable_group, im2col_step,
 ):  # fmt: skip
+    """Compute the gradients of deformable convolution v1 and write them into `gradInput` and `gradOffset`."""
     geometry, groups = (dH, dW, padH, padW, dilationH, dilationW), (group, deformable_group)
-    arguments = _arguments(input, weight, offset, None, None, geometry, groups)
-    grads = kernels._deform_conv2d_backward(*_single(gradOutput.contiguous()), *arguments)
+    arguments = _deform_conv_arguments(input, weight, offset, None, None, geometry, groups)
+    grads = torchvision_ops._deform_conv2d_backward(*_to_float32(gradOutput.contiguous()), *arguments)
     gradInput.copy_(grads[0])
     gradOffset.copy_(grads[2])
 
@@ -207,9 +267,11 @@ def deform_conv_backward_parameters(
     input, offset, gradOutput, gradWeight, columns, ones,
     kW, kH, dW, dH, padW, padH, dilationW, dilationH, group, deformable_group, scale, im2col_step,
 ):  # fmt: skip
+    """Compute the gradient of deformable convolution v1 by its weight, and add it, times `scale`, to `gradWeight`."""
     geometry, groups = (dH, dW, padH, padW, dilationH, dilationW), (group, deformable_group)
-    arguments = _arguments(input, gradWeight, offset, None, None, geometry, groups)
-    grads = kernels._deform_conv2d_backward(*_single(gradOutput.contiguous()), *arguments)
+    # The gradient by the weight does not depend on the weight's values, only on its shape.
+    arguments = _deform_conv_arguments(input, gradWeight, offset, None, None, geometry, groups)
+    grads = torchvision_ops._deform_conv2d_backward(*_to_float32(gradOutput.contiguous()), *arguments)
     gradWeight.add_(grads[1], alpha=scale)
 
 
@@ -217,10 +279,11 @@ def modulated_deform_conv_forward(
     input, weight, bias, ones, offset, mask, output, columns, kernel_h, kernel_w,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group, with_bias,
 ):  # fmt: skip
+    """Apply deformable convolution v2, with a mask, and write the result into `output`."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
-    own_bias = bias if with_bias else None
-    result = kernels.deform_conv2d(
-        *_arguments(input, weight, offset, mask, own_bias, geometry, (group, deformable_group))
+    bias = bias if with_bias else None
+    result = torchvision_ops.deform_conv2d(
+        *_deform_conv_arguments(input, weight, offset, mask, bias, geometry, (group, deformable_group))
     )
     output.copy_(result.view_as(output))
 
@@ -230,25 +293,31 @@ def modulated_deform_conv_backward(
     grad_input, grad_weight, grad_bias, grad_offset, grad_mask, grad_output, kernel_h, kernel_w,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group, with_bias,
 ):  # fmt: skip
+    """Compute the gradients of deformable convolution v2 and write them into the `grad_` tensors."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
-    own_bias = bias if with_bias else None
-    arguments = _arguments(input, weight, offset, mask, own_bias, geometry, (group, deformable_group))
-    grads = kernels._deform_conv2d_backward(*_single(grad_output.contiguous()), *arguments)
-    given = (grad_input, grad_weight, grad_offset, grad_mask, grad_bias)
-    for into, grad in zip(given[: 5 if with_bias else 4], grads, strict=False):
-        into.copy_(grad)
+    bias = bias if with_bias else None
+    arguments = _deform_conv_arguments(input, weight, offset, mask, bias, geometry, (group, deformable_group))
+    grads = torchvision_ops._deform_conv2d_backward(*_to_float32(grad_output.contiguous()), *arguments)
+    outputs = [grad_input, grad_weight, grad_offset, grad_mask]
+    if with_bias:
+        outputs.append(grad_bias)
+    # torchvision returns the gradient by the bias last, without a bias too.
+    for output, grad in zip(outputs, grads, strict=False):
+        output.copy_(grad)
 
 
 # --- multi-scale deformable attention (arXiv:2010.04159) ---
 
 
 def sample_and_mix(value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """Each query's weighted mean of values sampled bilinearly at its locations; zeros are around a map.
+    """Compute for each query the weighted sum of values that are sampled bilinearly at its locations.
+
+    Outside a map, the values are zero.
 
     Args:
-        value: (B, N, heads, D), the tokens of all levels one after the other.
-        spatial_shapes: (levels, 2), height and width of each.
-        locations: (B, Q, heads, levels, points, 2), x and y from 0 to 1.
+        value: (B, N, heads, D), the tokens of all levels, concatenated.
+        spatial_shapes: (levels, 2), height and width of each level's map.
+        locations: (B, Q, heads, levels, points, 2), x and y relative to the map's width and height, from 0 to 1.
         weights: (B, Q, heads, levels, points).
 
     Returns:
@@ -257,11 +326,12 @@ def sample_and_mix(value: Tensor, spatial_shapes: Tensor, locations: Tensor, wei
     B, _, heads, D = value.shape
     Q = locations.shape[1]
     sizes: list[list[int]] = spatial_shapes.tolist()
+    # `grid_sample` takes coordinates from -1 to 1.
     grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B * heads, Q, levels, points, 2)
-    maps = value.permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in sizes], 2)  # each (B * heads, D, h * w)
+    maps = value.permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in sizes], 2)  # (B * heads, D, h * w)
     sampled = [
-        F.grid_sample(each.unflatten(2, (h, w)), grid[:, :, level], align_corners=False)
-        for level, (each, (h, w)) in enumerate(zip(maps, sizes, strict=True))
+        F.grid_sample(tokens.unflatten(2, (h, w)), grid[:, :, level], align_corners=False)
+        for level, (tokens, (h, w)) in enumerate(zip(maps, sizes, strict=True))
     ]
     weights = weights.transpose(1, 2).reshape(B * heads, 1, Q, -1)
     mixed = (torch.cat(sampled, -1) * weights).sum(-1)  # (B * heads, D, Q)
@@ -276,7 +346,11 @@ def ms_deform_attn_forward(
     attn_weight: Tensor,
     im2col_step: int = 64,
 ) -> Tensor:
-    v, locations, weights = _single(value, sampling_loc, attn_weight)
+    """Apply multi-scale deformable attention and return (B, Q, heads * D) in the type of `value`.
+
+    The arguments are those of `sample_and_mix`; `level_start_index` and `im2col_step` are for the compiled kernel.
+    """
+    v, locations, weights = _to_float32(value, sampling_loc, attn_weight)
     return sample_and_mix(v, spatial_shapes, locations, weights).to(value.dtype)
 
 
@@ -292,10 +366,11 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int = 64,
 ) -> None:
-    v, locations, weights, grad = _single(value, sampling_loc, attn_weight, grad_output)
+    """Compute the gradients of `ms_deform_attn_forward`, by sampling anew, and write them into the `grad_` tensors."""
+    v, locations, weights, grad = _to_float32(value, sampling_loc, attn_weight, grad_output)
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_() for t in (v, locations, weights)]
         mixed = sample_and_mix(inputs[0], spatial_shapes, *inputs[1:])
     grads = torch.autograd.grad(mixed, inputs, grad)
-    for into, grad in zip((grad_value, grad_sampling_loc, grad_attn_weight), grads, strict=True):
-        into.copy_(grad)
+    for output, grad in zip((grad_value, grad_sampling_loc, grad_attn_weight), grads, strict=True):
+        output.copy_(grad)

@@ -1,4 +1,4 @@
-"""What the tests of heads and necks share."""
+"""Helpers of the tests of heads and necks."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,26 +9,34 @@ from torch import Tensor, nn
 
 from models import load_weights
 from models.reference import load_vector, make_input, official_state, relative_error
+from retinue.utils.arithmetic import ceil_div
 
 VECTORS = Path(__file__).parent.parent.parent / "vectors"
 
 
 def sides(H: int, W: int, levels: int) -> list[tuple[int, int]]:
-    """Of a pyramid whose finest map is H x W."""
-    return [(-(-H // 2**i), -(-W // 2**i)) for i in range(levels)]
+    """Return height and width of each map of a pyramid whose finest map is H x W."""
+    return [(ceil_div(H, 2**i), ceil_div(W, 2**i)) for i in range(levels)]
 
 
 def pyramid(channels: Sequence[int], H: int, W: int, batch: int = 2) -> list[Tensor]:
-    """Random maps, each half as large as the one before."""
+    """Return random maps with these numbers of channels; the first is H x W, and each next one is half as large."""
     return [torch.randn(batch, c, *side) for c, side in zip(channels, sides(H, W, len(channels)), strict=True)]
 
 
 def assert_matches(name: str, build: Callable[[], nn.Module]) -> None:
-    """With the authors' weights, loaded as any released file is, the module gives what the authors' code gave."""
+    """Assert that a module with the authors' weights gives the outputs of the authors' code.
+
+    The weights are loaded in the same way as a released file.
+
+    Args:
+        name: Name of the reference vector.
+        build: Function that builds the module.
+    """
     vector = load_vector(VECTORS / f"{name}.json.gz")
     model = build().eval()
-    done = load_weights(model, official_state(vector))
-    assert not done.unexpected and not done.dropped and not done.resized
+    loaded = load_weights(model, official_state(vector))
+    assert not loaded.unexpected and not loaded.dropped and not loaded.resized
     assert sum(parameter.numel() for parameter in model.parameters()) == vector["num_params"]
 
     _, width, H, W = vector["input_shape"]
@@ -42,7 +50,7 @@ def assert_matches(name: str, build: Callable[[], nn.Module]) -> None:
 
 
 def stir(model: Any) -> Any:
-    """Move weights away from initial zeros, which hide what stands behind them."""
+    """Add noise to all weights and return the model: initial zeros would hide errors in the layers before them."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -50,6 +58,6 @@ def stir(model: Any) -> Any:
 
 
 def without_gradient(model: nn.Module, output: Tensor) -> set[str]:
-    """Names of the parameters that the output does not depend on."""
+    """Return the names of the parameters that the scalar output does not depend on."""
     output.backward()
     return {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}

@@ -1,4 +1,4 @@
-"""SDANet's neck."""
+"""SDANet's neck equals the authors' code, takes maps of any size and weights its levels as its docstrings say."""
 
 from typing import Any
 
@@ -23,26 +23,27 @@ def test_matches_the_authors_code(name):
 
 
 @pytest.mark.parametrize("levels", [3, 5])
-def test_maps_of_any_size_train_every_weight(levels):
+def test_every_weight_is_trained_with_maps_of_any_size(levels):
     neck, maps = stir(small(levels)), pyramid([32] * levels, 33, 22)
     refined = neck(maps)
     assert isinstance(refined, tuple) and [m.shape for m in refined] == [m.shape for m in maps]
-    left = without_gradient(neck, torch.stack([m.square().sum() for m in refined]).sum())
-    assert all(name.endswith("context.score.bias") for name in left), left  # moves all scores of a softmax alike
+    untrained = without_gradient(neck, torch.stack([m.square().sum() for m in refined]).sum())
+    # This bias adds the same number to all scores of a softmax.
+    assert all(name.endswith("context.score.bias") for name in untrained), untrained
 
 
 def test_weights_of_the_levels_sum_to_one():
     neck = stir(small())
-    channel, place = neck.attention[2].weights(torch.randn(2, 32, 9, 6))
-    assert channel.shape == (5, 2, 32, 1, 1) and place.shape == (5, 2, 1, 9, 6)
-    for weights in (channel, place):
+    by_channel, by_position = neck.attention[2].weights(torch.randn(2, 32, 9, 6))
+    assert by_channel.shape == (5, 2, 32, 1, 1) and by_position.shape == (5, 2, 1, 9, 6)
+    for weights in (by_channel, by_position):
         assert torch.allclose(weights.sum(0), torch.ones(()), atol=1e-6) and weights.std() > 0.01
 
 
-def test_levels_are_brought_to_the_size_of_one():
+def test_all_levels_are_resized_to_one_level():
     maps = pyramid([4] * 3, 12, 8)
-    finer, own, coarser = at_level(maps, 1)
-    assert own is maps[1]
+    finer, unchanged, coarser = at_level(maps, 1)
+    assert unchanged is maps[1]
     assert torch.equal(finer, F.max_pool2d(maps[0], 2))
     assert torch.equal(coarser, maps[2].repeat_interleave(2, 2).repeat_interleave(2, 3))
 
@@ -50,7 +51,8 @@ def test_levels_are_brought_to_the_size_of_one():
 def test_equal_weights_add_twice_the_mean_of_the_levels():
     neck, maps = small().eval(), pyramid([32] * 5, 16, 16)
     with torch.no_grad():
-        for attention in neck.attention:  # the context block adds nothing at first
+        # The initial context block adds nothing.
+        for attention in neck.attention:
             for layer in (*attention.by_channel, *attention.by_place):
                 layer.weight.zero_()
                 if layer.bias is not None:
@@ -60,32 +62,33 @@ def test_equal_weights_add_twice_the_mean_of_the_levels():
             assert torch.allclose(refined, maps[level] + 2 * mean, atol=1e-5)
 
 
-def test_context_block_adds_one_vector_from_the_places_that_it_chooses():
+def test_context_block_adds_one_vector_from_the_positions_with_weight():
     torch.manual_seed(0)
     block, x = stir(ContextBlock(8, 4)), torch.randn(2, 8, 5, 6)
     with torch.no_grad():
         added = block(x) - x
         assert torch.allclose(added, added[..., :1, :1].expand_as(added), atol=1e-5) and added.std() > 0.01
-        x[:, 0, 3, 2] = 1000  # a place with all the weight
+        # One position has all the weight.
+        x[:, 0, 3, 2] = 1000
         block.score.weight.zero_()[0, 0] = 1
         alone = block(x[..., 3:4, 2:3]) - x[..., 3:4, 2:3]
         assert torch.allclose(block(x) - x, alone.expand_as(x), atol=1e-3)
 
 
-def test_half_precision_is_close():
+def test_half_precision_is_close_to_single_precision():
     neck, maps = stir(small()).eval(), pyramid([32] * 5, 33, 22)
     with torch.no_grad():
         exact = neck(maps)
         with torch.autocast("cpu", torch.bfloat16):
-            rough = neck(maps)
-    for r, e in zip(rough, exact, strict=True):
-        assert F.mse_loss(r.float(), e).sqrt() < 0.05 * e.std()
+            half = neck(maps)
+    for half_map, exact_map in zip(half, exact, strict=True):
+        assert F.mse_loss(half_map.float(), exact_map).sqrt() < 0.05 * exact_map.std()
 
 
-def test_own_weights_load():
+def test_saved_weights_load():
     neck, other = small(), stir(small())
-    done = load_weights(other, neck.state_dict())
-    assert not done.missing and not done.unexpected
+    loaded = load_weights(other, neck.state_dict())
+    assert not loaded.missing and not loaded.unexpected
     assert all(torch.equal(a, b) for a, b in zip(neck.parameters(), other.parameters(), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""VWFormer's decoder."""
+"""VWFormer's decoder equals the authors' code and takes images of any size."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from models import load_weights
 from models.heads.vwformer import RATIOS, VWHead, contexts
+from retinue.utils.arithmetic import ceil_div, round_up
 from tests.models.heads import assert_matches, pyramid, stir, without_gradient
 from tests.vectors.claims import HEADS
 
@@ -22,15 +23,15 @@ def test_matches_the_authors_code(name):
 
 @pytest.mark.parametrize("form", [{}, CITY], ids=["ade20k", "cityscapes"])
 @pytest.mark.parametrize("image", [(250, 310), (40, 33)])
-def test_images_of_any_size_train_every_weight(form, image):
+def test_every_weight_is_trained_with_images_of_any_size(form, image):
     torch.manual_seed(0)
     head = stir(VWHead(CHANNELS, 5, channels=64, num_heads=2, **form))
-    size = tuple(-(-side // 4) for side in image)
+    size = tuple(ceil_div(side, 4) for side in image)
     logits = head(pyramid(CHANNELS, *size))
     assert logits.shape == (2, 5, *size)
-    # a bias of the keys moves all scores of a query alike
-    left = without_gradient(head, logits.square().mean())
-    assert left <= {f"attention.{i}.attn.k.bias" for i in range(3)}
+    # The bias of the keys adds the same number to all scores of a query.
+    untrained = without_gradient(head, logits.square().mean())
+    assert untrained <= {f"attention.{i}.attn.k.bias" for i in range(3)}
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
@@ -38,16 +39,16 @@ def test_images_of_any_size_train_every_weight(form, image):
 def test_contexts_are_the_surroundings_of_the_windows(ratio, window):
     (p, q), C = window, 2
     x = torch.randn(1, C, 8 * p, 8 * q)
-    found = contexts(x, ratio)
-    assert found.shape == (1, 64, p * q, ratio**2 * C)
+    gathered = contexts(x, ratio)
+    assert gathered.shape == (1, 64, p * q, ratio**2 * C)
 
-    def places(size: int) -> list[int]:
-        """Of the lengthened axis, by the authors' slices."""
-        own = list(range(8 * size))
+    def extended_indices(size: int) -> list[int]:
+        """Return the indices of the map along an extended dimension, by the slices of the authors' code."""
+        indices = list(range(8 * size))
         middle = (ratio + 1) * size // 2
-        return own[middle : ratio * size] + own + own[-ratio * size : -middle]
+        return indices[middle : ratio * size] + indices + indices[-ratio * size : -middle]
 
-    rows, columns = places(p), places(q)
+    rows, columns = extended_indices(p), extended_indices(q)
     for window_row, window_column in [(0, 0), (3, 7), (7, 4)]:
         for row, column in [(0, 0), (p - 1, q - 1), (p // 2, q // 2)]:
             expected = [
@@ -61,58 +62,60 @@ def test_contexts_are_the_surroundings_of_the_windows(ratio, window):
                 for j in range(ratio)
                 for channel in range(C)
             ]
-            assert torch.equal(found[0, window_row * 8 + window_column, row * q + column], torch.stack(expected))
+            assert torch.equal(gathered[0, window_row * 8 + window_column, row * q + column], torch.stack(expected))
 
 
 @pytest.mark.parametrize("image", [(128, 192), (100, 200)])
-def test_borders_are_replicated_where_windows_do_not_fit(image):
+def test_borders_are_replicated_if_windows_do_not_fit(image):
     torch.manual_seed(0)
     head = VWHead(CHANNELS, 5, channels=64).eval()
-    seen = {}
-    head.local.register_forward_pre_hook(lambda _, args: seen.update(whole=args[0]))
-    head.attention[0].register_forward_pre_hook(lambda _, args: seen.update(padded=args[0]))
+    inputs = {}
+    head.local.register_forward_pre_hook(lambda _, args: inputs.update(unpadded=args[0]))
+    head.attention[0].register_forward_pre_hook(lambda _, args: inputs.update(padded=args[0]))
     with torch.no_grad():
         head(pyramid(CHANNELS, image[0] // 4, image[1] // 4))
-    whole, padded = seen["whole"], seen["padded"]
-    h, w = whole.shape[2:]
-    assert padded.shape[2:] == (-(-h // 8) * 8, -(-w // 8) * 8)
-    assert torch.equal(padded[..., :h, :w], whole)
-    assert torch.equal(padded[..., h:, :w], whole[..., -1:, :].expand(-1, -1, padded.shape[2] - h, -1))
+    unpadded, padded = inputs["unpadded"], inputs["padded"]
+    h, w = unpadded.shape[2:]
+    assert padded.shape[2:] == (round_up(h, 8), round_up(w, 8))
+    assert torch.equal(padded[..., :h, :w], unpadded)
+    assert torch.equal(padded[..., h:, :w], unpadded[..., -1:, :].expand(-1, -1, padded.shape[2] - h, -1))
     assert torch.equal(padded[..., w:], padded[..., w - 1 : w].expand_as(padded[..., w:]))
 
 
-def test_each_ratio_reaches_as_far_as_its_context():
+def test_the_receptive_field_of_each_attention_is_its_context():
     torch.manual_seed(0)
     head = stir(VWHead(CHANNELS, 5, channels=64)).eval()
-    x = torch.randn(1, 64, 16, 16, requires_grad=True)  # windows of 2 x 2
-    for attention, reach in zip(head.attention, RATIOS, strict=True):
+    # The windows of this map are 2 x 2.
+    x = torch.randn(1, 64, 16, 16, requires_grad=True)
+    for attention, ratio in zip(head.attention, RATIOS, strict=True):
         (gradient,) = torch.autograd.grad(attention(x)[..., 8:10, 8:10].sum(), x)
         rows = gradient.abs().sum((0, 1, 3)).nonzero().flatten()
-        # the context of a window of 2, and what the convolution before it reads: reach / 2 - 1 before, reach / 2 after
-        first = 9 - reach - (reach // 2 - 1)
-        last = 8 + reach + reach // 2
+        # The context of a window of 2 has 2 * ratio rows around row 8.5, and the convolution before the attention reads
+        # ratio / 2 - 1 rows before it and ratio / 2 rows after it.
+        first = 9 - ratio - (ratio // 2 - 1)
+        last = 8 + ratio + ratio // 2
         assert rows.tolist() == list(range(max(0, first), min(16, last + 1)))
 
 
-def test_half_precision_is_close():
+def test_half_precision_is_close_to_single_precision():
     torch.manual_seed(0)
     for form in ({}, CITY):
         head, maps = stir(VWHead(CHANNELS, 5, channels=64, **form)).eval(), pyramid(CHANNELS, 20, 28)
         with torch.no_grad():
             exact = head(maps)
             with torch.autocast("cpu", torch.bfloat16):
-                rough = head(maps)
-        assert F.mse_loss(rough.float(), exact).sqrt() < 0.05 * exact.std()
+                half = head(maps)
+        assert F.mse_loss(half.float(), exact).sqrt() < 0.05 * exact.std()
 
 
-def test_own_weights_load():
+def test_saved_weights_load():
     head, other = VWHead(CHANNELS, 5, channels=64), VWHead(CHANNELS, 5, channels=64)
-    done = load_weights(other, head.state_dict())
-    assert not done.missing and not done.unexpected
+    loaded = load_weights(other, head.state_dict())
+    assert not loaded.missing and not loaded.unexpected
     assert all(torch.equal(a, b) for a, b in zip(head.parameters(), other.parameters(), strict=True))
 
 
-def test_what_does_not_divide_is_refused_in_one_line():
+def test_unfitting_arguments_are_refused_in_one_line():
     with pytest.raises(ValueError, match=r"must be a multiple of 64 and of its 1 heads, not 100$"):
         VWHead(CHANNELS, 5, channels=100)
     with pytest.raises(ValueError, match=r"four maps, of strides 4, 8, 16 and 32, not 3$"):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.scenes import write_scenes
 from models.complexity import complexity
-from models.openmmlab.build import Detections
+from models.openmmlab.detector import Detections
 from retinue.runs.training import build_data, build_task
 from retinue.tasks.detection import Detection
 from tests.retinue.evaluation.test_detection import CATEGORIES, IMAGES, NAMES, ONE, make_truth, predictions
