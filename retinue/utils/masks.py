@@ -5,17 +5,25 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-IGNORED = 255  # label of the pixels that neither training nor evaluation counts
+# Label of the pixels that neither training nor evaluation counts.
+IGNORED = 255
 
 
 def run_lengths(segmentation: Any, height: int, width: int) -> Any:
-    """A mask of COCO's format as pycocotools takes it: compressed run lengths.
+    """Convert a mask in one of COCO's formats to compressed run lengths, the format that pycocotools takes.
+
+    Args:
+        segmentation: Polygons as lists of x and y in turn, or a mapping with `size` and `counts` (run lengths, plain or
+            compressed).
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
 
     Raises:
-        ValueError: it is not one, or not of an image of this size.
+        ValueError: The mask is not in COCO's format, or its size is not that of the image.
     """
     if isinstance(segmentation, list):
-        rings = [ring for ring in segmentation if len(ring) >= 6]  # fewer than three corners enclose nothing
+        # A polygon with fewer than three corners encloses nothing.
+        rings = [ring for ring in segmentation if len(ring) >= 6]
         if not rings:
             return coco_mask.encode(np.zeros((height, width), np.uint8, order="F"))
         return coco_mask.merge(coco_mask.frPyObjects(rings, height, width))
