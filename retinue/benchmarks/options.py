@@ -14,11 +14,11 @@ def parse_image_size(text: str) -> Pair:
     """Return (height, width) in pixels of "800x1333", or of "224", which is a square.
 
     Raises:
-        ValueError: the text is no such size, or a side has less than `MIN_SIDE` pixels.
+        ValueError: the text is not such a size, or a side has fewer than `MIN_SIDE` pixels.
     """
     sides = text.split("x")
     if not (1 <= len(sides) <= 2 and all(side.isdecimal() and int(side) >= MIN_SIDE for side in sides)):
-        raise ValueError(f"sizes such as 224 or 800x1333 (height x width) with sides of at least {MIN_SIDE} pixels")
+        raise ValueError(f"a size such as 224 or 800x1333 (height x width), with sides of at least {MIN_SIDE} pixels")
     return (int(sides[0]), int(sides[-1]))
 
 
