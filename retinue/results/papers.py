@@ -84,7 +84,7 @@ def model_choice(net: str, args: Mapping[str, Any], image_size: int | None) -> l
         the size in conf/model does not set.
     """
     args = {key: value for key, value in args.items() if key != "img_size"}
-    # Of the sizes in conf/model that agree with the arguments, the one that sets the most arguments names the net.
+    # The net is named by the size in conf/model that agrees with the arguments and sets the most of them.
     chosen: dict[str, Any] | None = None
     choice = ["model=timm", f"model.name={net}"]
     for path in sorted(MODELS.glob("*.yaml")):
