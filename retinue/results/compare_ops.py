@@ -13,6 +13,7 @@ from ops import list_ops
 from retinue.benchmarks.models import Setting, benchmark
 from retinue.benchmarks.timing import Row
 from retinue.evaluation.statistics import mean_ci95
+from retinue.runs.preprocessing import resolve_preprocessing
 from retinue.runs.result_file import read_result
 from retinue.runs.training import train
 from retinue.utils.files import replacing
@@ -74,7 +75,9 @@ def train_ops(
             cfg = configs[op][0]
             nets[op] = {"name": model_name(cfg.model, cfg.data.image_size), "mixers": op}
         rows.append({**row, **summarise_accuracy(results)})
-    return rows, nets, configs[ops[0]][0]
+    cfg = configs[ops[0]][0]
+    resolve_preprocessing(cfg)
+    return rows, nets, cfg
 
 
 def summarise_accuracy(results: Sequence[Mapping[str, Any]]) -> Row:

@@ -172,6 +172,7 @@ def evaluate_weights(row: PaperRow, weights: str, data: Mapping[str, Any], batch
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("eval", ["data=imagenet", *choice, f"batch_size={batch_size}", "run_dir=${evaluation_folder:}"])
     cfg.weights = weights
+    cfg.data.image_size = row.facts["input"]
     for key, value in data.items():
         OmegaConf.update(cfg.data, key, value)
     cfg = with_run(cfg, [], [])

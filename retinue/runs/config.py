@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from retinue.runs.default_recipe import recipe_for
 from retinue.runs.identity import fingerprint, run_folder
+from retinue.runs.preprocessing import resolve_preprocessing, resolved_data
 from retinue.utils.paths import CONF
 from retinue.utils.sizes import model_name, size_pixels
 from retinue.utils.suggestions import nearest
@@ -98,7 +99,7 @@ def evaluation_folder(cfg: DictConfig) -> str:
     digest = fingerprint(cfg)[:8]
     if cfg.run is not None:
         return f"{_config_file(cfg.run).parent}/evaluation/{digest}"
-    return f"outputs/evaluation/{cfg.data.name}/{model_name(cfg.model, size_pixels(cfg.data))}/{digest}"
+    return f"outputs/evaluation/{cfg.data.name}/{model_name(cfg.model, size_pixels(resolved_data(cfg)))}/{digest}"
 
 
 def allow_run_keys(arguments: Sequence[str]) -> list[str]:
@@ -117,6 +118,8 @@ def allow_run_keys(arguments: Sequence[str]) -> list[str]:
 
 def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -> DictConfig:
     """Return the config that `eval.py` evaluates: with `run=DIR`, the run's config and its best weights.
+
+    The preprocessing that the config leaves open is filled in.
 
     The trainer is the command's, since a run from eight GPUs may be evaluated on a laptop; its precision is the run's.
 
@@ -150,6 +153,7 @@ def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -
     cfg.trainer.accumulate_grad_batches = 1
     batch_size = cfg.task.eval_batch if cfg.batch_size is None else cfg.batch_size
     cfg.recipe.batch_size = batch_size * world_size(cfg)
+    resolve_preprocessing(cfg)
     return cfg
 
 

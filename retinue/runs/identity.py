@@ -6,6 +6,7 @@ The rule, version 1. The identity of a config is the config without
 - the menu of sizes: `model` is the chosen net's registry name and arguments, `head.size` is the chosen size's entry;
 - `_target_`, which names a class of the code, and `recipe` in `model` and `head`, which only chooses a default;
 - a section or key that another key switches off (`SWITCHES`), such as `task.distillation` without a teacher;
+- `data.own`, since the values of `data` that a config leaves open are filled in before (`retinue.runs.preprocessing`);
 - null and empty values: an optional key that is null asks for nothing, so that adding one changes no folder. A head's
   `size` and `args` keep null values, since they are changes of a package's config, where null replaces a value.
 
@@ -20,6 +21,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from retinue.runs.preprocessing import resolved_data
 from retinue.utils.sizes import model_name, resolve, size_pixels
 
 IDENTITY_VERSION = 1
@@ -28,7 +30,7 @@ IDENTITY_VERSION = 1
 NOT_RESULT = {
     "": ("hydra", "run_dir", "rerun", "seed", "checkpoint", "logger", "ops", "save_images"),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
-    "data": ("num_workers",),
+    "data": ("num_workers", "own"),
 }
 
 # Section or key -> the key that switches it off when it is null.
@@ -47,6 +49,8 @@ def identity(cfg: Mapping) -> dict[str, Any]:
             earlier version of the project may have left it, keeps its section `model` without the menu of sizes.
     """
     config = _resolved(cfg)
+    if isinstance(config.get("data"), dict):
+        config["data"] = resolved_data(config)
     if isinstance(config.get("model"), dict):
         config["model"] = _chosen_net(config)
     if isinstance(config.get("head"), dict):
@@ -76,7 +80,7 @@ def fingerprint(cfg: DictConfig) -> str:
 
 def run_folder(cfg: DictConfig) -> str:
     """Return `<task>/<data>/<model>/<8 hex of the identity>-s<seed>`: the same for the same experiment, anywhere."""
-    names = (cfg.task.name, cfg.data.name, model_name(cfg.model, size_pixels(cfg.data)))
+    names = (cfg.task.name, cfg.data.name, model_name(cfg.model, size_pixels(resolved_data(cfg))))
     labels = [re.sub(r"[^\w.-]+", "_", name) for name in names]
     return "/".join([*labels, f"{_digest(identity(cfg))[:8]}-s{cfg.seed}"])
 

@@ -31,6 +31,7 @@ from retinue.runs.ema import EMA
 from retinue.runs.identity import fingerprint, flatten, identity
 from retinue.runs.launch import launch, needs_launch, rank, slurm_tasks
 from retinue.runs.loggers import MetricsCSV, links
+from retinue.runs.preprocessing import resolve_preprocessing
 from retinue.runs.progress import TrainingLog
 from retinue.runs.result_file import CONFIG, FAILED, RESULT, provenance, read_result, show_result, write_result
 from retinue.runs.status import attempt
@@ -56,6 +57,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """
     folder = Path(cfg.run_dir)
     with no_empty_folder(folder):
+        resolve_preprocessing(cfg)
         cfg.rerun = starts_anew(cfg, folder)
         result = None if cfg.rerun else read_result(folder)
         if result is None:
@@ -153,7 +155,7 @@ def test(cfg: DictConfig, task: Task, datamodule: pl.LightningDataModule) -> dic
 def build_data(cfg: DictConfig) -> Any:
     """Return the LightningDataModule of `cfg.data`, with the recipe's augmentation."""
     return instantiate(
-        _arguments(cfg.data, "name", "task", "kind"),
+        _arguments(cfg.data, "name", "task", "kind", "own"),
         augment=OmegaConf.to_container(cfg.recipe.augment, resolve=True),
         batch_size=per_device_batch(cfg),
         seed=cfg.seed,

@@ -50,12 +50,15 @@ def resolve(model_cfg: Mapping, pixels: int, under_head: bool = False) -> tuple[
 def size_pixels(data_cfg: Mapping) -> int:
     """Return the side of images, in pixels, by which `resolve` chooses a model's size if the config names none.
 
-    This is the longer side of the images of a `conf/data/*.yaml`. The small detection and segmentation data sets are
-    an exception: their images are large, but their models are to be the smallest, so the side is 1.
+    This is the longer side of the images of a `conf/data/*.yaml`; if its `image_size` is null, that of its `own`. The
+    small detection and segmentation data sets are an exception: their images are large, but their models are to be the
+    smallest, so the side is 1.
     """
     if data_cfg["task"] != "classification" and data_cfg["kind"] == "small":
         return 1
     size = data_cfg["image_size"]
+    if size is None:
+        size = data_cfg["own"]["image_size"]
     return size if isinstance(size, int) else max(size)
 
 
