@@ -56,7 +56,7 @@ def open_values(cfg: Mapping) -> dict[str, tuple[Any, str]]:
     is_open = [key for key in own if data.get(key) is None]
     if not is_open:
         return {}
-    taken = {key: (own[key], f"{data['name']}'s own") for key in is_open}
+    taken = {key: (own[key], "the data's own") for key in is_open}
     from_weights = _from_weights(cfg, data)
     is_dense = data["task"] != "classification"
     taken |= {
@@ -90,7 +90,7 @@ def _from_weights(cfg: Mapping, data: dict[str, Any]) -> dict[str, tuple[Any, st
     if config is not None and config.is_file():
         task, values = read_run(config)
         saved = {
-            key: (value, f"as in {config.parent}")
+            key: (value, f"as in {_relative(config.parent)}")
             for key, value in values.items()
             if task == data["task"] or key in DENSE_KEYS
         }
@@ -127,6 +127,11 @@ def _show(key: str, value: Any) -> str:
     if key == "image_size":
         return f"{' x '.join(str(side) for side in _sides(value))} px"
     return str(value)
+
+
+def _relative(folder: Path) -> Path:
+    """Return the folder relative to the working folder if it is below."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def _sides(size: Any) -> list[int]:

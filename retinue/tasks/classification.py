@@ -87,7 +87,8 @@ class Classification(Task):
         target = batch.get("target", label)
         loss = self.loss(logits, target)
         if self.teacher is not None:
-            loss = self.teacher.blend(loss, logits, batch["image"])
+            datamodule: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            loss = self.teacher.blend(loss, logits, batch["image"], datamodule.mean, datamodule.std)
         hit = logits.argmax(1) == (target.argmax(1) if target.ndim == 2 else target)
         self.track(loss, len(label), top1=hit.float().mean())
         return loss

@@ -1,18 +1,25 @@
 """Distillation from a teacher in timm's registry (Hinton et al., arXiv:1503.02531; hard labels: arXiv:2012.12877)."""
 
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from models.factory import check_name
+from models.factory import check_name, image_size_argument
+from models.preprocessing import net_preprocessing, read_run, run_config
 from models.weights import load_weights
 
 
 class Teacher:
     """A frozen net from whose scores a student learns.
+
+    The teacher sees the student's images with the mean and deviation that the teacher's weights were trained with. The
+    images have the student's size, unless the teacher takes images of one size only: then they are resized to it.
 
     This class is not an `nn.Module`, so that the teacher is not part of the student's checkpoints, optimiser and
     average of weights.
@@ -40,10 +47,23 @@ class Teacher:
         self.mode, self.alpha, self.temperature = mode, alpha, temperature
 
     @cached_property
+    def preprocessing(self) -> dict[str, Any]:
+        """Preprocessing that the teacher's weights were trained with, by the keys of `models.preprocessing.KEYS`."""
+        values = net_preprocessing(self.teacher)
+        config = run_config(self.weights) if self.weights is not None else None
+        return values if config is None else values | read_run(config)[1]
+
+    @cached_property
     def net(self) -> nn.Module:
         """The teacher. It is loaded when training first uses it, since the evaluation of a student needs no teacher."""
         try:
-            net = timm.create_model(self.teacher, pretrained=self.weights is None, num_classes=self.num_classes)
+            net = timm.create_model(
+                self.teacher,
+                pretrained=self.weights is None,
+                num_classes=self.num_classes,
+                in_chans=len(self.preprocessing["mean"]),
+                **image_size_argument(self.teacher, to_2tuple(self.preprocessing["image_size"])),
+            )
         except RuntimeError as error:
             # timm has no pretrained weights of that name.
             raise ValueError(f"task.distillation.teacher={self.teacher} needs task.distillation.weights") from error
@@ -55,16 +75,37 @@ class Teacher:
         # The average of the student's weights copies the task; it needs no second teacher.
         return self
 
-    def blend(self, loss: Tensor, logits: Tensor, image: Tensor) -> Tensor:
+    def see(self, image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        """Return the student's images as the teacher's weights expect them.
+
+        Args:
+            image: The student's images (B, C, H, W), normalised with `mean` and `std`.
+            mean: The student's mean of each channel.
+            std: The student's standard deviation of each channel.
+        """
+
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=image.device).view(-1, 1, 1)
+
+        own = self.preprocessing
+        size = to_2tuple(own["image_size"])
+        image = image * column(std) + column(mean)
+        if image_size_argument(self.teacher, size) and image.shape[2:] != size:
+            image = F.interpolate(image, size, mode="bicubic", antialias=True)
+        return (image - column(own["mean"])) / column(own["std"])
+
+    def blend(self, loss: Tensor, logits: Tensor, image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """Return (1 - alpha) * loss + alpha * distillation loss, a scalar.
 
         Args:
             loss: The student's loss on the targets, a scalar.
             logits: The student's logits (B, K).
-            image: The images (B, C, H, W), for the teacher.
+            image: The student's images (B, C, H, W), normalised with `mean` and `std`.
+            mean: The student's mean of each channel.
+            std: The student's standard deviation of each channel.
         """
         with torch.no_grad():
-            teacher_logits = self.net.to(image.device)(image)
+            teacher_logits = self.net.to(image.device)(self.see(image, mean, std))
         if self.mode == "hard":
             distillation_loss = F.cross_entropy(logits, teacher_logits.argmax(1))
         else:

@@ -288,7 +288,7 @@ def test_each_error_is_one_line(tmp_path):
             "no interpolation is called 'cubic'; there are nearest, bilinear, bicubic",
         ),
         (lambda: Digits(crop_mode="middle"), "no crop_mode is called 'middle'; there are center, squash, border"),
-        (lambda: Digits(crop_pct=1.5), "data.crop_pct must be above 0 and at most 1, not 1.5"),
+        (lambda: Digits(crop_pct=1.5), "data.crop_pct must be above 0 and at most 1.2, not 1.5"),
         (lambda: Digits(broken_limit=2), "data.broken_limit must be a share from 0 to 1, not 2"),
         (lambda: Digits(batch_size=0), "batch_size must be at least 1, not 0"),
     ]

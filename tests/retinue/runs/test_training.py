@@ -143,7 +143,9 @@ def test_distillation_loss(mode, tmp_path):
     torch.save(timm.create_model("swin_nano", num_classes=5).state_dict(), weights)
     teacher = Teacher(teacher="swin_nano", weights=weights, mode=mode, alpha=0.25, temperature=2.0, num_classes=5)
     image, loss = torch.randn(3, 3, 32, 32), torch.tensor(2.0)
-    scores = teacher.net(image)
+    mean, std = teacher.preprocessing["mean"], teacher.preprocessing["std"]
+    scores = teacher.net(teacher.see(image, (0.3, 0.4, 0.5), (0.1, 0.2, 0.3)))
+    torch.testing.assert_close(teacher.see(image, mean, std), image)
     assert not scores.requires_grad
     logits = torch.randn(3, 5)
     student, teacher_shares = (F.softmax(x / 2.0, -1) for x in (logits, scores))
@@ -151,7 +153,9 @@ def test_distillation_loss(mode, tmp_path):
         "soft": 4 * (teacher_shares * (teacher_shares / student).log()).sum(1).mean(),
         "hard": -F.log_softmax(logits, -1)[range(3), scores.argmax(1)].mean(),
     }[mode]
-    torch.testing.assert_close(teacher.blend(loss, logits, image), 0.75 * loss + 0.25 * expected)
+    torch.testing.assert_close(
+        teacher.blend(loss, logits, image, (0.3, 0.4, 0.5), (0.1, 0.2, 0.3)), 0.75 * loss + 0.25 * expected
+    )
     assert copy.deepcopy(teacher) is teacher
 
 
