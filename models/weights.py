@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import timm
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_levit, resize_rel_pos_bias_table_simple
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from models.timm_nets import RENAMES, Renames
@@ -32,7 +33,8 @@ class Loaded(NamedTuple):
         loaded: Weights of the model that were loaded.
         missing: Weights of the model that were not loaded and keep their values.
         unexpected: Weights of the file that the model lacks.
-        resized: Loaded weights that are position tables and were interpolated.
+        resized: Loaded weights that are position tables and were interpolated, or first convolutions that were summed
+            over the colours.
         dropped: Weights of the file that were left out on purpose: those of a classifier, of removed parts of the net,
             or outside the backbone.
     """
@@ -58,7 +60,8 @@ def load_weights(
 
     No code in the file is executed. The weights are looked for under `state_dict_ema`, `state_dict`, `model` and
     `model_ema`, lose the prefixes that wrappers add, and are renamed by `model.checkpoint_filter`, or by timm's filter
-    for timm's nets. Position tables are interpolated to the model's window or grid. Then every weight of the model must
+    for timm's nets. Position tables are interpolated to the model's window or grid, and the first convolution of a net
+    for grey images sums the colours' weights. Then every weight of the model must
     be in the file with its shape, and every weight of the file must be in the model.
 
     A model may take part in this by these methods and attributes, all optional:
@@ -94,7 +97,8 @@ def load_weights(
     if not file_state:
         raise ValueError(f"{source} holds no tensors by name, as a state dict does")
     renamed = rename_weights(model, file_state)
-    state = {key: fit_table(model, key, value, model_state) for key, value in renamed.items()}
+    grey = fit_first_convolutions(model, renamed, model_state)
+    state = {key: fit_table(model, key, value, model_state) for key, value in grey.items()}
     tables = [key for key in state if state[key].shape != file_state.get(key, renamed[key]).shape]
 
     misshapen = {key for key in state if key in model_state and state[key].shape != model_state[key].shape}
@@ -237,6 +241,24 @@ def _rename(key: str, renames: Renames) -> str | None:
         else:
             key = re.sub(pattern, replacement, key)
     return key
+
+
+def fit_first_convolutions(
+    model: nn.Module, state: dict[str, Tensor], model_state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the weights with first convolutions summed over red, green and blue if the model takes grey images.
+
+    This is what timm does with its own weights (`adapt_input_conv`): a grey image gives the same sums as an image of
+    three equal channels.
+    """
+    layers = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
+    result = dict(state)
+    for key in (f"{layer}.weight" for layer in ((layers,) if isinstance(layers, str) else layers)):
+        if key not in state or key not in model_state or state[key].ndim != 4:
+            continue
+        if (state[key].shape[1], model_state[key].shape[1]) == (3, 1):
+            result[key] = adapt_input_conv(1, state[key])
+    return result
 
 
 def fit_table(model: nn.Module, key: str, value: Tensor, model_state: Mapping[str, Tensor]) -> Tensor:

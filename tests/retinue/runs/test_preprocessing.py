@@ -13,7 +13,11 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from models import load_weights
 from models.preprocessing import net_preprocessing
+from retinue.results import reproduce
+from retinue.results.paper_table import read_rows
+from retinue.results.papers import read_paper
 from retinue.runs.config import register_resolvers, with_run
 from retinue.runs.help import list_choices
 from retinue.runs.identity import fingerprint, identity, run_folder
@@ -33,11 +37,10 @@ FEW = (
     "test_vit", "test_resnet", "mobilevit_xxs", "vit_tiny_patch16_224.augreg_in21k", "eva02_tiny_patch14_336",
     "coatnet_rmlp_nano_rw_224", "tf_efficientnetv2_b0", "volo_d4_448",
 )  # fmt: skip
-# Every 27th name is one of another family.
-MANY = [name for name in timm.list_models(pretrained=True) if not name.startswith("naflexvit")][::27]
-OURS = sorted(
-    name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("models.")
-)
+# 50 names over all of timm's families. NaFlexViT takes patches rather than images.
+PUBLISHED = [name for name in timm.list_models(pretrained=True) if not name.startswith("naflexvit")]
+MANY = PUBLISHED[:: ceil_div(len(PUBLISHED), 50)]
+OURS = [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("models.")]
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +171,8 @@ def test_a_checkpoint_of_a_run_has_the_preprocessing_of_the_run(cli):
     weights = "weights=first/checkpoints/best.ckpt"
     tuned = cli("train", *SWIN, *SMALL, weights, "data.image_size=null", "data.crop_pct=0.9", "hydra.run.dir=tuned")
     assert tuned.code == 0, tuned.err
-    taken = "preprocessing: mean 0.2 0.3 0.4, std 0.349 0.349 0.349, center, bilinear, 16 px (as in first); crop 0.9 (given)"
-    assert taken in tuned.out
+    as_in_first = "mean 0.2 0.3 0.4, std 0.349 0.349 0.349, center, bilinear, 16 px (as in first)"
+    assert f"preprocessing: {as_in_first}; crop 0.9 (given)\n" in tuned.out
     saved: Any = OmegaConf.load("tuned/config.yaml")
     assert (saved.data.mean, saved.data.interpolation, saved.data.image_size) == ([0.2, 0.3, 0.4], "bilinear", 16)
     # A null value on the command line is the run's value, too.
@@ -216,6 +219,45 @@ def test_resolving_the_size_of_the_images_does_not_change_the_net():
             if name != "timm":
                 before, after = size_pixels(data), size_pixels(resolved_data(cfg))
                 assert model_name(model, after) == model_name(model, before)
+
+
+@pytest.mark.parametrize(("paper", "net"), [("cswin", "cswin_tiny"), ("vsa", "vitaev2_vsa_s")])
+def test_a_papers_table_is_reproduced_with_the_authors_crop(paper, net, monkeypatch):
+    evaluated = []
+
+    def evaluate(cfg: Any) -> dict[str, Any]:
+        evaluated.append(cfg.data)
+        return {"metrics": {"test/top1": 0.8, "test/top1_ci95": (0.7, 0.9), "test/n": 50_000}}
+
+    monkeypatch.setattr(reproduce, "evaluate_here", evaluate)
+    register_resolvers()
+    row = next(row for row in read_rows(read_paper(paper), "variants") if row.facts.get("net") == net)
+    reproduce.evaluate_weights(row, "net.pth", {"root": "/data"}, 8)
+    reproduce.evaluate_weights(row, "net.pth", {"root": "/data", "crop_pct": 0.875, "image_size": 256}, 8)
+    assert [(data.crop_pct, data.image_size) for data in evaluated] == [(0.9, 224), (0.875, 256)]
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "swin_nano"])
+def test_grey_images_give_the_scores_of_three_equal_channels(name):
+    torch.manual_seed(0)
+    colour = timm.create_model(name, num_classes=4).eval()
+    grey = timm.create_model(name, num_classes=4, in_chans=1).eval()
+    loaded = load_weights(grey, colour.state_dict())
+    assert len(loaded.resized) == 1
+    image = torch.randn(2, 1, 64, 64)
+    torch.testing.assert_close(grey(image), colour(image.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+
+
+def test_grey_digits_are_fine_tuned_from_weights_for_colour_images(cli):
+    torch.save(timm.create_model("test_resnet", num_classes=1000).state_dict(), "net.pth")
+    tuned = cli(
+        "train", "model=timm", "model.name=test_resnet", "weights=net.pth", "drop_classifier=true", "data.in_chans=1",
+        *SMALL, "hydra.run.dir=tuned",
+    )  # fmt: skip
+    assert tuned.code == 0, tuned.err
+    assert (
+        "preprocessing: mean 0.5, std 0.5, crop 0.95, center, bilinear (test_resnet's own); 16 px (given)" in tuned.out
+    )
 
 
 def test_grey_images_have_the_mean_over_the_channels():
