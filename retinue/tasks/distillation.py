@@ -7,7 +7,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from models.factory import check_name, image_size_argument
@@ -53,6 +52,12 @@ class Teacher:
         config = run_config(self.weights) if self.weights is not None else None
         return values if config is None else values | read_run(config)[1]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width), in pixels, of the images that the teacher's weights were trained with."""
+        size = self.preprocessing["image_size"]
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
     @cached_property
     def net(self) -> nn.Module:
         """The teacher. It is loaded when training first uses it, since the evaluation of a student needs no teacher."""
@@ -62,7 +67,7 @@ class Teacher:
                 pretrained=self.weights is None,
                 num_classes=self.num_classes,
                 in_chans=len(self.preprocessing["mean"]),
-                **image_size_argument(self.teacher, to_2tuple(self.preprocessing["image_size"])),
+                **image_size_argument(self.teacher, self.size),
             )
         except RuntimeError as error:
             # timm has no pretrained weights of that name.
@@ -88,10 +93,10 @@ class Teacher:
             return torch.tensor(values, dtype=torch.float32, device=image.device).view(-1, 1, 1)
 
         own = self.preprocessing
-        size = to_2tuple(own["image_size"])
         image = image * column(std) + column(mean)
-        if image_size_argument(self.teacher, size) and image.shape[2:] != size:
-            image = F.interpolate(image, size, mode="bicubic", antialias=True)
+        # Only nets that are built for one size have the argument.
+        if image_size_argument(self.teacher, self.size) and image.shape[2:] != self.size:
+            image = F.interpolate(image, self.size, mode="bicubic", antialias=True)
         return (image - column(own["mean"])) / column(own["std"])
 
     def blend(self, loss: Tensor, logits: Tensor, image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

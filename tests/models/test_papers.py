@@ -16,6 +16,7 @@ from models import backbones, complexity, create_model, model_name
 from retinue.results.papers import agrees, list_papers, model_choice, read_paper, tolerance
 from retinue.runs.config import register_resolvers
 from retinue.utils.paths import CONF
+from retinue.utils.sizes import size_pixels
 
 ALL = {
     f"{row['net']} {row['input']} {paper} {i}": row
@@ -64,7 +65,7 @@ def test_the_papers_parameters_and_macs(name):
     choice = (*model_choice(row["net"], row.get("args", {}), row["input"]), "data=imagenet")
     if choice not in COUNTED:
         cfg = composed(choice)
-        assert cfg.data.image_size == row["input"]
+        assert size_pixels(cfg.data) == row["input"]
         COUNTED[choice] = complexity(partial(create_model, cfg.model, 1000, 3, row["input"]), row["input"])
     params, macs = COUNTED[choice]
     for counted, key, exception in (
@@ -83,7 +84,7 @@ def test_the_papers_parameters_and_macs(name):
 def test_timms_nets_have_the_papers_parameters(name):
     row = ALL[name]
     cfg = composed([*model_choice(row["net"], row.get("args", {}), row["input"]), "data=imagenet"])
-    assert model_name(cfg.model, cfg.data.image_size) == row["net"]
+    assert model_name(cfg.model, size_pixels(cfg.data)) == row["net"]
     with torch.device("meta"):
         net = timm.create_model(row["net"], num_classes=1000, **row.get("args", {}))
     params = sum(parameter.numel() for parameter in net.parameters()) / 1e6

@@ -213,7 +213,7 @@ def test_resolving_the_size_of_the_images_does_not_change_the_net():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         datasets = [compose("train", overrides=["run_dir=run", f"data={name}"]).data for name in ("digits", "imagenet")]
     for name in list_choices("model"):
-        model = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+        model: Any = OmegaConf.load(CONF / "model" / f"{name}.yaml")
         for data in datasets:
             cfg = {"model": model, "data": data, "weights": "net.pth"}
             if name != "timm":
