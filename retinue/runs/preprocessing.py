@@ -80,8 +80,8 @@ def _from_weights(cfg: Mapping, data: dict[str, Any]) -> dict[str, tuple[Any, st
     """Return (value, source) of each key that belongs to the weights that the config loads; {} if it loads none."""
     weights, run = cfg.get("weights"), cfg.get("run")
     model = _plain(cfg["model"])
-    pretrained = (model.get("args") or {}).get("pretrained", model.get("pretrained"))
-    if not (weights or run or pretrained):
+    arguments = model | (model.get("args") or {})
+    if not (weights or run or arguments.get("pretrained") or arguments.get("checkpoint_path")):
         return {}
     from models.preprocessing import net_preprocessing, read_run, run_config
 
