@@ -20,12 +20,18 @@ class MetricsCSV(Logger):
         path: the file.
         from_step: step from which the run is resumed, or 0. Later rows of an existing file are dropped, since the
             resumed run writes them again.
+
+    Raises:
+        ValueError: the file is damaged.
     """
 
     def __init__(self, path: Path, from_step: int):
         super().__init__()
         self.path, self.from_step = path, from_step
         self._columns: list[str] | None = None
+        if rank_zero_only.rank == 0:
+            # A damaged file is an error before anything is trained.
+            self._read()
 
     name = property(lambda self: "csv")
     version = property(lambda self: "")
@@ -56,11 +62,21 @@ class MetricsCSV(Logger):
         self._rewrite(rows)
 
     def _read(self) -> list[dict[str, str]]:
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="") as file:
+        try:
+            text = self.path.read_text(encoding="utf-8")
             # A kill may have cut the last line short.
-            return [row for row in csv.DictReader(file) if None not in row.values()]
+            lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+            rows = [row for row in csv.DictReader(lines) if None not in row.values()]
+            for row in rows:
+                int(row["step"])
+            return rows
+        except FileNotFoundError:
+            return []
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise ValueError(
+                f"{self.path} cannot be read ({type(error).__name__}: {error}); move it away and start the same command "
+                "again: the run goes on, without the rows of before"
+            ) from None
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         assert self._columns is not None
