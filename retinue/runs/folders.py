@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from retinue.runs.result_file import CONFIG, FAILED, RESULT, read_result
 
@@ -25,7 +26,10 @@ class MissingFolders(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: object) -> None:
         """Remember the missing folders of a single run."""
-        MissingFolders.found = missing_folders(Path(config.hydra.run.dir))
+        MissingFolders.found = None
+        # A folder that cannot be told is the error that the run itself reports.
+        with contextlib.suppress(OmegaConfBaseException):
+            MissingFolders.found = missing_folders(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         """Remember the missing folders of a sweep; those below the sweep's own folder are made by runs."""

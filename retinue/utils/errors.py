@@ -173,6 +173,14 @@ def _one_line(error: Exception, config_dir: Path | None, config_name: str) -> st
         if isinstance(cause, MissingConfigException):
             break
         cause = cause.__cause__
+    if isinstance(cause, MissingConfigException) and config_dir:
+        group, _, name = (cause.missing_cfg_file or "").removesuffix(".yaml").partition("/")
+        # The choices of a group in folders, such as experiment/<paper>/<name>, are not among Hydra's options.
+        nested = sorted(str(path.relative_to(config_dir / group).with_suffix(""))
+                        for path in (config_dir / group).glob("*/*.yaml"))  # fmt: skip
+        if nested and not cause.options:
+            listed = f"one of {len(nested)} files in conf/{group}, such as {nested[0]}"
+            return f"{group}={name} is not there.{nearest(name, nested)} There are: {listed}"
     if isinstance(cause, MissingConfigException) and cause.options:
         group, _, name = (cause.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
         return f"{group}={name} is not there.{nearest(name, cause.options)} There are: {', '.join(cause.options)}"
