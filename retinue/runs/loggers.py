@@ -1,7 +1,9 @@
 """Loggers of a run: metrics.csv always, TensorBoard and Weights & Biases on demand; each continues a resumed run."""
 
 import csv
+import errno
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,12 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, from_step: int):
         super().__init__()
         self.path, self.from_step = path, from_step
-        self._columns: list[str] | None = None
+        self._columns = ["step"]
         if rank_zero_only.rank == 0:
             # A damaged file is an error before anything is trained.
-            self._read()
+            rows = [row for row in self._read() if int(row["step"]) <= self.from_step]
+            self._columns = list(rows[0]) if rows else ["step"]
+            self._rewrite(rows)
 
     name = property(lambda self: "csv")
     version = property(lambda self: "")
@@ -47,19 +51,14 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {"step": step, **metrics}
-        if self._columns is None:
-            self._begin()
-        assert self._columns is not None
+        if not self.path.exists():
+            # Writing would make the folder anew, as that of a run without a config.
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
         if new := [name for name in row if name not in self._columns]:
             self._columns += new
             self._rewrite(self._read())
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(row)
-
-    def _begin(self) -> None:
-        rows = [row for row in self._read() if int(row["step"]) <= self.from_step]
-        self._columns = list(rows[0]) if rows else ["step"]
-        self._rewrite(rows)
 
     def _read(self) -> list[dict[str, str]]:
         try:
@@ -79,7 +78,6 @@ class MetricsCSV(Logger):
             ) from None
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        assert self._columns is not None
         with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()

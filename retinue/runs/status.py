@@ -159,8 +159,11 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         file.truncate(0)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        # A buffered write that fails on a full disk would fail again when the file is closed.
-        os.write(file.fileno(), json.dumps(owner).encode())
+        try:
+            # A buffered write that fails on a full disk would fail again when the file is closed.
+            os.write(file.fileno(), json.dumps(owner).encode())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         yield
     finally:
         with contextlib.suppress(OSError):

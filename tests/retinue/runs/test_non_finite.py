@@ -1,6 +1,7 @@
 """Scores that are not finite are never right, and a net that gives them is never the best one."""
 
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from retinue.runs.ema import EMA
 from retinue.tasks.base import all_finite, state_of
 from retinue.tasks.classification import Classification
+from retinue.tasks.segmentation import Segmentation
 
 RECIPE = {
     "loss": "ce", "bce_target_threshold": None, "augment": {"label_smoothing": 0.0}, "optimizer": {"name": "adamw"},
@@ -95,14 +97,14 @@ def test_a_buffer_that_is_nan_ends_the_run_before_a_checkpoint(cli, monkeypatch)
     assert not list(cli.folder.glob("run/checkpoints/*.ckpt"))
 
 
-def test_a_segmentation_with_nan_scores_is_refused(cli, monkeypatch):
-    from retinue.tasks import segmentation
-
-    inference = segmentation.Inference.__call__
-    monkeypatch.setattr(
-        segmentation.Inference, "__call__", lambda self, *arguments: inference(self, *arguments) * float("nan")
-    )
-    outcome = cli.train("task=segmentation", "hydra.run.dir=run", "data.image_size=32", "recipe.batch_size=4",
-                        "recipe.epochs=1", "trainer.limit_train_batches=1")  # fmt: skip
-    assert "the scores of image 0 are not finite" in outcome.error
-    assert not list(cli.folder.glob("run/checkpoints/*.ckpt"))
+def test_segmentation_scores_that_are_nan_are_refused():
+    batch = {"index": torch.arange(2), "image": torch.zeros(2, 3, 4, 4), "mask": torch.zeros(2, 4, 4)}
+    task: Any = SimpleNamespace(model=SimpleNamespace(logits=None))
+    scores = torch.zeros(3, 4, 4)
+    for inference in (lambda *arguments: scores, lambda *arguments: scores / 0):
+        predictions = Segmentation.predictions(task, batch, cast(Any, inference))
+        if inference(None).isnan().any():
+            with pytest.raises(ValueError, match="the scores of image 0 are not finite"):
+                list(predictions)
+        else:
+            assert len(list(predictions)) == 2
