@@ -60,9 +60,9 @@ class Checkpoints(Checkpoint):
 
     A checkpoint is saved at the end of every epoch; within an epoch every `every_steps` steps and every
     `every_minutes` minutes; and when SIGTERM, Ctrl-C or SIGUSR2 (Slurm's time limit is near) asks the run to stop. The
-    run then saves at the next optimiser step, or after a validation that is under way. A second signal, a second or more
-    after the first, ends the process at once, except in a Slurm job: Slurm sends several signals, and SIGKILL to a job
-    that takes too long.
+    run then saves at the next optimiser step, or after a validation that is under way. A signal that comes more than
+    `SAME_REQUEST` seconds after the first one ends the process at once, except in a Slurm job: Slurm sends several
+    signals, and SIGKILL to a job that takes too long.
 
     Args:
         folder: `<run>/checkpoints`.
@@ -182,8 +182,8 @@ def find_resume(folder: Path, expected: Mapping[str, torch.Tensor] | None = None
 
     Args:
         folder: `<run>/checkpoints`.
-        expected: state dict of the run's task; a checkpoint with other names or shapes is another net's. None skips
-            the check.
+        expected: state dict of the run's task; a checkpoint with other names or shapes is another net's. With None any
+            checkpoint that tells its step is accepted.
 
     Raises:
         ValueError: there are checkpoints, but none of them can be read or is this run's.
@@ -192,16 +192,17 @@ def find_resume(folder: Path, expected: Mapping[str, torch.Tensor] | None = None
     for path in paths:
         try:
             state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-            if not isinstance(state, dict) or not WHOLE <= state.keys():
+            step = state["global_step"] if isinstance(state, dict) and "global_step" in state else None
+            if step is None or (expected is not None and not state.keys() >= WHOLE):
                 raise ValueError("it is no checkpoint of a run")
             if expected is not None and _shapes(state["state_dict"]) != _shapes(expected):
                 raise ValueError("it is the checkpoint of another net")
-            return path, state["global_step"]
+            return path, step
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log.warning("%s cannot be used (%s); trying the one before", path, reason)
+            log.warning("%s cannot be read (%s); trying the one before", path, reason)
     if paths:
-        raise ValueError(f"none of the checkpoints in {folder} can be used; rerun=true starts anew")
+        raise ValueError(f"none of the checkpoints in {folder} can be read; rerun=true starts anew")
     return None, 0
 
 

@@ -86,7 +86,9 @@ def refuse_over_a_run(folder: Path) -> None:
         ValueError: The folder holds a run, or checkpoints.
     """
     if is_run(folder) or (folder / "checkpoints").exists():
-        raise ValueError(f"{folder} holds a run, whose result the evaluation would replace: choose another hydra.run.dir")
+        raise ValueError(
+            f"{folder} holds a run, whose result the evaluation would replace: choose another hydra.run.dir"
+        )
 
 
 def foreign_content(folder: Path, digest: str) -> str | None:

@@ -73,8 +73,8 @@ class MetricsCSV(Logger):
             return []
         except (KeyError, TypeError, ValueError, csv.Error) as error:
             raise ValueError(
-                f"{self.path} cannot be read ({type(error).__name__}: {error}); move it away and start the same command "
-                "again: the run goes on, without the rows of before"
+                f"{self.path} cannot be read ({type(error).__name__}: {error}); move it away and start the same "
+                "command again: the run goes on, without the rows of before"
             ) from None
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:

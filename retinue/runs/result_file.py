@@ -52,7 +52,7 @@ def read_config(folder: Path) -> DictConfig | None:
         return None
     try:
         config = OmegaConf.load(path)
-        if not isinstance(config, DictConfig) or not SECTIONS <= config.keys():
+        if not isinstance(config, DictConfig) or not config.keys() >= SECTIONS:
             raise ValueError("it is no whole config of a run")
         return config
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:

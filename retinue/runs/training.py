@@ -38,7 +38,7 @@ from retinue.runs.result_file import CONFIG, RESULT, provenance, read_config, re
 from retinue.runs.status import attempt, locked
 from retinue.tasks.base import Task
 from retinue.tasks.optimization import total_epochs
-from retinue.utils.files import replacing
+from retinue.utils.files import link_or_copy, replacing
 from retinue.utils.sizes import model_name, size_pixels
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,9 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
         if cfg.rerun:
             set_aside(folder)
         save_config(cfg, folder)
+        if resume and resume.name != LAST:
+            # The next checkpoint would make the unreadable last.ckpt the previous one.
+            link_or_copy(resume, checkpoints / LAST)
     if resume:
         log.warning("going on from %s, step %d", resume, step)
 
@@ -242,8 +245,8 @@ def _arguments(section: DictConfig, *labels: str) -> DictConfig:
 def starts_anew(cfg: DictConfig, folder: Path) -> bool:
     """Tell whether the files in the run's folder must be removed first.
 
-    This is so only with `rerun=true`, and only if the folder holds a different run, a damaged one or a result. An unfinished run with
-    the same config goes on from its checkpoint.
+    This is so only with `rerun=true`, and only if the folder holds a different run, a damaged one or a result. An
+    unfinished run with the same config goes on from its checkpoint.
 
     Raises:
         ValueError: the folder holds an evaluation; or with `rerun` false, a run with a different config, or a part of

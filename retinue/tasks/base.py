@@ -187,11 +187,13 @@ class Task(pl.LightningModule):
         first_bad_step = math.inf if self._first_bad_step is None else float(self._first_bad_step)
         if math.isfinite(first_bad_step):
             raise ValueError(
-                f"the loss is not finite at step {int(first_bad_step)}; the last checkpoint is from before; {NOT_FINITE_ADVICE}"
+                f"the loss is not finite at step {int(first_bad_step)}; the last checkpoint is from before; "
+                + NOT_FINITE_ADVICE
             )
         if not all_finite(state_of(self)):
             raise ValueError(
-                f"the weights are not finite at step {self.global_step}; the last checkpoint is from before; {NOT_FINITE_ADVICE}"
+                f"the weights are not finite at step {self.global_step}; the last checkpoint is from before; "
+                + NOT_FINITE_ADVICE
             )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

@@ -103,7 +103,9 @@ def stopping_on_sigterm() -> Iterator[None]:
     So files and folders that are half made are removed, as after Ctrl-C. While a net trains, the run's own handler
     takes the signal.
     """
-    default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+    default = (
+        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+    )
     if default:
         signal.signal(signal.SIGTERM, _stop)
     try:

@@ -1,6 +1,5 @@
 """Faults of disks, folders, processes and files end in one line that names the file and the remedy."""
 
-import json
 import os
 import random
 import shutil
@@ -152,7 +151,7 @@ def test_the_checkpoint_of_another_net_is_refused(cli, run):
     for content in foreign:
         (run / "checkpoints/last.ckpt").write_bytes(content)
         error = cli.train(*QUICK, "hydra.run.dir=run").error
-        assert "run/checkpoints can be used; rerun=true starts anew" in error
+        assert "run/checkpoints can be read; rerun=true starts anew" in error
     (run / "checkpoints/previous.ckpt").write_bytes(good)
     assert cli.train(*QUICK, "hydra.run.dir=run").code == 0
 
@@ -246,7 +245,14 @@ def wait_until(condition, seconds: float) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_to_the_process_group_ends_all_processes(tmp_path, number):
     """`timeout` sends SIGTERM to the process and then to its group, which holds the loading processes."""
-    command = (*SWIN, *SMALL, "recipe.epochs=200", "data.num_workers=2", "hydra.run.dir=run", "checkpoint.every_steps=1")
+    command = (
+        *SWIN,
+        *SMALL,
+        "recipe.epochs=200",
+        "data.num_workers=2",
+        "hydra.run.dir=run",
+        "checkpoint.every_steps=1",
+    )
     process = start_group(*command, folder=tmp_path)
     assert wait_until((tmp_path / "run/checkpoints/previous.ckpt").exists, 120)
     if number == signal.SIGKILL:

@@ -45,7 +45,10 @@ def content(folder):
     }
 
 
-@pytest.mark.parametrize("arguments", [("recipe.loss=mse",), ("weights=nowhere.pth",), ("recipe.optimizer.lr=1e30", "recipe.schedule.warmup_epochs=0", "recipe.clip_grad=null")])  # fmt: skip
+DIVERGES = ("recipe.optimizer.lr=1e30", "recipe.schedule.warmup_epochs=0", "recipe.clip_grad=null")
+
+
+@pytest.mark.parametrize("arguments", [("recipe.loss=mse",), ("weights=nowhere.pth",), DIVERGES])
 def test_a_rerun_that_fails_before_its_first_checkpoint_leaves_the_old_run(cli, run, arguments):
     before = content(run)
     outcome = cli.train(*QUICK, "hydra.run.dir=run", "rerun=true", *arguments)
@@ -161,7 +164,10 @@ def test_a_result_comes_before_the_pictures(cli, run, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr("retinue.tasks.classification.plot_confusion", fill_the_disk)
-    assert "evaluated/confusion.png: No space left on device; make room" in cli("eval", "run=run", *EVAL, "hydra.run.dir=evaluated").error
+    assert (
+        "evaluated/confusion.png: No space left on device; make room"
+        in cli("eval", "run=run", *EVAL, "hydra.run.dir=evaluated").error
+    )
     assert result(cli.folder / "evaluated")["metrics"]
 
 
