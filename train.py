@@ -14,8 +14,9 @@ from retinue.utils.paths import CONF
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(cfg: DictConfig) -> float:
+    from retinue.runs.folders import no_empty_folder
     from retinue.runs.slurm import refuse_without_multirun
-    from retinue.runs.training import no_empty_folder, train
+    from retinue.runs.training import train
 
     with in_a_job(), no_empty_folder(Path(cfg.run_dir)):
         refuse_without_multirun()

@@ -4,9 +4,13 @@ They read map-style data sets (`ImageSet`), whose samples are dicts of arrays wi
 """
 
 import logging
+import multiprocessing
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +22,8 @@ from datamodules.sampler import EvalSampler, Plan, TrainSampler
 
 logger = logging.getLogger(__name__)
 
+# Signals that ask a run to stop. The process that trains saves and then ends its loading processes.
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
 # Largest number of images that are read for one place in a batch before the run stops.
 MAX_ATTEMPTS = 100
 
@@ -66,6 +72,43 @@ def seed_rng(*key: int, device: torch.device | None = None) -> None:
     if device is not None and device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(random.getrandbits(63))
+
+
+@contextmanager
+def stop_signals_held() -> Iterator[None]:
+    """Hold signals that ask to stop until the block ends; processes that are started inside begin with them held."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def outlive_stop_signals(worker: int) -> None:
+    """Keep a loading process alive when its process group is told to stop, so that the run can save; `worker_init_fn`.
+
+    The process ends when its parent has ended, or sends SIGTERM, as torch does to a loading process that hangs.
+
+    Args:
+        worker: number of the loading process, which is not used.
+    """
+    for number in STOP_SIGNALS - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None and hasattr(signal, "sigtimedwait"):
+        threading.Thread(target=_end_with_parent, args=(parent.pid,), daemon=True).start()
+    else:
+        # macOS cannot tell who sent a signal, so there every SIGTERM ends the process.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _end_with_parent(parent: int | None) -> None:
+    # SIGTERM is held in all threads of this process, hence it waits to be read here.
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 0.5)
+        if received is not None and received.si_pid == parent:
+            break
+    os._exit(0)
 
 
 def stack(samples: Sequence[dict]) -> dict:
@@ -157,6 +200,7 @@ class Loader(DataLoader):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=outlive_stop_signals,
             # Without a generator of its own, each iteration would draw a seed from the global one.
             generator=torch.Generator(),
         )
@@ -165,7 +209,9 @@ class Loader(DataLoader):
         self.broken_limit = broken_limit
 
     def __iter__(self):
-        for batch in super().__iter__():
+        with stop_signals_held() if self.num_workers else nullcontext():
+            batches = super().__iter__()
+        for batch in batches:
             for index, reason in batch.pop("broken"):
                 self._report(index, reason)
             yield batch

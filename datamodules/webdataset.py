@@ -3,6 +3,8 @@
 import json
 import os
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -96,10 +98,8 @@ def index_shards(shards: Sequence[Path], cache: Path) -> dict[str, np.ndarray]:
     """
     stats = [shard.stat() for shard in shards]
     stamp = json.dumps([[shard.name, s.st_size, s.st_mtime_ns] for shard, s in zip(shards, stats, strict=True)])
-    if cache.is_file():
-        with np.load(cache, allow_pickle=False) as saved:
-            if str(saved["stamp"]) == stamp:
-                return {column: saved[column] for column in COLUMNS}
+    if (table := _read_index(cache, stamp)) is not None:
+        return table
     rows = [(number, *row) for number, shard in enumerate(shards) for row in index_shard(shard)]
     if not rows:
         raise ValueError(f"no images in the {len(shards)} shards next to {shards[0]}")
@@ -113,6 +113,18 @@ def index_shards(shards: Sequence[Path], cache: Path) -> dict[str, np.ndarray]:
         # The folder may be read-only; then the shards are indexed each time.
         pass
     return table
+
+
+def _read_index(cache: Path, stamp: str) -> dict[str, np.ndarray] | None:
+    """Return the table that `index_shards` kept, or None if there is none, or one of other shards, or a damaged one."""
+    try:
+        with np.load(cache, allow_pickle=False) as saved:
+            if str(saved["stamp"]) != stamp:
+                return None
+            table = {column: saved[column] for column in COLUMNS}
+            return table if len({len(column) for column in table.values()}) == 1 else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 class WebDataset(ClassificationData):

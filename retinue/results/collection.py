@@ -66,8 +66,8 @@ class Run:
             return *_parse(RUN_KEYS.sub("", text)), _load("".join(RUN_KEYS.findall(text)))
         except FileNotFoundError:
             return {}, {}, {}, {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            log.warning("%s cannot be read: %s", path, _one_line(error))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+            log.warning("%s cannot be read: %s; the run counts without its settings", path, _one_line(error))
             return {}, {}, {}, {}
 
     @property
@@ -151,12 +151,13 @@ def _read(folder: Path, run_files: set[str]) -> Run:
                 raise ValueError("it holds no metrics")
             return Run(folder, result, None, "finished")
         except (OSError, ValueError) as error:
-            return Run(folder, None, f"{RESULT} cannot be read: {_one_line(error)}", "unreadable")
+            reason = f"{RESULT} cannot be read: {_one_line(error)}; remove it and start the run's command again"
+            return Run(folder, None, reason, "unreadable")
     if FAILED in run_files:
         try:
             reason = str(json.loads((folder / FAILED).read_text(encoding="utf-8"))["reason"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"{FAILED} cannot be read: {_one_line(error)}"
+            reason = f"{FAILED} cannot be read: {_one_line(error)}; remove it"
         return Run(folder, None, reason, "failed")
     return Run(folder, None, None, "stopped")
 

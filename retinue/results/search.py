@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from retinue.benchmarks.timing import Row
 from retinue.runs.config import check
-from retinue.runs.pruning import PRUNED, STUDY, open_storage, reopen
+from retinue.runs.pruning import JOURNAL, PRUNED, STUDY, open_storage, reopen
 from retinue.runs.training import train
 from retinue.utils.command_line import to_text
 from retinue.utils.paths import CONF
@@ -100,8 +100,16 @@ class Search:
         # Check a run with example values before anything is written.
         check(self.config(0, {key: _example(distribution) for key, distribution in space.items()}))
         folder.mkdir(parents=True, exist_ok=True)
-        storage = open_storage(folder)
-        self.study = optuna.create_study(storage=storage, study_name=STUDY, direction="maximize", load_if_exists=True)
+        try:
+            storage = open_storage(folder)
+            self.study = optuna.create_study(
+                storage=storage, study_name=STUDY, direction="maximize", load_if_exists=True
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{folder / JOURNAL} cannot be read: {reason}; remove its damaged lines, or choose another name=..."
+            ) from error
         # After a restart the same seed would propose the same trials again.
         sampler_seed = seed + len(self.study.trials)
         self.study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, constant_liar=True)

@@ -1,9 +1,11 @@
 """Checkpoints that survive a kill at any moment, and the search for the newest one to resume from."""
 
 import logging
+import math
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,12 +15,17 @@ import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 
-from retinue.utils.errors import Stopped
+from retinue.runs.ema import EMA
+from retinue.runs.replacement import discard
+from retinue.runs.result_file import CONFIG
+from retinue.utils.errors import SAME_REQUEST, Stopped
 from retinue.utils.files import link_or_copy, remove_temporaries, replacing
 
 log = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+# Keys of every checkpoint from which a run goes on.
+WHOLE = {"state_dict", "global_step", "epoch", "optimizer_states", "lr_schedulers", "loops", "callbacks"}
 # A complete checkpoint that has not been renamed to LAST yet.
 NEW = "new-last.ckpt"
 
@@ -53,8 +60,9 @@ class Checkpoints(Checkpoint):
 
     A checkpoint is saved at the end of every epoch; within an epoch every `every_steps` steps and every
     `every_minutes` minutes; and when SIGTERM, Ctrl-C or SIGUSR2 (Slurm's time limit is near) asks the run to stop. The
-    run then saves at the next optimiser step, or after a validation that is under way. A second signal ends the process
-    at once, except in a Slurm job: Slurm sends several signals, and SIGKILL to a job that takes too long.
+    run then saves at the next optimiser step, or after a validation that is under way. A signal that comes more than
+    `SAME_REQUEST` seconds after the first one ends the process at once, except in a Slurm job: Slurm sends several
+    signals, and SIGKILL to a job that takes too long.
 
     Args:
         folder: `<run>/checkpoints`.
@@ -72,7 +80,7 @@ class Checkpoints(Checkpoint):
         self.every_minutes, self.every_steps = every_minutes, every_steps
         self.best = float("-inf")
         self._saved_at = time.monotonic()
-        self._signal = 0
+        self._signal, self._asked_at = 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -89,12 +97,15 @@ class Checkpoints(Checkpoint):
             signal.signal(number, self._ask_to_stop)
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
         in_slurm = "SLURM_JOB_ID" in os.environ
+        if self._signal:
+            if not in_slurm and time.monotonic() - self._asked_at > SAME_REQUEST:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self._signal, self._asked_at = number, time.monotonic()
         hint = "" if in_slurm else "; a second signal stops at once"
         log.warning("%s: saving at the next step, then stopping%s", signal.Signals(number).name, hint)
-        for other in self.SIGNALS:
-            signal.signal(other, signal.SIG_IGN if in_slurm else signal.SIG_DFL)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         # Between the accumulated batches of a step there is no state to resume from; the end of an epoch saves anyway.
@@ -110,8 +121,9 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         score = pl_module.val_figures[self.monitor]
-        is_best = score > self.best
-        self.best = max(score, self.best)
+        # A net without a finite figure or loss is never the best; max() would keep a NaN for good.
+        is_best = score > self.best and math.isfinite(pl_module.val_figures.get("val/loss", 0.0))
+        self.best = score if is_best else self.best
         self.save(trainer, is_best)
         stop, _ = self._agree(trainer, self._signal, False, always=True)
         if stop:
@@ -121,9 +133,16 @@ class Checkpoints(Checkpoint):
         """Write `last.ckpt`, and `best.ckpt` if `is_best`; the old `last.ckpt` becomes `previous.ckpt`.
 
         Raises:
-            ValueError: the loss is not finite, or the file cannot be written.
+            ValueError: the loss, a weight, a buffer or their average is not finite, the run's folder was removed, or
+                the file cannot be written.
         """
         trainer.lightning_module.check_finite()  # pyright: ignore[reportCallIssue]
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, EMA):
+                callback.check_finite()
+        run = self.folder.parent
+        if trainer.is_global_zero and not (run / CONFIG).exists():
+            raise ValueError(f"{run / CONFIG} was removed while the run was under way; start the same command again")
         last, new = self.folder / LAST, self.folder / NEW
         trainer.save_checkpoint(new)
         if trainer.is_global_zero:
@@ -133,6 +152,7 @@ class Checkpoints(Checkpoint):
             if last.exists():
                 os.replace(last, self.folder / PREVIOUS)
             os.replace(new, last)
+            discard(run)
         self._saved_at = time.monotonic()
 
     def _agree(self, trainer: pl.Trainer, stop: int, due: bool, always: bool = False) -> tuple[int, bool]:
@@ -157,19 +177,34 @@ class Checkpoints(Checkpoint):
         raise Stopped(number, f"stopped by {name} at step {trainer.global_step}; the same command goes on from there")
 
 
-def find_resume(folder: Path) -> tuple[Path | None, int]:
+def find_resume(folder: Path, expected: Mapping[str, torch.Tensor] | None = None) -> tuple[Path | None, int]:
     """Return the newest readable checkpoint in `folder` and its step, or (None, 0) if there are no checkpoints.
 
+    Args:
+        folder: `<run>/checkpoints`.
+        expected: state dict of the run's task; a checkpoint with other names or shapes is another net's. With None any
+            checkpoint that tells its step is accepted.
+
     Raises:
-        ValueError: there are checkpoints, but none of them can be read.
+        ValueError: there are checkpoints, but none of them can be read or is this run's.
     """
     paths = [path for name in (LAST, PREVIOUS, BEST) if (path := folder / name).exists()]
     for path in paths:
         try:
             state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-            return path, state["global_step"]
+            step = state["global_step"] if isinstance(state, dict) and "global_step" in state else None
+            if step is None or (expected is not None and not state.keys() >= WHOLE):
+                raise ValueError("it is no checkpoint of a run")
+            if expected is not None and _shapes(state["state_dict"]) != _shapes(expected):
+                raise ValueError("it is the checkpoint of another net")
+            return path, step
         except Exception as error:
-            log.warning("%s cannot be read (%s); trying the one before", path, str(error).splitlines()[0])
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            log.warning("%s cannot be read (%s); trying the one before", path, reason)
     if paths:
         raise ValueError(f"none of the checkpoints in {folder} can be read; rerun=true starts anew")
     return None, 0
+
+
+def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}

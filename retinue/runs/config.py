@@ -3,13 +3,15 @@
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from retinue.runs.default_recipe import recipe_for
-from retinue.runs.identity import fingerprint, run_folder
+from retinue.runs.identity import WEIGHTS_DIGESTS, fingerprint, run_folder
 from retinue.runs.preprocessing import resolve_preprocessing, resolved_data
+from retinue.runs.result_file import CONFIG, read_config
 from retinue.utils.paths import CONF
 from retinue.utils.sizes import model_name, size_pixels
 from retinue.utils.suggestions import nearest
@@ -98,7 +100,7 @@ def evaluation_folder(cfg: DictConfig) -> str:
     """
     digest = fingerprint(cfg)[:8]
     if cfg.run is not None:
-        return f"{_config_file(cfg.run).parent}/evaluation/{digest}"
+        return f"{_run_folder(cfg.run)}/evaluation/{digest}"
     return f"outputs/evaluation/{cfg.data.name}/{model_name(cfg.model, size_pixels(resolved_data(cfg)))}/{digest}"
 
 
@@ -132,9 +134,11 @@ def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -
         ValueError: there is no such run, it has no checkpoint, or its config lacks an overridden key.
     """
     if cfg.run is not None:
-        path = _config_file(cfg.run)
-        run_cfg = OmegaConf.load(path)
-        assert isinstance(run_cfg, DictConfig)
+        folder = _run_folder(cfg.run)
+        run_cfg, path = read_config(folder), folder / CONFIG
+        assert run_cfg is not None
+        # The digests are those of the files that the run started from.
+        run_cfg.pop(WEIGHTS_DIGESTS, None)
         given = [override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides]
         if not {"trainer", "trainer.precision"} & set(given):
             cfg.trainer.precision = run_cfg.trainer.precision
@@ -148,7 +152,7 @@ def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -
             section = key.split(".")[0] if key in groups else key
             OmegaConf.update(run_cfg, section, OmegaConf.select(cfg, section), force_add=True)
         if cfg.weights is None:
-            run_cfg.weights = str(_best_checkpoint(path.parent))
+            run_cfg.weights = str(_best_checkpoint(folder))
         cfg = run_cfg
     cfg.trainer.accumulate_grad_batches = 1
     batch_size = cfg.task.eval_batch if cfg.batch_size is None else cfg.batch_size
@@ -164,8 +168,14 @@ def _best_checkpoint(run: Path) -> Path:
     raise ValueError(f"{run} has no checkpoint yet")
 
 
-def _config_file(run: str) -> Path:
-    path = Path(run) / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"run={run} is no run folder: it has no config.yaml")
-    return path
+def _run_folder(run: Any) -> Path:
+    """Return the folder of the run `run=...`, relative to the working folder if the run lies below it.
+
+    Raises:
+        ValueError: there is no run in the folder.
+    """
+    if not isinstance(run, str) or not (Path(run) / CONFIG).is_file():
+        raise ValueError(f"run={run} is no run folder: it has no {CONFIG}")
+    # Different spellings of a folder, such as a/../X/, must lead to the same folder of evaluations.
+    path = Path(run).resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -4,6 +4,8 @@ import torch
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 
+from retinue.tasks.base import all_finite, state_of
+
 
 class EMA(WeightAveraging):
     """Average weights and buffers after every optimiser step; validation, test and checkpoints use the average.
@@ -25,3 +27,13 @@ class EMA(WeightAveraging):
                 torch._foreach_copy_(averages, currents)
 
         super().__init__(multi_avg_fn=torch.no_grad()(update))
+
+    def check_finite(self) -> None:
+        """Check that every averaged weight and buffer is finite.
+
+        Raises:
+            ValueError: one is NaN or infinite.
+        """
+        model = self._average_model
+        if model is not None and not all_finite(state_of(model)):
+            raise ValueError("the average of the weights is not finite; the last checkpoint is from before")

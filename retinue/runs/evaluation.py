@@ -9,10 +9,11 @@ from omegaconf import DictConfig
 from models import load_weights
 from ops.backend import set_backend
 from retinue.runs.config import check
+from retinue.runs.folders import no_empty_folder, refuse_inside_a_run, refuse_over_a_run
 from retinue.runs.identity import fingerprint
 from retinue.runs.launch import launch, needs_launch, rank
 from retinue.runs.result_file import provenance, read_result, show_result, write_result
-from retinue.runs.training import build_data, build_task, no_empty_folder, quiet_libraries, result_labels, test
+from retinue.runs.training import build_data, build_task, quiet_libraries, result_labels, test
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -26,6 +27,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     folder = Path(cfg.run_dir)
     with no_empty_folder(folder):
+        refuse_over_a_run(folder)
+        refuse_inside_a_run(folder)
         check(cfg)
         if needs_launch(cfg):
             launch(evaluate_here, cfg)
@@ -69,6 +72,7 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
         "config_sha256": fingerprint(cfg),
     }
     if task.trainer.is_global_zero:
-        task.write_report(folder, datamodule)
+        # A fault of a picture must not cost the result.
         write_result(folder, result)
+        task.write_report(folder, datamodule)
     return result

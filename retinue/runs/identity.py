@@ -1,12 +1,14 @@
 """Identity of a run: the part of its config that changes its result, and the folder that follows from it.
 
-The rule, version 1. The identity of a config is the config without
+The rule, version 2. The identity of a config is the config without
 
 - the keys in `NOT_RESULT`, which change how a run is carried out or shown, and the seed, which the folder names itself;
 - the menu of sizes: `model` is the chosen net's registry name and arguments, `head.size` is the chosen size's entry;
 - `_target_`, which names a class of the code, and `recipe` in `model` and `head`, which only chooses a default;
 - a section or key that another key switches off (`SWITCHES`), such as `task.distillation` without a teacher;
 - `data.own`, since the values of `data` that a config leaves open are filled in before (`retinue.runs.preprocessing`);
+- the path of a weights file (`WEIGHTS`), whose content counts: the SHA-256 of the file, which a run's config keeps as
+  `weights_sha256`; a file that is not there counts as its path;
 - null and empty values: an optional key that is null asks for nothing, so that adding one changes no folder. A head's
   `size` and `args` keep null values, since they are changes of a package's config, where null replaces a value.
 
@@ -15,8 +17,10 @@ A change of this rule is a new `IDENTITY_VERSION`, and then every run has a new 
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,11 +28,11 @@ from omegaconf import DictConfig, OmegaConf
 from retinue.runs.preprocessing import resolved_data
 from retinue.utils.sizes import model_name, resolve, size_pixels
 
-IDENTITY_VERSION = 1
+IDENTITY_VERSION = 2
 
 # Section ("" is the top level) -> keys that do not change the result.
 NOT_RESULT = {
-    "": ("hydra", "run_dir", "rerun", "seed", "checkpoint", "logger", "ops", "save_images"),
+    "": ("hydra", "run", "run_dir", "rerun", "seed", "checkpoint", "logger", "ops", "save_images", "weights_sha256"),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
     "data": ("num_workers", "own"),
 }
@@ -40,6 +44,10 @@ SWITCHES = {
     "drop_classifier": "weights",
 }
 
+# Keys of weights files, and the key under which a run's config keeps their SHA-256 by these keys.
+WEIGHTS = ("weights", "task.distillation.weights")
+WEIGHTS_DIGESTS = "weights_sha256"
+
 
 def identity(cfg: Mapping) -> dict[str, Any]:
     """Return what in a config changes the run's result; the seed is left out.
@@ -49,8 +57,13 @@ def identity(cfg: Mapping) -> dict[str, Any]:
             earlier version of the project may have left it, keeps its section `model` without the menu of sizes.
     """
     config = _resolved(cfg)
+    # Before the weights are replaced by their digests: the preprocessing follows the path of a run.
     if isinstance(config.get("data"), dict):
         config["data"] = resolved_data(config)
+    digests = dict(cfg.get(WEIGHTS_DIGESTS) or {})
+    for key in WEIGHTS:
+        if path := _select(config, key):
+            _set(config, key, digests.get(key) or weights_digest(path) or path)
     if isinstance(config.get("model"), dict):
         config["model"] = _chosen_net(config)
     if isinstance(config.get("head"), dict):
@@ -112,6 +125,37 @@ def _chosen_head(config: Mapping[str, Any]) -> dict[str, Any]:
         size = head.get("size") or ("small" if config["data"].get("kind") == "small" else "full")
         head["size"] = sizes.get(size, size)
     return head
+
+
+def weights_digests(cfg: Mapping) -> dict[str, str]:
+    """Return the SHA-256 of each weights file that a config names and that is there, by the keys in `WEIGHTS`."""
+    config = _resolved(cfg)
+    paths = {key: path for key in WEIGHTS if (path := _select(config, key))}
+    return {key: digest for key, path in paths.items() if (digest := weights_digest(path))}
+
+
+def weights_digest(path: str) -> str | None:
+    """Return the SHA-256 of a file in hexadecimal, or None if it cannot be read."""
+    try:
+        facts = os.stat(path)
+        return _file_digest(os.path.abspath(path), facts.st_mtime_ns, facts.st_size)
+    except (OSError, ValueError):
+        return None
+
+
+@cache
+def _file_digest(path: str, mtime: int, size: int) -> str:
+    """Return the SHA-256 of a file; the time and the size are there to read a changed file anew."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _set(config: dict[str, Any], name: str, value: Any) -> None:
+    """Set the key called `name`, dotted, in nested dicts."""
+    *sections, key = name.split(".")
+    for section in sections:
+        config = config[section]
+    config[key] = value
 
 
 def _select(config: Any, name: str) -> Any:

@@ -1,7 +1,9 @@
 """Loggers of a run: metrics.csv always, TensorBoard and Weights & Biases on demand; each continues a resumed run."""
 
 import csv
+import errno
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,20 @@ class MetricsCSV(Logger):
         path: the file.
         from_step: step from which the run is resumed, or 0. Later rows of an existing file are dropped, since the
             resumed run writes them again.
+
+    Raises:
+        ValueError: the file is damaged.
     """
 
     def __init__(self, path: Path, from_step: int):
         super().__init__()
         self.path, self.from_step = path, from_step
-        self._columns: list[str] | None = None
+        self._columns = ["step"]
+        if rank_zero_only.rank == 0:
+            # A damaged file is an error before anything is trained.
+            rows = [row for row in self._read() if int(row["step"]) <= self.from_step]
+            self._columns = list(rows[0]) if rows else ["step"]
+            self._rewrite(rows)
 
     name = property(lambda self: "csv")
     version = property(lambda self: "")
@@ -41,29 +51,33 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {"step": step, **metrics}
-        if self._columns is None:
-            self._begin()
-        assert self._columns is not None
+        if not self.path.exists():
+            # Writing would make the folder anew, as that of a run without a config.
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
         if new := [name for name in row if name not in self._columns]:
             self._columns += new
             self._rewrite(self._read())
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(row)
 
-    def _begin(self) -> None:
-        rows = [row for row in self._read() if int(row["step"]) <= self.from_step]
-        self._columns = list(rows[0]) if rows else ["step"]
-        self._rewrite(rows)
-
     def _read(self) -> list[dict[str, str]]:
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="") as file:
+        try:
+            text = self.path.read_text(encoding="utf-8")
             # A kill may have cut the last line short.
-            return [row for row in csv.DictReader(file) if None not in row.values()]
+            lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+            rows = [row for row in csv.DictReader(lines) if None not in row.values()]
+            for row in rows:
+                int(row["step"])
+            return rows
+        except FileNotFoundError:
+            return []
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise ValueError(
+                f"{self.path} cannot be read ({type(error).__name__}: {error}); move it away and start the same "
+                "command again: the run goes on, without the rows of before"
+            ) from None
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        assert self._columns is not None
         with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()

@@ -9,11 +9,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from retinue.utils.files import write_text
 from retinue.utils.paths import PROJECT
 
 # Files of a run's folder: the composed config; the result of a finished run; the reason why a run failed.
 CONFIG, RESULT, FAILED = "config.yaml", "result.json", "failed.json"
+# Keys that the config of every run has.
+SECTIONS = {"task", "data", "model", "head", "recipe", "trainer", "seed"}
 PACKAGES = ("torch", "torchvision", "timm", "pytorch-lightning", "numpy")
 
 
@@ -28,11 +34,32 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}; remove it and start the same command again") from None
     if not isinstance(result, dict) or not isinstance(result.get("metrics"), dict):
         raise ValueError(f"{path} cannot be read: it holds no metrics; remove it and start the same command again")
     return result
+
+
+def read_config(folder: Path) -> DictConfig | None:
+    """Return the config of the run in `folder`, or None if the folder has none.
+
+    Raises:
+        ValueError: `config.yaml` is damaged.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        return None
+    try:
+        config = OmegaConf.load(path)
+        if not isinstance(config, DictConfig) or not config.keys() >= SECTIONS:
+            raise ValueError("it is no whole config of a run")
+        return config
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} cannot be read: {reason}; put a copy of it there, or start the run anew with rerun=true"
+        ) from None
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """State of a run, as its folder tells it, and the lock by which only one process at a time trains a run."""
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retinue.runs.launch import rank
-from retinue.runs.result_file import CONFIG, FAILED, read_result
+from retinue.runs.result_file import CONFIG, FAILED, RESULT, read_result
 from retinue.utils.files import write_text
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ LOCK, SUBMITTED = "run.lock", "submitted.json"
 #   failed      it ended with an error
 #   stopped     it has begun and has neither result nor error; the same command goes on from its checkpoint
 #   missing     it has not begun
-#   unreadable  its result is damaged
+#   unreadable  a file that would tell its state is damaged
 STATES = ("finished", "running", "queued", "failed", "stopped", "missing", "unreadable")
 
 # Seconds for which a process waits for a lock. After a requeue a file server may take a while to notice that the
@@ -63,11 +64,14 @@ def status(folder: Path, jobs: frozenset[str] | None = None) -> Status:
         return Status("finished", figures[0] if figures else "")
     if (owner := lock_owner(folder)) is not None:
         return Status("running", f"on {owner['host']}, process {owner['pid']}" if owner else "")
-    if (failure := _read_json(folder / FAILED)) is not None:
-        return Status("failed", failure["reason"])
-    submission = _read_json(folder / SUBMITTED)
-    job = f"job {submission['job']}" if submission else ""
-    if submission and jobs is not None and submission["job"] in jobs:
+    try:
+        if (reason := _read_entry(folder / FAILED, "reason")) is not None:
+            return Status("failed", reason)
+        submitted = _read_entry(folder / SUBMITTED, "job")
+    except ValueError as error:
+        return Status("unreadable", str(error))
+    job = f"job {submitted}" if submitted else ""
+    if submitted and jobs is not None and submitted in jobs:
         return Status("queued", job)
     return Status("stopped" if (folder / CONFIG).exists() else "missing", job)
 
@@ -82,14 +86,19 @@ def attempt(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process holds the run.
     """
-    with _locked(folder) if rank() == 0 else nullcontext():
+    with locked(folder) if rank() == 0 else nullcontext():
         if rank() == 0:
             (folder / FAILED).unlink(missing_ok=True)
         try:
             yield
         except Exception as error:
-            if ((folder / CONFIG).exists() or _in_a_sweep()) and not _another_job_holds(folder):
-                record_failure(folder, _reason(error))
+            begun = (folder / CONFIG).exists() or _in_a_sweep()
+            # With rerun=true a run that fails early leaves the finished run that it was to replace.
+            finished = (folder / RESULT).exists()
+            if begun and not finished and not _another_job_holds(folder):
+                # On a full disk the reason cannot be recorded, and the error itself is what the user must see.
+                with contextlib.suppress(OSError):
+                    record_failure(folder, _reason(error))
             raise
 
 
@@ -111,14 +120,14 @@ def lock_owner(folder: Path) -> dict[str, Any] | None:
             try:
                 fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                return json.loads(file.read() or "{}")
-    except OSError:
+                return _read_owner(file.read())
+    except (OSError, ValueError):
         pass
     return None
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold `run.lock`; the operating system releases it when the process dies, on every machine of a cluster.
 
     Raises:
@@ -134,7 +143,7 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            owner = json.loads(file.read() or "{}")
+            owner = _read_owner(file.read())
             file.close()
             if time.monotonic() > deadline:
                 holder = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
@@ -149,11 +158,16 @@ def _locked(folder: Path) -> Iterator[None]:
         file.close()
     try:
         file.truncate(0)
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}, file)
-        file.flush()
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+        try:
+            # A buffered write that fails on a full disk would fail again when the file is closed.
+            os.write(file.fileno(), json.dumps(owner).encode())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
         file.close()
 
 
@@ -186,8 +200,24 @@ def _reason(error: BaseException) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_entry(path: Path, name: str) -> str | None:
+    """Return an entry of a JSON file as text, or None if there is no file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return str(json.loads(path.read_text(encoding="utf-8"))[name])
     except FileNotFoundError:
         return None
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} cannot be read: {_reason(error)}; remove it") from None
+
+
+def _read_owner(text: str) -> dict[str, Any]:
+    """Return what `run.lock` says about its owner; {} if that is not known."""
+    try:
+        owner = json.loads(text)
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) and {"pid", "host"} <= owner.keys() else {}

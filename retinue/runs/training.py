@@ -1,9 +1,9 @@
 """Train a net from a composed config, test it, and write its result."""
 
 import contextlib
+import csv
 import logging
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,22 +28,21 @@ from retinue.evaluation.plots import plot_curves
 from retinue.runs.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints, find_resume
 from retinue.runs.config import PRECISIONS, check, per_device_batch, world_size
 from retinue.runs.ema import EMA
-from retinue.runs.identity import fingerprint, flatten, identity
+from retinue.runs.folders import foreign_content, no_empty_folder, refuse_inside_a_run
+from retinue.runs.identity import WEIGHTS_DIGESTS, fingerprint, flatten, identity, weights_digests
 from retinue.runs.launch import launch, needs_launch, rank, slurm_tasks
 from retinue.runs.loggers import MetricsCSV, links
 from retinue.runs.preprocessing import resolve_preprocessing
 from retinue.runs.progress import TrainingLog
-from retinue.runs.result_file import CONFIG, FAILED, RESULT, provenance, read_result, show_result, write_result
-from retinue.runs.status import attempt
+from retinue.runs.replacement import is_undecided, recover, set_aside
+from retinue.runs.result_file import CONFIG, RESULT, provenance, read_config, read_result, show_result, write_result
+from retinue.runs.status import attempt, locked
 from retinue.tasks.base import Task
 from retinue.tasks.optimization import total_epochs
-from retinue.utils.files import replacing
+from retinue.utils.files import link_or_copy, replacing
 from retinue.utils.sizes import model_name, size_pixels
 
 log = logging.getLogger(__name__)
-
-# Files and folders that a run leaves. `clear` removes the result first: a run without its result is not finished.
-MADE_BY_A_RUN = (RESULT, FAILED, CONFIG, "metrics.csv", "curves.png", "checkpoints", "tensorboard", "wandb")
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -57,11 +56,15 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """
     folder = Path(cfg.run_dir)
     with no_empty_folder(folder):
+        refuse_inside_a_run(folder)
+        if rank() == 0 and is_undecided(folder):
+            with locked(folder):
+                recover(folder)
         resolve_preprocessing(cfg)
         cfg.rerun = starts_anew(cfg, folder)
         result = None if cfg.rerun else read_result(folder)
         if result is None:
-            with attempt(folder):
+            with attempt(folder), replacing_run(folder):
                 check(cfg)
                 if needs_launch(cfg):
                     launch(train_here, cfg)
@@ -72,6 +75,17 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if rank() == 0:
         show_result(result, folder)
     return result["metrics"]
+
+
+@contextlib.contextmanager
+def replacing_run(folder: Path) -> Iterator[None]:
+    """Bring back the run that `rerun=true` was to replace if the block fails before the new run has a checkpoint."""
+    try:
+        yield
+    except BaseException:
+        if rank() == 0:
+            recover(folder)
+        raise
 
 
 def train_here(cfg: DictConfig) -> dict[str, Any]:
@@ -86,14 +100,17 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     datamodule = build_data(cfg)
     task = build_task(cfg, datamodule)
     checkpoints = folder / "checkpoints"
-    resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints)
+    resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints, task.state_dict())
     if resume is None and cfg.weights:
         task.start_from(cfg.weights, cfg.drop_classifier)
     # Everything before this point can fail without leaving a folder behind; from here on files are written.
     if rank_zero_only.rank == 0:
         if cfg.rerun:
-            clear(folder)
+            set_aside(folder)
         save_config(cfg, folder)
+        if resume and resume.name != LAST:
+            # The next checkpoint would make the unreadable last.ckpt the previous one.
+            link_or_copy(resume, checkpoints / LAST)
     if resume:
         log.warning("going on from %s, step %d", resume, step)
 
@@ -134,9 +151,18 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
         "config_sha256": fingerprint(cfg),
     }
     if trainer.is_global_zero:
-        plot_curves(folder / "curves.png", folder / "metrics.csv")
+        # A fault of metrics.csv or of a picture must not cost the result.
         write_result(folder, result)
+        draw_curves(folder)
     return result
+
+
+def draw_curves(folder: Path) -> None:
+    """Draw `curves.png` from `metrics.csv`; if that fails, say so and go on."""
+    try:
+        plot_curves(folder / "curves.png", folder / "metrics.csv")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        log.warning("%s cannot be drawn from metrics.csv: %s", folder / "curves.png", " ".join(str(error).split()))
 
 
 def result_labels(cfg: DictConfig) -> dict[str, str]:
@@ -218,34 +244,32 @@ def _arguments(section: DictConfig, *labels: str) -> DictConfig:
     return OmegaConf.masked_copy(section, [str(key) for key in section if key not in labels])
 
 
-@contextlib.contextmanager
-def no_empty_folder(folder: Path) -> Iterator[None]:
-    """Remove the run's folder, and the empty folders above it, if the block fails before anything is written there."""
-    try:
-        yield
-    except BaseException:
-        # rmdir raises an OSError for a folder that is not empty.
-        with contextlib.suppress(OSError):
-            while folder != Path.cwd() and folder.is_relative_to(Path.cwd()):
-                folder.rmdir()
-                folder = folder.parent
-        raise
-
-
 def starts_anew(cfg: DictConfig, folder: Path) -> bool:
     """Tell whether the files in the run's folder must be removed first.
 
-    This is so only with `rerun=true`, and only if the folder holds a different run or a result. An unfinished run with
-    the same config goes on from its checkpoint.
+    This is so only with `rerun=true`, and only if the folder holds a different run, a damaged one or a result. An
+    unfinished run with the same config goes on from its checkpoint.
 
     Raises:
-        ValueError: the folder holds a run with a different config, and `rerun` is false.
+        ValueError: the folder holds an evaluation; or with `rerun` false, a run with a different config, or a part of
+            a run without its config.
     """
-    path = folder / CONFIG
-    changed = difference(OmegaConf.load(path), cfg) if path.exists() else None
-    if changed and not cfg.rerun:
-        raise ValueError(f"{folder} holds a run with {changed}: choose another hydra.run.dir, or rerun=true")
-    return bool(cfg.rerun and (changed or (folder / RESULT).exists()))
+    try:
+        saved = read_config(folder)
+    except ValueError:
+        if not cfg.rerun:
+            raise
+        return True
+    if saved is None:
+        foreign = foreign_content(folder, fingerprint(cfg))
+        if foreign == "an evaluation":
+            raise ValueError(f"{folder} holds {foreign}: choose another hydra.run.dir")
+    else:
+        changed = difference(saved, cfg)
+        foreign = f"a run with {changed}" if changed else None
+    if foreign and not cfg.rerun:
+        raise ValueError(f"{folder} holds {foreign}: choose another hydra.run.dir, or rerun=true")
+    return bool(cfg.rerun and (foreign or (folder / RESULT).exists()))
 
 
 def difference(saved_cfg: Any, cfg: Any) -> str | None:
@@ -261,17 +285,14 @@ def _show(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def clear(folder: Path) -> None:
-    """Remove everything that a run left in its folder."""
-    for name in MADE_BY_A_RUN:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def save_config(cfg: DictConfig, folder: Path) -> None:
-    """Write the resolved config to the run's folder."""
+    """Write the resolved config to the run's folder, with the digests of the weights files that it names."""
+    saved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    saved.pop(WEIGHTS_DIGESTS, None)
+    if digests := weights_digests(saved):
+        saved[WEIGHTS_DIGESTS] = digests
     with replacing(folder / CONFIG) as path:
-        OmegaConf.save(cfg, path, resolve=True)
+        OmegaConf.save(saved, path)
 
 
 def quiet_libraries() -> None:

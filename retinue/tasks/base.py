@@ -1,7 +1,7 @@
 """Base of the tasks: optimiser, schedule, random seeds by step, running means of training, and a guard against NaN."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from models.complexity import complexity
 from models.weights import load_weights
 from retinue.tasks.optimization import check_optimizer, create_optimizer, create_schedule
+
+NOT_FINITE_ADVICE = "a lower recipe.optimizer.lr, recipe.clip_grad, or another trainer.precision may help"
 
 
 class Task(pl.LightningModule):
@@ -177,22 +179,21 @@ class Task(pl.LightningModule):
         return {f"train/{name}": value / images for name, value in sums.items()}
 
     def check_finite(self) -> None:
-        """Check that every loss since the start and every weight now is finite.
+        """Check that every loss since the start, and every weight and buffer now, is finite.
 
         Raises:
-            ValueError: A loss or a weight is NaN or infinite.
+            ValueError: A loss, a weight or a buffer is NaN or infinite.
         """
-        advice = "A lower recipe.optimizer.lr, recipe.clip_grad, or another trainer.precision may help"
         first_bad_step = math.inf if self._first_bad_step is None else float(self._first_bad_step)
         if math.isfinite(first_bad_step):
             raise ValueError(
-                f"the loss is not finite at step {int(first_bad_step)}; the last checkpoint is from before. {advice}"
+                f"the loss is not finite at step {int(first_bad_step)}; the last checkpoint is from before; "
+                + NOT_FINITE_ADVICE
             )
-        shards = [p.to_local() if isinstance(p, DTensor) else p for p in self.parameters()]
-        norms = torch.stack(torch._foreach_norm([shard.detach() for shard in shards if shard.numel()]))
-        if not norms.isfinite().all():
+        if not all_finite(state_of(self)):
             raise ValueError(
-                f"the weights are not finite at step {self.global_step}; the last checkpoint is from before. {advice}"
+                f"the weights are not finite at step {self.global_step}; the last checkpoint is from before; "
+                + NOT_FINITE_ADVICE
             )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -202,3 +203,22 @@ class Task(pl.LightningModule):
         # The net may still be on the CPU, so take the device that it will train on.
         device = self.trainer.strategy.root_device
         self._sums = {name: value.to(device) for name, value in checkpoint.get("train_sums", {}).items()}
+
+
+def state_of(module: nn.Module) -> list[Tensor]:
+    """Return the weights and the buffers that a checkpoint of the module holds."""
+    saved = module.state_dict(keep_vars=True).values()
+    return [value for value in saved if isinstance(value, Tensor)]
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether no value of the tensors is NaN or infinite; of sharded tensors, the shards of this rank count."""
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        shard = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        if shard.numel() and shard.is_floating_point():
+            by_type.setdefault(shard.dtype, []).append(shard)
+    # The maximum of the absolute values cannot overflow, and is NaN if a value is.
+    return all(
+        bool(torch.stack(list(torch._foreach_norm(shards, math.inf))).isfinite().all()) for shards in by_type.values()
+    )

@@ -99,6 +99,8 @@ class Classification(Task):
         logits, label = self(batch["image"])[valid].float(), batch["label"][valid]
         # Number of classes that score higher than the true one.
         ranks = (logits > logits.gather(1, label[:, None])).sum(1)
+        # Comparisons with NaN are false, so without this line scores that have no order would be right.
+        ranks = ranks.masked_fill((logits.isnan() | logits.isposinf()).any(1), max(5, self.num_classes))
         sums = torch.stack(
             [F.cross_entropy(logits, label, reduction="sum"), (ranks < 1).sum(), (ranks < 5).sum(), valid.sum()]
         )

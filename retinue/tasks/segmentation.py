@@ -13,6 +13,7 @@ from models.openmmlab.build import Segmentor, build_segmentor
 from retinue.evaluation.plots import draw_confusion
 from retinue.evaluation.segmentation import PixelCounts, areas, confusion_matrix, figures, summarize, write_iou_csv
 from retinue.evaluation.segmentation_plots import draw_prediction, plot_class_iou
+from retinue.tasks.base import NOT_FINITE_ADVICE
 from retinue.tasks.dense_prediction import DensePredictionTask
 from retinue.utils.arithmetic import ceil_div, round_up
 from retinue.utils.suggestions import nearest
@@ -186,12 +187,17 @@ class Segmentation(DensePredictionTask):
 
         The net runs on one image at a time: so predictions do not depend on the batch, and the logits of many classes
         take less memory.
+
+        Raises:
+            ValueError: A score is NaN; argmax would take it for the best class.
         """
         for index, image, mask in zip(batch["index"].tolist(), batch["image"], batch["mask"], strict=True):
             scores = inference(self.model.logits, image, tuple(mask.shape))  # pyright: ignore[reportArgumentType]
             # An image that pads the last batch of a rank has the index -1. The net runs on it all the same, since ranks
             # that share sharded weights (FSDP) must run the net equally often.
             if index >= 0:
+                if scores.isnan().any():
+                    raise ValueError(f"the scores of image {index} are not finite; {NOT_FINITE_ADVICE}")
                 yield index, scores.argmax(0), mask
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -1,20 +1,48 @@
 """Show errors to the user as one line on stderr with exit code 2, without a traceback."""
 
 import argparse
+import errno
+import logging
+import math
 import os
 import re
 import select
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 
 from retinue.utils.paths import is_own_file
 from retinue.utils.suggestions import nearest
 
 SHOW_TRACEBACK = "HYDRA_FULL_ERROR"
+
+# Seconds within which a second signal is the same request to stop: `timeout` signals a process and then its group.
+SAME_REQUEST = 1.0
+
+# Faults of files and disks, and what the user can do; the system's own words say what happened.
+REMEDIES = {
+    errno.ENOSPC: "make room, then start the same command again",
+    errno.EDQUOT: "make room in your quota, then start the same command again",
+    errno.EFBIG: "a limit on the size of files stands in the way (ulimit -f)",
+    errno.EROFS: "name a folder that can be written",
+    errno.EACCES: "name a file or folder that you may use, or change its permissions",
+    errno.EPERM: "name a file or folder that you may use, or change its permissions",
+    errno.ENOTDIR: "a file stands where a folder is needed; name another one, or move the file away",
+    errno.EEXIST: "a file stands where a folder is needed; name another one, or move the file away",
+    errno.EISDIR: "a folder stands where a file is needed; name another one, or move the folder away",
+    errno.ENOENT: "it, or its folder, is not there or was removed",
+    errno.ESTALE: "it, or its folder, is not there or was removed",
+    errno.ENAMETOOLONG: "name a shorter path",
+    errno.EIO: "the disk or the file server has a fault",
+}
+# Faults that are reported even if Python does not know which file they are about.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Stopped(BaseException):
@@ -32,10 +60,10 @@ class Stopped(BaseException):
 
 @contextmanager
 def user_errors(config_dir: Path | None = None, config_name: str = "") -> Iterator[None]:
-    """Turn our ValueErrors and Hydra's composition errors into one line and exit code 2.
+    """Turn our ValueErrors, faults of files and Hydra's composition errors into one line and exit code 2.
 
     `HYDRA_FULL_ERROR=1` shows the traceback instead. A reader of standard output that has gone, as in `--help | head`,
-    ends the program quietly. `Stopped` ends it with the exit code of its signal.
+    ends the program quietly. `Stopped`, SIGTERM and Ctrl-C end it with one line and the exit code of the signal.
 
     Args:
         config_dir: folder of Hydra's primary config; with it, a mistyped key is answered with the nearest existing key.
@@ -44,8 +72,10 @@ def user_errors(config_dir: Path | None = None, config_name: str = "") -> Iterat
     user_setting = os.environ.get(SHOW_TRACEBACK, "0")
     # With this setting Hydra raises its errors, instead of printing several lines and exiting with code 1.
     os.environ[SHOW_TRACEBACK] = "1"
+    # On a full disk the log file's handler would print a traceback for each line that it cannot write.
+    logging.raiseExceptions = False
     try:
-        with _reporting(config_dir, config_name) if user_setting != "1" else nullcontext():
+        with stopping_on_sigterm(), _reporting(config_dir, config_name) if user_setting != "1" else nullcontext():
             try:
                 yield
             finally:
@@ -54,6 +84,9 @@ def user_errors(config_dir: Path | None = None, config_name: str = "") -> Iterat
     except Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         if not _reader_has_closed_stdout():
             raise
@@ -61,6 +94,33 @@ def user_errors(config_dir: Path | None = None, config_name: str = "") -> Iterat
         sys.exit(128 + signal.SIGPIPE)
     finally:
         os.environ[SHOW_TRACEBACK] = user_setting
+
+
+@contextmanager
+def stopping_on_sigterm() -> Iterator[None]:
+    """Raise `Stopped` on SIGTERM inside the block, unless the signal has a handler already.
+
+    So files and folders that are half made are removed, as after Ctrl-C. While a net trains, the run's own handler
+    takes the signal.
+    """
+    default = (
+        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+    )
+    if default:
+        signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        if default:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    global _stopped_at
+    if time.monotonic() - _stopped_at < SAME_REQUEST:
+        return
+    _stopped_at = time.monotonic()
+    raise Stopped(number, f"stopped by {signal.Signals(number).name}")
 
 
 def _reader_has_closed_stdout() -> bool:
@@ -99,6 +159,8 @@ def _reporting(config_dir: Path | None = None, config_name: str = "") -> Iterato
         _reports = previous
 
 
+# Time of the last signal that raised `Stopped`, on the clock of `time.monotonic`.
+_stopped_at = -math.inf
 # True while `user_errors` or `in_a_job` turns errors into lines.
 _reports = False
 
@@ -113,6 +175,14 @@ def _one_line(error: Exception, config_dir: Path | None, config_name: str) -> st
         if isinstance(cause, MissingConfigException):
             break
         cause = cause.__cause__
+    if isinstance(cause, MissingConfigException) and config_dir:
+        group, _, name = (cause.missing_cfg_file or "").removesuffix(".yaml").partition("/")
+        # The choices of a group in folders, such as experiment/<paper>/<name>, are not among Hydra's options.
+        nested = sorted(str(path.relative_to(config_dir / group).with_suffix(""))
+                        for path in (config_dir / group).glob("*/*.yaml"))  # fmt: skip
+        if nested and not cause.options:
+            listed = f"one of {len(nested)} files in conf/{group}, such as {nested[0]}"
+            return f"{group}={name} is not there.{nearest(name, nested)} There are: {listed}"
     if isinstance(cause, MissingConfigException) and cause.options:
         group, _, name = (cause.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
         return f"{group}={name} is not there.{nearest(name, cause.options)} There are: {', '.join(cause.options)}"
@@ -125,12 +195,29 @@ def _one_line(error: Exception, config_dir: Path | None, config_name: str) -> st
         return " ".join(text.split("\nSet the environment")[0].split())
     if isinstance(error, ValueError) and _is_ours(error):
         return " ".join(str(error).split())
-    return _from_worker(error)
+    if isinstance(error, OSError) and error.errno in REMEDIES and (error.filename or error.errno in FULL_DISK):
+        place = f"{error.filename2 or error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}; {REMEDIES[error.errno]}"
+    return _from_killed_process(error) or _from_worker(error)
 
 
 def _is_ours(error: Exception) -> bool:
     """Tell whether our own code raised the error; one from inside a library keeps its traceback."""
     return is_own_file(Path(traceback.extract_tb(error.__traceback__)[-1].filename))
+
+
+def _from_killed_process(error: Exception) -> str | None:
+    """Return a line for the death of a loading process or of a rank, or None for any other error."""
+    text = str(error)
+    # torch raises these as a RuntimeError and as a ProcessExitedException.
+    if re.match(r"DataLoader worker \(pid", text):
+        return (
+            f"{text.split(' It is possible')[0].rstrip('.').splitlines()[0]}; often the memory is full: take a smaller "
+            "data.num_workers. The same command goes on from the last checkpoint"
+        )
+    if re.fullmatch(r"process \d+ terminated with signal \w+", text):
+        return f"{text}; often the memory is full. The same command goes on from the last checkpoint"
+    return None
 
 
 def _from_worker(error: Exception) -> str | None:

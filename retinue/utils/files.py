@@ -1,5 +1,6 @@
 """Write files whole or not at all."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,8 +29,14 @@ def replacing(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        # A failed write does not name its file, and the temporary name would tell the user nothing.
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def remove_temporaries(folder: str | Path, suffix: str) -> None:

@@ -62,6 +62,20 @@ def test_the_index_is_kept_and_rebuilt_for_changed_shards(folders, tmp_path):
     assert set(changed_names) < set(names)
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:-50], lambda whole: whole[:100], lambda whole: b"", lambda whole: b"\x93NUMPY"]
+)
+def test_a_damaged_index_is_rebuilt(folders, tmp_path, damage):
+    out = tmp_path / "again"
+    make_shards(folders[0], out, "imagenet")
+    names = WebDataset(root=str(out)).names("val")
+    cache = out / ".index-val.npz"
+    whole = cache.read_bytes()
+    cache.write_bytes(damage(whole))
+    assert WebDataset(root=str(out)).names("val") == names
+    assert len(cache.read_bytes()) == len(whole)
+
+
 def test_shards_of_an_image_folder_with_class_folders_only(tmp_path):
     source = make_imagenet_folder(tmp_path / "in1k", broken=False) / "train"
     assert make_shards(source, tmp_path / "out", "image_folder") == {"train": 1, "val": 1}

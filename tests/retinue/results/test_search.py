@@ -85,3 +85,13 @@ def test_the_keys_of_every_space_are_keys_of_train_py(path, tmp_path):
     Search(tmp_path, read_space(path.stem), QUICK, 0)
     with pytest.raises(Exception, match="no_such_key"):
         Search(tmp_path, read_space(space_file(**{"recipe.no_such_key": [1]})), QUICK, 0)
+
+
+@pytest.mark.parametrize("damage", [b"\x00\xff\n", b"{}\n", b"[1]\n"])
+def test_a_damaged_journal_is_one_line(damage):
+    lr, folder = {"recipe.optimizer.lr": FloatDistribution(1e-5, 2e-5)}, Path("search").absolute()
+    Search(folder, lr, [], 0)
+    journal = folder / "journal.log"
+    journal.write_bytes(damage + journal.read_bytes())
+    with pytest.raises(ValueError, match=r"journal\.log cannot be read: .*remove its damaged lines"):
+        Search(folder, lr, [], 0)

@@ -16,6 +16,11 @@ from tests.retinue.runs.cli import result
         (["model=bifromer"], "model=bifromer is not there. Did you mean 'biformer'? There are: agent, biformer,"),
         (["data=digit"], "data=digit is not there. Did you mean 'digits'?"),
         (["recipe=diet"], "recipe=diet is not there. Did you mean 'deit'?"),
+        (
+            ["experiment=biformer/tny_in1k"],
+            "experiment=biformer/tny_in1k is not there. Did you mean 'biformer/tiny_in1k'",
+        ),
+        (["experiment=nothing"], "experiment=nothing is not there."),
         (["task=classify"], "task=classify is not there. Did you mean 'classification'?"),
         (["trainer.devces=2"], "there is no key 'trainer.devces' in the config. Did you mean 'trainer.devices'?"),
         (["recipe.optimizer.name=adamv"], "no optimiser is called 'adamv'. Did you mean 'adam"),
