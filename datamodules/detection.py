@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from datamodules.coco_format import CocoIndex
+from datamodules.decode import read_file
 from datamodules.dense_prediction import DensePredictionData
 from datamodules.dense_transforms import normalise_padded, pad_images
 from datamodules.images import EncodedImages
@@ -82,8 +83,7 @@ class DetectionImages(EncodedImages):
         return objects | {"masks": self.index.masks(index, single)} if self.masks else objects
 
     def read(self, index: int) -> bytes:
-        with open(os.path.join(self.folder, self.name(index)), "rb") as file:
-            return file.read()
+        return read_file(os.path.join(self.folder, self.name(index)))
 
     def name(self, index: int) -> str:
         return self.index.files[index].decode()

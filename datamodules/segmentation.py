@@ -1,5 +1,6 @@
 """Images with a label for each pixel: base class of every segmentation data set, and the image files it loads."""
 
+import io
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from datamodules.batch import normalise
-from datamodules.decode import BrokenImage
+from datamodules.decode import BrokenImage, check_pixels, read_file
 from datamodules.dense_prediction import DensePredictionData
 from datamodules.dense_transforms import Size, normalise_padded, pad_images
 from datamodules.images import EXTENSIONS, EncodedImages, list_images
@@ -71,7 +72,8 @@ class MaskedImages(EncodedImages):
         """Return the mask at a position: uint8 (H, W), labels."""
         path = self._path(index, MASK)
         try:
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(read_file(path))) as image:
+                check_pixels(*image.size)
                 values, mode = np.array(image), image.mode
         except Exception as error:
             # Pillow's decoders raise errors of many types.
@@ -88,8 +90,7 @@ class MaskedImages(EncodedImages):
         return mask.astype(np.uint8)
 
     def read(self, index: int) -> bytes:
-        with open(self._path(index, IMAGE), "rb") as file:
-            return file.read()
+        return read_file(self._path(index, IMAGE))
 
     def name(self, index: int) -> str:
         return os.fsdecode(self.files[index, IMAGE].item())
