@@ -253,7 +253,9 @@ def _select_categories(names: dict[int, str], classes: Sequence[str], source: st
     """Return the categories called `classes` in the order of their ids, and their labels among all of `names`."""
     for name in classes:
         if name not in names.values():
-            raise ValueError(f"data.classes has {name!r}, which is no category of {source}.{nearest(name, names.values())}")
+            raise ValueError(
+                f"data.classes has {name!r}, which is no category of {source}.{nearest(name, names.values())}"
+            )
     kept = [label for label, name in enumerate(names.values()) if name in classes]
     return {id: name for id, name in names.items() if name in classes}, kept
 

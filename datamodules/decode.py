@@ -72,6 +72,19 @@ def check_pixels(width: int, height: int) -> None:
         raise BrokenImage(f"it has {width} x {height} px, more than {MAX_PIXELS:,} pixels in all")
 
 
+def read_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Return the height and width of an image file, from its header.
+
+    Raises:
+        BrokenImage: if the file cannot be read or is no image.
+    """
+    try:
+        with Image.open(io.BytesIO(read_file(path))) as image:
+            return image.height, image.width
+    except Exception as error:
+        raise BrokenImage(str(error)) from error
+
+
 def read_file(path: str | os.PathLike) -> bytes:
     """Return the content of an image or mask file.
 

@@ -212,9 +212,11 @@ def check_classes(classes: Any) -> list[str] | None:
     if classes is None:
         return None
     names = [str(name) for name in classes] if isinstance(classes, list | tuple) else []
-    if not names or len(set(names)) < len(names):
+    if not names:
         like = classes if isinstance(classes, str) else "cat,dog"
-        raise ValueError(f"data.classes must be a list of names, like [{like}], each once, not {classes!r}")
+        raise ValueError(f"data.classes must be a list of names, like [{like}], not {classes!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"data.classes names {max(names, key=names.count)!r} twice")
     return names
 
 

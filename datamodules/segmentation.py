@@ -54,6 +54,12 @@ class MaskedImages(EncodedImages):
             self.labels[value] = label
 
     @property
+    def mask_values(self) -> np.ndarray:
+        """Value of each label in a mask file, uint8 (K,)."""
+        labels = self.labels[:256].tolist()
+        return np.array([labels.index(label) for label in sorted(set(labels) - {-1, IGNORED})], np.uint8)
+
+    @property
     def blank(self) -> dict:
         """Sample that stands for padding: all of its pixels are ignored."""
         return {"image": np.zeros((32, 32, 3), np.uint8), "mask": np.full((32, 32), IGNORED, np.uint8)}
@@ -123,13 +129,14 @@ def pair_files(images: Path, masks: Path, image_end: str = "", mask_end: str = "
     mask_files = _files_by_stem(masks, (".png",), mask_end)
     if not image_files:
         raise ValueError(f"no images in {images} (looked for {', '.join(EXTENSIONS)})")
-    for problem, files, partners, partner_folder in (
-        ("image without its mask", image_files, mask_files, masks),
-        ("mask without its image", mask_files, image_files, images),
+    for problem, files, partners, partner_folder, endings in (
+        ("image without its mask", image_files, mask_files, masks, f"{mask_end}.png"),
+        ("mask without its image", mask_files, image_files, images, f"{image_end}{{{','.join(EXTENSIONS)}}}"),
     ):
         if unpaired := sorted(files.keys() - partners.keys()):
             count = f"{len(unpaired)} of {len(files)} lack one"
-            raise ValueError(f"{files[unpaired[0]]}: {problem} in {partner_folder} ({count})")
+            looked_for = f"looked for {unpaired[0]}{endings}"
+            raise ValueError(f"{files[unpaired[0]]}: {problem} in {partner_folder} ({looked_for}; {count})")
     return [(image_files[stem], mask_files[stem]) for stem in sorted(image_files)]
 
 

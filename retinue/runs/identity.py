@@ -26,7 +26,7 @@ IDENTITY_VERSION = 1
 
 # Section ("" is the top level) -> keys that do not change the result.
 NOT_RESULT = {
-    "": ("hydra", "run_dir", "rerun", "seed", "checkpoint", "logger", "ops", "save_images"),
+    "": ("hydra", "run_dir", "rerun", "seed", "checkpoint", "logger", "ops", "save_images", "save_maps"),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
     "data": ("num_workers",),
 }

@@ -63,7 +63,9 @@ def test_objects_without_a_mask_are_counted_in_one_warning(tmp_path, caplog):
     write(tmp_path, truth_with(annotation(2, 12, 90, BOX, []), annotation(3, 12, 90, BOX, TWO_CORNERS)))
     with caplog.at_level(logging.WARNING):
         make_data(tmp_path).images("train")
-    assert caplog.text.count("2 of 10 objects have an empty mask or no polygon with three corners, and are ignored") == 1
+    assert (
+        caplog.text.count("2 of 10 objects have an empty mask or no polygon with three corners, and are ignored") == 1
+    )
 
 
 @pytest.mark.parametrize("more", [{"ignore": 1}, {"area": 0}, {"area": -3.0}, {"ignore": True, "iscrowd": 1}])
@@ -120,7 +122,13 @@ def test_an_object_without_a_mask_is_ignored_in_the_evaluation_of_masks(tmp_path
     """The others' figures equal pycocotools' on a file in which the object is a crowd."""
     truth = truth_with(annotation(2, 12, 7, BOX, []))
     found = [
-        {"image_id": 12, "category_id": 7, "bbox": list(box), "score": score, "segmentation": compressed(rectangle(*box))}
+        {
+            "image_id": 12,
+            "category_id": 7,
+            "bbox": list(box),
+            "score": score,
+            "segmentation": compressed(rectangle(*box)),
+        }
         for box, score in ((BOX, 0.9), ((5, 5, 12, 14), 0.8))
     ]
     accuracy = evaluate("mask", found, truth, [12], [3, 7, 90])
@@ -145,8 +153,8 @@ def test_a_subset_of_the_classes(tmp_path):
     ("classes", "message"),
     [
         (["kit"], "data.classes has 'kit', which is no category of"),
-        ("cat", "data.classes must be a list of names, like [cat], each once, not 'cat'"),
-        (["cat", "cat"], "data.classes must be a list of names"),
+        ("cat", "data.classes must be a list of names, like [cat], not 'cat'"),
+        (["cat", "cat"], "data.classes names 'cat' twice"),
         ([], "data.classes must be a list of names"),
         (["yak"], "has no annotation of data.classes=['yak']"),
     ],
