@@ -12,7 +12,8 @@ from datamodules.detection import DetectionData, check_classes
 class Coco(DetectionData):
     """Images in folders, with one JSON file of annotations per split.
 
-    Masks are used if every annotation has one; an empty one is the mask of an object that heads with masks ignore. Without annotations for testing, the test split is the validation split.
+    Masks are used if every annotation has one; heads with masks ignore an object whose mask is empty. Without
+    annotations for testing, the test split is the validation split.
 
     Args:
         train_annotations: JSON file, relative to `root`.

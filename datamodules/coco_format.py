@@ -271,8 +271,8 @@ def _warn_of_corners(index: CocoIndex) -> None:
     beyond = (low + high > limits + 1).any(1)
     if fit_as_corners and beyond.mean() >= MIN_SHARE_BEYOND:
         logger.warning(
-            "%s: the boxes seem to be [x1, y1, x2, y2], but COCO's are [x, y, width, height]: %d of %d reach beyond their "
-            "images, and all are inside if read as two corners",
+            "%s: the boxes seem to be [x1, y1, x2, y2], but COCO's are [x, y, width, height]: %d of %d reach beyond "
+            "their images, and all are inside if read as two corners",
             index.source, beyond.sum(), len(beyond),
         )  # fmt: skip
 

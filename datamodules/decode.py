@@ -8,7 +8,6 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-
 # Largest number of pixels that an image may have: the limit at which Pillow refuses an image as a decompression bomb.
 MAX_PIXELS = 178_956_970
 
@@ -33,7 +32,8 @@ def decode(data: bytes) -> np.ndarray:
         uint8 (H, W, 3), RGB.
 
     Raises:
-        BrokenImage: if the data are truncated, are no image, or have more than 8 bits per channel or more than `MAX_PIXELS` pixels.
+        BrokenImage: if the data are truncated, are no image, or have more than 8 bits per channel or more than
+            `MAX_PIXELS` pixels.
     """
     if data[:2] == b"\xff\xd8":
         try:

@@ -16,6 +16,7 @@ from datamodules.decode import read_file
 from datamodules.dense_prediction import DensePredictionData
 from datamodules.dense_transforms import normalise_padded, pad_images
 from datamodules.images import EncodedImages
+from datamodules.split_checks import check_labels
 from retinue.utils.arithmetic import round_up
 
 logger = logging.getLogger(__name__)
@@ -170,6 +171,11 @@ class DetectionData(DensePredictionData):
             logger.info("%s: %d of %d images have no objects", index.source, (~has_objects).sum(), len(has_objects))
             index = index.select(has_objects)
         return DetectionImages(index, folder, training=True, masks=masks)
+
+    def check(self, images: DetectionImages, split: str) -> None:
+        index = images.index
+        is_object = ~(index.degenerate | index.unused | index.crowd)
+        check_labels(index.labels[is_object], self.class_names, split)
 
     def groups(self, images: DetectionImages) -> np.ndarray:
         """Return whether each image is in portrait format.

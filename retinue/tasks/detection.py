@@ -150,8 +150,8 @@ class Detection(DensePredictionTask):
     def write_report(self, folder: Path, datamodule: Any) -> None:
         """Write `detections.json`, `detection_ids.json`, `pr_curves.png`, `per_class.png` and `images/*.png`.
 
-        `detection_ids.json` has the images and categories in COCO's format, which name the ids in `detections.json`. The
-        last are pictures of `save_images` images, evenly spread over the split.
+        `detection_ids.json` has the images and categories in COCO's format, which name the ids in `detections.json`.
+        The last are pictures of `save_images` images, evenly spread over the split.
         """
         images, names, categories = datamodule.images("test"), datamodule.class_names, datamodule.category_ids
         ids = images.ids.tolist()

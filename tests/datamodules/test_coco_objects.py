@@ -1,4 +1,4 @@
-"""Objects that training ignores or leaves out, as mmdetection and pycocotools treat them, and subsets of the classes."""
+"""Objects that training ignores or leaves out, as in mmdetection and pycocotools, and subsets of the classes."""
 
 import json
 import logging

@@ -106,7 +106,7 @@ def test_classes_without_a_pixel_are_warned_of_once(tmp_path, caplog):
     data = mask_folder(tmp_path)
     for split in ("train", "val", "train", "test"):
         data.images(split)
-    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+    assert [record.getMessage() for record in caplog.records if "pixel" in record.getMessage()] == [
         f"{tmp_path / 'masks/train'}: no training mask has a pixel of dog, so it cannot be learnt"
     ]
 
