@@ -268,7 +268,7 @@ def _warn_of_corners(index: CocoIndex) -> None:
     limits = index.sizes[index.image_index][:, ::-1]
     low, high = index.boxes[:, :2], index.boxes[:, 2:]
     fit_as_corners = ((low >= 0) & (low < high) & (high <= limits + 1)).all()
-    beyond = (low + high > limits + 1).any(1)
+    beyond = np.any(low + high > limits + 1, axis=1)
     if fit_as_corners and beyond.mean() >= MIN_SHARE_BEYOND:
         logger.warning(
             "%s: the boxes seem to be [x1, y1, x2, y2], but COCO's are [x, y, width, height]: %d of %d reach beyond "

@@ -38,7 +38,7 @@ def decode(data: bytes) -> np.ndarray:
     if data[:2] == b"\xff\xd8":
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            check_pixels(width, height)
+            check_pixels(int(width), int(height))
             if colours in ("YCbCr", "Gray", "RGB"):
                 return simplejpeg.decode_jpeg(data)
         except ValueError:

@@ -81,7 +81,9 @@ def test_a_size_beyond_the_limit_is_refused_before_the_pixels_are_decoded(form):
         header = b"IHDR" + size + size + data[start + 12 : start + 17]
         data = data[:start] + header + zlib.crc32(header).to_bytes(4, "big") + data[start + 21 :]
     else:
-        start = re.search(b"\xff[\xc0\xc2]", data).start() + 5
+        marker = re.search(b"\xff[\xc0\xc2]", data)
+        assert marker is not None
+        start = marker.start() + 5
         data = data[:start] + (65_500).to_bytes(2, "big") * 2 + data[start + 4 :]
     tracemalloc.start()
     began = time.monotonic()

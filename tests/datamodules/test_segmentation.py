@@ -94,7 +94,7 @@ def test_masks_of_0_and_255_are_an_error_that_says_what_to_do(tmp_path, split, a
         data.images(split)
     for name in "abc":
         path = tmp_path / f"masks/{split}/{name}.png"
-        image = Image.open(path).point(lambda value: value // 255)
+        image = Image.open(path).point(lambda value: value // 255)  # pyright: ignore[reportOperatorIssue]
         image.save(path)
     assert data.images(split)[0]["mask"][0, -1] == (0 if "background_ignored" in arguments else 1)
 
@@ -119,7 +119,8 @@ def test_few_masks_are_read_where_all_classes_occur(tmp_path, monkeypatch):
     original = MaskedImages.mask
     monkeypatch.setattr(MaskedImages, "mask", lambda self, index: read.append(index) or original(self, index))
     data = mask_folder(tmp_path)
-    data.images("train"), data.images("val")
+    data.images("train")
+    data.images("val")
     assert len(read) == 2
 
 

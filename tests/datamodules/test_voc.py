@@ -99,7 +99,7 @@ def test_image_names_with_spaces_and_a_byte_order_mark(tmp_path):
 @pytest.mark.parametrize("change", [(r"<size>.*</size>", ""), ("<width>40", "<width>0"), ("<height>30", "<height>")])
 def test_the_size_of_an_annotation_without_one_is_the_images(root, change):
     path = root / "VOC2007/Annotations/000002.xml"
-    path.write_text(re.sub(*change, path.read_text()))
+    path.write_text(re.sub(change[0], change[1], path.read_text()))
     assert make_data(root).images("val").index.sizes.tolist() == [[30, 40]]
     (root / "VOC2007/JPEGImages/000002.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"000002.xml has no size, and .*000002.jpg cannot be read: cannot identify"):
