@@ -17,11 +17,14 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
+from pytorch_lightning.utilities import rank_zero_only
 
 from retinue.utils.masks import encloses_pixels, run_lengths
 from retinue.utils.suggestions import nearest
 
 logger = logging.getLogger(__name__)
+# Every process of a run reads the data, so only the first one says what it finds.
+warn = rank_zero_only(logger.warning)
 
 # Smallest share of boxes beyond their images at which boxes are taken for [x1, y1, x2, y2].
 MIN_SHARE_BEYOND = 0.1
@@ -222,7 +225,7 @@ def index_coco(content: Any, source: str, classes: Sequence[str] | None = None) 
     maskless = np.array([not encloses_pixels(segmentation) for segmentation in segmentations], bool)
     missing = sum(segmentation is None for segmentation in segmentations)
     if missing and not maskless.all():
-        logger.warning("%s: masks are not used, because %d of %d annotations have none", source, missing, len(rows))
+        warn("%s: masks are not used, because %d of %d annotations have none", source, missing, len(rows))
     has_masks = not missing and not maskless.all()
     blobs = [marshal.dumps(segmentation) for segmentation in segmentations] if has_masks else []
     ends = np.cumsum([len(blob) for blob in blobs]) if blobs else np.zeros(len(rows), np.int64)
@@ -270,7 +273,7 @@ def _warn_of_corners(index: CocoIndex) -> None:
     fit_as_corners = ((low >= 0) & (low < high) & (high <= limits + 1)).all()
     beyond = np.any(low + high > limits + 1, axis=1)
     if fit_as_corners and beyond.mean() >= MIN_SHARE_BEYOND:
-        logger.warning(
+        warn(
             "%s: the boxes seem to be [x1, y1, x2, y2], but COCO's are [x, y, width, height]: %d of %d reach beyond "
             "their images, and all are inside if read as two corners",
             index.source, beyond.sum(), len(beyond),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 
 from datamodules.coco_format import CocoIndex
 from datamodules.decode import read_file
@@ -20,6 +21,8 @@ from datamodules.split_checks import check_labels
 from retinue.utils.arithmetic import round_up
 
 logger = logging.getLogger(__name__)
+# Every process of a run reads the data, so only the first one says what it finds.
+warn = rank_zero_only(logger.warning)
 
 # A batch's height and width are multiples of this number of pixels.
 SIZE_DIVISOR = 32
@@ -155,14 +158,14 @@ class DetectionData(DensePredictionData):
     def _training_images(self, index: CocoIndex, folder: Path) -> DetectionImages:
         if dropped := int(index.degenerate.sum()):
             message = f"{dropped} of {len(index.boxes)} boxes have less than 1 px inside their image and are left out"
-            logger.warning("%s: %s", index.source, message)
+            warn("%s: %s", index.source, message)
         if unused := int((index.unused & ~index.degenerate).sum()):
-            logger.warning("%s: %d annotations with `ignore` or without an area are left out", index.source, unused)
+            warn("%s: %d annotations with `ignore` or without an area are left out", index.source, unused)
         masks = self.has_masks and self.read_masks
         maskless = index.maskless & masks & ~(index.degenerate | index.unused | index.crowd)
         if maskless.any():
             message = "%s: %d of %d objects have an empty mask or no polygon with three corners, and are ignored"
-            logger.warning(message, index.source, maskless.sum(), len(index.boxes))
+            warn(message, index.source, maskless.sum(), len(index.boxes))
         is_object = ~(index.degenerate | index.unused | index.crowd | maskless)
         has_objects = np.bincount(index.image_index, is_object, minlength=len(index.ids)) > 0
         if not has_objects.any():

@@ -4,12 +4,15 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
+from pytorch_lightning.utilities import rank_zero_only
 
 from datamodules.decode import BrokenImage
 from datamodules.segmentation import MaskedImages
 from retinue.utils.masks import IGNORED
 
 logger = logging.getLogger(__name__)
+# Every process of a run reads the data, so only the first one says what it finds.
+warn = rank_zero_only(logger.warning)
 
 # Number of masks after which a search for the missing classes is given up.
 MAX_MASKS = 1000
@@ -51,4 +54,4 @@ def check_masks(images: MaskedImages, classes: Sequence[str], split: str) -> Non
             "Image.open(f).point(lambda value: value // 255).save(f), with Image from PIL"
         )
     if missing and split == "train" and count == len(images):
-        logger.warning("%s: no training mask has a pixel of %s, so it cannot be learnt", images.folders[1], names)
+        warn("%s: no training mask has a pixel of %s, so it cannot be learnt", images.folders[1], names)

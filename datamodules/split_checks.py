@@ -4,8 +4,11 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
+from pytorch_lightning.utilities import rank_zero_only
 
 logger = logging.getLogger(__name__)
+# Every process of a run reads the data, so only the first one says what it finds.
+warn = rank_zero_only(logger.warning)
 
 # A split of fewer images is warned of.
 FEW = 10
@@ -32,7 +35,7 @@ def check_labels(labels: np.ndarray, classes: Sequence[str], split: str) -> None
     if split == "train" and missing.size:
         names = ", ".join(str(classes[label]) for label in missing[:MAX_NAMES])
         more = ", ..." if missing.size > MAX_NAMES else ""
-        logger.warning(
+        warn(
             "%d of %d classes occur in no training image and cannot be learnt: %s",
             missing.size,
             len(classes),
@@ -46,6 +49,6 @@ def warn_of_few_images(count: int, split: str) -> None:
         return
     images = "1 image" if count == 1 else f"{count} images"
     if split == "train":
-        logger.warning("the training split has only %s", images)
+        warn("the training split has only %s", images)
     else:
-        logger.warning("the split %s has only %s, so each is %.0f %% of its figures", split, images, 100 / count)
+        warn("the split %s has only %s, so each is %.0f %% of its figures", split, images, 100 / count)
