@@ -6,6 +6,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from retinue.runs.arguments import quote_brackets
 from retinue.runs.config import allow_run_keys, register_resolvers, with_run
 from retinue.runs.help import wants_help, write_help
 from retinue.utils.errors import in_a_job, user_errors
@@ -30,5 +31,5 @@ if __name__ == "__main__":
         if wants_help(sys.argv[1:]):
             write_help("eval", sys.argv[1:])
         else:
-            sys.argv[1:] = allow_run_keys(sys.argv[1:])
+            sys.argv[1:] = allow_run_keys(quote_brackets(sys.argv[1:]))
             main()

@@ -6,6 +6,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from retinue.runs.arguments import choose_for_few_images, quote_brackets
 from retinue.runs.config import register_resolvers
 from retinue.runs.help import wants_help, write_help
 from retinue.utils.errors import in_a_job, user_errors
@@ -29,4 +30,5 @@ if __name__ == "__main__":
         if wants_help(sys.argv[1:]):
             write_help("train", sys.argv[1:])
         else:
+            sys.argv[1:] = choose_for_few_images(quote_brackets(sys.argv[1:]))
             main()

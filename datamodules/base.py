@@ -13,6 +13,7 @@ from datamodules.batch import BatchTransform
 from datamodules.images import LabelledImages
 from datamodules.loader import BatchFetcher, ImageSet, Loader, TrainLoader, stack
 from datamodules.sampler import EvalSampler, TrainSampler
+from datamodules.split_checks import check_labels, warn_of_few_images
 from datamodules.transforms import PILLOW_MODES, Augment, EvalTransform, TrainTransform
 
 SPLITS = ("train", "val", "test")
@@ -116,7 +117,16 @@ class ImageData(pl.LightningDataModule, ABC):
         split = "val" if split == "test" and "test" not in self.splits else split
         if split not in self._images:
             self._images[split] = self.load(split)
+            warn_of_few_images(len(self._images[split]), split)
+            self.check(self._images[split], split)
         return self._images[split]
+
+    def check(self, images: Any, split: str) -> None:
+        """Check the images of a split that has just been read.
+
+        Raises:
+            ValueError: if they are not as expected.
+        """
 
     def groups(self, images: Any) -> np.ndarray | None:
         """Return the group (N,) of each training image if a batch should hold images of one group only, else None."""
@@ -223,6 +233,9 @@ class ClassificationData(ImageData):
 
     @abstractmethod
     def load(self, split: str) -> LabelledImages: ...
+
+    def check(self, images: LabelledImages, split: str) -> None:
+        check_labels(images.labels, self.class_names, split)
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         if self._batch_transform is None:

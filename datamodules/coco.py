@@ -6,13 +6,14 @@ from typing import Any
 
 from datamodules.base import SPLITS
 from datamodules.coco_format import CocoIndex, read_coco
-from datamodules.detection import DetectionData
+from datamodules.detection import DetectionData, check_classes
 
 
 class Coco(DetectionData):
     """Images in folders, with one JSON file of annotations per split.
 
-    Masks are used if every annotation has one. Without annotations for testing, the test split is the validation split.
+    Masks are used if every annotation has one; heads with masks ignore an object whose mask is empty. Without
+    annotations for testing, the test split is the validation split.
 
     Args:
         train_annotations: JSON file, relative to `root`.
@@ -21,7 +22,12 @@ class Coco(DetectionData):
         val_images: as `train_images`, for validation.
         test_annotations: as `train_annotations`, for testing. None means no test split.
         test_images: as `train_images`, for testing.
+        classes: names of the categories to train on and to evaluate; annotations of others are left out. None takes all
+            categories. The labels are in the order of the category ids.
         common: arguments of `DetectionData`.
+
+    Raises:
+        ValueError: if `classes` is a single name instead of a list.
     """
 
     def __init__(
@@ -33,9 +39,11 @@ class Coco(DetectionData):
         val_images: str | None = None,
         test_annotations: str | None = None,
         test_images: str | None = None,
+        classes: Sequence[str] | None = None,
         **common: Any,
     ):
         super().__init__(**common)
+        self.classes = check_classes(classes)
         self.annotation_files = {"train": train_annotations, "val": val_annotations, "test": test_annotations}
         self.image_folders = {"train": train_images, "val": val_images, "test": test_images}
 
@@ -50,7 +58,7 @@ class Coco(DetectionData):
             raise ValueError(f"data.{split}_annotations: there is no file {annotations}")
         if not folder.is_dir():
             raise ValueError(f"data.{split}_images: there is no folder {folder}")
-        return read_coco(annotations), folder
+        return read_coco(annotations, self.classes), folder
 
     def _path(self, key: str, value: str | None) -> Path:
         assert self.root is not None

@@ -17,11 +17,17 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
+from pytorch_lightning.utilities import rank_zero_only
 
-from retinue.utils.masks import run_lengths
+from retinue.utils.masks import encloses_pixels, run_lengths
+from retinue.utils.suggestions import nearest
 
 logger = logging.getLogger(__name__)
+# Every process of a run reads the data, so only the first one says what it finds.
+warn = rank_zero_only(logger.warning)
 
+# Smallest share of boxes beyond their images at which boxes are taken for [x1, y1, x2, y2].
+MIN_SHARE_BEYOND = 0.1
 # Lists that a COCO file with boxes has.
 COCO_LISTS = ("images", "annotations", "categories")
 
@@ -42,8 +48,11 @@ class CocoIndex:
         boxes: float64 (A, 4), (x, y, width, height) in pixels.
         areas: float64 (A,), areas of the objects in pixels.
         crowd: bool (A,), whether a box surrounds a crowd, which is many objects at once.
-        segmentations: uint8, all masks in marshal's format, one after another. None means that not every annotation has
-            a mask.
+        unused: bool (A,), whether training leaves the annotation out, as mmdetection does: it has `ignore`, or an area
+            of 0 or less.
+        maskless: bool (A,), whether the annotation's mask is empty or has no polygon with three corners.
+        segmentations: uint8, all masks in marshal's format, one after another. None means that some annotation has no
+            mask, or all are without pixels.
         spans: int64 (A, 2), first byte of each mask in `segmentations` and the byte after its last one.
     """
 
@@ -58,6 +67,8 @@ class CocoIndex:
     boxes: np.ndarray
     areas: np.ndarray
     crowd: np.ndarray
+    unused: np.ndarray
+    maskless: np.ndarray
     segmentations: np.ndarray | None
     spans: np.ndarray
 
@@ -84,7 +95,7 @@ class CocoIndex:
         """Return the images for which `images`, bool (N,), is True, with their annotations."""
         rows = images[self.image_index]
         per_image = {name: getattr(self, name)[images] for name in ("ids", "sizes", "files")}
-        names = ("annotation_ids", "labels", "boxes", "areas", "crowd", "spans")
+        names = ("annotation_ids", "labels", "boxes", "areas", "crowd", "unused", "maskless", "spans")
         per_annotation = {name: getattr(self, name)[rows] for name in names}
         image_index = (np.cumsum(images) - 1)[self.image_index[rows]]
         return replace(self, image_index=image_index, **per_image, **per_annotation)
@@ -146,8 +157,12 @@ class CocoIndex:
         return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def read_coco(path: Path) -> CocoIndex:
+def read_coco(path: Path, classes: Sequence[str] | None = None) -> CocoIndex:
     """Read the annotations in a JSON file.
+
+    Args:
+        path: the file.
+        classes: names of the categories to keep; see `index_coco`.
 
     Raises:
         ValueError: if the file is not in COCO's format, or its content is inconsistent.
@@ -156,9 +171,9 @@ def read_coco(path: Path) -> CocoIndex:
     # The garbage collector would visit COCO's millions of objects again and again: 15 s instead of 6 s.
     gc.disable()
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             content = json.load(file)
-        return index_coco(content, str(path))
+        return index_coco(content, str(path), classes)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     finally:
@@ -166,12 +181,13 @@ def read_coco(path: Path) -> CocoIndex:
             gc.enable()
 
 
-def index_coco(content: Any, source: str) -> CocoIndex:
+def index_coco(content: Any, source: str, classes: Sequence[str] | None = None) -> CocoIndex:
     """Check the content of a COCO file and convert it to arrays.
 
     Args:
         content: the parsed file.
         source: name of the file or folder, for messages.
+        classes: names of the categories to keep; annotations of other categories are left out. None keeps all.
 
     Raises:
         ValueError: if the content is not in COCO's format, has no images or no boxes, or refers to an unknown image or
@@ -191,6 +207,14 @@ def index_coco(content: Any, source: str) -> CocoIndex:
     if (sizes < 1).any():
         raise ValueError(f"{source}: image {ids[(sizes < 1).any(1)][0]} has no height or no width")
 
+    labels = annotations.positions("category_id", np.array(list(names)), "a category")
+    if classes is not None:
+        names, kept = _select_categories(names, classes, source)
+        annotations = annotations.select(np.isin(labels, kept))
+        if not annotations.entries:
+            raise ValueError(f"{source} has no annotation of data.classes={list(classes)}")
+        labels = annotations.positions("category_id", np.array(list(names)), "a category")
+
     image_index = annotations.positions("image_id", ids, "an image")
     order = np.argsort(image_index, kind="stable")
     rows = annotations.entries
@@ -198,10 +222,12 @@ def index_coco(content: Any, source: str) -> CocoIndex:
     crowd = np.array([bool(row.get("iscrowd", 0)) for row in rows])
     areas = annotations.areas()[order]
     segmentations = [rows[row].get("segmentation") for row in order.tolist()]
-    if any(segmentations) and not all(segmentations):
-        missing = sum(not segmentation for segmentation in segmentations)
-        logger.warning("%s: masks are not used, because %d of %d annotations have none", source, missing, len(rows))
-    blobs = [marshal.dumps(segmentation) for segmentation in segmentations] if all(segmentations) else []
+    maskless = np.array([not encloses_pixels(segmentation) for segmentation in segmentations], bool)
+    missing = sum(segmentation is None for segmentation in segmentations)
+    if missing and not maskless.all():
+        warn("%s: masks are not used, because %d of %d annotations have none", source, missing, len(rows))
+    has_masks = not missing and not maskless.all()
+    blobs = [marshal.dumps(segmentation) for segmentation in segmentations] if has_masks else []
     ends = np.cumsum([len(blob) for blob in blobs]) if blobs else np.zeros(len(rows), np.int64)
     index = CocoIndex(
         source=source,
@@ -211,16 +237,47 @@ def index_coco(content: Any, source: str) -> CocoIndex:
         files=np.array([str(name).encode() for name in images.column("file_name")]),
         image_index=image_index[order],
         annotation_ids=annotations.unique_integers("id")[order],
-        labels=annotations.positions("category_id", np.array(list(names)), "a category")[order],
+        labels=labels[order],
         boxes=boxes,
         areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
         crowd=crowd[order],
+        unused=np.array([bool(rows[row].get("ignore", 0)) for row in order.tolist()], bool) | (areas <= 0),
+        maskless=maskless,
         segmentations=np.frombuffer(b"".join(blobs), np.uint8) if blobs else None,
         spans=np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1),
     )
     if index.degenerate.all():
         raise ValueError(f"{source}: none of the {len(rows)} boxes [x, y, width, height] lies inside its image")
+    _warn_of_corners(index)
     return index
+
+
+def _select_categories(names: dict[int, str], classes: Sequence[str], source: str) -> tuple[dict[int, str], list[int]]:
+    """Return the categories called `classes` in the order of their ids, and their labels among all of `names`."""
+    for name in classes:
+        if name not in names.values():
+            raise ValueError(
+                f"data.classes has {name!r}, which is no category of {source}.{nearest(name, names.values())}"
+            )
+    kept = [label for label, name in enumerate(names.values()) if name in classes]
+    return {id: name for id, name in names.items() if name in classes}, kept
+
+
+def _warn_of_corners(index: CocoIndex) -> None:
+    """Log a warning if the boxes are plainly [x1, y1, x2, y2] instead of COCO's [x, y, width, height].
+
+    All boxes are then inside their images if read as two corners, and many reach beyond them if read as COCO's.
+    """
+    limits = index.sizes[index.image_index][:, ::-1]
+    low, high = index.boxes[:, :2], index.boxes[:, 2:]
+    fit_as_corners = ((low >= 0) & (low < high) & (high <= limits + 1)).all()
+    beyond = np.any(low + high > limits + 1, axis=1)
+    if fit_as_corners and beyond.mean() >= MIN_SHARE_BEYOND:
+        warn(
+            "%s: the boxes seem to be [x1, y1, x2, y2], but COCO's are [x, y, width, height]: %d of %d reach beyond "
+            "their images, and all are inside if read as two corners",
+            index.source, beyond.sum(), len(beyond),
+        )  # fmt: skip
 
 
 class _Entries:
@@ -233,6 +290,10 @@ class _Entries:
 
     def __init__(self, entries: list, name: str):
         self.entries, self.name = entries, name
+
+    def select(self, rows: np.ndarray) -> "_Entries":
+        """Return the entries for which `rows`, bool (N,), is True."""
+        return _Entries([entry for entry, kept in zip(self.entries, rows.tolist(), strict=True) if kept], self.name)
 
     def column(self, key: str) -> list:
         """Return the value of `key` in each entry."""

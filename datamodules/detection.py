@@ -10,14 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 
 from datamodules.coco_format import CocoIndex
+from datamodules.decode import read_file
 from datamodules.dense_prediction import DensePredictionData
 from datamodules.dense_transforms import normalise_padded, pad_images
 from datamodules.images import EncodedImages
+from datamodules.split_checks import check_labels
 from retinue.utils.arithmetic import round_up
 
 logger = logging.getLogger(__name__)
+# Every process of a run reads the data, so only the first one says what it finds.
+warn = rank_zero_only(logger.warning)
 
 # A batch's height and width are multiples of this number of pixels.
 SIZE_DIVISOR = 32
@@ -27,8 +32,9 @@ class DetectionImages(EncodedImages):
     """Images of a data set, read by position; training samples have objects, evaluation samples only the image.
 
     A training sample is {"image": uint8 (H, W, 3), "boxes": float32 (N, 4), "labels": int64 (N,), "ignored": float32
-    (M, 4)} and, with `masks`, "masks": uint8 (N, H, W). `ignored` holds the boxes of crowds. Boxes are clipped to the
-    image; boxes with less than 1 px of their width or height inside are left out.
+    (M, 4)} and, with `masks`, "masks": uint8 (N, H, W). `ignored` holds the boxes of crowds and, with `masks`, of
+    objects whose mask has no pixel. Boxes are clipped to the image; unused annotations and boxes with less than 1 px of
+    their width or height inside are left out.
 
     Args:
         index: annotations of the images.
@@ -71,19 +77,24 @@ class DetectionImages(EncodedImages):
 
     def _objects(self, index: int) -> dict[str, np.ndarray]:
         start, end = self.index.starts[index : index + 2]
-        rows = np.arange(start, end)[~self.index.degenerate[start:end]]
-        crowd = self.index.crowd[rows]
-        single = rows[~crowd]
+        left_out = self.index.degenerate[start:end] | self.index.unused[start:end]
+        rows = np.arange(start, end)[~left_out]
+        ignored = self.index.crowd[rows]
+        masks = None
+        if self.masks:
+            masks = self.index.masks(index, rows[~ignored])
+            has_pixels = masks.any((1, 2))
+            masks = masks[has_pixels]
+            ignored[np.flatnonzero(~ignored)[~has_pixels]] = True
         objects = {
-            "boxes": self.index.corners[single],
-            "labels": self.index.labels[single],
-            "ignored": self.index.corners[rows[crowd]],
+            "boxes": self.index.corners[rows[~ignored]],
+            "labels": self.index.labels[rows[~ignored]],
+            "ignored": self.index.corners[rows[ignored]],
         }
-        return objects | {"masks": self.index.masks(index, single)} if self.masks else objects
+        return objects if masks is None else objects | {"masks": masks}
 
     def read(self, index: int) -> bytes:
-        with open(os.path.join(self.folder, self.name(index)), "rb") as file:
-            return file.read()
+        return read_file(os.path.join(self.folder, self.name(index)))
 
     def name(self, index: int) -> str:
         return self.index.files[index].decode()
@@ -141,21 +152,33 @@ class DetectionData(DensePredictionData):
             return DetectionImages(index, folder)
         _check_same_categories(index, self._val_index)
         if self.has_masks and index.segmentations is None:
-            raise ValueError(f"{self._val_index.source} has masks, but not all annotations of {index.source} have one")
+            raise ValueError(f"{self._val_index.source} has masks, but annotations of {index.source} have none")
         return DetectionImages(index, folder) if split == "test" else self._training_images(index, folder)
 
     def _training_images(self, index: CocoIndex, folder: Path) -> DetectionImages:
         if dropped := int(index.degenerate.sum()):
             message = f"{dropped} of {len(index.boxes)} boxes have less than 1 px inside their image and are left out"
-            logger.warning("%s: %s", index.source, message)
-        is_object = ~(index.degenerate | index.crowd)
+            warn("%s: %s", index.source, message)
+        if unused := int((index.unused & ~index.degenerate).sum()):
+            warn("%s: %d annotations with `ignore` or without an area are left out", index.source, unused)
+        masks = self.has_masks and self.read_masks
+        maskless = index.maskless & masks & ~(index.degenerate | index.unused | index.crowd)
+        if maskless.any():
+            message = "%s: %d of %d objects have an empty mask or no polygon with three corners, and are ignored"
+            warn(message, index.source, maskless.sum(), len(index.boxes))
+        is_object = ~(index.degenerate | index.unused | index.crowd | maskless)
         has_objects = np.bincount(index.image_index, is_object, minlength=len(index.ids)) > 0
         if not has_objects.any():
-            raise ValueError(f"{index.source} has no box to train on: all are crowds, or outside their images")
+            raise ValueError(f"{index.source} has no box to train on: all are crowds, ignored, or outside their images")
         if not (self.keep_empty or has_objects.all()):
             logger.info("%s: %d of %d images have no objects", index.source, (~has_objects).sum(), len(has_objects))
             index = index.select(has_objects)
-        return DetectionImages(index, folder, training=True, masks=self.has_masks and self.read_masks)
+        return DetectionImages(index, folder, training=True, masks=masks)
+
+    def check(self, images: DetectionImages, split: str) -> None:
+        index = images.index
+        is_object = ~(index.degenerate | index.unused | index.crowd)
+        check_labels(index.labels[is_object], self.class_names, split)
 
     def groups(self, images: DetectionImages) -> np.ndarray:
         """Return whether each image is in portrait format.
@@ -182,11 +205,28 @@ class DetectionData(DensePredictionData):
 
     @property
     def has_masks(self) -> bool:
-        """True if every annotation of the validation split has a mask."""
+        """True if the annotations of the validation split have masks."""
         return self._val_index.segmentations is not None
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         return batch | {"image": normalise_padded(batch["image"], batch["sizes"], self.mean, self.std)}
+
+
+def check_classes(classes: Any) -> list[str] | None:
+    """Return the argument `classes` of a data set after checking that it is a list of different names, or None.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if classes is None:
+        return None
+    names = [str(name) for name in classes] if isinstance(classes, list | tuple) else []
+    if not names:
+        like = classes if isinstance(classes, str) else "cat,dog"
+        raise ValueError(f"data.classes must be a list of names, like [{like}], not {classes!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"data.classes names {max(names, key=names.count)!r} twice")
+    return names
 
 
 def check_files(index: CocoIndex, folder: Path) -> None:

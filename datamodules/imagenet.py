@@ -73,7 +73,7 @@ def read_labels(path: Path, classes: Sequence[str]) -> dict[str, str]:
         ValueError: if a line has another form, or a class that is not in `classes`.
     """
     labels = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         words = re.split(r"[\s,]+", line.strip())
         if words == [""] or words[0] == "ImageId":
             continue
@@ -226,4 +226,4 @@ def _class_list(classes: str | Sequence[str]) -> list[str]:
     path = Path(classes).expanduser()
     if not path.is_file():
         return synsets(classes)
-    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    return [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.decode import BrokenImage, decode
+from datamodules.decode import BrokenImage, decode, read_file
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
 class LabelledImages(ABC):
@@ -94,8 +94,7 @@ class FileImages(EncodedImages):
         self.labels = np.array(labels, np.int64)
 
     def read(self, index: int) -> bytes:
-        with open(os.path.join(self.root, self.name(index)), "rb") as file:
-            return file.read()
+        return read_file(os.path.join(self.root, self.name(index)))
 
     def name(self, index: int) -> str:
         return os.fsdecode(self.files[index].item())

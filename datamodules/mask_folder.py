@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from datamodules.base import SPLITS
+from datamodules.mask_checks import check_masks
 from datamodules.segmentation import MaskedImages, SegmentationData, pair_files
 from retinue.utils.masks import IGNORED
 
@@ -63,4 +64,6 @@ class MaskFolder(SegmentationData):
     def load(self, split: str) -> MaskedImages:
         assert self.root is not None
         folders = self.root / "images" / split, self.root / "masks" / split
-        return MaskedImages(*folders, pair_files(*folders), self.values)
+        images = MaskedImages(*folders, pair_files(*folders), self.values)
+        check_masks(images, self.class_names, split)
+        return images

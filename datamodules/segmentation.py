@@ -1,5 +1,6 @@
 """Images with a label for each pixel: base class of every segmentation data set, and the image files it loads."""
 
+import io
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from datamodules.batch import normalise
-from datamodules.decode import BrokenImage
+from datamodules.decode import BrokenImage, check_pixels, read_file
 from datamodules.dense_prediction import DensePredictionData
 from datamodules.dense_transforms import Size, normalise_padded, pad_images
 from datamodules.images import EXTENSIONS, EncodedImages, list_images
@@ -53,6 +54,12 @@ class MaskedImages(EncodedImages):
             self.labels[value] = label
 
     @property
+    def mask_values(self) -> np.ndarray:
+        """Value of each label in a mask file, uint8 (K,)."""
+        labels = self.labels[:256].tolist()
+        return np.array([labels.index(label) for label in sorted(set(labels) - {-1, IGNORED})], np.uint8)
+
+    @property
     def blank(self) -> dict:
         """Sample that stands for padding: all of its pixels are ignored."""
         return {"image": np.zeros((32, 32, 3), np.uint8), "mask": np.full((32, 32), IGNORED, np.uint8)}
@@ -71,7 +78,8 @@ class MaskedImages(EncodedImages):
         """Return the mask at a position: uint8 (H, W), labels."""
         path = self._path(index, MASK)
         try:
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(read_file(path))) as image:
+                check_pixels(*image.size)
                 values, mode = np.array(image), image.mode
         except Exception as error:
             # Pillow's decoders raise errors of many types.
@@ -88,8 +96,7 @@ class MaskedImages(EncodedImages):
         return mask.astype(np.uint8)
 
     def read(self, index: int) -> bytes:
-        with open(self._path(index, IMAGE), "rb") as file:
-            return file.read()
+        return read_file(self._path(index, IMAGE))
 
     def name(self, index: int) -> str:
         return os.fsdecode(self.files[index, IMAGE].item())
@@ -122,13 +129,14 @@ def pair_files(images: Path, masks: Path, image_end: str = "", mask_end: str = "
     mask_files = _files_by_stem(masks, (".png",), mask_end)
     if not image_files:
         raise ValueError(f"no images in {images} (looked for {', '.join(EXTENSIONS)})")
-    for problem, files, partners, partner_folder in (
-        ("image without its mask", image_files, mask_files, masks),
-        ("mask without its image", mask_files, image_files, images),
+    for problem, files, partners, partner_folder, endings in (
+        ("image without its mask", image_files, mask_files, masks, f"{mask_end}.png"),
+        ("mask without its image", mask_files, image_files, images, f"{image_end}{{{','.join(EXTENSIONS)}}}"),
     ):
         if unpaired := sorted(files.keys() - partners.keys()):
             count = f"{len(unpaired)} of {len(files)} lack one"
-            raise ValueError(f"{files[unpaired[0]]}: {problem} in {partner_folder} ({count})")
+            looked_for = f"looked for {unpaired[0]}{endings}"
+            raise ValueError(f"{files[unpaired[0]]}: {problem} in {partner_folder} ({looked_for}; {count})")
     return [(image_files[stem], mask_files[stem]) for stem in sorted(image_files)]
 
 

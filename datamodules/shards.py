@@ -8,6 +8,7 @@ from typing import Literal
 from webdataset.writer import ShardWriter
 
 from datamodules.base import ClassificationData
+from datamodules.decode import BrokenImage
 from datamodules.image_folder import ImageFolder
 from datamodules.imagenet import ImageNet
 from datamodules.images import FileImages
@@ -60,5 +61,9 @@ def write_split(images: FileImages, folder: Path, split: str, max_size: float) -
         for i in range(len(images)):
             name = images.name(i)
             sample = {"__key__": f"{i:08d}", "cls": str(images.labels[i]), "json": {"name": name}}
-            writer.write(sample | {Path(name).suffix[1:].lower(): images.read(i)})
+            try:
+                content = images.read(i)
+            except BrokenImage as error:
+                raise ValueError(f"{images.root}/{name} cannot be packed: {error}") from error
+            writer.write(sample | {Path(name).suffix[1:].lower(): content})
         return writer.shard

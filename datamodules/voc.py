@@ -1,6 +1,7 @@
 """Pascal VOC (host.robots.ox.ac.uk/pascal/VOC), and any data set with annotations in VOC's XML format."""
 
 import os
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +10,15 @@ from xml.etree import ElementTree
 
 from datamodules.base import SPLITS
 from datamodules.coco_format import CocoIndex, index_coco
-from datamodules.detection import DetectionData
+from datamodules.decode import BrokenImage, read_size
+from datamodules.detection import DetectionData, check_classes
 from datamodules.images import EXTENSIONS
 from retinue.utils.suggestions import nearest
 
 # Folders of a VOC data set: the lists of images ("image sets"), the XML files and the images.
 IMAGE_SETS, ANNOTATIONS, IMAGES = Path("ImageSets/Main"), "Annotations", "JPEGImages"
+# Flag behind an image's name in the image sets of a class: the image has the class (1), has not (-1), is difficult (0).
+CLASS_FLAG = re.compile(r"\s+(-1|0|1)$")
 
 
 class VOC(DetectionData):
@@ -29,12 +33,13 @@ class VOC(DetectionData):
             [VOC2007/trainval, VOC2012/trainval].
         val: image sets of the validation split.
         test: image sets of the test split. None tests on the validation split.
-        classes: names of the classes in the order of the labels. None takes the names in the training annotations,
-            sorted, which is VOC's own order.
+        classes: names of the classes in the order of the labels; objects of other classes are left out. None takes the
+            names in the training annotations, sorted, which is VOC's own order.
         common: arguments of `DetectionData`.
 
     Raises:
-        ValueError: if an argument is a single name instead of a list.
+        ValueError: if an argument is a single name instead of a list. Loading raises it if a name in `classes`
+            seems to be mistyped.
     """
 
     def __init__(
@@ -51,9 +56,7 @@ class VOC(DetectionData):
         for split, names in self.image_sets.items():
             if isinstance(names, str):
                 raise ValueError(f"data.{split} must be a list of image sets, like [{names}], not {names!r}")
-        if isinstance(classes, str):
-            raise ValueError(f"data.classes must be a list of names, like [{classes}], not {classes!r}")
-        self.classes = classes
+        self.classes = check_classes(classes)
 
     @property
     def splits(self) -> Sequence[str]:
@@ -62,9 +65,12 @@ class VOC(DetectionData):
     @cached_property
     def class_names(self) -> Sequence[str]:
         """Names of the classes, by label."""
-        if self.classes:
-            return list(self.classes)
-        return sorted({name for entry in self._entries("train") for name, _, _ in entry["objects"]})
+        names = sorted({name for entry in self._entries("train") for name, _, _ in entry["objects"]})
+        for name in set(self.classes or ()).difference(names):
+            # A class may lack training images, but here the name is probably mistyped.
+            if hint := nearest(name, set(names).difference(self.classes or ())):
+                raise ValueError(f"data.classes has {name!r}, which no training image has.{hint}")
+        return self.classes or names
 
     def read(self, split: str) -> tuple[CocoIndex, Path]:
         assert self.root is not None
@@ -74,6 +80,8 @@ class VOC(DetectionData):
         for position, entry in enumerate(self._entries(split)):
             images.append({"id": position, **{key: entry[key] for key in ("file_name", "height", "width")}})
             for name, difficult, (x1, y1, x2, y2) in entry["objects"]:
+                if name not in labels and self.classes:
+                    continue
                 if name not in labels:
                     classes = ", ".join(self.class_names)
                     raise ValueError(f"{entry['xml']} has a {name!r}, which is none of the classes: {classes}")
@@ -104,13 +112,16 @@ class VOC(DetectionData):
             files = {
                 Path(file).stem: file for file in _list_files(folder / IMAGES) if file.lower().endswith(EXTENSIONS)
             }
-            for stem in _read_image_set(folder, set_name):
+            for line in _read_image_set(folder, set_name):
+                # The image sets of a class, such as cat_train.txt, have a flag behind the name.
+                stem = line if line in files else CLASS_FLAG.sub("", line)
                 if stem not in files:
                     raise ValueError(
                         f"{stem} of {folder / IMAGE_SETS / set_name}.txt has no image in {folder / IMAGES}"
                     )
-                entry = _read_xml(folder / ANNOTATIONS / f"{stem}.xml")
-                entries.append(entry | {"file_name": os.path.join(parent, IMAGES, files[stem])})
+                image = folder / IMAGES / files[stem]
+                entry = _read_xml(folder / ANNOTATIONS / f"{stem}.xml", image)
+                entries.append(entry | {"file_name": os.path.join(parent, IMAGES, image.name)})
         return entries
 
 
@@ -121,19 +132,22 @@ def _list_files(folder: Path) -> list[str]:
 
 
 def _read_image_set(folder: Path, name: str) -> list[str]:
-    """Return the image names in ImageSets/Main/`name`.txt."""
+    """Return the lines of ImageSets/Main/`name`.txt, which are names of images; they may have spaces."""
     path = folder / IMAGE_SETS / f"{name}.txt"
     if not path.is_file():
         names = sorted(file.removesuffix(".txt") for file in _list_files(folder / IMAGE_SETS) if file.endswith(".txt"))
         raise ValueError(f"no image set is called {name!r} in {folder / IMAGE_SETS}.{nearest(name, names)}")
-    stems = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
-    if not stems:
+    text = path.read_text(encoding="utf-8-sig")
+    if not (lines := [line.strip() for line in text.splitlines() if line.strip()]):
         raise ValueError(f"{path} is empty")
-    return stems
+    return lines
 
 
-def _read_xml(path: Path) -> dict[str, Any]:
-    """Read an XML file: `xml` (its path), `height`, `width`, and `objects`, a list of (class, difficult, corners)."""
+def _read_xml(path: Path, image: Path) -> dict[str, Any]:
+    """Read an XML file: `xml` (its path), `height`, `width`, and `objects`, a list of (class, difficult, corners).
+
+    The height and the width of an annotation without a size, or with a size of 0, are those of the file `image`.
+    """
     try:
         root = ElementTree.parse(path).getroot()
         objects = [
@@ -144,17 +158,21 @@ def _read_xml(path: Path) -> dict[str, Any]:
             )
             for element in root.iter("object")
         ]
-        height, width = (int(root.findtext(f"size/{side}", "")) for side in ("height", "width"))
+        height, width = (int(float(root.findtext(f"size/{side}", 0) or 0)) for side in ("height", "width"))
+        if min(height, width) == 0:
+            height, width = read_size(image)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
+    except BrokenImage as error:
+        raise ValueError(f"{path} has no size, and {image} cannot be read: {error}") from error
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(
-            f"{path} is not an annotation like VOC's, with a size, and a name and bndbox for each object: {error}"
+            f"{path} is not an annotation like VOC's, with a name and bndbox for each object: {error}"
         ) from error
     return {"xml": path, "height": height, "width": width, "objects": objects}
 
 
 def _read_flag(element: ElementTree.Element, name: str) -> int:
-    """Return the 0 or 1 of a child element; 0 if the child is missing or empty."""
+    """Return the 0 or 1 of a child element; 0 if the child is missing, empty or "Unspecified"."""
     text = element.findtext(name, "").strip()
-    return int(text) if text else 0
+    return 0 if text in ("", "Unspecified") else int(text)

@@ -1,10 +1,9 @@
 """Tar shards in WebDataset's format, read by position."""
 
 import json
+import logging
 import os
 import tarfile
-import zipfile
-import zlib
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,11 +12,18 @@ from typing import BinaryIO
 import numpy as np
 
 from datamodules.base import SPLITS, ClassificationData
+from datamodules.decode import BrokenImage
 from datamodules.images import EXTENSIONS, EncodedImages
 from retinue.utils.files import replacing
 
+logger = logging.getLogger(__name__)
+
 # Columns of the table that `index_shards` returns.
 COLUMNS = ("shard", "offset", "size", "label", "name")
+# A tar file ends with at least two blocks of zeros, 512 bytes each.
+END_OF_ARCHIVE = bytes(1024)
+# Largest label that a shard may have; labels are class numbers.
+MAX_LABEL = 2**31 - 1
 
 
 @lru_cache(maxsize=64)
@@ -41,7 +47,10 @@ class ShardImages(EncodedImages):
 
     def read(self, index: int) -> bytes:
         shard, offset, size = (int(self.table[column][index]) for column in ("shard", "offset", "size"))
-        return os.pread(_open(self.shards[shard]).fileno(), size, offset)
+        content = os.pread(_open(self.shards[shard]).fileno(), size, offset)
+        if len(content) < size:
+            raise BrokenImage(f"{self.shards[shard]} has become shorter: it ends within the image")
+        return content
 
     def name(self, index: int) -> str:
         return os.fsdecode(self.table["name"][index].item())
@@ -71,14 +80,22 @@ def index_shard(path: Path) -> list[tuple[int, int, int, str]]:
                     content = tar.extractfile(member)
                     assert content is not None
                     sample[suffix] = json.loads(content.read())
+            end = tar.offset
+        # tarfile takes a cut header for the end of the archive, so look for the real end.
+        with open(path, "rb") as file:
+            file.seek(end)
+            if file.read(len(END_OF_ARCHIVE)) != END_OF_ARCHIVE:
+                raise ValueError(f"its end is missing after {end:,} bytes; it may have been copied only in part")
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a whole tar shard: {error}") from error
     rows = []
     for key, sample in samples.items():
-        if "image" not in sample or not isinstance(sample.get("cls"), int):
-            missing = "whole number in .cls" if "image" in sample else "image"
+        label, metadata = sample.get("cls"), sample.get("json")
+        if "image" not in sample or type(label) is not int or not 0 <= label <= MAX_LABEL:
+            missing = "whole number, 0 or more, in .cls" if "image" in sample else "image"
             raise ValueError(f"{path}: sample {key} has no {missing}")
-        rows.append((*sample["image"], sample["cls"], sample.get("json", {}).get("name", key)))
+        name = metadata.get("name", key) if isinstance(metadata, dict) else key
+        rows.append((*sample["image"], label, str(name)))
     return rows
 
 
@@ -98,8 +115,8 @@ def index_shards(shards: Sequence[Path], cache: Path) -> dict[str, np.ndarray]:
     """
     stats = [shard.stat() for shard in shards]
     stamp = json.dumps([[shard.name, s.st_size, s.st_mtime_ns] for shard, s in zip(shards, stats, strict=True)])
-    if (table := _read_index(cache, stamp)) is not None:
-        return table
+    if (saved := _read_index(cache, stamp)) is not None:
+        return saved
     rows = [(number, *row) for number, shard in enumerate(shards) for row in index_shard(shard)]
     if not rows:
         raise ValueError(f"no images in the {len(shards)} shards next to {shards[0]}")
@@ -116,15 +133,19 @@ def index_shards(shards: Sequence[Path], cache: Path) -> dict[str, np.ndarray]:
 
 
 def _read_index(cache: Path, stamp: str) -> dict[str, np.ndarray] | None:
-    """Return the table that `index_shards` kept, or None if there is none, or one of other shards, or a damaged one."""
+    """Return the table in the file `cache`, or None if the file is missing, damaged or has another stamp."""
+    if not cache.is_file():
+        return None
     try:
         with np.load(cache, allow_pickle=False) as saved:
             if str(saved["stamp"]) != stamp:
                 return None
             table = {column: saved[column] for column in COLUMNS}
-            return table if len({len(column) for column in table.values()}) == 1 else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
+    except Exception as error:
+        # NumPy, zipfile and zlib raise errors of many types for a damaged file.
+        logger.warning("%s is damaged and is made again: %s", cache, error)
         return None
+    return table if len({len(column) for column in table.values()}) == 1 else None
 
 
 class WebDataset(ClassificationData):
@@ -142,9 +163,15 @@ class WebDataset(ClassificationData):
         assert self.root is not None
         path = self.root / "classes.txt"
         if path.is_file():
-            return path.read_text(encoding="utf-8").splitlines()
+            return path.read_text(encoding="utf-8-sig").splitlines()
         images = self._read(self.splits[0] if self.splits else "train")
-        return [str(label) for label in range(int(images.labels.max()) + 1)]
+        highest = int(images.labels.max())
+        if highest >= len(images):
+            raise ValueError(
+                f"{self.root} has the label {highest}, which would make {highest + 1} classes of {len(images)} images; "
+                "if there are as many classes, name them in classes.txt, one a line"
+            )
+        return [str(label) for label in range(highest + 1)]
 
     @property
     def splits(self) -> Sequence[str]:

@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from retinue.utils.files import write_text
-from retinue.utils.masks import run_lengths
+from retinue.utils.masks import encloses_pixels, run_lengths
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,7 +167,8 @@ def evaluate(
 ) -> Accuracy:
     """Compute average precision and recall with pycocotools.
 
-    Crowds are ignored: they need not be detected, and detections on them are not wrong.
+    Crowds are ignored: they need not be detected, and detections on them are not wrong. In the evaluation of masks this
+    also holds for objects whose mask is empty or has no polygon with three corners.
 
     Args:
         kind: `box` or `mask`.
@@ -184,6 +185,10 @@ def evaluate(
     if kind == "mask":
         sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
         for annotation in objects:
+            if not encloses_pixels(annotation["segmentation"]):
+                x, y, width, height = annotation["bbox"]
+                box = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+                annotation |= {"iscrowd": 1, "segmentation": box}
             annotation["segmentation"] = run_lengths(annotation["segmentation"], *sizes[annotation["image_id"]])
     detections = [{**result, "id": i, "iscrowd": 0, "area": _area(kind, result)} for i, result in enumerate(results, 1)]
     # pycocotools prints its progress and its summary.

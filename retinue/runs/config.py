@@ -148,7 +148,7 @@ def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -
             known_names = list(map(str, known)) if OmegaConf.is_dict(known) else []
             if name not in known_names:
                 raise ValueError(f"there is no key {key!r} in {path}.{nearest(name, known_names)}")
-        for key in {"trainer", "batch_size", "save_images", "ops", "run_dir", *given} - {"run"}:
+        for key in {"trainer", "batch_size", "save_images", "save_maps", "ops", "run_dir", *given} - {"run"}:
             section = key.split(".")[0] if key in groups else key
             OmegaConf.update(run_cfg, section, OmegaConf.select(cfg, section), force_add=True)
         if cfg.weights is None:

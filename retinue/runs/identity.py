@@ -32,7 +32,10 @@ IDENTITY_VERSION = 2
 
 # Section ("" is the top level) -> keys that do not change the result.
 NOT_RESULT = {
-    "": ("hydra", "run", "run_dir", "rerun", "seed", "checkpoint", "logger", "ops", "save_images", "weights_sha256"),
+    "": (
+        *("hydra", "run", "run_dir", "rerun", "seed", "checkpoint", "logger", "ops"),
+        *("save_images", "save_maps", "weights_sha256"),
+    ),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
     "data": ("num_workers", "own"),
 }

@@ -79,6 +79,9 @@ def run_submitted(submission: Submission) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, _stop)
     config = submission.config
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and "rerun" in config:
+        # The job's first start has set the old run aside; a later one goes on with the new run.
+        config.rerun = False
     config.hydra.job.id = os.environ["SLURM_JOB_ID"]
     # Keep submitit's own lines out of train.log.
     logging.getLogger("submitit").propagate = False

@@ -152,8 +152,8 @@ def _resources(config: DictConfig) -> dict[str, Any]:
 def _needs_job(run: Run, jobs: frozenset[str] | None) -> bool:
     """Tell whether the run needs a new job, and prepare its folder for the job."""
     from retinue.runs.result_file import FAILED
-    from retinue.runs.status import SUBMITTED, attempt, record_failure, status
-    from retinue.runs.training import clear, starts_anew
+    from retinue.runs.status import SUBMITTED, record_failure, status
+    from retinue.runs.training import starts_anew
 
     state, detail = status(run.folder, jobs)
     if (run.folder / SUBMITTED).exists():
@@ -166,17 +166,15 @@ def _needs_job(run: Run, jobs: frozenset[str] | None) -> bool:
         run.old_result = _time_of_result(run.folder)
     if is_evaluation:
         return True
-    if starts_anew(run.config, run.folder):
-        with attempt(run.folder):
-            clear(run.folder)
-        state, run.old_result = "missing", None
+    run.config.rerun = starts_anew(run.config, run.folder)
+    if run.config.rerun:
+        # The job sets the old run aside when it starts; until then the old result is none of the job's.
+        run.old_result = _time_of_result(run.folder)
     elif state == "unreadable":
         record_failure(run.folder, detail)
         return False
-    # An old run has been removed by now; a requeued job must not remove the new one.
-    run.config.rerun = False
     (run.folder / FAILED).unlink(missing_ok=True)
-    return state != "finished"
+    return run.config.rerun or state != "finished"
 
 
 def _wait(runs: list[Run]) -> int:

@@ -288,6 +288,7 @@ def _show(value: Any) -> str:
 def save_config(cfg: DictConfig, folder: Path) -> None:
     """Write the resolved config to the run's folder, with the digests of the weights files that it names."""
     saved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    assert isinstance(saved, DictConfig)
     saved.pop(WEIGHTS_DIGESTS, None)
     if digests := weights_digests(saved):
         saved[WEIGHTS_DIGESTS] = digests

@@ -36,6 +36,7 @@ class Task(pl.LightningModule):
     Attributes:
         val_figures: Figures of the last validation by name: `val/loss`, ...
         save_images: Number of pictures of predictions in a report.
+        maps_folder: Folder to which a test of segmentation writes the predicted map of each image. None writes none.
 
     Raises:
         ValueError: The recipe's optimiser or schedule is unknown.
@@ -62,6 +63,7 @@ class Task(pl.LightningModule):
         self._first_bad_step: Tensor | None = None
         self.val_figures: dict[str, float] = {}
         self.save_images = 0
+        self.maps_folder: Path | None = None
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:

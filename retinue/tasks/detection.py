@@ -1,5 +1,6 @@
 """Task of object detection and instance segmentation."""
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from retinue.evaluation.detection import (
 from retinue.evaluation.detection_plots import plot_class_ap, plot_detections, plot_precision_recall
 from retinue.tasks.dense_prediction import DensePredictionTask
 from retinue.utils.arithmetic import round_up
+from retinue.utils.files import write_text
 
 # Figures of a validation; a test reports all twelve of COCO's.
 VALIDATION_FIGURES = ("ap", "ap50", "ap75")
@@ -146,13 +148,16 @@ class Detection(DensePredictionTask):
         return {"n": len(self.detections), **figures, "per_class": classes}
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
-        """Write `detections.json`, `pr_curves.png`, `per_class.png` and `images/*.png`.
+        """Write `detections.json`, `detection_ids.json`, `pr_curves.png`, `per_class.png` and `images/*.png`.
 
+        `detection_ids.json` has the images and categories in COCO's format, which name the ids in `detections.json`.
         The last are pictures of `save_images` images, evenly spread over the split.
         """
         images, names, categories = datamodule.images("test"), datamodule.class_names, datamodule.category_ids
         ids = images.ids.tolist()
         write_results(folder / "detections.json", coco_results(self.detections, ids, categories))
+        names_of_ids = {key: images.truth[key] for key in ("images", "categories")}
+        write_text(folder / "detection_ids.json", json.dumps(names_of_ids))
         plot_precision_recall(folder / "pr_curves.png", self.accuracies)
         plot_class_ap(folder / "per_class.png", self.accuracies, names)
 

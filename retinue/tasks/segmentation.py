@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from models.openmmlab.build import Segmentor, build_segmentor
@@ -16,6 +17,7 @@ from retinue.evaluation.segmentation_plots import draw_prediction, plot_class_io
 from retinue.tasks.base import NOT_FINITE_ADVICE
 from retinue.tasks.dense_prediction import DensePredictionTask
 from retinue.utils.arithmetic import ceil_div, round_up
+from retinue.utils.files import replacing
 from retinue.utils.suggestions import nearest
 
 MODES = ("whole", "slide")
@@ -215,10 +217,15 @@ class Segmentation(DensePredictionTask):
         self.log_dict(self.val_figures, logger=False)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        images = len(self.trainer.datamodule.images("test"))  # pyright: ignore[reportAttributeAccessIssue]
-        step = max(1, images // max(1, self.save_images))
+        images = self.trainer.datamodule.images("test")  # pyright: ignore[reportAttributeAccessIssue]
+        step = max(1, len(images) // max(1, self.save_images))
         for index, prediction, mask in self.predictions(batch, self.inference):
             self._rank_counts.add(index, confusion_matrix(prediction, mask, self.num_classes).cpu().numpy())
+            if self.maps_folder:
+                # The maps have the names and the values of the data set's masks.
+                path = self.maps_folder / Path(images.name(index)).with_suffix(".png")
+                with replacing(path) as temporary:
+                    Image.fromarray(images.mask_values[prediction.cpu().numpy()]).save(temporary)
             if index % step == 0 and index < step * self.save_images:
                 self._rank_pictures[index] = prediction.to(torch.uint8).cpu().numpy()
 

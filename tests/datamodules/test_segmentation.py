@@ -8,7 +8,7 @@ from PIL import Image
 from datamodules.ade20k import ADE20K
 from datamodules.cityscapes import CLASSES, Cityscapes
 from datamodules.mask_folder import MaskFolder
-from datamodules.segmentation import pair_files
+from datamodules.segmentation import MaskedImages, pair_files
 
 RNG = np.random.default_rng(0)
 
@@ -77,6 +77,51 @@ def test_png_formats(tmp_path, kind):
         write(path, mask.astype(np.uint16) + 511)
         with pytest.raises(ValueError, match=r"x\.png has the value 51[12]: none of the 3 classes"):
             data.images("train")[0]
+
+
+@pytest.mark.parametrize("arguments", [{"classes": ["floor", "cat"]}, {"classes": ["cat"], "background_ignored": True}])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_of_0_and_255_are_an_error_that_says_what_to_do(tmp_path, split, arguments):
+    """Such masks trained on the background alone, and the mIoU was 1."""
+    for other in ("train", "val"):
+        values = [0, 255] if other == split else [0, 1, 255]
+        for name in "abc":
+            write_pair(tmp_path, other, name, np.array([values], np.uint8))
+    data = mask_folder(tmp_path, **arguments)
+    with pytest.raises(
+        ValueError, match=f"masks/{split}: no mask has a pixel of cat, and 255 marks pixels that are ig"
+    ):
+        data.images(split)
+    for name in "abc":
+        path = tmp_path / f"masks/{split}/{name}.png"
+        image = Image.open(path).point(lambda value: value // 255)  # pyright: ignore[reportOperatorIssue]
+        image.save(path)
+    assert data.images(split)[0]["mask"][0, -1] == (0 if "background_ignored" in arguments else 1)
+
+
+def test_classes_without_a_pixel_are_warned_of_once(tmp_path, caplog):
+    for split in ("train", "val"):
+        write_pair(tmp_path, split, "a", np.array([[0, 1]], np.uint8))
+        write_pair(tmp_path, split, "b", np.array([[0, 0]], np.uint8))
+    data = mask_folder(tmp_path)
+    for split in ("train", "val", "train", "test"):
+        data.images(split)
+    assert [record.getMessage() for record in caplog.records if "pixel" in record.getMessage()] == [
+        f"{tmp_path / 'masks/train'}: no training mask has a pixel of dog, so it cannot be learnt"
+    ]
+
+
+def test_few_masks_are_read_where_all_classes_occur(tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        for i in range(20):
+            write_pair(tmp_path, split, f"{i}", np.array([[0, 1, 2]], np.uint8))
+    read = []
+    original = MaskedImages.mask
+    monkeypatch.setattr(MaskedImages, "mask", lambda self, index: read.append(index) or original(self, index))
+    data = mask_folder(tmp_path)
+    data.images("train")
+    data.images("val")
+    assert len(read) == 2
 
 
 def test_ade20k(tmp_path):
@@ -205,8 +250,14 @@ def test_files_that_cannot_be_read_are_left_out(folder, caplog):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda root: (root / "masks/val/1.png").unlink(), r"1\.png: image without its mask in .*masks/val \(1 of 3"),
-        (lambda root: (root / "images/val/1.png").unlink(), r"1\.png: mask without its image in .*images/val \(1 of 3"),
+        (
+            lambda root: (root / "masks/val/1.png").unlink(),
+            r"1\.png: image without its mask in .*masks/val \(looked for 1\.png; 1 of 3",
+        ),
+        (
+            lambda root: (root / "images/val/1.png").unlink(),
+            r"1\.png: mask without its image in .*images/val \(looked for 1\{\.jpg,.*; 1 of 3",
+        ),
         (
             lambda root: [p.unlink() for p in (root / "images/val").iterdir()],
             r"^no images in .*images/val \(looked for",

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import os
+import random
 import tarfile
 
 import pytest
@@ -9,11 +11,12 @@ import torch
 
 from datamodules import fetch as fetching
 from datamodules.base import SPLITS
+from datamodules.decode import BrokenImage
 from datamodules.fetch import FetchedSet, fetch
 from datamodules.image_folder import ImageFolder
 from datamodules.imagenet import ImageNet
 from datamodules.shards import make_shards
-from datamodules.webdataset import ShardImages, WebDataset
+from datamodules.webdataset import ShardImages, WebDataset, index_shards
 from tests.datamodules.test_loader import AUGMENT
 from tests.imagenet_folder import make_imagenet_folder
 
@@ -109,7 +112,7 @@ def test_shards_from_elsewhere(tmp_path):
     write_tar(
         tmp_path / "train-0.tar",
         {
-            "a/one.cls": b"2\n",
+            "a/one.cls": b"1\n",
             "a/one.jpg": b"1",
             "a/one.seg.png": b"?",
             "two.PNG": b"22",
@@ -119,17 +122,19 @@ def test_shards_from_elsewhere(tmp_path):
     )
     write_tar(tmp_path / "val-0.tar", {"x.cls": b"1", "x.jpeg": b"333"})
     data = WebDataset(root=str(tmp_path))
-    assert (data.names("train"), data.class_names) == (["a/one", "two"], ["0", "1", "2"])
+    assert (data.names("train"), data.class_names) == (["a/one", "two"], ["0", "1"])
     images = data.images("train")
     assert isinstance(images, ShardImages)
-    assert (images.labels.tolist(), images.read(0), images.read(1)) == ([2, 0], b"1", b"22")
+    assert (images.labels.tolist(), images.read(0), images.read(1)) == ([1, 0], b"1", b"22")
 
 
 @pytest.mark.parametrize(
     "members, message",
     [
-        ({"a.jpg": b"1"}, r"train-0\.tar: sample a has no whole number in \.cls"),
-        ({"a.jpg": b"1", "a.cls": b'"cat"'}, r"train-0\.tar: sample a has no whole number in \.cls"),
+        ({"a.jpg": b"1"}, r"train-0\.tar: sample a has no whole number, 0 or more, in \.cls"),
+        ({"a.jpg": b"1", "a.cls": b'"cat"'}, r"train-0\.tar: sample a has no whole number, 0 or more, in \.cls"),
+        ({"a.jpg": b"1", "a.cls": b"-1"}, r"train-0\.tar: sample a has no whole number, 0 or more, in \.cls"),
+        ({"a.jpg": b"1", "a.cls": b"9" * 30}, r"train-0\.tar: sample a has no whole number, 0 or more, in \.cls"),
         ({"a.cls": b"1"}, r"train-0\.tar: sample a has no image"),
         ({"a.jpg": b"1", "a.cls": b"cat"}, r"train-0\.tar is not a whole tar shard: "),
         ({"a.jpg": b"1", "a.cls": b"3"}, r"has the label 3 in train, but 2 classes$"),
@@ -149,6 +154,79 @@ def test_incomplete_and_missing_shards(folders, tmp_path):
         WebDataset(root=str(tmp_path)).images("train")
     with pytest.raises(ValueError, match=r"^no shards val-\*\.tar in "):
         WebDataset(root=str(tmp_path)).images("val")
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """Return a shard of eight samples with its index, the shard's bytes and the images."""
+    path = tmp_path / "train-0.tar"
+    members = {}
+    for i in range(8):
+        members |= {f"{i}.jpg": bytes([i]) * (300 + 200 * i), f"{i}.cls": str(i % 3).encode(), f"{i}.json": b"{}"}
+    write_tar(path, members)
+    index_shards([path], tmp_path / "index.npz")
+    return path, path.read_bytes(), [members[f"{i}.jpg"] for i in range(8)]
+
+
+def test_a_thousand_random_truncations_of_a_shard(shard):
+    """Each truncated shard is refused, or its index is made again because only zeros after its end are lost."""
+    path, content, images = shard
+    cache = path.with_name("index.npz")
+    index = cache.read_bytes()
+    rng = random.Random(0)
+    refused = 0
+    for length in [rng.randrange(len(content)) for _ in range(1000)]:
+        path.write_bytes(content[:length])
+        try:
+            table = index_shards([path], cache)
+        except ValueError as error:
+            refused += 1
+            assert "is not a whole tar shard: " in str(error)
+            assert cache.read_bytes() == index
+            continue
+        assert not any(content[length:]) and not any(content[length - 1024 : length])
+        read = ShardImages([path], table)
+        assert [read.read(i) for i in range(len(read))] == images
+        assert cache.read_bytes() != index
+        cache.write_bytes(index)
+    assert refused > 500
+
+
+def test_a_shard_that_becomes_shorter_while_it_is_read_has_broken_images(shard):
+    path, content, images = shard
+    read = ShardImages([path], index_shards([path], path.with_name("index.npz")))
+    assert read.read(7) == images[7]
+    os.truncate(path, len(content) // 4)
+    with pytest.raises(BrokenImage, match="has become shorter"):
+        read.read(7)
+
+
+def test_a_damaged_index_is_made_again(shard, caplog):
+    path, _, images = shard
+    cache = path.with_name("index.npz")
+    index = cache.read_bytes()
+    rng = random.Random(0)
+    damaged = [index[: rng.randrange(len(index))] for _ in range(100)]
+    for _ in range(100):
+        changed = bytearray(index)
+        changed[rng.randrange(len(index))] ^= 1 << rng.randrange(8)
+        damaged.append(bytes(changed))
+    for content in [b"", b"no index", *damaged]:
+        cache.write_bytes(content)
+        read = ShardImages([path], index_shards([path], cache))
+        assert [read.read(i) for i in range(len(read))] == images
+        assert read.labels.tolist() == [i % 3 for i in range(8)]
+    assert f"{cache} is damaged and is made again: " in caplog.text
+
+
+def test_class_numbers_beyond_the_images_are_refused(tmp_path):
+    """A label of 2,000,000,000 made as many class names, and a net of as many classes."""
+    write_tar(tmp_path / "train-0.tar", {"a.jpg": b"1", "a.cls": b"0", "b.jpg": b"1", "b.cls": b"2000000000"})
+    write_tar(tmp_path / "val-0.tar", {"a.jpg": b"1", "a.cls": b"0"})
+    with pytest.raises(ValueError, match="has the label 2000000000, which would make 2000000001 classes of 2 images"):
+        WebDataset(root=str(tmp_path)).images("train")
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfcat\ndog\n")
+    assert WebDataset(root=str(tmp_path)).class_names == ["cat", "dog"]
 
 
 def test_fetching_checks_the_files(tmp_path, monkeypatch):

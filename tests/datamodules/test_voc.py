@@ -1,5 +1,7 @@
 """VOC's folders and XML files: image sets of several years, classes, difficult objects, pixels counted from 1."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -71,8 +73,43 @@ def test_years_become_one_split(root):
 def test_labels_follow_the_order_of_the_argument_classes(root):
     data = make_data(root, classes=["person", "dog", "cat"])
     assert data.images("train")[0]["labels"].tolist() == [1]
-    with pytest.raises(ValueError, match=r"000001.xml has a 'dog', which is none of the classes: person, dgo"):
+    with pytest.raises(ValueError, match=r"data.classes has 'dgo', which no training image has. Did you mean 'dog'\?"):
         make_data(root, classes=["person", "dgo"]).images("train")
+
+
+def test_objects_of_other_classes_are_left_out(root):
+    data = make_data(root, classes=["person", "dog"], keep_empty=True)
+    assert data.class_names == ["person", "dog"]
+    train = data.images("train")
+    assert [train[index]["labels"].tolist() for index in range(3)] == [[1], [], [0]]
+    assert train[0]["ignored"].shape == (0, 4)
+    # A net of more classes than the images have can be evaluated.
+    assert make_data(root, classes=["bicycle", "cat", "dog", "person"]).images("val").index.labels.tolist() == [2]
+
+
+def test_image_names_with_spaces_and_a_byte_order_mark(tmp_path):
+    names = ["a photo 1", "a photo 2", "3"]
+    write_year(tmp_path, {}, {name: [("dog", 0, (1, 1, 9, 9))] for name in names})
+    for name in ("train", "val"):
+        (tmp_path / f"ImageSets/Main/{name}.txt").write_text("a photo 1\na photo 2  -1\r\n3  1\n", encoding="utf-8-sig")
+    expected = [f"JPEGImages/{name}.jpg" for name in names]
+    assert make_data(tmp_path, train=["train"], val=["val"]).names("val") == expected
+
+
+@pytest.mark.parametrize("change", [(r"<size>.*</size>", ""), ("<width>40", "<width>0"), ("<height>30", "<height>")])
+def test_the_size_of_an_annotation_without_one_is_the_images(root, change):
+    path = root / "VOC2007/Annotations/000002.xml"
+    path.write_text(re.sub(change[0], change[1], path.read_text()))
+    assert make_data(root).images("val").index.sizes.tolist() == [[30, 40]]
+    (root / "VOC2007/JPEGImages/000002.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"000002.xml has no size, and .*000002.jpg cannot be read: cannot identify"):
+        make_data(root).images("val")
+
+
+def test_unspecified_difficulty_is_none(root):
+    path = root / "VOC2007/Annotations/000002.xml"
+    path.write_text(path.read_text().replace("<difficult>0", "<difficult>Unspecified"))
+    assert not make_data(root).images("val").index.crowd.any()
 
 
 def replace_xml(text):

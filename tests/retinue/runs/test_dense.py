@@ -156,3 +156,9 @@ def test_an_image_without_its_mask_is_an_error(cli, scenes, tmp_path):
     (tmp_path / "scenes/masks/train/00003.png").unlink()
     outcome = cli("train", *SWIN, "task=segmentation", "data.root=scenes", "trainer.accelerator=cpu")
     assert "00003" in outcome.error
+
+
+def test_maps_are_for_segmentation(cli):
+    outcome = cli("eval", "model=swin", "weights=nowhere.pth", "save_maps=true", "trainer=cpu")
+    assert outcome.error == "error: save_maps=true is for task=segmentation, not task=classification"
+    assert cli.files() == []

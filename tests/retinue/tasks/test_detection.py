@@ -224,6 +224,8 @@ def test_the_report_draws_evenly_spread_images(tmp_path):
     results = json.loads((tmp_path / "detections.json").read_text())
     assert {result["image_id"] for result in results} == set(IMAGES[:-1])
     assert {result["category_id"] for result in results} == set(CATEGORIES)
+    ids = json.loads((tmp_path / "detection_ids.json").read_text())
+    assert ids == {key: data.split.truth[key] for key in ("images", "categories")}
     assert set(results[0]) == {"image_id", "category_id", "bbox", "score", "segmentation"}
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -295,6 +296,18 @@ def test_the_report_has_tables_and_pictures(tmp_path: Path):
     written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     pictures = [f"images/park_{index:03d}.png" for index in (0, 3, 6)]
     assert written == ["confusion.png", *pictures, "iou.csv", "per_class.png"]
+
+
+def test_the_maps_have_the_names_and_values_of_masks(tmp_path: Path):
+    task, data = make_task(Truthful(noise=8.0)), Data(4, 2, padding=1)
+    task.save_images = 4
+    task.maps_folder = tmp_path / "maps"
+    data.set.mask_values = np.arange(K, dtype=np.uint8) + 1  # pyright: ignore[reportAttributeAccessIssue]
+    evaluated(task, data)
+    assert sorted(path.name for path in task.maps_folder.iterdir()) == ["park"]
+    for index, prediction in task.pictures.items():
+        with Image.open(task.maps_folder / f"park/{index:03d}.png") as image:
+            np.testing.assert_array_equal(np.array(image), prediction + 1)
 
 
 RECIPES = ("ade20k_80k", "ade20k_160k", "mask2former_160k", "vwformer_160k", "small_segmentation")

@@ -1,0 +1,80 @@
+"""Complete a command line before Hydra reads it: quotes around paths with brackets, and the choices for few images.
+
+Hydra chooses the recipe while it composes, before it knows a data set's folder. A choice that depends on the number of
+images is therefore added to the command line, where the user and the run's records can see it.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from retinue.utils.paths import CONF
+
+# A data set with fewer training images is small: the schedules for COCO would end soon after their warm-up.
+FEW_IMAGES = 2000
+# Largest JSON file that is read to count its images, in bytes.
+MAX_JSON = 200_000_000
+# A value in which Hydra would take a bracket for the begin of a list, although it stands inside a path.
+UNQUOTED_PATH = re.compile(r"([^=]+)=([^\[\](){}'\"\\,=]+[\[\]][^(){}'\"\\,=]*)")
+
+
+def quote_brackets(arguments: Sequence[str]) -> list[str]:
+    """Quote values such as /data/[2024]/a, which Hydra would refuse since a bracket begins a list."""
+    return [re.sub(f"^{UNQUOTED_PATH.pattern}$", r"\1='\2'", argument) for argument in arguments]
+
+
+def choose_for_few_images(arguments: Sequence[str]) -> list[str]:
+    """Add the small recipe, head and model to a command line of `train.py` whose data have few training images.
+
+    This is for data=voc and data=coco_json, which may be of any size. `data.kind=` on the command line decides instead;
+    so does an experiment, and a recipe is kept. What is added is printed to standard error.
+    """
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument and not argument.startswith("-"))
+    data = given.get("data")
+    if data not in COUNTS or "data.kind" in given or "experiment" in given:
+        return list(arguments)
+    try:
+        section = yaml.safe_load((CONF / "data" / f"{data}.yaml").read_text(encoding="utf-8"))["data"]
+        section |= {key.removeprefix("data."): yaml.safe_load(given[key]) for key in given if key.startswith("data.")}
+        count = COUNTS[data](section)
+    except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError):
+        # Hydra or the data module says what is wrong.
+        return list(arguments)
+    if count is None or count >= FEW_IMAGES:
+        return list(arguments)
+    added = ["data.kind=small"] if "recipe" in given else ["data.kind=small", "recipe=small_detection"]
+    print(
+        f"data={data} has {count} training images, fewer than {FEW_IMAGES:,}: taking {' '.join(added)}, with a small "
+        "head and model; data.kind=coco takes the full ones",
+        file=sys.stderr,
+    )
+    # Hydra takes overrides that stand together only, so the added ones stand beside `data=`.
+    position = list(arguments).index(f"data={data}") + 1
+    return [*arguments[:position], *added, *arguments[position:]]
+
+
+def _count_voc(section: Mapping[str, Any]) -> int:
+    """Return the number of lines in the image sets of the training split."""
+    count = 0
+    for name in section["train"]:
+        folder, set_name = Path(section["root"], name).expanduser().parent, Path(name).name
+        text = (folder / "ImageSets/Main" / f"{set_name}.txt").read_text(encoding="utf-8-sig")
+        count += sum(1 for line in text.splitlines() if line.strip())
+    return count
+
+
+def _count_coco(section: Mapping[str, Any]) -> int | None:
+    """Return the number of images in the training annotations, or None if the file is too large to have few."""
+    path = Path(section["root"], section["train_annotations"]).expanduser()
+    if not path.is_file() or path.stat().st_size > MAX_JSON:
+        return None
+    return len(json.loads(path.read_text(encoding="utf-8-sig"))["images"])
+
+
+# Data sets that may be of any size -> function that counts the training images.
+COUNTS = {"voc": _count_voc, "coco_json": _count_coco}
