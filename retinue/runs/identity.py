@@ -6,6 +6,7 @@ The rule, version 1. The identity of a config is the config without
 - the menu of sizes: `model` is the chosen net's registry name and arguments, `head.size` is the chosen size's entry;
 - `_target_`, which names a class of the code, and `recipe` in `model` and `head`, which only chooses a default;
 - a section or key that another key switches off (`SWITCHES`), such as `task.distillation` without a teacher;
+- a batch size that was reduced for a small training set: the recipe's own counts, which is known before the data are;
 - null and empty values: an optional key that is null asks for nothing, so that adding one changes no folder. A head's
   `size` and `args` keep null values, since they are changes of a package's config, where null replaces a value.
 
@@ -51,6 +52,8 @@ def identity(cfg: Mapping) -> dict[str, Any]:
         config["model"] = _chosen_net(config)
     if isinstance(config.get("head"), dict):
         config["head"] = _chosen_head(config)
+    if isinstance(config.get("recipe"), dict) and config["recipe"].get("reduced_from"):
+        config["recipe"] = config["recipe"] | {"batch_size": config["recipe"]["reduced_from"], "reduced_from": None}
     for section, keys in NOT_RESULT.items():
         if isinstance(config.get(section), dict):
             config[section] = {key: value for key, value in config[section].items() if key not in keys}
