@@ -43,21 +43,23 @@ class BatchNormStatistics(Callback):
 
     @property
     def note(self) -> dict[str, str]:
-        """What a result says about the statistics; empty if they were not estimated anew."""
+        """Entry `batch_norm` of the result; empty if the statistics were not estimated anew."""
         return {"batch_norm": f"re-estimated from {self.images} images"} if self.images else {}
 
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        layers, steps = batch_norms(pl_module.model), pl_module.steps_per_epoch() * (trainer.max_epochs or 0)
-        if stage != "fit" or not settling_steps(layers) > steps:
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        needed = settling_steps(batch_norms(pl_module.model))
+        if stage != "fit" or not needed:
             return
-        datamodule: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        loader = datamodule.train_dataloader()
+        steps = pl_module.steps_per_epoch() * trainer.max_epochs
+        if steps >= needed:
+            return
+        loader = trainer.datamodule.train_dataloader()
         self._batches = min(len(loader), MAX_BATCHES)
-        self.images = self._batches * loader.sampler.batch_size * trainer.world_size // datamodule.repeats
+        self.images = self._batches * loader.sampler.batch_size * trainer.world_size // trainer.datamodule.repeats
         if trainer.is_global_zero:
             log.warning(
                 "%d steps are too few for batch norm's running statistics (%d are enough): they are re-estimated from "
-                "%d training images before each validation", steps, settling_steps(layers), self.images,
+                "%d training images before each validation", steps, needed, self.images,
             )  # fmt: skip
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -12,7 +12,7 @@ from retinue.runs.checkpoints import Checkpoints
 from retinue.runs.identity import fingerprint, run_folder
 from retinue.runs.small_sets import fit_batch
 from retinue.runs.training import build_data, build_task
-from tests.retinue.runs.cli import SWIN, result, rows
+from tests.retinue.runs.cli import SWIN, result, rows, start
 from tests.retinue.runs.test_config import composed
 from tests.retinue.runs.test_resume import assert_same_run
 
@@ -113,17 +113,17 @@ def test_a_warm_up_of_most_of_the_run_is_warned_of_once(cli):
 def batch_norm_run(textures, task: str) -> tuple[str, ...]:
     """Return the command of a run of few steps whose net has batch norm."""
     common = (
-        *QUICK, "model=timm", "model.name=resnet10t", "recipe.epochs=4", "recipe.batch_size=4",
-        "checkpoint.every_steps=5", "hydra.run.dir=run",
+        *QUICK, "model=timm", "model.name=resnet10t", "recipe.epochs=2", "checkpoint.every_steps=3",
+        "hydra.run.dir=run",
     )  # fmt: skip
     if task == "classification":
         return (
             *common, "data=image_folder", f"data.root={textures('classes', 40)}", "data.image_size=32",
-            "recipe.optimizer.lr=2e-2", "recipe.schedule.warmup_epochs=0",
+            "recipe.batch_size=8", "recipe.optimizer.lr=2e-2", "recipe.schedule.warmup_epochs=0",
         )  # fmt: skip
     return (
         *common, "data=mask_folder", f"data.root={textures('masks', 24)}", "data.classes=4", "data.image_size=[64,64]",
-        "recipe.schedule.warmup_epochs=0.2",
+        "recipe.batch_size=4", "recipe.optimizer.lr=1e-2", "recipe.schedule.warmup_epochs=0.2",
     )  # fmt: skip
 
 
@@ -185,3 +185,20 @@ def test_a_short_run_is_scored_with_statistics_of_its_weights_and_resumes_bit_fo
     assert again.code == 0 and "going on from" in again.err, again.err
     assert_same_run(whole, cli.folder / "run")
     assert result(cli.folder / "run")["batch_norm"] == result(whole)["batch_norm"]
+
+
+def test_two_processes_share_the_statistics(textures, tmp_path):
+    command = (
+        *batch_norm_run(textures, "classification"),
+        "recipe.epochs=1",
+        "trainer.devices=2",
+        "trainer.strategy=ddp",
+    )
+    run = start("train", *command, folder=tmp_path)
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
+    finished = result(tmp_path / "run")
+    assert finished["batch_norm"] == "re-estimated from 40 images"
+    # The test loads the statistics of rank 0. Without a test split it has the validation's images.
+    validated = float(rows(tmp_path / "run/metrics.csv")[-1]["val/loss"])
+    assert finished["metrics"]["test/loss"] == pytest.approx(validated, rel=1e-5)
