@@ -9,6 +9,7 @@ The rule, version 2. The identity of a config is the config without
 - `data.own`, since the values of `data` that a config leaves open are filled in before (`retinue.runs.preprocessing`);
 - the path of a weights file (`WEIGHTS`), whose content counts: the SHA-256 of the file, which a run's config keeps as
   `weights_sha256`; a file that is not there counts as its path;
+- a batch size that was reduced for a small training set: the recipe's own counts, which is known before the data are;
 - null and empty values: an optional key that is null asks for nothing, so that adding one changes no folder. A head's
   `size` and `args` keep null values, since they are changes of a package's config, where null replaces a value.
 
@@ -71,6 +72,8 @@ def identity(cfg: Mapping) -> dict[str, Any]:
         config["model"] = _chosen_net(config)
     if isinstance(config.get("head"), dict):
         config["head"] = _chosen_head(config)
+    if isinstance(config.get("recipe"), dict) and config["recipe"].get("reduced_from"):
+        config["recipe"] = config["recipe"] | {"batch_size": config["recipe"]["reduced_from"], "reduced_from": None}
     for section, keys in NOT_RESULT.items():
         if isinstance(config.get(section), dict):
             config[section] = {key: value for key, value in config[section].items() if key not in keys}

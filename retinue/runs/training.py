@@ -25,6 +25,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from models import load_weights
 from ops.backend import set_backend
 from retinue.evaluation.plots import plot_curves
+from retinue.runs.batch_norm import BatchNormStatistics
 from retinue.runs.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints, find_resume
 from retinue.runs.config import PRECISIONS, check, per_device_batch, world_size
 from retinue.runs.ema import EMA
@@ -36,6 +37,7 @@ from retinue.runs.preprocessing import resolve_preprocessing
 from retinue.runs.progress import TrainingLog
 from retinue.runs.replacement import is_undecided, recover, set_aside
 from retinue.runs.result_file import CONFIG, RESULT, provenance, read_config, read_result, show_result, write_result
+from retinue.runs.small_sets import fit_batch
 from retinue.runs.status import attempt, locked
 from retinue.tasks.base import Task
 from retinue.tasks.optimization import total_epochs
@@ -98,6 +100,8 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     set_backend(cfg.ops.backend)
     pl.seed_everything(cfg.seed, verbose=False)
     datamodule = build_data(cfg)
+    fit_batch(cfg, len(datamodule.images("train")))
+    datamodule.batch_size = per_device_batch(cfg)
     task = build_task(cfg, datamodule)
     checkpoints = folder / "checkpoints"
     resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints, task.state_dict())
@@ -118,7 +122,8 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     callbacks: list[pl.Callback] = [instantiate(spec) for spec in cfg.callbacks.values()]
     if cfg.recipe.ema.decay is not None:
         callbacks.append(EMA(cfg.recipe.ema.decay, cfg.recipe.ema.warmup))
-    callbacks += [training_log, Checkpoints(checkpoints, f"val/{cfg.task.figure}", **cfg.checkpoint)]
+    statistics = BatchNormStatistics()
+    callbacks += [statistics, training_log, Checkpoints(checkpoints, f"val/{cfg.task.figure}", **cfg.checkpoint)]
     loggers = [MetricsCSV(folder / "metrics.csv", step)]
     loggers += [instantiate(spec, from_step=step) for spec in cfg.logger.values()]
     steps_per_epoch = len(datamodule.images("train")) // cfg.recipe.batch_size
@@ -146,6 +151,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
         "session_seconds": round(time.monotonic() - began, 2),
         "images_per_second": training_log.images_per_second,
         "precision": cfg.trainer.precision,
+        **statistics.note,
         **links(loggers),
         **provenance(),
         "config_sha256": fingerprint(cfg),

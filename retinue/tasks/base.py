@@ -141,6 +141,13 @@ class Task(pl.LightningModule):
         # without interruption.
         torch.manual_seed(batch["seed"])
 
+    def observe(self, batch: Any) -> None:
+        """Run a training step's forward pass for the layers that keep statistics; nothing is logged."""
+        kept, self._sums = (self._sums, self._first_bad_step), {}
+        torch.manual_seed(batch["seed"])
+        self.training_step(batch, 0)
+        self._sums, self._first_bad_step = kept
+
     def track(self, loss: Tensor, images: int, **figures: Tensor) -> None:
         """Add a batch to the running means of the log.
 

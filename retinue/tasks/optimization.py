@@ -1,10 +1,12 @@
 """Optimiser and learning-rate schedule of a recipe, built by timm."""
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import timm.optim
+from pytorch_lightning.utilities import rank_zero_only
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from timm.scheduler.poly_lr import PolyLRScheduler
@@ -13,6 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from retinue.utils.suggestions import nearest
+
+log = logging.getLogger(__name__)
 
 SCHEDULES = ("cosine", "step", "poly")
 
@@ -99,6 +103,12 @@ def create_schedule(optimizer: Optimizer, recipe: Mapping, steps_per_epoch: int)
     warmup = schedule.get("warmup_steps")
     if warmup is None:
         warmup = round(schedule["warmup_epochs"] * steps_per_epoch)
+    if 2 * warmup > total and rank_zero_only.rank == 0:
+        key = "warmup_epochs" if schedule.get("warmup_steps") is None else "warmup_steps"
+        log.warning(
+            "the warm-up takes %d of the run's %d steps, so most steps have less than the recipe's learning rate; "
+            "recipe.schedule.%s=%.2g is a tenth", min(warmup, total), total, key, schedule[key] * total / warmup / 10,
+        )  # fmt: skip
     common: dict[str, Any] = {
         "warmup_t": min(warmup, total),
         "warmup_lr_init": schedule["warmup_lr"] * scale,
