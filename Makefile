@@ -1,6 +1,6 @@
 # `make help` lists the targets.
-CHECK := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))
-PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3.14 python3; do $$p -c '$(CHECK)' 2>/dev/null && echo $$p && break; done)
+CHECK := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c '$(CHECK)' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
@@ -12,10 +12,10 @@ STAMP := $(VENV)/.installed
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## make .venv with the pinned requirements (Python 3.11 to 3.14; PYTHON=... picks one)
+setup: $(STAMP) ## make .venv with the pinned requirements (Python 3.11 to 3.13; PYTHON=... picks one)
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
-	@test -n "$(PYTHON)" && $(PYTHON) -c '$(CHECK)' || { echo "Python 3.11 to 3.14 is needed; name one with PYTHON=..." >&2; exit 2; }
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(CHECK)' || { echo "Python 3.11 to 3.13 is needed; name one with PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,dense]'
 	touch $(STAMP)
