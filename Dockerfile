@@ -18,8 +18,8 @@ WORKDIR /retinue
 # The dependencies first, in a layer that a change of the code leaves as it is.
 COPY --chown=retinue pyproject.toml constraints.txt ./
 RUN python3.12 -m venv .venv \
-    && python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-        > /tmp/dependencies.txt \
+    && python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+        print(*project["dependencies"], *project["optional-dependencies"]["dense"], sep="\n")' > /tmp/dependencies.txt \
     && pip install --no-cache-dir -c constraints.txt -r /tmp/dependencies.txt
 COPY --chown=retinue . .
 RUN pip install --no-cache-dir --no-deps -e .

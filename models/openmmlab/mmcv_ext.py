@@ -20,6 +20,8 @@ import torch.nn.functional as F
 import torchvision  # noqa: F401
 from torch import Tensor
 
+from retinue.utils.openmmlab_packages import require_openmmlab
+
 # Name of the module that this one stands in for.
 NAME = "mmcv._ext"
 # The import of torchvision registers these operators.
@@ -33,7 +35,11 @@ def install() -> bool:
 
     Returns:
         True if this module is `mmcv._ext` now, False if the compiled extension stays.
+
+    Raises:
+        ValueError: A package of OpenMMLab is not installed.
     """
+    require_openmmlab("a head of mmdetection or mmsegmentation")
     if NAME not in sys.modules and importlib.util.find_spec(NAME) is None:
         sys.modules[NAME] = sys.modules[__name__]
     return sys.modules.get(NAME) is sys.modules[__name__]

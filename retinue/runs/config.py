@@ -12,6 +12,7 @@ from retinue.runs.default_recipe import recipe_for
 from retinue.runs.identity import WEIGHTS_DIGESTS, fingerprint, run_folder
 from retinue.runs.preprocessing import resolve_preprocessing, resolved_data
 from retinue.runs.result_file import CONFIG, read_config
+from retinue.utils.openmmlab_packages import require_openmmlab
 from retinue.utils.paths import CONF
 from retinue.utils.sizes import model_name, size_pixels
 from retinue.utils.suggestions import nearest
@@ -66,6 +67,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"head={cfg.head.name} is for task={cfg.head.task}, not task={cfg.task.name}, {hint}")
     if cfg.recipe.get("task", cfg.task.name) != cfg.task.name:
         raise ValueError(f"this recipe is for task={cfg.recipe.task}, not task={cfg.task.name}, which has its own")
+    if cfg.head.get("library", "own") != "own":
+        require_openmmlab(f"task={cfg.task.name} head={cfg.head.name}")
     devices, accelerator = cfg.trainer.devices, cfg.trainer.accelerator
     if not isinstance(devices, int) or devices < 1:
         raise ValueError(f"trainer.devices must be a number of devices, 1 or more, not {devices!r}")
