@@ -2,8 +2,8 @@
 
 import os
 import random
-import signal
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
