@@ -293,13 +293,12 @@ def _show(value: Any) -> str:
 
 def save_config(cfg: DictConfig, folder: Path) -> None:
     """Write the resolved config to the run's folder, with the digests of the weights files that it names."""
-    saved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    assert isinstance(saved, DictConfig)
+    saved: Any = OmegaConf.to_container(cfg, resolve=True)
     saved.pop(WEIGHTS_DIGESTS, None)
     if digests := weights_digests(saved):
         saved[WEIGHTS_DIGESTS] = digests
     with replacing(folder / CONFIG) as path:
-        OmegaConf.save(saved, path)
+        OmegaConf.save(OmegaConf.create(saved), path)
 
 
 def quiet_libraries() -> None:

@@ -221,12 +221,17 @@ def _from_killed_process(error: Exception) -> str | None:
 
 
 def _from_worker(error: Exception) -> str | None:
-    """Return the message of our ValueError from a data loader's worker, which torch wraps in a traceback, or None."""
-    text = str(error)
+    """Return the line for an error of a loading process or of a rank, which torch wraps in a traceback, or None."""
+    text = str(error).rstrip()
+    wrapped = text.startswith("Caught ValueError in DataLoader worker") or re.match(r"\s*-- Process \d+ termin", text)
     files = [Path(name) for name in re.findall(r'^  File "(.+?)", line', text, re.MULTILINE)]
-    if not (text.startswith("Caught ValueError in DataLoader worker") and files and is_own_file(files[-1])):
+    if not wrapped or not files:
         return None
-    return " ".join(text.rpartition("\nValueError: ")[2].split())
+    if fault := re.fullmatch(r"\w+Error: \[Errno (\d+)\] (.+)", text.splitlines()[-1]):
+        number = int(fault[1])
+        return f"{fault[2]}; {REMEDIES[number]}" if number in REMEDIES else None
+    _, found, message = text.rpartition("\nValueError: ")
+    return " ".join(message.split()) if found and is_own_file(files[-1]) else None
 
 
 def _known_keys(config_dir: Path, config_name: str, arguments: list[str]) -> list[str]:

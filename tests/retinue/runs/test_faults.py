@@ -1,5 +1,6 @@
 """Faults of disks, folders, processes and files end in one line that names the file and the remedy."""
 
+import errno
 import os
 import random
 import shutil
@@ -7,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from retinue.results.collection import find_runs
 from retinue.runs.checkpoints import WHOLE, find_resume
 from retinue.runs.result_file import read_result
 from retinue.runs.status import status
+from retinue.utils.errors import user_errors
 from retinue.utils.paths import PROJECT
 from tests.retinue.runs.cli import SMALL, SWIN
 from tests.scripts.run_folders import fail, make_run
@@ -240,6 +244,32 @@ def wait_until(condition, seconds: float) -> bool:
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     return condition()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "No space left on device: 'a/b'; make room"),
+        (ValueError(), "result.json cannot be read"),
+        (KeyError("a"), None),
+    ],
+)
+def test_the_error_of_a_rank_is_one_line(tmp_path, capsys, error, line):
+    (tmp_path / "result.json").write_text("{")
+    try:
+        if isinstance(error, ValueError):
+            read_result(tmp_path)
+        raise error
+    except Exception:
+        message = f"\n\n-- Process 1 terminated with the following error:\n{traceback.format_exc()}"
+    if line is None:
+        with pytest.raises(ProcessRaisedException), user_errors():
+            raise ProcessRaisedException(message, 1, 2)
+        return
+    with pytest.raises(SystemExit), user_errors():
+        raise ProcessRaisedException(message, 1, 2)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and line in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
