@@ -92,7 +92,7 @@ def _from_weights(cfg: Mapping, data: dict[str, Any]) -> dict[str, tuple[Any, st
         saved = {
             key: (value, f"as in {_relative(config.parent)}")
             for key, value in values.items()
-            if task == data["task"] or key in DENSE_KEYS
+            if key in DENSE_KEYS or task == data["task"] == "classification"
         }
     if run and not weights:
         return saved
