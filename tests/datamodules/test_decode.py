@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from datamodules.decode import MAX_PIXELS, BrokenImage, decode
-from datamodules.images import FileImages
+from datamodules.images import FileImages, list_images
 from datamodules.segmentation import MaskedImages
 
 PHOTO = Image.fromarray(load_sample_images().images[0][:101, :147])
@@ -110,3 +110,9 @@ def test_fifos_and_devices_are_no_images(tmp_path):
         for read in (images.image, masks.image, masks.mask):
             with pytest.raises(BrokenImage, match="it is no regular file"):
                 read(index)
+
+
+def test_jfif_is_a_jpeg(tmp_path):
+    (tmp_path / "a.JFIF").write_bytes(encoded("420"))
+    assert list_images(tmp_path) == ["a.JFIF"]
+    np.testing.assert_array_equal(FileImages(tmp_path, ["a.JFIF"], [0]).image(0), decode(encoded("420")))
