@@ -86,7 +86,11 @@ def padded(size: int, limit: int | None = None) -> int:
 
 def dot_precision() -> str:
     """Return the `input_precision` of `tl.dot` for float32: TF32 only where PyTorch is allowed to use TF32."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    matmul = torch.backends.cuda.matmul
+    # torch 2.8 has only `allow_tf32`; later versions refuse to read it once `fp32_precision` was set.
+    precision = getattr(matmul, "fp32_precision", None)
+    allowed = matmul.allow_tf32 if precision is None else precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def wrap_triton(kernel: Any) -> Any:

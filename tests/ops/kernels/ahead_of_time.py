@@ -147,8 +147,10 @@ def written_when_compiled(call: Callable[..., Any], *inputs: tuple[Sequence[int]
         )
         return graph.forward
 
+    # Triton 3.4 has the driver itself in `active`, which is a property in later versions.
+    active = "_active" if hasattr(triton.runtime.driver, "_active") else "active"
     with (
-        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(triton.runtime.driver, active, driver),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)),
         mock.patch.object(torch.cuda, "_exchange_device", lambda device: device),
         mock.patch.object(torch.cuda, "_maybe_exchange_device", lambda device: device),
