@@ -24,7 +24,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: weights, model and data do not fit together.
     """
-    folder = Path(cfg.run_dir)
+    folder = Path(str(cfg.run_dir))
     with no_empty_folder(folder):
         check(cfg)
         if needs_launch(cfg):

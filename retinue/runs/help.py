@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import yaml
 
 from retinue.runs.signatures import Argument, Class, find_net, find_ops, list_arguments
-from retinue.utils.paths import CONF
+from retinue.utils.paths import CONF, list_group
 from retinue.utils.suggestions import nearest
 
 GROUPS = ("model", "ops", "task", "head", "data", "recipe", "trainer", "logger", "callbacks", "hydra/launcher",
@@ -66,10 +66,7 @@ def list_choices(group: str) -> list[str]:
     """Return the names that `group=` takes, sorted; for experiments `<paper>/<row>`."""
     if group == "ops":
         return list(find_ops())
-    folder = CONF / group
-    names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-    # The defaults of the tasks are further names of other choices.
-    return [name for name in names if not name.startswith("default_")]
+    return list_group(group)
 
 
 def _overview(program: str) -> list[str]:

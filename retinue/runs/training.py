@@ -33,7 +33,7 @@ from retinue.runs.launch import launch, needs_launch, rank, slurm_tasks
 from retinue.runs.loggers import MetricsCSV, links
 from retinue.runs.progress import TrainingLog
 from retinue.runs.result_file import CONFIG, FAILED, RESULT, provenance, read_result, show_result, write_result
-from retinue.runs.status import attempt
+from retinue.runs.status import attempt, recorded_failure
 from retinue.tasks.base import Task
 from retinue.tasks.optimization import total_epochs
 from retinue.utils.files import replacing
@@ -54,13 +54,14 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: the config is contradictory or asks for something that this machine or the project cannot do.
     """
-    folder = Path(cfg.run_dir)
+    folder = Path(str(cfg.run_dir))
     with no_empty_folder(folder):
+        with recorded_failure(folder, only_in_a_sweep=True):
+            check(cfg)
         cfg.rerun = starts_anew(cfg, folder)
         result = None if cfg.rerun else read_result(folder)
         if result is None:
             with attempt(folder):
-                check(cfg)
                 if needs_launch(cfg):
                     launch(train_here, cfg)
                     result = read_result(folder)
@@ -83,6 +84,12 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     pl.seed_everything(cfg.seed, verbose=False)
     datamodule = build_data(cfg)
     task = build_task(cfg, datamodule)
+    images = len(datamodule.images("train"))
+    if cfg.recipe.batch_size > images:
+        raise ValueError(
+            f"recipe.batch_size={cfg.recipe.batch_size} is more than the {images} training images, so a step would be "
+            f"smaller than its learning rate is made for; recipe.batch_size={images} is the largest"
+        )
     checkpoints = folder / "checkpoints"
     resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints)
     if resume is None and cfg.weights:
@@ -102,7 +109,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     callbacks += [training_log, Checkpoints(checkpoints, f"val/{cfg.task.figure}", **cfg.checkpoint)]
     loggers = [MetricsCSV(folder / "metrics.csv", step)]
     loggers += [instantiate(spec, from_step=step) for spec in cfg.logger.values()]
-    steps_per_epoch = len(datamodule.images("train")) // cfg.recipe.batch_size
+    steps_per_epoch = images // cfg.recipe.batch_size
     epochs = total_epochs(cfg.recipe, steps_per_epoch)
     trainer = build_trainer(cfg, max_epochs=epochs, callbacks=callbacks, logger=loggers)
     trainer.fit(task, datamodule=datamodule, ckpt_path=resume, weights_only=True)
