@@ -83,13 +83,13 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     set_backend(cfg.ops.backend)
     pl.seed_everything(cfg.seed, verbose=False)
     datamodule = build_data(cfg)
-    task = build_task(cfg, datamodule)
     images = len(datamodule.images("train"))
     if cfg.recipe.batch_size > images:
         raise ValueError(
             f"recipe.batch_size={cfg.recipe.batch_size} is more than the {images} training images, so a step would be "
             f"smaller than its learning rate is made for; recipe.batch_size={images} is the largest"
         )
+    task = build_task(cfg, datamodule)
     checkpoints = folder / "checkpoints"
     resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints)
     if resume is None and cfg.weights:
