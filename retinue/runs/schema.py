@@ -46,7 +46,7 @@ class Ops(Keys):
     """`ops`."""
 
     backend: Literal["auto", "torch", "triton"] = Field(
-        description="triton: kernels, or an error; torch: no kernels; auto: kernels where they can run"
+        description="triton: kernels, or an error; torch: no kernels; auto: where they can run"
     )
 
 
@@ -99,9 +99,7 @@ def _heads(task: str) -> str:
 class Training(Common):
     """Keys of train.py alone."""
 
-    drop_classifier: bool = Field(
-        description="with weights: leave out their classifier if it has another number of classes"
-    )
+    drop_classifier: bool = Field(description="with weights: leave out their classifier if it is of another width")
     rerun: bool = Field(description="train a finished run anew")
     checkpoint: Checkpoint = Field(description="in addition to the checkpoint at the end of every epoch")
     logger: Objects

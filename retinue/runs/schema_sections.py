@@ -83,9 +83,9 @@ class Optimizer(Keys):
         None, description="factor on the learning rate from each layer to the one below"
     )
     backbone_factor: NonNegative | None = Field(None, description="factor on the backbone's learning rate")
-    momentum: ShareBelowOne | None = Field(None, description="null: the optimiser's default")
+    momentum: ShareBelowOne | None = Field(None, description="share of the old step; null: the optimiser's default")
     betas: Annotated[list[ShareBelowOne], Field(min_length=2, max_length=3)] | None = Field(
-        None, description="null: the optimiser's default"
+        None, description="shares of the old averages of the gradient; null: the optimiser's default"
     )
     eps: NonNegative | None = Field(None, description="null: the optimiser's default, or it takes none")
 
@@ -162,7 +162,7 @@ class ClassificationAugment(Keys):
     )
     ratio: Pair = Field(description="smallest and largest aspect ratio of this crop")
     pad_crop: WholeNumber = Field(description="pixels by which the image is padded before a random square is taken")
-    interpolation: Literal["bilinear", "bicubic", "random"] = Field(description="of resizing; random: one of the two")
+    interpolation: Literal["bilinear", "bicubic", "random"] = Field(description="how crops are resized; random: either")
     hflip: Share = Field(description="probability of mirroring horizontally")
     vflip: Share = Field(description="probability of mirroring vertically")
     auto_augment: Name | None = Field(
