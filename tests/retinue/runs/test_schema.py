@@ -198,7 +198,7 @@ def test_every_key_of_the_common_sections_is_in_the_schema(program, task):
     expected = schema(program, task).model_fields
     assert set(cfg) - {"callbacks", "logger"} <= set(expected)
     for section in ("trainer", "recipe", "task", "ops", *(["checkpoint"] if program == "train" else [])):
-        fields = set(expected[section].annotation.model_fields)  # pyright: ignore[reportOptionalMemberAccess]
+        fields = set(expected[section].annotation.model_fields)  # pyright: ignore
         # A section's labels are compared with one another, and `_target_` is Hydra's.
         assert set(cfg[section]) - {"name", "task", "_target_"} <= fields
 
