@@ -1,6 +1,7 @@
 """Evaluate a net: `python eval.py run=DIR` or `python eval.py model=biformer weights=FILE data=imagenet ...`."""
 
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,9 +18,10 @@ from retinue.utils.paths import CONF
 def main(cfg: DictConfig) -> float:
     from retinue.runs.evaluation import evaluate
     from retinue.runs.slurm import refuse_without_multirun
+    from retinue.runs.training import no_empty_folder
 
     hydra_config = HydraConfig.get()
-    with in_a_job():
+    with in_a_job(), no_empty_folder(Path(hydra_config.runtime.output_dir)):
         refuse_without_multirun()
         cfg = with_run(cfg, hydra_config.overrides.task, hydra_config.runtime.choices)
         return evaluate(cfg)[f"test/{cfg.task.figure}"]

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from retinue.runs.arguments import choose_for_few_images, quote_brackets
@@ -19,7 +20,7 @@ def main(cfg: DictConfig) -> float:
     from retinue.runs.slurm import refuse_without_multirun
     from retinue.runs.training import train
 
-    with in_a_job(), no_empty_folder(Path(cfg.run_dir)):
+    with in_a_job(), no_empty_folder(Path(HydraConfig.get().runtime.output_dir)):
         refuse_without_multirun()
         return train(cfg)[f"test/{cfg.task.figure}"]
 

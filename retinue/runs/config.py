@@ -1,19 +1,19 @@
 """Check a composed config, resolve its interpolations, and merge it with a run's config for an evaluation."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from retinue.runs.default_recipe import recipe_for
 from retinue.runs.identity import WEIGHTS_DIGESTS, fingerprint, run_folder
 from retinue.runs.preprocessing import resolve_preprocessing, resolved_data
 from retinue.runs.result_file import CONFIG, read_config
+from retinue.runs.schema import check_values
 from retinue.utils.openmmlab_packages import require_openmmlab
-from retinue.utils.paths import CONF
 from retinue.utils.sizes import model_name, size_pixels
 from retinue.utils.suggestions import nearest
 
@@ -24,8 +24,29 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 def register_resolvers() -> None:
     """Register the interpolations that conf/ uses; call this before Hydra composes."""
     OmegaConf.register_new_resolver("recipe_for", recipe_for, replace=True)
-    OmegaConf.register_new_resolver("run_folder", lambda *, _root_: run_folder(_root_), replace=True)
-    OmegaConf.register_new_resolver("evaluation_folder", lambda *, _root_: evaluation_folder(_root_), replace=True)
+    OmegaConf.register_new_resolver("at_most", at_most, replace=True)
+    for name, folder in {"run_folder": run_folder, "evaluation_folder": evaluation_folder}.items():
+        resolver = partial(_checked_folder, folder)
+        OmegaConf.register_new_resolver(name, lambda *, _root_, resolver=resolver: resolver(_root_), replace=True)
+
+
+def at_most(length: float, limit: Any) -> float:
+    """Return the shorter of two lengths, for a recipe whose warm-up is to end within any training; see `check_values`.
+
+    Args:
+        length: the length, in epochs.
+        limit: the length of the training in epochs; a value that is no number is left to the schema.
+    """
+    return min(length, limit) if isinstance(limit, int) and limit > 0 else length
+
+
+def _checked_folder(folder: Callable[[DictConfig], str], cfg: DictConfig) -> str:
+    """Return the folder of a config that Hydra is composing; a value from which none follows is refused in one line."""
+    try:
+        return folder(cfg)
+    except Exception:
+        check_values(cfg)
+        raise
 
 
 def per_device_batch(cfg: DictConfig) -> int:
@@ -59,41 +80,18 @@ def check(cfg: DictConfig) -> None:
     """
     import torch
 
-    if cfg.data.task != cfg.task.name:
-        raise ValueError(f"data={cfg.data.name} is for task={cfg.data.task}, not task={cfg.task.name}")
-    if cfg.head.get("task", cfg.task.name) != cfg.task.name:
-        heads = [path.stem for path in sorted((CONF / "head").glob("*.yaml")) if _has_task(path, cfg.task.name)]
-        hint = f"which has {', '.join(heads)}" if heads else "which takes none"
-        raise ValueError(f"head={cfg.head.name} is for task={cfg.head.task}, not task={cfg.task.name}, {hint}")
-    if cfg.recipe.get("task", cfg.task.name) != cfg.task.name:
-        raise ValueError(f"this recipe is for task={cfg.recipe.task}, not task={cfg.task.name}, which has its own")
+    check_values(cfg)
     if cfg.head.get("library", "own") != "own":
         require_openmmlab(f"task={cfg.task.name} head={cfg.head.name}")
     devices, accelerator = cfg.trainer.devices, cfg.trainer.accelerator
-    if not isinstance(devices, int) or devices < 1:
-        raise ValueError(f"trainer.devices must be a number of devices, 1 or more, not {devices!r}")
     gpus = torch.cuda.device_count()
     if accelerator in ("gpu", "cuda") and devices > gpus:
         possible = f"trainer.devices={gpus}" if gpus else "trainer=cpu"
         raise ValueError(f"trainer.devices={devices}, but this machine has {gpus} GPUs; it can run with {possible}")
-    if cfg.trainer.precision not in PRECISIONS:
-        raise ValueError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, not {cfg.trainer.precision!r}")
-    if cfg.trainer.strategy == "fsdp" and cfg.recipe.ema.decay is not None:
-        raise ValueError("trainer.strategy=fsdp has no average of the weights: recipe.ema.decay=null, or trainer=ddp")
-    epochs, steps = cfg.recipe.epochs, cfg.recipe.get("steps")
-    if (epochs is None) == (steps is None):
-        given = f"recipe.epochs={epochs} and recipe.steps={steps}".replace("None", "null")
-        raise ValueError(f"a recipe has a number of epochs or of steps, and the other is null; not {given}")
-    name, length = ("epochs", epochs) if steps is None else ("steps", steps)
-    if not isinstance(length, int) or length < 1:
-        raise ValueError(f"recipe.{name} must be a whole number, 1 or more, not {length!r}")
+    on_a_cpu = accelerator == "cpu" or (accelerator == "auto" and not (gpus or torch.backends.mps.is_available()))
+    if on_a_cpu and cfg.trainer.precision == "fp16":
+        raise ValueError("trainer.precision=fp16 needs a GPU; a CPU takes fp32, or bf16 for mixed precision")
     per_device_batch(cfg)
-
-
-def _has_task(head: Path, task: str) -> bool:
-    if head.stem.startswith("default_"):
-        return False
-    return yaml.safe_load(head.read_text(encoding="utf-8"))["task"] == task
 
 
 def evaluation_folder(cfg: DictConfig) -> str:
@@ -129,13 +127,15 @@ def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -
     The trainer is the command's, since a run from eight GPUs may be evaluated on a laptop; its precision is the run's.
 
     Args:
-        cfg: config of the command.
+        cfg: config of the command, which is changed.
         overrides: overrides of the command; they win over the run's config.
         groups: config groups that the command has chosen.
 
     Raises:
-        ValueError: there is no such run, it has no checkpoint, or its config lacks an overridden key.
+        ValueError: a value of the command is wrong, there is no such run, it has no checkpoint, or its config lacks an
+            overridden key.
     """
+    check_values(cfg)
     if cfg.run is not None:
         folder = _run_folder(cfg.run)
         run_cfg, path = read_config(folder), folder / CONFIG

@@ -25,7 +25,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: weights, model and data do not fit together.
     """
-    folder = Path(cfg.run_dir)
+    folder = Path(str(cfg.run_dir))
     with no_empty_folder(folder):
         refuse_over_a_run(folder)
         refuse_inside_a_run(folder)

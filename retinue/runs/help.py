@@ -2,7 +2,7 @@
 
 --help                    usage, examples and the groups, on one screen
 --help model              the choices of a group
---help model=swin         one choice: its keys with their comments; a net's sizes and arguments
+--help model=swin         one choice: its keys with their meanings; a net's sizes and arguments
 --help ops                the token mixers; `--help ops=agent` shows the arguments of one
 --help experiment=swin    the rows of a paper's tables
 """
@@ -10,12 +10,13 @@
 import itertools
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import yaml
 
+from retinue.runs.schema import PROGRAMS, Checkpoint, Ops, meaning
 from retinue.runs.signatures import Argument, Class, find_net, find_ops, list_arguments
-from retinue.utils.paths import CONF
+from retinue.utils.paths import CONF, list_group
 from retinue.utils.suggestions import nearest
 
 GROUPS = ("model", "ops", "task", "head", "data", "recipe", "trainer", "logger", "callbacks", "hydra/launcher",
@@ -66,10 +67,7 @@ def list_choices(group: str) -> list[str]:
     """Return the names that `group=` takes, sorted; for experiments `<paper>/<row>`."""
     if group == "ops":
         return list(find_ops())
-    folder = CONF / group
-    names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-    # The defaults of the tasks are further names of other choices.
-    return [name for name in names if not name.startswith("default_")]
+    return list_group(group)
 
 
 def _overview(program: str) -> list[str]:
@@ -84,6 +82,8 @@ def _overview(program: str) -> list[str]:
         lines.append(f"  {group:16} {len(choices):4}   {shown}")
     return [
         *lines,
+        "Keys that belong to no group:",
+        *_table(_own_keys(program)),
         "",
         "model.mixers= takes the ops: one for all stages, or a list with an entry for each stage.",
         "",
@@ -183,12 +183,45 @@ def _keys(group: str, choice: str) -> list[str]:
     """Return a choice's yaml with its comments, followed by the files that it inherits from."""
     text = (CONF / group / f"{choice}.yaml").read_text(encoding="utf-8")
     shown = [line for line in text.splitlines() if not re.match(r"# @package|\s*_target_:", line)]
-    lines = [f"{group}={choice}", "", *_wrapped(shown)]
+    lines = [f"{group}={choice}", "", *_wrapped(_with_meanings(shown, group, _task_of(group, choice)))]
     defaults = (yaml.safe_load(text) or {}).get("defaults", [])
     for default in defaults:
         if isinstance(default, str) and (CONF / group / f"{default}.yaml").is_file():
             lines += ["", f"It inherits from {default}:", *_keys(group, default)]
     return lines
+
+
+def _task_of(group: str, choice: str) -> str:
+    """Return the task that a choice is for, as its yaml or a yaml that it inherits from says; else classification."""
+    if group not in ("data", "recipe"):
+        return choice if group == "task" else "classification"
+    config = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text(encoding="utf-8")) or {}
+    task = (config.get("data") or {}).get("task") or config.get("task")
+    parents = [name for name in config.get("defaults", []) if isinstance(name, str) and name != "_self_"]
+    return task or (_task_of(group, parents[0]) if parents else "classification")
+
+
+def _with_meanings(lines: Iterable[str], group: str, task: str) -> Iterator[str]:
+    """Yield yaml lines; a key without a comment of its own gets its meaning from the schema as its comment."""
+    # Indentation and name of each key that the line is below.
+    above: list[tuple[int, str]] = []
+    for line in lines:
+        key = re.match(r"( *)(\w+):(?! \{)", line)
+        if key is None:
+            yield line
+            continue
+        above = [(indent, name) for indent, name in above if indent < len(key[1])] + [(len(key[1]), key[2])]
+        name = ".".join(name for _, name in above)
+        text = meaning(name if group == "data" else f"{group}.{name}", "train", task)
+        yield f"{line} # {text}" if text and " # " not in line else line
+
+
+def _own_keys(program: str) -> list[tuple[str, str]]:
+    """Return the keys that belong to no group, such as `seed` and `checkpoint.every_steps`, with their meanings."""
+    names = [name for name in PROGRAMS[program].model_fields if not (CONF / name).is_dir() and name != "run_dir"]
+    sections = {"ops": Ops, "checkpoint": Checkpoint}
+    keys = [f"{name}.{key}" for name in names if name in sections for key in sections[name].model_fields]
+    return [(key, meaning(key, program) or "") for key in [*(name for name in names if name not in sections), *keys]]
 
 
 def _wrapped(lines: Iterable[str]) -> list[str]:

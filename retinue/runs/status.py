@@ -89,17 +89,29 @@ def attempt(folder: Path) -> Iterator[None]:
     with locked(folder) if rank() == 0 else nullcontext():
         if rank() == 0:
             (folder / FAILED).unlink(missing_ok=True)
-        try:
+        with recorded_failure(folder):
             yield
-        except Exception as error:
-            begun = (folder / CONFIG).exists() or _in_a_sweep()
-            # With rerun=true a run that fails early leaves the finished run that it was to replace.
-            finished = (folder / RESULT).exists()
-            if begun and not finished and not _another_job_holds(folder):
-                # On a full disk the reason cannot be recorded, and the error itself is what the user must see.
-                with contextlib.suppress(OSError):
-                    record_failure(folder, _reason(error))
-            raise
+
+
+@contextmanager
+def recorded_failure(folder: Path, only_in_a_sweep: bool = False) -> Iterator[None]:
+    """Record in `failed.json` why the block fails: in a sweep, and otherwise if the run has begun.
+
+    Args:
+        folder: the run's folder.
+        only_in_a_sweep: record nothing in a single run, whatever the folder holds.
+    """
+    try:
+        yield
+    except Exception as error:
+        begun = (folder / CONFIG).exists() and not only_in_a_sweep
+        # With rerun=true a run that fails early leaves the finished run that it was to replace.
+        finished = (folder / RESULT).exists()
+        if (begun or _in_a_sweep()) and not finished and not _another_job_holds(folder):
+            # On a full disk the reason cannot be recorded, and the error itself is what the user must see.
+            with contextlib.suppress(OSError):
+                record_failure(folder, _reason(error))
+        raise
 
 
 def record_failure(folder: Path, reason: str) -> None:

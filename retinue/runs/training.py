@@ -38,7 +38,7 @@ from retinue.runs.progress import TrainingLog
 from retinue.runs.replacement import is_undecided, recover, set_aside
 from retinue.runs.result_file import CONFIG, RESULT, provenance, read_config, read_result, show_result, write_result
 from retinue.runs.small_sets import fit_batch
-from retinue.runs.status import attempt, locked
+from retinue.runs.status import attempt, locked, recorded_failure
 from retinue.tasks.base import Task
 from retinue.tasks.optimization import total_epochs
 from retinue.utils.files import link_or_copy, replacing
@@ -56,8 +56,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: the config is contradictory or asks for something that this machine or the project cannot do.
     """
-    folder = Path(cfg.run_dir)
+    folder = Path(str(cfg.run_dir))
     with no_empty_folder(folder):
+        with recorded_failure(folder, only_in_a_sweep=True):
+            check(cfg)
         refuse_inside_a_run(folder)
         if rank() == 0 and is_undecided(folder):
             with locked(folder):
@@ -67,7 +69,6 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         result = None if cfg.rerun else read_result(folder)
         if result is None:
             with attempt(folder), replacing_run(folder):
-                check(cfg)
                 if needs_launch(cfg):
                     launch(train_here, cfg)
                     result = read_result(folder)
@@ -100,7 +101,13 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     set_backend(cfg.ops.backend)
     pl.seed_everything(cfg.seed, verbose=False)
     datamodule = build_data(cfg)
-    fit_batch(cfg, len(datamodule.images("train")))
+    images = len(datamodule.images("train"))
+    fit_batch(cfg, images)
+    if cfg.recipe.batch_size > images:
+        raise ValueError(
+            f"recipe.batch_size={cfg.recipe.batch_size} is more than the {images} training images, so a step would be "
+            f"smaller than its learning rate is made for; recipe.batch_size={images} is the largest"
+        )
     datamodule.batch_size = per_device_batch(cfg)
     task = build_task(cfg, datamodule)
     checkpoints = folder / "checkpoints"
@@ -126,7 +133,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     callbacks += [statistics, training_log, Checkpoints(checkpoints, f"val/{cfg.task.figure}", **cfg.checkpoint)]
     loggers = [MetricsCSV(folder / "metrics.csv", step)]
     loggers += [instantiate(spec, from_step=step) for spec in cfg.logger.values()]
-    steps_per_epoch = len(datamodule.images("train")) // cfg.recipe.batch_size
+    steps_per_epoch = images // cfg.recipe.batch_size
     epochs = total_epochs(cfg.recipe, steps_per_epoch)
     trainer = build_trainer(cfg, max_epochs=epochs, callbacks=callbacks, logger=loggers)
     trainer.fit(task, datamodule=datamodule, ckpt_path=resume, weights_only=True)

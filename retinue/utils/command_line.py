@@ -31,7 +31,7 @@ TYPE_NAMES = {str: "TEXT", int: "INT", float: "FLOAT", bool: "true|false", Path:
 class Options(BaseModel):
     """Base class of a script's options."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def parse(cls, arguments: Sequence[str] | None = None) -> Self:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
-from retinue.utils.paths import is_own_file
+from retinue.utils.paths import CONF, is_own_file, list_group
 from retinue.utils.suggestions import nearest
 
 SHOW_TRACEBACK = "HYDRA_FULL_ERROR"
@@ -192,13 +192,26 @@ def _one_line(error: Exception, config_dir: Path | None, config_name: str) -> st
         if config_dir and key and "is not in struct" in str(cause):
             known = _known_keys(config_dir, config_name, sys.argv[1:])
             return f"there is no key {key!r} in the config.{nearest(key, known)} --cfg job shows all keys"
+        # OmegaConf wraps the error of a resolver, such as that of the run's folder, in lines of its own.
+        text = re.sub(r"(?s)^ValueError raised while resolving interpolation: (.*?)\n +full_key: .*", r"\1", text)
         return " ".join(text.split("\nSet the environment")[0].split())
+    if "Config group override must be a string" in str(error):
+        return _null_group(config_dir or CONF, sys.argv[1:])
     if isinstance(error, ValueError) and _is_ours(error):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in REMEDIES and (error.filename or error.errno in FULL_DISK):
         place = f"{error.filename2 or error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; {REMEDIES[error.errno]}"
     return _from_killed_process(error) or _from_worker(error)
+
+
+def _null_group(config_dir: Path, arguments: list[str]) -> str | None:
+    """Return the line on a config group that the command line sets to null; Hydra's own message names no group."""
+    for argument in arguments:
+        group, _, value = argument.lstrip("+").partition("=")
+        if re.search(r"\b(null|None)\b", value) and (config_dir / group).is_dir():
+            return f"{group} must be one of {', '.join(list_group(group, config_dir))}, not null"
+    return None
 
 
 def _is_ours(error: Exception) -> bool:

@@ -24,3 +24,11 @@ def is_own_file(path: Path) -> bool:
         return False
     top = path.relative_to(PROJECT).parts[0]
     return top.removesuffix(".py") in own_packages()
+
+
+def list_group(group: str, conf: Path = CONF) -> list[str]:
+    """Return the names that the config group takes, sorted; for experiments `<paper>/<row>`."""
+    folder = conf / group
+    names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    # The defaults of the tasks are further names of other choices.
+    return [name for name in names if not name.startswith("default_")]

@@ -92,9 +92,9 @@ def test_a_failed_trial_does_not_stop_the_others(capsys):
 
 def test_a_search_in_which_everything_fails_ends(tmp_path):
     with pytest.raises(
-        ValueError, match=r"the first 3 trials failed, the last one with .*recipe\.loss must be ce or bce"
+        ValueError, match=r"the first 3 trials failed, the last one with .*augment\.auto_augment=.rnd-m9"
     ):
-        search.main(["space=lr_wd", "trials=9", *QUICK, "recipe.loss=cee"])
+        search.main(["space=lr_wd", "trials=9", *QUICK, "recipe.augment.auto_augment=rnd-m9"])
     assert [row["state"] for row in trials("lr_wd").values()] == ["fail"] * 3
 
 

@@ -129,8 +129,8 @@ def test_keys_that_the_runs_config_lacks_are_refused(tmp_path, argument, says):
     [
         (("data=ade20k", "recipe.epochs=1"), "not recipe.epochs=1 and recipe.steps=80000"),
         (("recipe.epochs=null",), "not recipe.epochs=null and recipe.steps=null"),
-        (("recipe.epochs=0",), "recipe.epochs must be a whole number, 1 or more, not 0"),
-        (("data=ade20k", "recipe.steps=1.5"), "recipe.steps must be a whole number, 1 or more, not 1.5"),
+        (("recipe.epochs=0",), "recipe.epochs must be a whole number, 1 or more, or null, not 0"),
+        (("data=ade20k", "recipe.steps=1.5"), "recipe.steps must be a whole number, 1 or more, or null, not 1.5"),
     ],
 )
 def test_a_recipe_has_epochs_or_steps_but_not_both(overrides, says):

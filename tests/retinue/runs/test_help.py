@@ -1,6 +1,8 @@
 """`--help` fits on one screen, answers questions about every choice, and needs no torch."""
 
+import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,3 +138,26 @@ def test_another_broken_pipe_keeps_its_traceback():
     code = "from retinue.utils.errors import user_errors\nwith user_errors():\n    raise BrokenPipeError('a worker')"
     run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert run.returncode == 1 and "BrokenPipeError: a worker" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "topic",
+    ["trainer=auto", "task=classification", "task=detection", "task=segmentation", "recipe=deit", "recipe=coco_1x",
+     "recipe=ade20k_160k", "data=imagenet", "data=voc", "data=ade20k"],
+)  # fmt: skip
+def test_every_key_of_a_choice_has_a_meaning(cli, topic):
+    lines = cli("train", "--help", topic).out.partition("It inherits from")[0].splitlines()
+    keys = [
+        line
+        for before, line in itertools.pairwise(lines)
+        if re.match(r" *\w+:(?! \{)", line) and " # " not in line and not before.lstrip().startswith("# ")
+    ]
+    # Labels of the choice itself, and sections whose keys follow, explain themselves.
+    labels = {"task", "name", "optimizer", "distillation", "data", "defaults"}
+    assert [line for line in keys if line.strip().partition(":")[0] not in labels] == []
+
+
+def test_the_meanings_of_keys_without_a_group_are_in_the_overview(cli):
+    train, evaluation = cli("train", "--help").out, cli("eval", "--help").out
+    assert "  rerun                     train a finished run anew" in train and "checkpoint.every_steps" in train
+    assert "  save_images " in evaluation and "  batch_size " in evaluation and "rerun" not in evaluation

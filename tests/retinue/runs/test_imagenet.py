@@ -10,7 +10,7 @@ from tests.imagenet_folder import make_imagenet_folder
 from tests.retinue.runs.cli import SWIN, result, rows
 
 NET = (*SWIN, "trainer.accelerator=cpu", "data.image_size=32", "data.num_workers=0", "data.broken_limit=0.2")
-TRAINING = ("logger=none", "recipe.epochs=2", "recipe.batch_size=8")
+TRAINING = ("logger=none", "recipe.epochs=2", "recipe.batch_size=8", "recipe.schedule.warmup_epochs=2")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,232 @@
+"""The schema of the composed configs of train.py and eval.py: the type, the range and the meaning of every key.
+
+`check_values` refuses a config with a wrong value before anything is written, and `--help` shows the meanings. The
+sections are in `retinue.runs.schema_sections`. Keys that only one class knows are checked by that class: those of one
+data set, of a net or of a head, and further arguments of an optimiser, a logger or a callback.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from omegaconf import OmegaConf
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+
+from retinue.runs.schema_messages import Expected, one_line, refuse_choice
+from retinue.runs.schema_sections import (
+    ClassificationData,
+    ClassificationRecipe,
+    ClassificationTask,
+    Count,
+    DenseData,
+    DenseRecipe,
+    DetectionTask,
+    Keys,
+    Name,
+    PathText,
+    Positive,
+    Section,
+    SegmentationTask,
+    Trainer,
+    WholeNumber,
+)
+from retinue.utils.paths import CONF, list_group
+
+MAX_SEED = 2**32 - 1
+
+
+class Checkpoint(Keys):
+    """`checkpoint`."""
+
+    every_minutes: Positive | None = Field(description="minutes between two checkpoints in an epoch; null: no limit")
+    every_steps: Count | None = Field(description="steps between two checkpoints in an epoch; null: no limit")
+
+
+class Ops(Keys):
+    """`ops`."""
+
+    backend: Literal["auto", "torch", "triton"] = Field(
+        description="triton: kernels, or an error; torch: no kernels; auto: where they can run"
+    )
+
+
+class Model(Keys):
+    """`conf/model/*.yaml`; further keys are arguments of the net."""
+
+    name: Name | None = Field(None, description="name of a net in timm's registry")
+    recipe: Name | None = Field(None, description="recipe on data that are not small")
+    size: Name | None = Field(None, description="a key of sizes; null: the first size that suits the images")
+    sizes: Section | None = Field(None, description="nets of timm's registry with arguments of timm.create_model")
+    pretrained: bool = Field(False, description="download timm's weights")
+    args: Section | None = Field(None, description="further arguments of the net")
+
+
+class Head(Keys):
+    """`conf/head/*.yaml`."""
+
+    name: Name | None = Field(description="name of the head in results")
+    size: Name | None = Field(None, description="a key of sizes; null: small for small data, otherwise full")
+    sizes: Section | None = Field(None, description="changes of the package's config by size")
+    neck: Name | None = Field(None, description="our neck, for detectors with a feature pyramid")
+    args: Section | None = Field(None, description="further changes of the package's config")
+
+
+class Object(Keys):
+    """A logger or a callback; Hydra passes the further keys to the class or function that is named."""
+
+    target: Annotated[str, Field(min_length=1)] = Field(alias="_target_")
+
+
+Objects = Annotated[dict[str, Object], Expected("a mapping of names to mappings with _target_")]
+
+
+class Common(Keys):
+    """Keys of the configs of train.py and of eval.py."""
+
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = Field(description="all random numbers follow from this one")
+    weights: PathText | None = Field(description="weights file: a released one, or a checkpoint of ours")
+    ops: Ops
+    run_dir: PathText
+    trainer: Trainer
+
+
+def _heads(task: str) -> str:
+    paths = [path for path in sorted((CONF / "head").glob("*.yaml")) if path.stem in list_group("head")]
+    heads = [path.stem for path in paths if yaml.safe_load(path.read_text(encoding="utf-8"))["task"] == task]
+    return f", which has {', '.join(heads)}" if heads else ", which takes none"
+
+
+class Training(Common):
+    """Keys of train.py alone."""
+
+    drop_classifier: bool = Field(description="with weights: leave out their classifier if it is of another width")
+    rerun: bool = Field(description="train a finished run anew")
+    checkpoint: Checkpoint = Field(description="in addition to the checkpoint at the end of every epoch")
+    logger: Objects
+    callbacks: Objects
+
+    @model_validator(mode="after")
+    def _has_no_sharded_average(self) -> Self:
+        if self.trainer.strategy == "fsdp" and self.recipe.ema.decay is not None:  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(
+                "trainer.strategy=fsdp has no average of the weights: recipe.ema.decay=null, or trainer=ddp"
+            )
+        return self
+
+
+class Evaluation(Common):
+    """Keys of eval.py alone."""
+
+    run: PathText | None = Field(
+        None, description="folder of a run to evaluate with its config and its best weights; other keys win over it"
+    )
+    batch_size: Count | None = Field(description="images in a batch of one device; null: task.eval_batch")
+    save_images: WholeNumber = Field(
+        description="number of pictures of predictions beside the truth, for detection and segmentation"
+    )
+    save_maps: bool = Field(description="true: write the predicted map of each test image, for segmentation")
+
+
+class Sections(Keys):
+    """Sections whose keys are the same for all tasks."""
+
+    model: Model
+    head: Head
+
+    @model_validator(mode="before")
+    @classmethod
+    def _belongs_to_one_task(cls, values: Any) -> Any:
+        """Refuse data, a head and a recipe of another task; each has a key `task`, which a recipe may lack."""
+        task = values["task"]["name"]
+        for group in ("data", "head", "recipe"):
+            section = values.get(group)
+            if not isinstance(section, Mapping):
+                raise ValueError(refuse_choice(group, "null"))
+            other = section.get("task", task)
+            if other != task:
+                subject = "this recipe" if group == "recipe" else f"{group}={section.get('name')}"
+                hint = {"head": _heads(task), "recipe": ", which has its own"}.get(group, "")
+                raise ValueError(f"{subject} is for task={other}, not task={task}{hint}")
+        return values
+
+
+class Classification(Sections):
+    """Sections of classification."""
+
+    task: ClassificationTask
+    data: ClassificationData
+    recipe: ClassificationRecipe
+
+
+class Detection(Sections):
+    """Sections of detection."""
+
+    task: DetectionTask
+    data: DenseData
+    recipe: DenseRecipe
+
+
+class Segmentation(Sections):
+    """Sections of segmentation."""
+
+    task: SegmentationTask
+    data: DenseData
+    recipe: DenseRecipe
+
+
+PROGRAMS: dict[str, type[Common]] = {"train": Training, "eval": Evaluation}
+TASKS: dict[str, type[Sections]] = {
+    "classification": Classification, "detection": Detection, "segmentation": Segmentation,
+}  # fmt: skip
+# Keys whose interpolations Hydra resolves only in the run itself.
+IN_THE_RUN = ("run_dir", "logger", "callbacks")
+
+
+def schema(program: str, task: str) -> type[BaseModel]:
+    """Return the schema of the configs of a program (`train` or `eval`) for a task."""
+    return create_model(f"{program}_{task}", __base__=(PROGRAMS[program], TASKS[task]))
+
+
+def check_values(cfg: Any) -> None:
+    """Refuse a composed config with a value of the wrong type or out of its range.
+
+    Args:
+        cfg: The config of train.py or of eval.py (which has `save_images`); also while Hydra composes it.
+
+    Raises:
+        ValueError: One line with the key, what is expected, the value, and the nearest choice.
+    """
+    values = {key: _plain(cfg, key) for key in cfg if key != "hydra"}
+    if values.get("run") is not None:
+        # The sections are those of the run's config, which is merged with this one and then checked.
+        expected = Evaluation
+    else:
+        name = values["task"].get("name") if isinstance(values.get("task"), Mapping) else None
+        if name not in TASKS:
+            raise ValueError(refuse_choice("task", "null" if name is None else repr(name)))
+        expected = schema("eval" if "save_images" in values else "train", name)
+    try:
+        expected.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(one_line(error, expected, values)) from None
+
+
+def _plain(cfg: Any, key: Any) -> Any:
+    """Return a key's value as plain Python, with its interpolations resolved except for the keys of `IN_THE_RUN`."""
+    node = cfg._get_node(key)
+    if key in IN_THE_RUN:
+        return OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node._value()
+    value = cfg[key]
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def meaning(key: str, program: str = "train", task: str = "classification") -> str | None:
+    """Return the meaning of a dotted key, such as `recipe.optimizer.lr`; None for a key that the schema lacks."""
+    model: Any = schema(program, task)
+    field = None
+    for part in key.split("."):
+        if not (isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields):
+            return None
+        field = model.model_fields[part]
+        model = field.annotation
+    return None if field is None else field.description
