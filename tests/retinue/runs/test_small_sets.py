@@ -168,6 +168,8 @@ def test_a_short_run_is_scored_with_statistics_of_its_weights_and_resumes_bit_fo
     own, of_the_batch = (accuracy(whole, batch_statistics) for batch_statistics in (False, True))
     assert own == pytest.approx(scored, abs=1e-6)
     assert own > 0.5 and own == pytest.approx(of_the_batch, abs=0.1)
+    # The running averages of this segmentor give 0.80, batch statistics 0.89.
+    assert task == "classification" or own > of_the_batch - 0.05
 
     save, saved = Checkpoints.save, []
 
