@@ -17,7 +17,7 @@ from retinue.runs.checkpoints import Checkpoints
 from retinue.runs.config import register_resolvers
 from retinue.runs.loggers import MetricsCSV
 from retinue.runs.progress import TrainingLog
-from retinue.runs.training import build_task, build_trainer, quiet_libraries
+from retinue.runs.training import build_task, build_trainer, quiet_libraries, save_config
 from retinue.tasks.optimization import create_optimizer, create_schedule
 from retinue.utils.paths import CONF
 
@@ -135,6 +135,7 @@ def train_both(
         task, bare = build_task(cfg, datamodule), BareLoop(steps)
         callbacks = [bare, TrainingLog(), Checkpoints(Path(folder, "checkpoints"), "val/top1", **cfg.checkpoint)]
         trainer = build_trainer(cfg, callbacks=callbacks, logger=[MetricsCSV(Path(folder, "metrics.csv"), 0)])
+        save_config(cfg, Path(folder))
         trainer.fit(task, datamodule=datamodule)
     return task.model, bare
 

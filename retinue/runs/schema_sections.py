@@ -29,6 +29,8 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
+# timm crops up to 1.15 of the resized image (VOLO); `datamodules.base` has the same bound.
+CropShare = Annotated[float, Field(gt=0, le=1.2)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1), Expected("a name")]
 PathText = Annotated[str, Field(min_length=1), Expected("a path")]
@@ -294,7 +296,7 @@ class ClassificationData(Data):
 
     image_size: Sides | None = Field(None, description="side of the images in pixels, or [height, width]")
     in_chans: Channels = Field(description="number of channels: 3, or 1 for grey")
-    crop_pct: PositiveShare | None = Field(None, description="share of the resized image that evaluation's crop keeps")
+    crop_pct: CropShare | None = Field(None, description="share of the resized image that evaluation's crop keeps")
     crop_mode: Literal["center", "squash", "border"] | None = Field(
         None, description="evaluation's crop as in timm: center, squash or border"
     )

@@ -33,7 +33,7 @@ from retinue.runs.folders import foreign_content, no_empty_folder, refuse_inside
 from retinue.runs.identity import WEIGHTS_DIGESTS, fingerprint, flatten, identity, weights_digests
 from retinue.runs.launch import launch, needs_launch, rank, slurm_tasks
 from retinue.runs.loggers import MetricsCSV, links
-from retinue.runs.preprocessing import resolve_preprocessing
+from retinue.runs.preprocessing import resolve_preprocessing, resolved_data
 from retinue.runs.progress import TrainingLog
 from retinue.runs.replacement import is_undecided, recover, set_aside
 from retinue.runs.result_file import CONFIG, RESULT, provenance, read_config, read_result, show_result, write_result
@@ -192,9 +192,9 @@ def test(cfg: DictConfig, task: Task, datamodule: pl.LightningDataModule) -> dic
 
 
 def build_data(cfg: DictConfig) -> Any:
-    """Return the LightningDataModule of `cfg.data`, with the recipe's augmentation."""
+    """Return the LightningDataModule of `cfg.data`, with the recipe's augmentation and no open preprocessing."""
     return instantiate(
-        _arguments(cfg.data, "name", "task", "kind", "own"),
+        _arguments(OmegaConf.create(resolved_data(cfg)), "name", "task", "kind", "own"),
         augment=OmegaConf.to_container(cfg.recipe.augment, resolve=True),
         batch_size=per_device_batch(cfg),
         seed=cfg.seed,

@@ -359,7 +359,8 @@ def test_a_broken_image_is_replaced(root, tmp_path):
 
 @pytest.mark.parametrize("name", ["coco", "coco_json", "voc", "pidray"])
 def test_the_config_files_fit_their_classes(root, name):
-    config: dict = OmegaConf.load(CONF / "data" / f"{name}.yaml").data
+    config: Any = OmegaConf.to_container(OmegaConf.load(CONF / "data" / f"{name}.yaml").data)
+    config |= config.pop("own")
     assert (config.pop("name"), config.pop("task"), config.pop("kind")) == (name, "detection", "coco")
     data = instantiate(config, root=str(root), _convert_="all")
     assert data.splits == ("train", "val")

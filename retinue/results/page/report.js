@@ -208,7 +208,7 @@ function drawTable() {
 // Returns the text with places for a line break after each _ and =.
 const breakable = (text) => text.split(/(?<=[_=])/).flatMap((part, i) => (i ? [element("wbr"), part] : [part]));
 
-const COLOURS = { failed: "bad", unreadable: "bad", stopped: "wait" };
+const COLOURS = { failed: "bad", stopped: "wait", unreadable: "bad" };
 
 function status(runs) {
   if (state.view === "runs") return [element("span", { class: COLOURS[runs[0].status] ?? null }, runs[0].status)];

@@ -30,9 +30,11 @@ def space_file(**space):
 
 
 def test_pruning_waits_for_the_warm_up_in_steps_or_epochs():
-    for task, steps in (("detection", 150), ("classification", 0)):
+    for task, recipe, steps in (("detection", "coco_1x", 500), ("classification", "small_data", 0)):
         lr = {"recipe.optimizer.lr": FloatDistribution(1e-5, 2e-5)}
-        pruning = Search(Path(task).absolute(), lr, [f"task={task}"], 0).config(0, {}).callbacks.pruning
+        pruning = (
+            Search(Path(task).absolute(), lr, [f"task={task}", f"recipe={recipe}"], 0).config(0, {}).callbacks.pruning
+        )
         assert (pruning.warmup_steps, pruning.warmup) == (steps, 0 if steps else 2)
 
 
