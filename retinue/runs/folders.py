@@ -1,6 +1,7 @@
 """Folders of runs and evaluations: which a command may use, and which empty ones it leaves behind after an error."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,9 +43,15 @@ def missing_folders(folder: Path) -> frozenset[Path]:
     return frozenset(part for part in (path, *path.parents) if not part.exists())
 
 
+# Files that Hydra's logging writes into the folder of a run or an evaluation.
+LOGS = {"train.log", "eval.log"}
+
+
 @contextlib.contextmanager
 def no_empty_folder(folder: Path) -> Iterator[None]:
     """Remove the run's folder, and the empty folders above it, if the block fails before anything is written there.
+
+    A log alone is removed too: what it says stands on the screen.
 
     Above the working folder, only folders that the command has made are removed.
     """
@@ -52,8 +59,11 @@ def no_empty_folder(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         path, here, made = folder.absolute(), Path.cwd(), MissingFolders.found or frozenset()
-        # rmdir raises an OSError for a folder that is not empty.
+        # listdir raises an OSError if there is no folder, and rmdir if it is not empty.
         with contextlib.suppress(OSError):
+            if set(os.listdir(path)) <= LOGS:
+                for name in LOGS:
+                    (path / name).unlink(missing_ok=True)
             while path in made or (path != here and path.is_relative_to(here)):
                 path.rmdir()
                 path = path.parent
