@@ -156,10 +156,12 @@ def test_a_run_goes_back_to_the_queue_before_its_time_limit_but_not_for_ever(tmp
 
 
 def test_a_killed_run_is_reported_and_no_other_process_may_train_it_before(tmp_path, cli):
-    launcher, run, job = submit(tmp_path, *LONG)
+    # So many epochs that the run is under way for as long as the test needs, on a busy machine too.
+    endless = (*LONG, "recipe.epochs=100")
+    launcher, run, job = submit(tmp_path, *endless)
     wait_for((run / "checkpoints/previous.ckpt").exists, launcher)
     config = (run / "config.yaml").read_text()
-    error = cli.train(*LONG, f"hydra.run.dir={run}").error
+    error = cli.train(*endless, f"hydra.run.dir={run}").error
     assert f"{run} is being trained by process" in error
     assert status(run).state == "running" and (run / "config.yaml").read_text() == config
     assert not (run / "failed.json").exists()
