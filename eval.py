@@ -17,8 +17,8 @@ from retinue.utils.paths import CONF
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="eval")
 def main(cfg: DictConfig) -> float:
     from retinue.runs.evaluation import evaluate
+    from retinue.runs.folders import no_empty_folder
     from retinue.runs.slurm import refuse_without_multirun
-    from retinue.runs.training import no_empty_folder
 
     hydra_config = HydraConfig.get()
     with in_a_job(), no_empty_folder(Path(hydra_config.runtime.output_dir)):
