@@ -161,6 +161,8 @@ NETS: dict[str, Net] = {
     # SHViT
     **nets({f"shvit__s{i}": f"shvit_s{i}" for i in range(1, 5)}),
     "shvit__det_s4_stages": Net("shvit_s4"),
+    # SOFT
+    **nets({f"soft__soft_{size}": f"soft_{size}" for size in ("tiny", "norm_tiny", "small", "norm_small")}),
     # Swin and Swin V2
     **nets({f"swin__swin_{size}": f"swin_{size}" for size in ("tiny", "small", "base")}),
     "swin__swinv2_tiny_window8_256": Net("swinv2_tiny_window8_256"),
