@@ -7,6 +7,7 @@ values are averaged over the heads of a group; `load_weights` does this with the
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -52,15 +53,15 @@ class KeyDrivenGQA(DeiT):
         result = {}
         for name, value in super().checkpoint_filter(state).items():
             block = re.match(r"blocks\.(\d+)\.mixer\.qkv\.", name)
-            kv_heads = getattr(self.blocks[int(block[1])].mixer, "kv_heads", None) if block else None
-            if kv_heads is None:
+            mixer: Any = self.blocks[int(block[1])].mixer if block else None
+            if not hasattr(mixer, "kv_heads"):
                 result[name] = value
                 continue
             for letter, part in zip("qkv", value.chunk(3), strict=True):
                 if letter != "q":
+                    heads = part.unflatten(0, (mixer.num_heads, -1))
                     # (groups, heads of a group, channels of a head, ...)
-                    heads = part.unflatten(0, (kv_heads, -1, part.shape[0] // self.blocks[0].mixer.num_heads))
-                    part = heads.mean(1).flatten(0, 1)
+                    part = heads.unflatten(0, (mixer.kv_heads, -1)).mean(1).flatten(0, 1)
                 result[name.replace(".qkv.", f".{letter}.")] = part
         return result
 

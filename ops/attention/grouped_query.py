@@ -29,8 +29,8 @@ class GroupedQueryAttention(nn.Module):
       give multi-head attention.
     - "key_norm" (KDGQA): in proportion to the norm of each key head's map, less the smallest of these norms. The norms
       are each image's own, so that an image's output does not depend on the rest of its batch.
-    - "batch_key_norm": as "key_norm", with the norms summed over the batch as in the authors' code. The op then does not
-      treat the images of a batch independently.
+    - "batch_key_norm": as "key_norm", with the norms summed over the batch as in the authors' code. The op then does
+      not treat the images of a batch independently.
     - "key_change", "key_average" (DGQA): in proportion to the change of the batch's norms, or to their moving average.
       The allocation is renewed in every `interval`-th forward pass of training and keeps in evaluation, where the
       authors' code renews it in every pass. Ties of rounding are resolved as in "key_norm", in the authors' code at
@@ -50,6 +50,9 @@ class GroupedQueryAttention(nn.Module):
     """
 
     takes_extra = True
+    cache: Tensor
+    groups: Tensor
+    passes: Tensor
 
     def __init__(
         self,
@@ -69,7 +72,9 @@ class GroupedQueryAttention(nn.Module):
             raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, not {allocation!r}")
         if not 1 <= kv_heads <= num_heads or (allocation == "uniform" and num_heads % kv_heads):
             divisor = "a divisor of" if allocation == "uniform" else "at most"
-            raise ValueError(f"kv_heads must be positive and {divisor} {num_heads}, the number of heads, not {kv_heads}")
+            raise ValueError(
+                f"kv_heads must be positive and {divisor} {num_heads}, the number of heads, not {kv_heads}"
+            )
         if interval < 2 or interval % 2:
             raise ValueError(f"interval must be positive and even, not {interval}")
         self.num_heads, self.kv_heads, self.allocation, self.interval = num_heads, kv_heads, allocation, interval
@@ -78,15 +83,11 @@ class GroupedQueryAttention(nn.Module):
         self.k = nn.Linear(dim, width, bias=qkv_bias)
         self.v = nn.Linear(dim, width, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
+        self.dynamic = allocation in ("key_change", "key_average")
         if self.dynamic:
             self.register_buffer("cache", torch.zeros(kv_heads))
             self.register_buffer("groups", torch.arange(num_heads) * kv_heads // num_heads)
             self.register_buffer("passes", torch.zeros((), dtype=torch.long))
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether the allocation changes over the training."""
-        return self.allocation in ("key_change", "key_average")
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Any:
         size, E = x.shape[1:3], 0 if extra is None else extra.shape[1]

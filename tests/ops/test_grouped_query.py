@@ -1,5 +1,7 @@
 """Grouped-query attention: its definition, its special cases, and how query heads are shared out."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ def grouped_query(**arguments):
     return create_op("grouped_query", dim=12, num_heads=6, **arguments).double()
 
 
-def numbers(norms: list[float], heads: int) -> list[int]:
+def numbers(norms: Sequence[float], heads: int) -> list[int]:
     """Return the number of query heads of each key head, as in the authors' loops."""
     weights = [norm - min(norms) for norm in norms]
     counts = [round(weight / sum(weights) * heads) for weight in weights]
@@ -30,9 +32,9 @@ def test_attends_as_defined(allocation):
     op = grouped_query(kv_heads=3, allocation=allocation)
     tokens = X.flatten(1, 2)
     q, k, v = (layer(tokens).unflatten(-1, (-1, 2)) for layer in (op.q, op.k, op.v))  # (B, N, heads, D)
-    norms = [[k[b, :, t].norm().item() for t in range(3)] for b in range(2)]
+    norms = [[k[b, :, t].detach().norm().item() for t in range(3)] for b in range(2)]
     if allocation == "batch_key_norm":
-        norms = [[sum(column) for column in zip(*norms, strict=True)]] * 2
+        norms = [[a + b for a, b in zip(*norms, strict=True)]] * 2
     out = []
     for b in range(2):
         counts = [2, 2, 2] if allocation == "uniform" else numbers(norms[b], 6)
