@@ -85,7 +85,7 @@ inline_deit_{tiny,small} inline_pvt_{tiny,small,medium,large} inline_swin_{tiny,
 inline_cswin_{tiny,small,base} gc_vit_{xxtiny,xtiny,tiny,tiny2,small,small2,base,large}
 focalnet_{tiny_iso,small_iso,base_iso}
 soft_{tiny,small,medium,large,huge} soft_norm_{tiny,small,medium,large,huge}
-astroformer_{0,1,2,3,4,5}
+astroformer_{0,1,2,3,4,5} kdgqa_{small,base,large}
 """
 
 
