@@ -57,7 +57,7 @@ def test_the_authors_file_loads_for_another_size(name, tmp_path):
     vector, claim = load_vector(VECTOR_FILES[name]), NETS[name]
     torch.save({"model": official_state(vector)}, tmp_path / "authors.pth")
     side = OTHER_SIZES.get(vector["system"], 256)
-    arguments = {key: value for key, value in claim.arguments.items() if key not in ("num_classes", "img_size")}
+    arguments = {key: value for key, value in claim.arguments.items() if key != "img_size"}
     net = create_model({"name": claim.name, **arguments}, classes(vector), 3, side).eval()
     result = load_weights(net, tmp_path / "authors.pth")
     assert not result.missing and not result.unexpected and not result.dropped

@@ -95,9 +95,9 @@ NETS: dict[str, Net] = {
     "agent_attention__agent_cswin_t": Net("agent_cswin_tiny"),
     "agent_attention__det_agent_swin_t_stages": Net("agent_swin_tiny", {"norms": True, "pool": (9, 12, 14, 7)}),
     # Astroformer, for images of 64 pixels
-    "astroformer__astroformer_0": Net("astroformer_0", {"num_classes": 10, "img_size": 64}),
-    "astroformer__astroformer_1": Net("astroformer_1", {"num_classes": 10, "img_size": 64}),
-    "astroformer__astroformer_2": Net("astroformer_2", {"num_classes": 100, "img_size": 64}),
+    "astroformer__astroformer_0": Net("astroformer_0", {"img_size": 64}),
+    "astroformer__astroformer_1": Net("astroformer_1", {"img_size": 64}),
+    "astroformer__astroformer_2": Net("astroformer_2", {"img_size": 64}),
     # BiFormer
     **nets({f"biformer__biformer_{size}": f"biformer_{size}" for size in ("tiny", "small", "base")}),
     "biformer__biformer_stl": Net("biformer_stl"),
