@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from tests.retinue.runs.cli import SMALL, SWIN, result, start
+from tests.retinue.runs.cli import SMALL, SWIN, averages_shards, result, start
 
 # The optimiser is SGD, since Adam turns the rounding error of a tiny gradient into a whole step.
 RUN = (
@@ -25,10 +25,7 @@ def single(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("single"))
 
 
-SUMS_SHARDS = pytest.mark.skipif(torch.__version__ < "2.11", reason="torch 2.8 sums sharded gradients on CPUs")
-
-
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=SUMS_SHARDS)])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=averages_shards)])
 def test_two_processes_equal_one(strategy, single, tmp_path):
     state, wrote = trained(tmp_path, "trainer.devices=2", f"trainer.strategy={strategy}")
     assert state["global_step"] == single[0]["global_step"] > 0
