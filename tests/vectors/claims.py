@@ -117,6 +117,8 @@ NETS: dict[str, Net] = {
     # FaViT
     **nets({f"favit__favit_b{i}": f"favit_b{i}" for i in range(4)}),
     "favit__favit_b1_stages": Net("favit_b1"),
+    # Flowformer
+    "flowformer__vision_19l": Net("flowformer_base"),
     # FocalNet
     **nets({f"focalnet__{size}_srf": f"focalnet_{size}_srf" for size in ("tiny", "small", "base")}),
     **nets({f"focalnet__{size}_lrf": f"focalnet_{size}_lrf" for size in ("tiny", "small", "base")}),
@@ -163,6 +165,16 @@ NETS: dict[str, Net] = {
     "shvit__det_s4_stages": Net("shvit_s4"),
     # SOFT
     **nets({f"soft__soft_{size}": f"soft_{size}" for size in ("tiny", "norm_tiny", "small", "norm_small")}),
+    # SpectFormer
+    "spectformer__vanilla_t": Net("spectformer_tiny"),
+    "spectformer__vanilla_xs": Net("spectformer_xsmall"),
+    "spectformer__vanilla_s": Net("spectformer_small"),
+    "spectformer__vanilla_b": Net("spectformer_base"),
+    **nets({f"spectformer__h_{size[0]}": f"spectformer_h_{size}" for size in ("small", "base", "large")}),
+    **{
+        f"spectformer__h_{size[0]}_notl": Net(f"spectformer_h_{size}", {"token_label": False})
+        for size in ("small", "base", "large")
+    },
     # Swin and Swin V2
     **nets({f"swin__swin_{size}": f"swin_{size}" for size in ("tiny", "small", "base")}),
     "swin__swinv2_tiny_window8_256": Net("swinv2_tiny_window8_256"),
