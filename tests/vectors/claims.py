@@ -60,7 +60,7 @@ class Op:
     def build(self, vector: Mapping[str, Any]) -> nn.Module:
         """Build the op with the vector's arguments."""
         taken = {self.renames[key]: value for key, value in vector["kwargs"].items() if key in self.renames}
-        return create_op(self.name, **taken, **self.arguments)
+        return create_op(self.name, **{**self.arguments, **taken})
 
     def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
         """Return the one output in the vector's layout."""
@@ -155,6 +155,8 @@ NETS: dict[str, Net] = {
     **nets({f"nat__nat_{size}": f"nat_{size}" for size in ("mini", "tiny", "small", "base")}),
     "nat__nat_mini_seg": Net("nat_mini", {"norms": True}),
     "nat__nat_mini_seg_odd": Net("nat_mini", {"norms": True}),
+    # PATNet
+    **nets({f"patnet__{size}": f"patnet_{size}" for size in ("t0", "t1", "t2", "s", "m", "l")}),
     # PPMA
     "ppma__ppmavit_t": Net("ppma_tiny"),
     "ppma__ppmavit_s": Net("ppma_small"),
@@ -199,6 +201,20 @@ BILEVEL_ROUTING = Op(
     {"dim": "dim", "num_heads": "num_heads", "n_win": "n_win", "topk": "topk", "side_dwconv": "lepe_kernel"},
 )
 FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
+MSA_CONV = Op(
+    "msa_conv",
+    {
+        "input_channel": "dim",
+        "output_channel": "out_dim",
+        "kernel_size": "kernel",
+        "dilation": "dilation",
+        "stride": "stride",
+        "padding": "padding",
+        "bias": "bias",
+    },
+    {"num_heads": 1, "padding": 1},
+    layout="NCHW",
+)
 NEIGHBORHOOD = Op(
     "neighborhood",
     {
@@ -235,6 +251,9 @@ OPS: dict[str, Op] = {
     "natten__k8_s4_16x14": NEIGHBORHOOD,
     "ppma__ppma_chunk_op_28": replace(POLYLINE_PATH, arguments={"form": "chunk"}),
     "ppma__ppma_whole_op_14x10": replace(POLYLINE_PATH, arguments={"form": "whole"}),
+    "tic__op_k3": MSA_CONV,
+    "tic__op_k3_d2": MSA_CONV,
+    "tic__op_k5_s2": MSA_CONV,
     "vsa__vsa_op_14": VARIED_SIZE_WINDOW,
     "vsa__vsa_op_56": VARIED_SIZE_WINDOW,
     "vsa__vsa_op_pad_30": VARIED_SIZE_WINDOW,
