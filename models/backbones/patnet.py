@@ -83,6 +83,8 @@ class PATNet(HierarchicalBackbone):
         **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
+    map_norms = True
+    map_norm = nn.BatchNorm2d
     renames = (
         (r"^patch_embed\.proj\.", "stages.0.downsample.0."),
         (r"^patch_embed\.norm\.", "stages.0.downsample.1."),

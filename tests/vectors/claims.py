@@ -157,6 +157,7 @@ NETS: dict[str, Net] = {
     "nat__nat_mini_seg_odd": Net("nat_mini", {"norms": True}),
     # PATNet
     **nets({f"patnet__{size}": f"patnet_{size}" for size in ("t0", "t1", "t2", "s", "m", "l")}),
+    "patnet__t0_stages": Net("patnet_t0", {"norms": True}),
     # PPMA
     "ppma__ppmavit_t": Net("ppma_tiny"),
     "ppma__ppmavit_s": Net("ppma_small"),
