@@ -25,9 +25,7 @@ MULTIPLES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 192, 224, 256, 384
 
 # Names of the maps' norms in the authors' detection and segmentation checkpoints: norm0 to norm3, norm1 to norm4,
 # outnorm0 to outnorm3, extra_norms.0 to extra_norms.3, or norm0, norm2, norm4 and norm6.
-MAP_NORM = re.compile(
-    r"(?:extra_norms\.|outnorm|norm)(\d)\.(weight|bias|running_mean|running_var|num_batches_tracked)"
-)
+MAP_NORM = re.compile(r"(?:extra_norms\.|outnorm|norm)(\d)\.(weight|bias|running_mean|running_var|num_batches_tracked)")
 
 
 def create_backbone(model_cfg: Mapping, data_cfg: Mapping, in_chans: int, min_stride: int = 4) -> "DenseBackbone":
@@ -61,8 +59,8 @@ class DenseBackbone(nn.Module):
         name: Name of a net in timm's registry, which has our nets too.
         out_indices: Indices of the maps in the net's `feature_info`. By default the last map of each stride, at most
             four: those of the largest strides.
-        norms: Apply a LayerNorm, or the `map_norm` of the net's class, to each map. None does so if the detection and segmentation code of the net's paper
-            does (`map_norms` of the net's class).
+        norms: Apply a LayerNorm to each map, or the `map_norm` of the net's class. None does so if the detection and
+            segmentation code of the net's paper does (`map_norms` of the net's class).
         min_stride: Smallest stride, in pixels, of the default maps.
         kwargs: Arguments of the net. `img_size` is passed on only to nets that have this argument.
 

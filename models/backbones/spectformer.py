@@ -1,8 +1,9 @@
 """SpectFormer: Frequency and Attention is what you need in a Vision Transformer (Patro et al., arXiv:2304.06446).
 
 Spectral gating in the first blocks, attention in the others: plain nets (`spectformer_*`; the paper's vanilla ones) and
-pyramids (`spectformer_h_*`). Written after the paper and the authors' repository, badripatro/SpectFormers (no licence of
-its own). The authors' code builds the plain nets with 6 heads only; the number of heads of tiny and base is ours.
+pyramids (`spectformer_h_*`). Written after the paper and the authors' repository, badripatro/SpectFormers (no licence
+of its own). The authors' code has 6 heads in all plain nets, which do not divide the widths of tiny and base: 4 and 8
+heads are ours.
 """
 
 from collections.abc import Sequence

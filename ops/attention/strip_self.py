@@ -1,8 +1,8 @@
 """Strip self-attention of S2AFormer (Xu et al., arXiv:2505.22195).
 
-By the paper's abstract and summaries; there is no public code. Queries and keys of one channel are SCASeg's (the same
-first author, arXiv:2411.17061). Ours are the number of heads, the scale, the absence of a position bias, and the form of
-the reduction.
+By the paper's abstract and summaries; there is no public code. Queries and keys of one channel are those of SCASeg (the
+same first author, arXiv:2411.17061). The number of heads, the scale, the absence of a position bias and the form of the
+reduction are ours.
 """
 
 from torch import Tensor, nn
@@ -30,9 +30,7 @@ class StripSelfAttention(nn.Module):
         qk_dim: Number of channels of each head's queries and keys; default 1.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, *, place: Place = FIRST, ratio: int | None = None, qk_dim: int = 1
-    ):
+    def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, ratio: int | None = None, qk_dim: int = 1):
         super().__init__()
         ratio = RATIOS[min(place.stage, 3)] if ratio is None else ratio
         if min(ratio, qk_dim) < 1:

@@ -16,7 +16,9 @@ def test_is_window_attention_plus_a_convolution_of_each_tokens_neighbours(depthw
     window = create_op("window", 6, 2, place=place, window=4).double()
     window.load_state_dict(op.state_dict(), strict=False)
     x = torch.randn(1, 7, 9, 6, dtype=torch.float64)
-    weight = torch.diag_embed(op.local.weight[:, 0].permute(1, 2, 0)).permute(2, 3, 0, 1) if depthwise else op.local.weight
+    weight = op.local.weight
+    if depthwise:
+        weight = torch.diag_embed(weight[:, 0].permute(1, 2, 0)).permute(2, 3, 0, 1)
     local = torch.zeros_like(x)
     for i in range(7):
         for j in range(9):

@@ -66,5 +66,5 @@ def test_a_constant_map_stays_constant_at_any_size(size):
 def test_weights_for_their_own_size_are_unchanged():
     rows, joint = torch.randn(3, 4), torch.randn(2, 3, 4, 5)
     assert resize_weights(rows, 3, 4) is rows and resize_joint_weights(joint, (2, 3), (4, 5)) is joint
-    with pytest.raises(ValueError, match="ratio must be above 0 and at most 1, not 1.5"):
+    with pytest.raises(ValueError, match=r"ratio must be above 0 and at most 1, not 1\.5"):
         create_op("multi_scale_fusion", 8, 2, ratio=1.5)

@@ -11,7 +11,10 @@ from ops.attention.softmax_free import RIDGE
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)], ids=str)
 def test_landmarks_approximate_a_gaussian_kernel(size, normalized):
     torch.manual_seed(0)
-    op = create_op("softmax_free", 6, 2, ratio=2, conv=3, iterations=40, normalized=normalized).double()
+    op = create_op("softmax_free", 6, 2, ratio=2, conv=3, normalized=normalized).double()
+    # Landmarks that are far from each other, so that Newton's method converges
+    torch.nn.init.constant_(op.norm.weight, 4)
+    torch.nn.init.normal_(op.norm.bias, std=2)
     x = torch.randn(1, *size, 6, dtype=torch.float64)
     queries, values = op.q(x)[0] / 3**0.25, op.v(x)[0]
     out = torch.zeros_like(values)
@@ -33,7 +36,7 @@ def test_landmarks_approximate_a_gaussian_kernel(size, normalized):
         mixed = (outer @ inverse @ outer.T @ v.flatten(0, 1)).view_as(v)
         convolved = torch.nn.functional.conv2d(v.permute(2, 0, 1)[:, None], op.conv.weight[h : h + 1], padding=1)
         out[..., 3 * h : 3 * h + 3] = mixed + convolved[:, 0].permute(1, 2, 0)
-    assert torch.allclose(op(x)[0], op.proj(out), atol=1e-8)
+    assert torch.allclose(op(x)[0], op.proj(out), atol=1e-6)
 
 
 def test_ratio_and_convolution_follow_from_the_stage():
