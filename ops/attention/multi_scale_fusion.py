@@ -68,6 +68,15 @@ class MultiScaleFusion(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed"}
 
+    def resize_table(self, name: str, value: Tensor) -> Tensor:
+        """Interpolate a checkpoint's weights or positions to this op's `size`, for `load_weights`."""
+        shape = self.get_parameter(name).shape
+        if name == "pos_embed":
+            return interpolate(value, (shape[2], shape[3]))
+        if name == "weight":
+            return resize_joint_weights(value, (shape[0], shape[1]), (shape[2], shape[3]))
+        return resize_weights(value, shape[0], shape[1])
+
     def forward(self, x: Tensor) -> Tensor:
         local = self.local(x)
         return local + self.fuse(local, x)
