@@ -10,14 +10,15 @@ from typing import Any, cast
 import torch
 from timm.layers import LayerNorm2d, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from models import plain
+from models.backbone import run_block
 from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
 from models.layers.downsample import PatchConv2d
 from models.layers.position import fit_positions, grid_of, resize_positions
 from ops import create_ops, parse_mixers
+from ops.losses import Losses
 from ops.registry import Spec, take_extra
 
 
@@ -165,21 +166,21 @@ class PVT(HierarchicalBackbone):
         maps = super().forward_intermediates(x, *args, intermediates_only=True, **kwargs)
         return self.forward_features(x), maps
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
         """Return the last map (B, C, H, W), or with a class token all tokens (B, 1 + H * W, C)."""
         if self.cls_token is None:
-            return super().forward_features(x)
+            return super().forward_features(x, losses)
         *earlier, last = cast(list[Stage], list(self.stages))
         for stage in earlier:
-            x = stage(x)
+            x = stage(x, losses)
         embed = cast(PatchEmbed, last.downsample)
         x = embed(x)
         size = x.shape[2:]
         cls_token = (self.cls_token + embed.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x.flatten(2).transpose(1, 2)], dim=1)
-        for block in cast(list[Block], list(last.blocks)):
-            recompute = last.grad_checkpointing and torch.is_grad_enabled()
-            x = cast(Tensor, checkpoint(block.tokens, x, size)) if recompute else block.tokens(x, size)
+        recompute = last.grad_checkpointing and torch.is_grad_enabled()
+        for block, has_losses in zip(cast(list[Block], list(last.blocks)), last.have_losses, strict=True):
+            x = run_block(block.tokens, x, size, recompute=recompute, losses=losses if has_losses else None)
         return self.norm(x.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
 
 
