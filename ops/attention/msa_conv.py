@@ -23,8 +23,9 @@ class MSAConv(nn.Module):
         dilation: Distance between the tokens of a window; default 1. The convolution has none.
         dropout: Dropout rate of the attention's weights; default 0.
         out_dim: Number of channels of the output; by default `dim`.
-        stride: Stride of the convolution; default 1, which keeps the map's size.
-        padding: Padding of the convolution; by default kernel // 2. The authors' default is 1.
+        conv_stride: Stride of the convolution; default 1. Another stride changes the map's size.
+        conv_padding: Padding of the convolution; by default kernel // 2, which keeps the map's size. The authors' default
+            is 1.
         bias: Give the convolution a bias; default False.
     """
 
@@ -40,21 +41,21 @@ class MSAConv(nn.Module):
         dilation: int = 1,
         dropout: float = 0.0,
         out_dim: int | None = None,
-        stride: int = 1,
-        padding: int | None = None,
+        conv_stride: int = 1,
+        conv_padding: int | None = None,
         bias: bool = False,
     ):
         super().__init__()
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, not {kernel}")
-        padding = kernel // 2 if padding is None else padding
-        if min(dilation, stride) < 1 or padding < 0:
-            given = f"{dilation}, {stride} and {padding}"
-            raise ValueError(f"dilation and stride must be at least 1, and padding at least 0, not {given}")
+        padding = kernel // 2 if conv_padding is None else conv_padding
+        if min(dilation, conv_stride) < 1 or padding < 0:
+            given = f"{dilation}, {conv_stride} and {padding}"
+            raise ValueError(f"dilation and conv_stride must be at least 1, and conv_padding at least 0, not {given}")
         self.kernel, self.dilation = kernel, dilation
         self.qkv = nn.Linear(dim, 3 * dim)
         self.drop = nn.Dropout(dropout)
-        self.conv = nn.Conv2d(dim, dim if out_dim is None else out_dim, kernel, stride, padding, bias=bias)
+        self.conv = nn.Conv2d(dim, dim if out_dim is None else out_dim, kernel, conv_stride, padding, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).permute(0, 3, 1, 2).chunk(3, dim=1)
