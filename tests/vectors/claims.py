@@ -219,6 +219,11 @@ BILEVEL_ROUTING = Op(
     {"dim": "dim", "num_heads": "num_heads", "n_win": "n_win", "topk": "topk", "side_dwconv": "lepe_kernel"},
 )
 FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
+GROUPED_QUERY = Op(
+    "grouped_query",
+    {"dim": "dim", "num_heads": "num_heads", "num_kv_heads": "kv_heads", "qkv_bias": "qkv_bias"},
+    layout="tokens",
+)
 MSA_CONV = Op(
     "msa_conv",
     {
@@ -232,10 +237,6 @@ MSA_CONV = Op(
     },
     {"num_heads": 1, "conv_padding": 1},
     layout="NCHW",
-GROUPED_QUERY = Op(
-    "grouped_query",
-    {"dim": "dim", "num_heads": "num_heads", "num_kv_heads": "kv_heads", "qkv_bias": "qkv_bias"},
-    layout="tokens",
 )
 NEIGHBORHOOD = Op(
     "neighborhood",
