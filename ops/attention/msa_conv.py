@@ -24,8 +24,8 @@ class MSAConv(nn.Module):
         dropout: Dropout rate of the attention's weights; default 0.
         out_dim: Number of channels of the output; by default `dim`.
         conv_stride: Stride of the convolution; default 1. Another stride changes the map's size.
-        conv_padding: Padding of the convolution; by default kernel // 2, which keeps the map's size. The authors' default
-            is 1.
+        conv_padding: Padding of the convolution; by default kernel // 2, which keeps the map's size. The default of the
+            authors' code is 1.
         bias: Give the convolution a bias; default False.
     """
 
