@@ -23,6 +23,7 @@ from models.layers.pvt_v2 import RENAMES, Block, DepthwiseMlp, NormedStage, init
 from ops import create_ops, parse_mixers
 from ops.attention.spectral_gating import SpectralGating
 from ops.functional import merge_heads, split_heads
+from ops.losses import Losses
 from ops.registry import Spec
 
 
@@ -179,9 +180,11 @@ class SpectFormerH(HierarchicalBackbone):
         maps = super().forward_intermediates(x, *args, intermediates_only=True, **kwargs)
         return maps if intermediates_only else (self.forward_features(x), maps)
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
         """Return the final tokens (B, 1 + H * W, C), of which the first is the class token."""
-        x = self.stages(x).flatten(2).transpose(1, 2)
+        for stage in self.stages:
+            x = stage(x) if losses is None else stage(x, losses)
+        x = x.flatten(2).transpose(1, 2)
         if self.class_block is not None:
             token = self.class_block(torch.cat([x.mean(1, keepdim=True), x], dim=1))
             x = torch.cat([token, x], dim=1)
