@@ -22,7 +22,8 @@ def build(**kwargs):
 def test_window_attention_attends_to_a_weighted_sum_of_all_tokens(separable):
     op = build(size=(4, 6), separable=separable)
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
-    h, w = 3, 5  # ⌈4 / √2⌉ and ⌈6 / √2⌉
+    # ⌈4 / √2⌉ and ⌈6 / √2⌉
+    h, w = 3, 5
     reduced = []
     for i in range(h):
         for j in range(w):
