@@ -87,12 +87,11 @@ class Flowformer(HierarchicalBackbone):
         return super().no_weight_decay() | {"stages.0.downsample.pos_embed"}
 
 
+_STEM = {"first_conv": "stages.0.downsample.proj", "fixed_input_size": True}
 default_cfgs = generate_default_cfgs(
     {
-        "flowformer_nano": imagenet_cfg(
-            input_size=(3, 32, 32), pool_size=(2, 2), first_conv="stages.0.downsample.proj"
-        ),
-        "flowformer_base": imagenet_cfg(first_conv="stages.0.downsample.proj"),
+        "flowformer_nano": imagenet_cfg(input_size=(3, 32, 32), pool_size=(2, 2), **_STEM),
+        "flowformer_base": imagenet_cfg(**_STEM),
     }
 )
 

@@ -62,8 +62,8 @@ class MAFormer(swin.Swin):
 
 default_cfgs = generate_default_cfgs(
     {
-        "maformer_nano": imagenet_cfg(input_size=(3, 32, 32), pool_size=(2, 2)),
-        "maformer_tiny": imagenet_cfg(),
+        "maformer_nano": imagenet_cfg(input_size=(3, 32, 32), pool_size=(2, 2), fixed_input_size=True),
+        "maformer_tiny": imagenet_cfg(fixed_input_size=True),
     }
 )
 

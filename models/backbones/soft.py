@@ -95,7 +95,7 @@ class SOFT(pvt.PVT):
 
 def _cfg(share: str = "", name: str = "", **kwargs) -> Any:
     url = (f"https://drive.google.com/uc?id={share}", f"{name}.pth") if share else ""
-    return imagenet_cfg(url, first_conv="stages.0.downsample.proj.0", **kwargs)
+    return imagenet_cfg(url, first_conv="stages.0.downsample.proj.0", fixed_input_size=True, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(
