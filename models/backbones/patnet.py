@@ -6,11 +6,11 @@ checkpoints load. The layout is that of FasterNet (arXiv:2303.03667).
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -136,7 +136,7 @@ class PATNet(HierarchicalBackbone):
         return take
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if not self.global_pool.is_identity():
+        if not cast(SelectAdaptivePool2d, self.global_pool).is_identity():
             x = self.act(self.pre_head(self.global_pool(x)))
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)

@@ -8,7 +8,7 @@ load.
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import Mlp
+from timm.layers import GELUTanh, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ class PostNormBlock(nn.Module):
         super().__init__()
         self.mixer = mixer
         self.norm1 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, 4 * dim, act_layer=lambda: nn.GELU("tanh"))
+        self.mlp = Mlp(dim, 4 * dim, act_layer=GELUTanh)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 

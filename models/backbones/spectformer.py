@@ -63,8 +63,8 @@ class SpectFormer(plain.PlainBackbone):
         if mixers is None:
             gating = {"name": "spectral_gating", "size": grid_of(img_size, patch)}
             mixers = [[gating if i < spectral_blocks else "full" for i in range(depths[0])]]
-        arguments = {"class_token": False} | kwargs
-        super().__init__(img_size=img_size, patch=patch, depths=depths, mixers=mixers, **arguments)
+        kwargs = {"class_token": False} | kwargs
+        super().__init__(img_size=img_size, patch=patch, depths=depths, mixers=mixers, **kwargs)
 
 
 class ClassBlock(nn.Module):
@@ -165,8 +165,9 @@ class SpectFormerH(HierarchicalBackbone):
         super().reset_classifier(num_classes, global_pool)
         if num_classes and self.token_label:
             # A part of `head`, so that it goes where a classifier of another width goes.
-            self.head.aux = nn.Linear(self.num_features, num_classes).to(self.head.weight)
-            init_conv(self.head.aux)
+            head: Any = self.head
+            head.aux = nn.Linear(self.num_features, num_classes).to(head.weight)
+            init_conv(head.aux)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

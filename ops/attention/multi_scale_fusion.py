@@ -131,4 +131,5 @@ def resize_joint_weights(weight: Tensor, grid: tuple[int, int], size: tuple[int,
 
 def interpolate(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Interpolate (B, C, H, W) to `size`; a smaller size averages, so that no weight is passed over."""
-    return F.interpolate(*at_least_float32(x), size, mode="bilinear", antialias=True)
+    (x,) = at_least_float32(x)
+    return F.interpolate(x, size, mode="bilinear", antialias=True)
