@@ -84,6 +84,8 @@ agent_deit_{tiny,small} agent_pvt_{tiny,small,medium,large} agent_swin_{tiny,sma
 inline_deit_{tiny,small} inline_pvt_{tiny,small,medium,large} inline_swin_{tiny,small,base}
 inline_cswin_{tiny,small,base} gc_vit_{xxtiny,xtiny,tiny,tiny2,small,small2,base,large}
 focalnet_{tiny_iso,small_iso,base_iso}
+flowformer_{base} patnet_{t0,t1,t2,s,m,l} tic_{tiny} s2aformer_{tiny} coswin_{tiny} maformer_{tiny}
+spectformer_{tiny,xsmall,small,base} spectformer_h_{small,base,large}
 soft_{tiny,small,medium,large,huge} soft_norm_{tiny,small,medium,large,huge}
 astroformer_{0,1,2,3,4,5} kdgqa_{small,base,large}
 """

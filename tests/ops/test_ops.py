@@ -17,6 +17,8 @@ from ops.registry import _OPS
 from retinue.utils.arithmetic import ceil_div, round_up
 
 SIZES = ((1, 1), (3, 20), (7, 7), (13, 9), (16, 16))
+# Arguments that change the shape of an op's output
+OUTPUT_ARGUMENTS = ("out_dim", "conv_stride", "conv_padding")
 PLACES = (Place(0, 0, 2, 4), Place(1, 1, 2, 8), Place(3, 1, 2, 32))
 
 
@@ -175,7 +177,7 @@ def test_wrong_values_are_refused(spec, message):
 
 def test_negative_zero_and_even_numbers_are_refused_or_work(name):
     for argument, parameter in inspect.signature(_OPS[name]).parameters.items():
-        if parameter.annotation not in (int, int | None) or argument in ("dim", "num_heads", "out_dim"):
+        if parameter.annotation not in (int, int | None) or argument in ("dim", "num_heads", *OUTPUT_ARGUMENTS):
             continue
         for value in (-1, 0, 2):
             with contextlib.suppress(ValueError):

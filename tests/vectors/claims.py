@@ -63,7 +63,7 @@ class Op:
     def build(self, vector: Mapping[str, Any]) -> nn.Module:
         """Build the op with the vector's arguments."""
         taken = {self.renames[key]: value for key, value in vector["kwargs"].items() if key in self.renames}
-        return create_op(self.name, **taken, **self.arguments)
+        return create_op(self.name, **{**self.arguments, **taken})
 
     def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
         """Return the one output in the vector's layout."""
@@ -130,6 +130,8 @@ NETS: dict[str, Net] = {
     # FaViT
     **nets({f"favit__favit_b{i}": f"favit_b{i}" for i in range(4)}),
     "favit__favit_b1_stages": Net("favit_b1"),
+    # Flowformer
+    "flowformer__vision_19l": Net("flowformer_base"),
     # FocalNet
     **nets({f"focalnet__{size}_srf": f"focalnet_{size}_srf" for size in ("tiny", "small", "base")}),
     **nets({f"focalnet__{size}_lrf": f"focalnet_{size}_lrf" for size in ("tiny", "small", "base")}),
@@ -170,6 +172,9 @@ NETS: dict[str, Net] = {
     **nets({f"nat__nat_{size}": f"nat_{size}" for size in ("mini", "tiny", "small", "base")}),
     "nat__nat_mini_seg": Net("nat_mini", {"norms": True}),
     "nat__nat_mini_seg_odd": Net("nat_mini", {"norms": True}),
+    # PATNet
+    **nets({f"patnet__{size}": f"patnet_{size}" for size in ("t0", "t1", "t2", "s", "m", "l")}),
+    "patnet__t0_stages": Net("patnet_t0", {"norms": True}),
     # PPMA
     "ppma__ppmavit_t": Net("ppma_tiny"),
     "ppma__ppmavit_s": Net("ppma_small"),
@@ -180,6 +185,16 @@ NETS: dict[str, Net] = {
     "shvit__det_s4_stages": Net("shvit_s4"),
     # SOFT
     **nets({f"soft__soft_{size}": f"soft_{size}" for size in ("tiny", "norm_tiny", "small", "norm_small")}),
+    # SpectFormer
+    "spectformer__vanilla_t": Net("spectformer_tiny"),
+    "spectformer__vanilla_xs": Net("spectformer_xsmall"),
+    "spectformer__vanilla_s": Net("spectformer_small"),
+    "spectformer__vanilla_b": Net("spectformer_base"),
+    **nets({f"spectformer__h_{size[0]}": f"spectformer_h_{size}" for size in ("small", "base", "large")}),
+    **{
+        f"spectformer__h_{size[0]}_notl": Net(f"spectformer_h_{size}", {"token_label": False})
+        for size in ("small", "base", "large")
+    },
     # Swin and Swin V2
     **nets({f"swin__swin_{size}": f"swin_{size}" for size in ("tiny", "small", "base")}),
     "swin__swinv2_tiny_window8_256": Net("swinv2_tiny_window8_256"),
@@ -208,6 +223,20 @@ GROUPED_QUERY = Op(
     "grouped_query",
     {"dim": "dim", "num_heads": "num_heads", "num_kv_heads": "kv_heads", "qkv_bias": "qkv_bias"},
     layout="tokens",
+)
+MSA_CONV = Op(
+    "msa_conv",
+    {
+        "input_channel": "dim",
+        "output_channel": "out_dim",
+        "kernel_size": "kernel",
+        "dilation": "dilation",
+        "stride": "conv_stride",
+        "padding": "conv_padding",
+        "bias": "bias",
+    },
+    {"num_heads": 1, "conv_padding": 1},
+    layout="NCHW",
 )
 NEIGHBORHOOD = Op(
     "neighborhood",
@@ -247,6 +276,9 @@ OPS: dict[str, Op] = {
     "natten__k8_s4_16x14": NEIGHBORHOOD,
     "ppma__ppma_chunk_op_28": replace(POLYLINE_PATH, arguments={"form": "chunk"}),
     "ppma__ppma_whole_op_14x10": replace(POLYLINE_PATH, arguments={"form": "whole"}),
+    "tic__op_k3": MSA_CONV,
+    "tic__op_k3_d2": MSA_CONV,
+    "tic__op_k5_s2": MSA_CONV,
     "vsa__vsa_op_14": VARIED_SIZE_WINDOW,
     "vsa__vsa_op_56": VARIED_SIZE_WINDOW,
     "vsa__vsa_op_pad_30": VARIED_SIZE_WINDOW,
