@@ -39,11 +39,7 @@ dilation_y * dilation_x * num_heads programs; a program holds one tile for one h
 import triton
 import triton.language as tl
 
-from ops.kernels.rows import LOG2E, load_rows, store_rows
-
-# Initial maximum of the scores: below any score, but finite. A query may attend to no key of a streamed tile. With a
-# maximum of -inf, the difference between its masked scores and the maximum would be NaN.
-LOWEST_SCORE = tl.constexpr(-1e30)
+from ops.kernels.rows import LOG2E, LOWEST_SCORE, load_rows, store_rows
 
 
 @triton.jit

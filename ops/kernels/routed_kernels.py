@@ -44,7 +44,7 @@ def _program_indices(tiles_per_window, num_heads, windows_per_image):
 
 
 @triton.jit
-def _rows_in_map(window, token, grid_w, window_h, window_w):
+def rows_in_map(window, token, grid_w, window_h, window_w):
     """Return the row-major index in the map, y * W + x, of tokens that are numbered row by row inside their windows."""
     y = window // grid_w * window_h + token // window_w
     x = window % grid_w * window_w + token % window_w
@@ -64,7 +64,7 @@ def forward(
 
     query = tile * RESIDENT + tl.arange(0, RESIDENT)
     query_valid = query < tokens
-    query_row = _rows_in_map(window, query, grid_w, window_h, window_w)
+    query_row = rows_in_map(window, query, grid_w, window_h, window_w)
     q = load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D)
     routes = index + (image * windows_per_image + window) * topk
 
@@ -76,7 +76,7 @@ def forward(
         j = first + tl.arange(0, STREAMED)
         key_valid = j < topk * tokens
         key_window = tl.load(routes + j // tokens, mask=key_valid, other=0).to(tl.int32)
-        key_row = _rows_in_map(key_window, j % tokens, grid_w, window_h, window_w)
+        key_row = rows_in_map(key_window, j % tokens, grid_w, window_h, window_w)
         k = load_rows(qkv_base + C, key_row, 3 * C, key_valid, D, PADDED_D)
         v = load_rows(qkv_base + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
@@ -144,7 +144,7 @@ def backward_queries(
 
     query = tile * RESIDENT + tl.arange(0, RESIDENT)
     query_valid = query < tokens
-    query_row = _rows_in_map(window, query, grid_w, window_h, window_w)
+    query_row = rows_in_map(window, query, grid_w, window_h, window_w)
     q = load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D)
     do = load_rows(dout + out_offset, query_row, C, query_valid, D, PADDED_D)
     o = load_rows(out + out_offset, query_row, C, query_valid, D, PADDED_D)
@@ -160,7 +160,7 @@ def backward_queries(
         j = first + tl.arange(0, STREAMED)
         key_valid = j < topk * tokens
         key_window = tl.load(routes + j // tokens, mask=key_valid, other=0).to(tl.int32)
-        key_row = _rows_in_map(key_window, j % tokens, grid_w, window_h, window_w)
+        key_row = rows_in_map(key_window, j % tokens, grid_w, window_h, window_w)
         k = load_rows(qkv_base + C, key_row, 3 * C, key_valid, D, PADDED_D)
         v = load_rows(qkv_base + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
@@ -188,7 +188,7 @@ def backward_keys(
 
     key = tile * RESIDENT + tl.arange(0, RESIDENT)
     key_valid = key < tokens
-    key_row = _rows_in_map(window, key, grid_w, window_h, window_w)
+    key_row = rows_in_map(window, key, grid_w, window_h, window_w)
     k = load_rows(qkv_base + C, key_row, 3 * C, key_valid, D, PADDED_D)
     v = load_rows(qkv_base + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
 
@@ -200,7 +200,7 @@ def backward_keys(
         i = first + tl.arange(0, STREAMED)
         query_valid = i < num_queries
         query_window = tl.load(choosers + batch_window * windows_per_image + i // tokens, mask=query_valid, other=0)
-        query_row = _rows_in_map(query_window, i % tokens, grid_w, window_h, window_w)
+        query_row = rows_in_map(query_window, i % tokens, grid_w, window_h, window_w)
         q = load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D)
         do = load_rows(dout_base, query_row, C, query_valid, D, PADDED_D)
         statistic = ((image * windows_per_image + query_window) * num_heads + head) * tokens + i % tokens

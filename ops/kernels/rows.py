@@ -6,6 +6,10 @@ import triton.language as tl
 # Softmax is computed to base 2, exp(x) = exp2(x * LOG2E), because GPUs have an instruction for exp2 but not for exp.
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# Initial maximum of the scores where a query may attend to no key of a streamed tile: below any score, but finite. With
+# a maximum of -inf, the difference between masked scores and the maximum would be NaN.
+LOWEST_SCORE = tl.constexpr(-1e30)
+
 
 @triton.jit
 def load_rows(base, row, stride, valid, D: tl.constexpr, PADDED_D: tl.constexpr):

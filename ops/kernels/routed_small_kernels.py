@@ -1,0 +1,238 @@
+"""Triton kernels of routed attention for small windows, which `ops.kernels.routed_attention` launches.
+
+A tile of a single small window would be mostly padding. Here a tile holds consecutive tokens of the map, counted window
+by window, so it spans several windows. The windows that a window chose are the bits of a 64-bit word, so a map has at
+most 64 windows. Every program looks at all tiles of the map, skips those that hold none of the chosen windows, and
+masks the other pairs of a query and a key by the words.
+
+The grid of each kernel has one dimension with B * num_heads * tiles programs. Arguments of the kernels, for B maps of
+H x W tokens in P windows each, with C = num_heads * D channels:
+
+    qkv, dqkv                    (B, H, W, 3C), contiguous: queries, keys and values of each token, and their gradients
+    index                        (B, P, topk), contiguous: the windows that each window chose
+    out, dout                    (B, H, W, C), contiguous: the output and its gradient
+    lse                          (B, P, num_heads, window_h * window_w), float32: logarithm to base 2 of the softmax's
+                                 denominator of each query
+    delta                        shaped like lse: sum over channels of out * dout for each query
+    scale                        factor on the scores; TorchInductor passes a float64, which each kernel casts to float32
+    tiles                        number of resident tiles that cover a map
+    windows_per_image            P
+    topk, num_heads              number of windows that each window chooses, number of heads
+    grid_w                       number of windows along W
+    window_h, window_w           number of tokens of a window along H and along W
+    D, PADDED_D                  number of channels per head, and this number after padding for `tl.arange` and `tl.dot`
+    ROUTES                       topk after padding for `tl.arange`
+    RESIDENT, STREAMED           number of tokens that a program holds, and that it loads per iteration of its loop
+    PRECISION                    `input_precision` of `tl.dot`
+"""
+
+import triton
+import triton.language as tl
+
+from ops.kernels.routed_kernels import rows_in_map
+from ops.kernels.rows import LOG2E, LOWEST_SCORE, load_rows, store_rows
+
+# Number of bits of a word, the maximum number of windows of a map.
+WORD_BITS = tl.constexpr(64)
+
+
+@triton.jit
+def _program_indices(tiles, num_heads):
+    """Return image, head and tile of this program."""
+    program = tl.program_id(0)
+    return (program // (tiles * num_heads)).to(tl.int64), program // tiles % num_heads, program % tiles
+
+
+@triton.jit
+def _tile_tokens(first, windows_per_image, num_heads, grid_w, window_h, window_w, SIZE: tl.constexpr):
+    """Return window, row in the map, offset in the statistics of head 0, and validity of SIZE tokens from `first` on."""
+    token = first + tl.arange(0, SIZE)
+    tokens = window_h * window_w
+    window = token // tokens
+    row = rows_in_map(window, token % tokens, grid_w, window_h, window_w)
+    return window, row, window * num_heads * tokens + token % tokens, token < windows_per_image * tokens
+
+
+@triton.jit
+def _bits(window, valid):
+    """Return words with the bit of each window; 0 where `valid` is false."""
+    return tl.where(valid, tl.full(window.shape, 1, tl.int64) << (window % WORD_BITS).to(tl.int64), 0)
+
+
+@triton.jit
+def _chosen_words(routes, window, valid, topk, ROUTES: tl.constexpr):
+    """Return the word of the windows that each window chose; 0 where `valid` is false.
+
+    Args:
+        routes: pointer to the routes of the image, (P, topk).
+        window: (rows,) windows.
+        valid: (rows,) False for rows that are not read.
+        topk: number of windows that each window chooses.
+        ROUTES: topk after padding.
+    """
+    route = tl.arange(0, ROUTES)
+    mask = valid[:, None] & (route < topk)[None, :]
+    chosen = tl.load(routes + window[:, None] * topk + route[None, :], mask=mask, other=0)
+    return tl.sum(_bits(chosen, mask), 1)
+
+
+@triton.jit
+def _choosers_words(routes, window, valid, windows_per_image, topk, ROUTES: tl.constexpr):
+    """Return the word of the windows that chose each window; 0 where `valid` is false. Arguments as `_chosen_words`."""
+    chooser = tl.arange(0, WORD_BITS)
+    chosen = _chosen_words(routes, chooser, chooser < windows_per_image, topk, ROUTES)
+    chose = (chosen[None, :] & _bits(window, valid)[:, None]) != 0
+    return tl.sum(_bits(tl.broadcast_to(chooser[None, :], chose.shape), chose), 1)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _any_in_tile(word, first, windows_per_image, tokens, SIZE: tl.constexpr):
+    """Tell whether the word has the bit of any window with a token among the SIZE tokens from `first` on."""
+    first_window = first // tokens
+    last_window = tl.minimum((first + SIZE - 1) // tokens, windows_per_image - 1)
+    return (word & (((tl.cast(2, tl.int64) << (last_window - first_window)) - 1) << first_window)) != 0
+
+
+@triton.jit
+def small_forward(
+    qkv, index, out, lse, scale, tiles, windows_per_image, topk, num_heads, grid_w, window_h, window_w,
+    D: tl.constexpr, PADDED_D: tl.constexpr, ROUTES: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute `out` and `lse` of a tile of queries; see the module's docstring for the arguments."""
+    scale = tl.cast(scale, tl.float32)
+    image, head, tile = _program_indices(tiles, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
+    tokens, C = window_h * window_w, num_heads * D
+    first_token = image * windows_per_image * tokens
+    qkv_base = qkv + first_token * 3 * C + head * D
+
+    query_window, query_row, statistic, query_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
+        tile * RESIDENT, windows_per_image, num_heads, grid_w, window_h, window_w, RESIDENT
+    )
+    q = load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D)
+    chosen = _chosen_words(index + image * windows_per_image * topk, query_window, query_valid, topk, ROUTES)
+    chosen_by_any = tl.reduce(chosen, 0, _either)
+
+    running_max = tl.full((RESIDENT,), LOWEST_SCORE, tl.float32)
+    denominator = tl.zeros((RESIDENT,), tl.float32)
+    acc = tl.zeros((RESIDENT, PADDED_D), tl.float32)
+    for first in range(0, windows_per_image * tokens, STREAMED):
+        if _any_in_tile(chosen_by_any, first, windows_per_image, tokens, STREAMED):
+            key_window, key_row, _, key_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
+                first, windows_per_image, num_heads, grid_w, window_h, window_w, STREAMED
+            )
+            k = load_rows(qkv_base + C, key_row, 3 * C, key_valid, D, PADDED_D)
+            v = load_rows(qkv_base + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
+            attends = (chosen[:, None] & _bits(key_window, key_valid)[None, :]) != 0
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+            scores = tl.where(attends, scores, float("-inf"))
+            new_max = tl.maximum(running_max, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_max[:, None])
+            rescale = tl.exp2(running_max - new_max)
+            denominator = denominator * rescale + tl.sum(weights, 1)
+            acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+            running_max = new_max
+
+    store_rows(out + first_token * C + head * D, query_row, C, query_valid, acc / denominator[:, None], D, PADDED_D)
+    lse += first_token * num_heads + head * tokens
+    tl.store(lse + statistic, running_max + tl.log2(denominator), mask=query_valid)
+
+
+@triton.jit
+def small_backward_queries(
+    qkv, index, out, dout, lse, delta, dqkv,
+    scale, tiles, windows_per_image, topk, num_heads, grid_w, window_h, window_w,
+    D: tl.constexpr, PADDED_D: tl.constexpr, ROUTES: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute `delta` and the queries' part of `dqkv` of a tile of queries, with the loop of `small_forward`."""
+    scale = tl.cast(scale, tl.float32)
+    image, head, tile = _program_indices(tiles, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
+    tokens, C = window_h * window_w, num_heads * D
+    first_token = image * windows_per_image * tokens
+    qkv_base = qkv + first_token * 3 * C + head * D
+    out_offset, statistics = first_token * C + head * D, first_token * num_heads + head * tokens
+
+    query_window, query_row, statistic, query_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
+        tile * RESIDENT, windows_per_image, num_heads, grid_w, window_h, window_w, RESIDENT
+    )
+    q = load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D)
+    do = load_rows(dout + out_offset, query_row, C, query_valid, D, PADDED_D)
+    o = load_rows(out + out_offset, query_row, C, query_valid, D, PADDED_D)
+    query_lse = tl.load(lse + statistics + statistic, mask=query_valid, other=0.0)
+    query_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta + statistics + statistic, query_delta, mask=query_valid)
+    chosen = _chosen_words(index + image * windows_per_image * topk, query_window, query_valid, topk, ROUTES)
+    chosen_by_any = tl.reduce(chosen, 0, _either)
+
+    dq = tl.zeros((RESIDENT, PADDED_D), tl.float32)
+    for first in range(0, windows_per_image * tokens, STREAMED):
+        if _any_in_tile(chosen_by_any, first, windows_per_image, tokens, STREAMED):
+            key_window, key_row, _, key_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
+                first, windows_per_image, num_heads, grid_w, window_h, window_w, STREAMED
+            )
+            k = load_rows(qkv_base + C, key_row, 3 * C, key_valid, D, PADDED_D)
+            v = load_rows(qkv_base + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
+            attends = (chosen[:, None] & _bits(key_window, key_valid)[None, :]) != 0
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+            weights = tl.where(attends, tl.exp2(scores - query_lse[:, None]), 0.0)
+            dscores = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - query_delta[:, None])
+            dq += tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION)
+
+    dqkv_base = dqkv + first_token * 3 * C + head * D
+    store_rows(dqkv_base, query_row, 3 * C, query_valid, dq * scale, D, PADDED_D)
+
+
+@triton.jit
+def small_backward_keys(
+    qkv, index, dout, lse, delta, dqkv,
+    scale, tiles, windows_per_image, topk, num_heads, grid_w, window_h, window_w,
+    D: tl.constexpr, PADDED_D: tl.constexpr, ROUTES: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute the keys' and the values' parts of `dqkv` of a tile of keys; they are 0 for a window that none chose.
+
+    The kernel reads `delta`, which `small_backward_queries` has written.
+    """
+    scale = tl.cast(scale, tl.float32)
+    image, head, tile = _program_indices(tiles, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
+    tokens, C = window_h * window_w, num_heads * D
+    first_token = image * windows_per_image * tokens
+    qkv_base = qkv + first_token * 3 * C + head * D
+    dout_base, statistics = dout + first_token * C + head * D, first_token * num_heads + head * tokens
+
+    key_window, key_row, _, key_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
+        tile * RESIDENT, windows_per_image, num_heads, grid_w, window_h, window_w, RESIDENT
+    )
+    k = load_rows(qkv_base + C, key_row, 3 * C, key_valid, D, PADDED_D)
+    v = load_rows(qkv_base + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
+    routes = index + image * windows_per_image * topk
+    choosers = _choosers_words(routes, key_window, key_valid, windows_per_image, topk, ROUTES)
+    choosers_of_any = tl.reduce(choosers, 0, _either)
+
+    dk = tl.zeros((RESIDENT, PADDED_D), tl.float32)
+    dv = tl.zeros((RESIDENT, PADDED_D), tl.float32)
+    for first in range(0, windows_per_image * tokens, STREAMED):
+        if _any_in_tile(choosers_of_any, first, windows_per_image, tokens, STREAMED):
+            query_window, query_row, statistic, query_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
+                first, windows_per_image, num_heads, grid_w, window_h, window_w, STREAMED
+            )
+            q = load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D)
+            do = load_rows(dout_base, query_row, C, query_valid, D, PADDED_D)
+            query_lse = tl.load(lse + statistics + statistic, mask=query_valid, other=0.0)
+            query_delta = tl.load(delta + statistics + statistic, mask=query_valid, other=0.0)
+            attends = (choosers[:, None] & _bits(query_window, query_valid)[None, :]) != 0
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+            weights = tl.where(attends, tl.exp2(scores - query_lse[None, :]), 0.0)
+            dv += tl.dot(weights.to(do.dtype), do, input_precision=PRECISION)
+            dscores = weights * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - query_delta[None, :])
+            dk += tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION)
+
+    dqkv_base = dqkv + first_token * 3 * C + head * D
+    store_rows(dqkv_base + C, key_row, 3 * C, key_valid, dk * scale, D, PADDED_D)
+    store_rows(dqkv_base + 2 * C, key_row, 3 * C, key_valid, dv, D, PADDED_D)
