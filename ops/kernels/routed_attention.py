@@ -38,7 +38,7 @@ from ops.kernels.launch import (
     wrap_triton,
 )
 from ops.kernels.routed_kernels import backward_keys, backward_queries, forward
-from ops.kernels.routed_small_kernels import WORD_BITS, small_backward_keys, small_backward_queries, small_forward
+from ops.kernels.routed_small_kernels import MAX_WINDOWS, small_backward_keys, small_backward_queries, small_forward
 from retinue.utils.arithmetic import ceil_div
 
 # Names of the kernels in `TUNED`.
@@ -51,6 +51,9 @@ SMALL_BACKWARD_KEYS = "routed_attention.small_backward_keys"
 
 # A window of fewer tokens does not fill the smallest tile.
 SMALL_WINDOW = 16
+
+# Maximum number of small windows that a program loads per iteration of its loop: they are the bits of an int32.
+MAX_STREAMED_WINDOWS = 32
 
 
 def configs(tokens: int) -> list[TileConfig]:
@@ -83,7 +86,7 @@ def _default_tile_config(kernel: str, x: Tensor, padded_head_dim: int, tokens: i
 
 def _small(qkv: Tensor, windows_per_image: int) -> bool:
     """Tell whether windows are so small and so few that the kernels of `ops.kernels.routed_small_kernels` run."""
-    return qkv.shape[1] * qkv.shape[2] < SMALL_WINDOW * windows_per_image <= SMALL_WINDOW * WORD_BITS.value
+    return qkv.shape[1] * qkv.shape[2] < SMALL_WINDOW * windows_per_image <= SMALL_WINDOW * MAX_WINDOWS.value
 
 
 def _small_launch_arguments(
@@ -92,25 +95,29 @@ def _small_launch_arguments(
     """Return the number of programs of a kernel for small windows, and its arguments for sizes and tiles."""
     (B, windows_per_image, topk), (H, W, channels) = index.shape, qkv.shape[1:]
     D = channels // (3 * num_heads)
+    tokens = H * W // windows_per_image
     single_precision = qkv.dtype == torch.float32
     resident = padded(H * W, 32 if single_precision else 64)
-    streamed = padded(H * W, 16 if single_precision and D > 32 else 32)
+    streamed = padded(min(H * W, MAX_STREAMED_WINDOWS * tokens), 32 if single_precision else 64)
     default = TileConfig(resident, streamed, num_warps=4, num_stages=1)
-    config = tile_config(kernel, qkv, padded(D), H * W // windows_per_image, default)
-    tiles = ceil_div(H * W, config.resident)
+    config = tile_config(kernel, qkv, padded(D), tokens, default)
+    resident_windows = config.resident // tokens
+    tiles = ceil_div(windows_per_image, resident_windows)
     arguments: dict[str, Any] = {
         "tiles": tiles,
         "windows_per_image": windows_per_image,
         "topk": topk,
         "num_heads": num_heads,
-        "grid_w": grid[1],
-        "window_h": H // grid[0],
-        "window_w": W // grid[1],
+        "GRID_W": grid[1],
+        "WINDOW_H": H // grid[0],
+        "WINDOW_W": W // grid[1],
         "D": D,
         "PADDED_D": padded(D),
-        "ROUTES": padded(topk),
         "RESIDENT": config.resident,
         "STREAMED": config.streamed,
+        "RESIDENT_WINDOWS": resident_windows,
+        "STREAMED_WINDOWS": min(config.streamed // tokens, MAX_STREAMED_WINDOWS),
+        "ROUTES": padded(topk),
         "PRECISION": dot_precision(),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -208,12 +215,13 @@ def routed_attention_backward(
     dqkv, delta = _empty_dqkv(qkv), torch.empty_like(lse)
     B, windows_per_image, _ = index.shape
     if _small(qkv, windows_per_image):
+        choosers = torch.empty(B, windows_per_image, dtype=torch.uint64, device=index.device)
         num_programs, arguments = _small_launch_arguments(SMALL_BACKWARD_QUERIES, qkv, index, grid, num_heads)
         wrap_triton(small_backward_queries)[(num_programs,)](
-            qkv, index, out, dout, lse, delta, dqkv, scale, **arguments
+            qkv, index, out, dout, lse, delta, dqkv, choosers, scale, **arguments
         )
         num_programs, arguments = _small_launch_arguments(SMALL_BACKWARD_KEYS, qkv, index, grid, num_heads)
-        wrap_triton(small_backward_keys)[(num_programs,)](qkv, index, dout, lse, delta, dqkv, scale, **arguments)
+        wrap_triton(small_backward_keys)[(num_programs,)](qkv, dout, lse, delta, dqkv, choosers, scale, **arguments)
         return dqkv
 
     choosers = torch.empty(B, windows_per_image, windows_per_image, dtype=torch.int32, device=index.device)

@@ -1,9 +1,9 @@
 """Triton kernels of routed attention for small windows, which `ops.kernels.routed_attention` launches.
 
-A tile of a single small window would be mostly padding. Here a tile holds consecutive tokens of the map, counted window
-by window, so it spans several windows. The windows that a window chose are the bits of a 64-bit word, so a map has at
-most 64 windows. Every program looks at all tiles of the map, skips those that hold none of the chosen windows, and
-masks the other pairs of a query and a key by the words.
+A tile of a single small window would be mostly padding. Here a tile holds several consecutive windows of the map. The
+windows that a window chose are the bits of a word of 64 bits, so a map has at most 64 windows. Every program looks at
+all tiles of the map, skips those that hold none of the chosen windows, and masks the other pairs of a query and a key
+by the words.
 
 The grid of each kernel has one dimension with B * num_heads * tiles programs. Arguments of the kernels, for B maps of
 H x W tokens in P windows each, with C = num_heads * D channels:
@@ -11,19 +11,24 @@ H x W tokens in P windows each, with C = num_heads * D channels:
     qkv, dqkv                    (B, H, W, 3C), contiguous: queries, keys and values of each token, and their gradients
     index                        (B, P, topk), contiguous: the windows that each window chose
     out, dout                    (B, H, W, C), contiguous: the output and its gradient
-    lse                          (B, P, num_heads, window_h * window_w), float32: logarithm to base 2 of the softmax's
+    lse                          (B, P, num_heads, WINDOW_H * WINDOW_W), float32: logarithm to base 2 of the softmax's
                                  denominator of each query
     delta                        shaped like lse: sum over channels of out * dout for each query
+    choosers                     (B, P), uint64: word of the windows that chose each window
     scale                        factor on the scores; TorchInductor passes a float64, which each kernel casts to float32
     tiles                        number of resident tiles that cover a map
     windows_per_image            P
     topk, num_heads              number of windows that each window chooses, number of heads
-    grid_w                       number of windows along W
-    window_h, window_w           number of tokens of a window along H and along W
+    GRID_W                       number of windows along W
+    WINDOW_H, WINDOW_W           number of tokens of a window along H and along W
     D, PADDED_D                  number of channels per head, and this number after padding for `tl.arange` and `tl.dot`
-    ROUTES                       topk after padding for `tl.arange`
     RESIDENT, STREAMED           number of tokens that a program holds, and that it loads per iteration of its loop
+    RESIDENT_WINDOWS             number of windows that a program holds
+    STREAMED_WINDOWS             number of windows that a program loads per iteration of its loop, at most 32
+    ROUTES                       topk after padding for `tl.arange`
     PRECISION                    `input_precision` of `tl.dot`
+
+The sizes of windows are compile-time constants, since divisions by other numbers would take longer than the products.
 """
 
 import triton
@@ -32,8 +37,11 @@ import triton.language as tl
 from ops.kernels.routed_kernels import rows_in_map
 from ops.kernels.rows import LOG2E, LOWEST_SCORE, load_rows, store_rows
 
-# Number of bits of a word, the maximum number of windows of a map.
-WORD_BITS = tl.constexpr(64)
+# Maximum number of windows of a map: a window is a bit of a word.
+MAX_WINDOWS = tl.constexpr(64)
+
+# `_record_choosers` searches the routes of CHOOSERS_BLOCK windows at a time.
+CHOOSERS_BLOCK = tl.constexpr(16)
 
 
 @triton.jit
@@ -44,19 +52,33 @@ def _program_indices(tiles, num_heads):
 
 
 @triton.jit
-def _tile_tokens(first, windows_per_image, num_heads, grid_w, window_h, window_w, SIZE: tl.constexpr):
-    """Return window, row in the map, offset in the statistics of head 0, and validity of SIZE tokens from `first` on."""
-    token = first + tl.arange(0, SIZE)
-    tokens = window_h * window_w
-    window = token // tokens
-    row = rows_in_map(window, token % tokens, grid_w, window_h, window_w)
-    return window, row, window * num_heads * tokens + token % tokens, token < windows_per_image * tokens
+def _tile_tokens(
+    first_window, windows_per_image, num_heads,
+    GRID_W: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, WINDOWS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Describe the tokens of a tile with WINDOWS windows, which is padded to SIZE tokens.
+
+    Returns:
+        Window, row in the map, offset from the statistic of the image's first token, and validity of each token.
+    """
+    number, tokens = tl.arange(0, SIZE), WINDOW_H * WINDOW_W
+    window = first_window + number // tokens
+    row = rows_in_map(window, number % tokens, GRID_W, WINDOW_H, WINDOW_W)
+    statistic = window * num_heads * tokens + number % tokens
+    return window, row, statistic, (number < WINDOWS * tokens) & (window < windows_per_image)
+
+
+@triton.jit
+def _tile_bits(TOKENS: tl.constexpr, WINDOWS: tl.constexpr, SIZE: tl.constexpr):
+    """Return the bit of each token's window in a tile with WINDOWS windows, counted from its first window: int32."""
+    number = tl.arange(0, SIZE)
+    return tl.where(number < WINDOWS * TOKENS, 1 << (number // TOKENS), 0)
 
 
 @triton.jit
 def _bits(window, valid):
-    """Return words with the bit of each window; 0 where `valid` is false."""
-    return tl.where(valid, tl.full(window.shape, 1, tl.int64) << (window % WORD_BITS).to(tl.int64), 0)
+    """Return the bit of each window in a word, uint64; 0 where `valid` is false."""
+    return tl.where(valid, tl.full(window.shape, 1, tl.uint64) << window.to(tl.uint64), 0)
 
 
 @triton.jit
@@ -77,12 +99,16 @@ def _chosen_words(routes, window, valid, topk, ROUTES: tl.constexpr):
 
 
 @triton.jit
-def _choosers_words(routes, window, valid, windows_per_image, topk, ROUTES: tl.constexpr):
-    """Return the word of the windows that chose each window; 0 where `valid` is false. Arguments as `_chosen_words`."""
-    chooser = tl.arange(0, WORD_BITS)
-    chosen = _chosen_words(routes, chooser, chooser < windows_per_image, topk, ROUTES)
-    chose = (chosen[None, :] & _bits(window, valid)[:, None]) != 0
-    return tl.sum(_bits(tl.broadcast_to(chooser[None, :], chose.shape), chose), 1)
+def _record_choosers(routes, choosers, windows_per_image, topk, ROUTES: tl.constexpr):
+    """Store the words of an image in `choosers`, (P,); `routes` is as in `_chosen_words`."""
+    window = tl.arange(0, MAX_WINDOWS)
+    words = tl.zeros((MAX_WINDOWS,), tl.uint64)
+    for first in range(0, windows_per_image, CHOOSERS_BLOCK):
+        chooser = first + tl.arange(0, CHOOSERS_BLOCK)
+        chosen = _chosen_words(routes, chooser, chooser < windows_per_image, topk, ROUTES)
+        chose = (chosen[None, :] >> window[:, None].to(tl.uint64)) & 1
+        words += tl.sum(chose << chooser[None, :].to(tl.uint64), 1)
+    tl.store(choosers + window, words, mask=window < windows_per_image)
 
 
 @triton.jit
@@ -91,44 +117,44 @@ def _either(a, b):
 
 
 @triton.jit
-def _any_in_tile(word, first, windows_per_image, tokens, SIZE: tl.constexpr):
-    """Tell whether the word has the bit of any window with a token among the SIZE tokens from `first` on."""
-    first_window = first // tokens
-    last_window = tl.minimum((first + SIZE - 1) // tokens, windows_per_image - 1)
-    return (word & (((tl.cast(2, tl.int64) << (last_window - first_window)) - 1) << first_window)) != 0
+def _in_tile(word, first_window, WINDOWS: tl.constexpr):
+    """Tell whether a word has the bit of any window of the tile with WINDOWS windows."""
+    return ((word >> tl.cast(first_window, tl.uint64)) & ((1 << WINDOWS) - 1)) != 0
 
 
 @triton.jit
 def small_forward(
-    qkv, index, out, lse, scale, tiles, windows_per_image, topk, num_heads, grid_w, window_h, window_w,
-    D: tl.constexpr, PADDED_D: tl.constexpr, ROUTES: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    qkv, index, out, lse, scale, tiles, windows_per_image, topk, num_heads,
+    GRID_W: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
+    RESIDENT: tl.constexpr, STREAMED: tl.constexpr, RESIDENT_WINDOWS: tl.constexpr, STREAMED_WINDOWS: tl.constexpr,
+    ROUTES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute `out` and `lse` of a tile of queries; see the module's docstring for the arguments."""
     scale = tl.cast(scale, tl.float32)
     image, head, tile = _program_indices(tiles, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
-    tokens, C = window_h * window_w, num_heads * D
+    tokens, C = WINDOW_H * WINDOW_W, num_heads * D
     first_token = image * windows_per_image * tokens
     qkv_base = qkv + first_token * 3 * C + head * D
 
     query_window, query_row, statistic, query_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
-        tile * RESIDENT, windows_per_image, num_heads, grid_w, window_h, window_w, RESIDENT
+        tile * RESIDENT_WINDOWS, windows_per_image, num_heads, GRID_W, WINDOW_H, WINDOW_W, RESIDENT_WINDOWS, RESIDENT
     )
     q = load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D)
     chosen = _chosen_words(index + image * windows_per_image * topk, query_window, query_valid, topk, ROUTES)
     chosen_by_any = tl.reduce(chosen, 0, _either)
+    key_bits = _tile_bits(tokens, STREAMED_WINDOWS, STREAMED)
 
     running_max = tl.full((RESIDENT,), LOWEST_SCORE, tl.float32)
     denominator = tl.zeros((RESIDENT,), tl.float32)
     acc = tl.zeros((RESIDENT, PADDED_D), tl.float32)
-    for first in range(0, windows_per_image * tokens, STREAMED):
-        if _any_in_tile(chosen_by_any, first, windows_per_image, tokens, STREAMED):
-            key_window, key_row, _, key_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
-                first, windows_per_image, num_heads, grid_w, window_h, window_w, STREAMED
+    for first in range(0, windows_per_image, STREAMED_WINDOWS):
+        if _in_tile(chosen_by_any, first, STREAMED_WINDOWS):
+            _, key_row, _, key_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
+                first, windows_per_image, num_heads, GRID_W, WINDOW_H, WINDOW_W, STREAMED_WINDOWS, STREAMED
             )
             k = load_rows(qkv_base + C, key_row, 3 * C, key_valid, D, PADDED_D)
             v = load_rows(qkv_base + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
-            attends = (chosen[:, None] & _bits(key_window, key_valid)[None, :]) != 0
+            attends = ((chosen >> tl.cast(first, tl.uint64)).to(tl.int32)[:, None] & key_bits[None, :]) != 0
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             scores = tl.where(attends, scores, float("-inf"))
             new_max = tl.maximum(running_max, tl.max(scores, 1))
@@ -145,21 +171,26 @@ def small_forward(
 
 @triton.jit
 def small_backward_queries(
-    qkv, index, out, dout, lse, delta, dqkv,
-    scale, tiles, windows_per_image, topk, num_heads, grid_w, window_h, window_w,
-    D: tl.constexpr, PADDED_D: tl.constexpr, ROUTES: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    qkv, index, out, dout, lse, delta, dqkv, choosers,
+    scale, tiles, windows_per_image, topk, num_heads,
+    GRID_W: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
+    RESIDENT: tl.constexpr, STREAMED: tl.constexpr, RESIDENT_WINDOWS: tl.constexpr, STREAMED_WINDOWS: tl.constexpr,
+    ROUTES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute `delta` and the queries' part of `dqkv` of a tile of queries, with the loop of `small_forward`."""
+    """Compute `delta` and the queries' part of `dqkv` of a tile of queries, with the loop of `small_forward`.
+
+    The program of the first head and the first tile of an image writes the image's row of `choosers`, which
+    `small_backward_keys` reads in the next launch.
+    """
     scale = tl.cast(scale, tl.float32)
     image, head, tile = _program_indices(tiles, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
-    tokens, C = window_h * window_w, num_heads * D
+    tokens, C = WINDOW_H * WINDOW_W, num_heads * D
     first_token = image * windows_per_image * tokens
     qkv_base = qkv + first_token * 3 * C + head * D
     out_offset, statistics = first_token * C + head * D, first_token * num_heads + head * tokens
 
     query_window, query_row, statistic, query_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
-        tile * RESIDENT, windows_per_image, num_heads, grid_w, window_h, window_w, RESIDENT
+        tile * RESIDENT_WINDOWS, windows_per_image, num_heads, GRID_W, WINDOW_H, WINDOW_W, RESIDENT_WINDOWS, RESIDENT
     )
     q = load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D)
     do = load_rows(dout + out_offset, query_row, C, query_valid, D, PADDED_D)
@@ -167,18 +198,22 @@ def small_backward_queries(
     query_lse = tl.load(lse + statistics + statistic, mask=query_valid, other=0.0)
     query_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + statistics + statistic, query_delta, mask=query_valid)
-    chosen = _chosen_words(index + image * windows_per_image * topk, query_window, query_valid, topk, ROUTES)
+    routes = index + image * windows_per_image * topk
+    if (head == 0) & (tile == 0):
+        _record_choosers(routes, choosers + image * windows_per_image, windows_per_image, topk, ROUTES)
+    chosen = _chosen_words(routes, query_window, query_valid, topk, ROUTES)
     chosen_by_any = tl.reduce(chosen, 0, _either)
+    key_bits = _tile_bits(tokens, STREAMED_WINDOWS, STREAMED)
 
     dq = tl.zeros((RESIDENT, PADDED_D), tl.float32)
-    for first in range(0, windows_per_image * tokens, STREAMED):
-        if _any_in_tile(chosen_by_any, first, windows_per_image, tokens, STREAMED):
-            key_window, key_row, _, key_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
-                first, windows_per_image, num_heads, grid_w, window_h, window_w, STREAMED
+    for first in range(0, windows_per_image, STREAMED_WINDOWS):
+        if _in_tile(chosen_by_any, first, STREAMED_WINDOWS):
+            _, key_row, _, key_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
+                first, windows_per_image, num_heads, GRID_W, WINDOW_H, WINDOW_W, STREAMED_WINDOWS, STREAMED
             )
             k = load_rows(qkv_base + C, key_row, 3 * C, key_valid, D, PADDED_D)
             v = load_rows(qkv_base + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
-            attends = (chosen[:, None] & _bits(key_window, key_valid)[None, :]) != 0
+            attends = ((chosen >> tl.cast(first, tl.uint64)).to(tl.int32)[:, None] & key_bits[None, :]) != 0
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             weights = tl.where(attends, tl.exp2(scores - query_lse[:, None]), 0.0)
             dscores = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - query_delta[:, None])
@@ -190,10 +225,11 @@ def small_backward_queries(
 
 @triton.jit
 def small_backward_keys(
-    qkv, index, dout, lse, delta, dqkv,
-    scale, tiles, windows_per_image, topk, num_heads, grid_w, window_h, window_w,
-    D: tl.constexpr, PADDED_D: tl.constexpr, ROUTES: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    qkv, dout, lse, delta, dqkv, choosers,
+    scale, tiles, windows_per_image, topk, num_heads,
+    GRID_W: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
+    RESIDENT: tl.constexpr, STREAMED: tl.constexpr, RESIDENT_WINDOWS: tl.constexpr, STREAMED_WINDOWS: tl.constexpr,
+    ROUTES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the keys' and the values' parts of `dqkv` of a tile of keys; they are 0 for a window that none chose.
 
@@ -201,32 +237,32 @@ def small_backward_keys(
     """
     scale = tl.cast(scale, tl.float32)
     image, head, tile = _program_indices(tiles, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
-    tokens, C = window_h * window_w, num_heads * D
+    tokens, C = WINDOW_H * WINDOW_W, num_heads * D
     first_token = image * windows_per_image * tokens
     qkv_base = qkv + first_token * 3 * C + head * D
     dout_base, statistics = dout + first_token * C + head * D, first_token * num_heads + head * tokens
 
     key_window, key_row, _, key_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
-        tile * RESIDENT, windows_per_image, num_heads, grid_w, window_h, window_w, RESIDENT
+        tile * RESIDENT_WINDOWS, windows_per_image, num_heads, GRID_W, WINDOW_H, WINDOW_W, RESIDENT_WINDOWS, RESIDENT
     )
     k = load_rows(qkv_base + C, key_row, 3 * C, key_valid, D, PADDED_D)
     v = load_rows(qkv_base + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
-    routes = index + image * windows_per_image * topk
-    choosers = _choosers_words(routes, key_window, key_valid, windows_per_image, topk, ROUTES)
-    choosers_of_any = tl.reduce(choosers, 0, _either)
+    key_choosers = tl.load(choosers + image * windows_per_image + key_window, mask=key_valid, other=0)
+    choosers_of_any = tl.reduce(key_choosers, 0, _either)
+    query_bits = _tile_bits(tokens, STREAMED_WINDOWS, STREAMED)
 
     dk = tl.zeros((RESIDENT, PADDED_D), tl.float32)
     dv = tl.zeros((RESIDENT, PADDED_D), tl.float32)
-    for first in range(0, windows_per_image * tokens, STREAMED):
-        if _any_in_tile(choosers_of_any, first, windows_per_image, tokens, STREAMED):
-            query_window, query_row, statistic, query_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
-                first, windows_per_image, num_heads, grid_w, window_h, window_w, STREAMED
+    for first in range(0, windows_per_image, STREAMED_WINDOWS):
+        if _in_tile(choosers_of_any, first, STREAMED_WINDOWS):
+            _, query_row, statistic, query_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
+                first, windows_per_image, num_heads, GRID_W, WINDOW_H, WINDOW_W, STREAMED_WINDOWS, STREAMED
             )
             q = load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D)
             do = load_rows(dout_base, query_row, C, query_valid, D, PADDED_D)
             query_lse = tl.load(lse + statistics + statistic, mask=query_valid, other=0.0)
             query_delta = tl.load(delta + statistics + statistic, mask=query_valid, other=0.0)
-            attends = (choosers[:, None] & _bits(query_window, query_valid)[None, :]) != 0
+            attends = ((key_choosers >> tl.cast(first, tl.uint64)).to(tl.int32)[:, None] & query_bits[None, :]) != 0
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
             weights = tl.where(attends, tl.exp2(scores - query_lse[None, :]), 0.0)
             dv += tl.dot(weights.to(do.dtype), do, input_precision=PRECISION)

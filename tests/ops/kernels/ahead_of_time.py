@@ -27,6 +27,7 @@ POINTER_TYPES = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint64: "*u64",
 }
 
 # Maximum number of spill stores that a test accepts. ptxas spills a few registers of its own accord, so that one more
