@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 
 from ops.kernels.routed_kernels import rows_in_map
-from ops.kernels.rows import LOG2E, LOWEST_SCORE, load_rows, store_rows
+from ops.kernels.rows import LOG2E, LOWEST_SCORE, load_rows, positive_factor, store_rows
 
 # Maximum number of windows of a map: a window is a bit of a word.
 MAX_WINDOWS = tl.constexpr(64)
@@ -139,7 +139,7 @@ def small_forward(
     query_window, query_row, statistic, query_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
         tile * RESIDENT_WINDOWS, windows_per_image, num_heads, GRID_W, WINDOW_H, WINDOW_W, RESIDENT_WINDOWS, RESIDENT
     )
-    q = load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D)
+    q, factor = positive_factor(load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D), scale)  # pyright: ignore[reportGeneralTypeIssues]
     chosen = _chosen_words(index + image * windows_per_image * topk, query_window, query_valid, topk, ROUTES)
     chosen_by_any = tl.reduce(chosen, 0, _either)
     key_bits = _tile_bits(tokens, STREAMED_WINDOWS, STREAMED)
@@ -155,10 +155,10 @@ def small_forward(
             k = load_rows(qkv_base + C, key_row, 3 * C, key_valid, D, PADDED_D)
             v = load_rows(qkv_base + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
             attends = ((chosen >> tl.cast(first, tl.uint64)).to(tl.int32)[:, None] & key_bits[None, :]) != 0
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-            scores = tl.where(attends, scores, float("-inf"))
-            new_max = tl.maximum(running_max, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_max[:, None])
+            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            products = tl.where(attends, products, float("-inf"))
+            new_max = tl.maximum(running_max, tl.max(products, 1) * factor)
+            weights = tl.exp2(products * factor - new_max[:, None])
             rescale = tl.exp2(running_max - new_max)
             denominator = denominator * rescale + tl.sum(weights, 1)
             acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)

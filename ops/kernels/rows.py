@@ -35,3 +35,13 @@ def store_rows(base, row, stride, valid, values, D: tl.constexpr, PADDED_D: tl.c
     values = values.to(base.dtype.element_ty)
     mask = valid[:, None] & (channel < D)[None, :]
     tl.store(base + row[:, None] * stride + channel[None, :], values, mask=mask)
+
+
+@triton.jit
+def positive_factor(q, scale):
+    """Return queries and a factor that give the same scores to base 2, such that the factor is positive.
+
+    Then the maximum of the scores follows from the maximum of the products of queries and keys, and the exponent of a
+    weight takes a single instruction. The factor is not 0 either, since 0 times a masked product, -inf, would be NaN.
+    """
+    return tl.where(scale < 0, -q, q), tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
