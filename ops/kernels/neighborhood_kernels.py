@@ -41,6 +41,7 @@ C = num_heads * D channels:
     RESIDENT, STREAMED           number of tokens that a program holds (at least tile_h * tile_w), and that it loads per
                                  iteration of its loop
     FRAME_PARTS                  number of parts of STREAMED positions that cover the frame
+    WORDS                        `frame_h + frame_w` is less than 32
     PRECISION                    `input_precision` of `tl.dot`
 
 Sizes of the map, the neighbourhood and the dilation are ordinary arguments and not compile-time constants, so a kernel
@@ -112,7 +113,7 @@ def _query_range(first, last, length, size):
 def _frame_bias(bias, tile_y, tile_x, frame_y, frame_x, size_y, size_x):
     """Return the bias of the pairs of a tile's positions and its frame's positions to base 2; 0 outside the table.
 
-    Positions are relative to the tile's first position.
+    All positions are relative to the frame's first position.
     """
     y, x = frame_y[None, :] - tile_y[:, None] + size_y - 1, frame_x[None, :] - tile_x[:, None] + size_x - 1
     in_table = (y >= 0) & (y < 2 * size_y - 1) & (x >= 0) & (x < 2 * size_x - 1)
@@ -120,12 +121,28 @@ def _frame_bias(bias, tile_y, tile_x, frame_y, frame_x, size_y, size_x):
 
 
 @triton.jit
-def _frame_attends(query_y, query_x, key_y, key_x, length_y, length_x, size_y, size_x):
-    """Tell which queries attend to which keys. Positions of queries must exist in the group."""
-    start_y = _neighborhood_start(query_y, length_y, size_y)[:, None]
-    start_x = _neighborhood_start(query_x, length_x, size_x)[:, None]
-    key_y, key_x = key_y[None, :], key_x[None, :]
-    return (key_y >= start_y) & (key_y < start_y + size_y) & (key_x >= start_x) & (key_x < start_x + size_x)
+def _frame_attends(start_y, start_x, frame_y, frame_x, frame_h, size_y, size_x, WORDS: tl.constexpr):
+    """Tell which queries attend to which positions of a frame.
+
+    Args:
+        start_y: (rows,) position of the frame along H with which the query's neighbourhood begins.
+        start_x: (rows,) the same along W.
+        frame_y: (columns,) positions of the frame along H, from 0; those from `frame_h` on are padding.
+        frame_x: (columns,) positions of the frame along W, from 0.
+        frame_h: number of positions of the frame along H.
+        size_y: number of positions of a neighbourhood along H.
+        size_x: number of positions of a neighbourhood along W.
+        WORDS: `frame_h + frame_w` is less than 32. Then a position's bits, one for each side, are compared with the
+            bits of all positions that a query attends to, which takes fewer instructions than comparing positions.
+    """
+    if WORDS:
+        attended = (((1 << size_y) - 1) << start_y) | (((1 << size_x) - 1) << (start_x + frame_h))
+        position = tl.where(frame_y < frame_h, (1 << frame_y) | (1 << (frame_x + frame_h)), -1)
+        attends = (position[None, :] & ~attended[:, None]) == 0
+    else:
+        y, x = frame_y[None, :] - start_y[:, None], frame_x[None, :] - start_x[:, None]
+        attends = (y >= 0) & (y < size_y) & (x >= 0) & (x < size_x)
+    return attends
 
 
 @triton.jit
@@ -134,7 +151,7 @@ def forward(
     scale, num_heads, H, W, tiles_y, tiles_x, tile_h, tile_w, size_y, size_x, dilation_y, dilation_x,
     num_tiles, strip_tiles, before_y, before_x, frame_h, frame_w,
     D: tl.constexpr, PADDED_D: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr,
-    FRAME_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    FRAME_PARTS: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute `out` and `lse` of the queries of a strip of tiles."""
     scale = tl.cast(scale, tl.float32)
@@ -146,9 +163,9 @@ def forward(
     number = tl.arange(0, RESIDENT)
     tile_y, tile_x = number // tile_w, number % tile_w
     number = tl.arange(0, STREAMED)
-    frame_y, frame_x = number // frame_w - before_y, number % frame_w - before_x
+    frame_y, frame_x = number // frame_w, number % frame_w
     if bias is not None and FRAME_PARTS == 1:
-        frame_bias = _frame_bias(bias, tile_y, tile_x, frame_y, frame_x, size_y, size_x)
+        frame_bias = _frame_bias(bias, tile_y + before_y, tile_x + before_x, frame_y, frame_x, size_y, size_x)
 
     first_tile = tl.program_id(0) // num_heads * strip_tiles
     for tile in range(first_tile, tl.minimum(first_tile + strip_tiles, num_tiles)):
@@ -160,8 +177,8 @@ def forward(
         query_valid = (query_y >= valid_y) & (query_y <= last_y) & (query_x >= valid_x) & (query_x <= last_x)
         query_row = tile_y * row_step + tile_x * column_step
         q = load_rows(qkv + first_row * 3 * C, query_row, 3 * C, query_valid, D, PADDED_D)
-        # `_frame_attends` requires positions that exist.
-        query_y, query_x = tl.minimum(query_y, length_y - 1), tl.minimum(query_x, length_x - 1)
+        start_y = _neighborhood_start(tl.minimum(query_y, length_y - 1), length_y, size_y) - first_y + before_y
+        start_x = _neighborhood_start(tl.minimum(query_x, length_x - 1), length_x, size_x) - first_x + before_x
 
         running_max = tl.full((RESIDENT,), LOWEST_SCORE, tl.float32)
         denominator = tl.zeros((RESIDENT,), tl.float32)
@@ -169,18 +186,20 @@ def forward(
         for part in range(FRAME_PARTS):
             if FRAME_PARTS > 1:
                 number = part * STREAMED + tl.arange(0, STREAMED)
-                frame_y, frame_x = number // frame_w - before_y, number % frame_w - before_x
-            key_y, key_x = first_y + frame_y, first_x + frame_x
+                frame_y, frame_x = number // frame_w, number % frame_w
+            key_y, key_x = first_y - before_y + frame_y, first_x - before_x + frame_x
             key_valid = (key_y >= 0) & (key_y < length_y) & (key_x >= 0) & (key_x < length_x)
-            key_row = frame_y * row_step + frame_x * column_step
+            key_row = (frame_y - before_y) * row_step + (frame_x - before_x) * column_step
             k = load_rows(qkv + first_row * 3 * C + C, key_row, 3 * C, key_valid, D, PADDED_D)
             v = load_rows(qkv + first_row * 3 * C + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             if bias is not None:
                 if FRAME_PARTS > 1:
-                    frame_bias = _frame_bias(bias, tile_y, tile_x, frame_y, frame_x, size_y, size_x)
+                    frame_bias = _frame_bias(bias, tile_y + before_y, tile_x + before_x, frame_y, frame_x, size_y, size_x)
                 scores += frame_bias
-            attends = _frame_attends(query_y, query_x, key_y, key_x, length_y, length_x, size_y, size_x)
+            attends = _frame_attends(
+                start_y, start_x, frame_y, frame_x, frame_h, size_y, size_x, WORDS
+            )
             scores = tl.where(attends, scores, float("-inf"))
             new_max = tl.maximum(running_max, tl.max(scores, 1))
             weights = tl.exp2(scores - new_max[:, None])
@@ -201,7 +220,7 @@ def backward_queries(
     scale, num_heads, H, W, tiles_y, tiles_x, tile_h, tile_w, size_y, size_x, dilation_y, dilation_x,
     num_tiles, strip_tiles, before_y, before_x, frame_h, frame_w,
     D: tl.constexpr, PADDED_D: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr,
-    FRAME_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    FRAME_PARTS: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute `delta` and the queries' part of `dqkv` of a strip of tiles, and with a bias the strip's sums of dscores.
 
@@ -218,9 +237,9 @@ def backward_queries(
     tile_y, tile_x = number // tile_w, number % tile_w
     pair = number[:, None] * (FRAME_PARTS * STREAMED) + tl.arange(0, STREAMED)[None, :]
     number = tl.arange(0, STREAMED)
-    frame_y, frame_x = number // frame_w - before_y, number % frame_w - before_x
+    frame_y, frame_x = number // frame_w, number % frame_w
     if bias is not None and FRAME_PARTS == 1:
-        frame_bias = _frame_bias(bias, tile_y, tile_x, frame_y, frame_x, size_y, size_x)
+        frame_bias = _frame_bias(bias, tile_y + before_y, tile_x + before_x, frame_y, frame_x, size_y, size_x)
     summed = tl.zeros((RESIDENT, STREAMED), tl.float32)
 
     first_tile = tl.program_id(0) // num_heads * strip_tiles
@@ -240,25 +259,27 @@ def backward_queries(
         query_lse = tl.load(lse + statistic, mask=query_valid, other=float("inf"))
         query_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         tl.store(delta + statistic, query_delta, mask=query_valid)
-        # `_frame_attends` requires positions that exist.
-        query_y, query_x = tl.minimum(query_y, length_y - 1), tl.minimum(query_x, length_x - 1)
+        start_y = _neighborhood_start(tl.minimum(query_y, length_y - 1), length_y, size_y) - first_y + before_y
+        start_x = _neighborhood_start(tl.minimum(query_x, length_x - 1), length_x, size_x) - first_x + before_x
 
         dq = tl.zeros((RESIDENT, PADDED_D), tl.float32)
         for part in range(FRAME_PARTS):
             if FRAME_PARTS > 1:
                 number = part * STREAMED + tl.arange(0, STREAMED)
-                frame_y, frame_x = number // frame_w - before_y, number % frame_w - before_x
-            key_y, key_x = first_y + frame_y, first_x + frame_x
+                frame_y, frame_x = number // frame_w, number % frame_w
+            key_y, key_x = first_y - before_y + frame_y, first_x - before_x + frame_x
             key_valid = (key_y >= 0) & (key_y < length_y) & (key_x >= 0) & (key_x < length_x)
-            key_row = frame_y * row_step + frame_x * column_step
+            key_row = (frame_y - before_y) * row_step + (frame_x - before_x) * column_step
             k = load_rows(qkv + first_row * 3 * C + C, key_row, 3 * C, key_valid, D, PADDED_D)
             v = load_rows(qkv + first_row * 3 * C + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             if bias is not None:
                 if FRAME_PARTS > 1:
-                    frame_bias = _frame_bias(bias, tile_y, tile_x, frame_y, frame_x, size_y, size_x)
+                    frame_bias = _frame_bias(bias, tile_y + before_y, tile_x + before_x, frame_y, frame_x, size_y, size_x)
                 scores += frame_bias
-            attends = _frame_attends(query_y, query_x, key_y, key_x, length_y, length_x, size_y, size_x)
+            attends = _frame_attends(
+                start_y, start_x, frame_y, frame_x, frame_h, size_y, size_x, WORDS
+            )
             weights = tl.where(attends, tl.exp2(scores - query_lse[:, None]), 0.0)
             dscores = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - query_delta[:, None])
             dq += tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION)
