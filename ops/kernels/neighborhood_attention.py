@@ -51,32 +51,51 @@ def configs(tokens: int) -> list[TileConfig]:
     return [TileConfig(*choice) for choice in choices]
 
 
-def _default_tile_config(x: Tensor, padded_head_dim: int, group: Sequence[int], size: Sequence[int]) -> TileConfig:
-    """Return a single tile for a small dilation group, and otherwise tiles of 16 tokens and their whole frame.
+def _default_tile_config(
+    kernel: str, x: Tensor, padded_head_dim: int, group: Sequence[int], size: Sequence[int]
+) -> TileConfig:
+    """Return the tiles of a kernel for a dilation group, as the registers allow.
+
+    Programs for queries hold a small tile and its whole frame, or a small group as a whole. Programs for keys read the
+    bias pair by pair, so their tiles are larger, which needs fewer programs.
 
     Args:
+        kernel: name of the kernel.
         x: input of the kernel; only its data type matters.
         padded_head_dim: number of channels per head after padding.
         group: sides of the largest dilation group.
         size: tokens of a neighbourhood along H and W.
     """
-    single_precision = x.dtype == torch.float32
-    limit = 32 if single_precision and padded_head_dim > 32 else 64 if single_precision else 256
-    if group[0] * group[1] <= 64:
-        resident = padded(group[0] * group[1], 16 if single_precision else 64)
-        streamed = padded(group[0] * group[1], limit)
-    else:
-        resident = 16
-        tile = _tile(resident, group)
-        frame = [before + tile_side + after for (before, after), tile_side in zip(_margins(tile, group, size), tile)]
-        streamed = padded(frame[0] * frame[1], limit)
+    single_precision, group_tokens = x.dtype == torch.float32, group[0] * group[1]
+    if kernel == "backward_keys":
+        resident = padded(group_tokens, 32 if single_precision else 64)
+        streamed = padded(group_tokens, 16 if single_precision and padded_head_dim > 32 else 32)
+        return TileConfig(resident, streamed, num_warps=4, num_stages=1)
+    limit = 256 if not single_precision else 64 if padded_head_dim <= 32 else 32
+    resident = padded(group_tokens) if group_tokens <= 64 and not single_precision else 16
+    tile = _tile(resident, group)
+    frame_h, frame_w = (
+        before + tile_side + after for tile_side, (before, after) in zip(tile, _margins(tile, group, size), strict=True)
+    )
+    streamed = padded(frame_h * frame_w, limit)
     return TileConfig(resident, streamed, num_warps=min(8, max(1, resident * streamed // 512)), num_stages=1)
+
+
+def _even_part(length: int, limit: int) -> int:
+    """Return the length of a part when `length` is cut into as few parts as possible of nearly equal length.
+
+    Args:
+        length: length to cut.
+        limit: maximum length of a part.
+    """
+    return ceil_div(length, ceil_div(length, limit))
 
 
 def _tile(resident: int, group: Sequence[int]) -> tuple[int, int]:
     """Return the sides of an about square tile of at most `resident` tokens in a dilation group."""
-    tile_w = min(1 << resident.bit_length() // 2, group[1])
-    return min(resident // tile_w, group[0]), tile_w
+    # The maximum width is the square root of `resident`, rounded up to a power of two.
+    tile_w = _even_part(group[1], 1 << resident.bit_length() // 2)
+    return _even_part(group[0], resident // tile_w), tile_w
 
 
 def _margins(tile: Sequence[int], group: Sequence[int], size: Sequence[int]) -> list[tuple[int, int]]:
@@ -101,7 +120,7 @@ def _launch_arguments(
     D = channels // (3 * num_heads)
     # Sides of the largest dilation group.
     group = ceil_div(H, dilation[0]), ceil_div(W, dilation[1])
-    default = _default_tile_config(qkv, padded(D), group, size)
+    default = _default_tile_config(kernel, qkv, padded(D), group, size)
     config = tile_config(f"neighborhood_attention.{kernel}", qkv, padded(D), size[0] * size[1], default)
     tile = _tile(config.resident, group)
     tiles = ceil_div(group[0], tile[0]), ceil_div(group[1], tile[1])

@@ -92,7 +92,9 @@ def _box_tokens(number, first_y, first_x, last_y, last_x, box_w, origin, row_ste
         row_step: number of rows of the matrix from one position to the next along H.
         column_step: number of rows of the matrix from one position to the next along W.
     """
-    y, x = first_y + number // box_w, first_x + number % box_w
+    # Exact for numbers below 2**20, and several times faster than a division of integers.
+    row = ((number + 0.5) * (1.0 / box_w)).to(tl.int32)
+    y, x = first_y + row, first_x + number - row * box_w
     return y, x, origin + y * row_step + x * column_step, (y <= last_y) & (x <= last_x)
 
 
