@@ -4,9 +4,9 @@ It has the dilation of Hassani and Shi (arXiv:2209.15001), and the relative posi
 weights. The kernels, in `ops.kernels.neighborhood_kernels`, use the online softmax of FlashAttention (Dao et al., 2022,
 arXiv:2205.14135):
 
-- `forward`: a program holds the queries of a tile for one head, and computes their scores with the frame, the box of all
-  keys that they may attend to. Tiles are small, since the frame of a larger tile has more keys that a query does not
-  attend to. So that the bias is read once for many tiles, a program computes a strip of consecutive tiles.
+- `forward`: a program holds the queries of a tile for one head, and computes their scores with the frame, the box of
+  all keys that they may attend to. Tiles are small, since the frame of a larger tile has more keys that a query does
+  not attend to. So that the bias is read once for many tiles, a program computes a strip of consecutive tiles.
 - `backward_queries`: the gradient of the queries, with the loop of `forward`. Each program also sums the gradients of
   the scores over its tiles, for each pair of a tile's position and a frame's position. PyTorch sums these small tables
   over strips, and then over the pairs with the same offset, which gives the gradient of the bias.
@@ -140,7 +140,7 @@ def _launch_arguments(
 def _strip_arguments(
     kernel: str, qkv: Tensor, num_heads: int, size: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, tuple[int, ...], dict[str, Any]]:
-    """Return the number of strips, and the arguments as `_launch_arguments`, for a kernel that computes strips of tiles.
+    """Return the number of strips, and the arguments of a kernel that computes strips, as `_launch_arguments`.
 
     The integers are those from `num_heads` to `frame_w`.
     """
@@ -247,7 +247,7 @@ def _sum_by_offset(
         (heads, 2 * size[0] - 1, 2 * size[1] - 1).
     """
     dscores = dscores[:, : tile[0] * tile[1], : frame[0] * frame[1]].unflatten(2, frame)
-    # Pad the frame to the positions at offsets from 1 - size to size - 1 of any position of the tile. A negative padding
+    # Pad the frame to the positions at offsets from 1 - size to size - 1 of any position of the tile. Negative padding
     # cuts off positions that no query attends to.
     (top, left), (bottom, right) = (
         [size_side - 1 - before_side for size_side, before_side in zip(size, before, strict=True)],

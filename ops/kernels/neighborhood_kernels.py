@@ -25,8 +25,8 @@ C = num_heads * D channels:
     out, dout                    (tokens, C), contiguous: the output and its gradient
     lse                          (tokens, num_heads), float32: logarithm to base 2 of the softmax's denominator
     delta                        (tokens, num_heads), float32: sum over the channels of a head of out * dout
-    partial_dscores              (strips, num_heads, RESIDENT, FRAME_PARTS * STREAMED), float32: gradients of the scores,
-                                 summed over the tiles of a strip
+    partial_dscores              (strips, num_heads, RESIDENT, FRAME_PARTS * STREAMED), float32: gradients of the
+                                 scores, summed over the tiles of a strip
     scale                        factor on the scores; kernels cast it, since TorchInductor passes a float64
     num_heads, H, W              number of heads, and sides of the map in tokens
     tiles_y, tiles_x             number of tiles per group along H and along W
@@ -79,7 +79,7 @@ def _tile_bounds(number, H, W, tiles_y, tiles_x, tile_h, tile_w, dilation_y, dil
 
 @triton.jit
 def _box_tokens(number, first_y, first_x, last_y, last_x, box_w, origin, row_step, column_step):
-    """Return the positions of tokens of a box, their rows in the matrix of all tokens, and which of them lie in the box.
+    """Return the positions of tokens of a box, their rows in the matrix of all tokens, and which lie in the box.
 
     Args:
         number: numbers of the tokens, counted row by row in the box.
@@ -163,11 +163,11 @@ def forward(
         bias += head * (2 * size_y - 1) * (2 * size_x - 1)
     row_step, column_step = dilation_y * W, dilation_x
     number = tl.arange(0, RESIDENT)
-    tile_y, tile_x = number // tile_w, number % tile_w
+    tile_y, tile_x = number // tile_w + before_y, number % tile_w + before_x
     number = tl.arange(0, STREAMED)
     frame_y, frame_x = number // frame_w, number % frame_w
     if bias is not None and FRAME_PARTS == 1:
-        frame_bias = _frame_bias(bias, tile_y + before_y, tile_x + before_x, frame_y, frame_x, size_y, size_x)
+        frame_bias = _frame_bias(bias, tile_y, tile_x, frame_y, frame_x, size_y, size_x)
 
     first_tile = tl.program_id(0) // num_heads * strip_tiles
     for tile in range(first_tile, tl.minimum(first_tile + strip_tiles, num_tiles)):
@@ -175,9 +175,9 @@ def forward(
             tile, H, W, tiles_y, tiles_x, tile_h, tile_w, dilation_y, dilation_x
         )
         first_row = origin + first_y * row_step + first_x * column_step
-        query_y, query_x = first_y + tile_y, first_x + tile_x
+        query_y, query_x = first_y - before_y + tile_y, first_x - before_x + tile_x
         query_valid = (query_y >= valid_y) & (query_y <= last_y) & (query_x >= valid_x) & (query_x <= last_x)
-        query_row = tile_y * row_step + tile_x * column_step
+        query_row = (tile_y - before_y) * row_step + (tile_x - before_x) * column_step
         q = load_rows(qkv + first_row * 3 * C, query_row, 3 * C, query_valid, D, PADDED_D)
         start_y = _neighborhood_start(tl.minimum(query_y, length_y - 1), length_y, size_y) - first_y + before_y
         start_x = _neighborhood_start(tl.minimum(query_x, length_x - 1), length_x, size_x) - first_x + before_x
@@ -197,11 +197,9 @@ def forward(
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             if bias is not None:
                 if FRAME_PARTS > 1:
-                    frame_bias = _frame_bias(bias, tile_y + before_y, tile_x + before_x, frame_y, frame_x, size_y, size_x)
+                    frame_bias = _frame_bias(bias, tile_y, tile_x, frame_y, frame_x, size_y, size_x)
                 scores += frame_bias
-            attends = _frame_attends(
-                start_y, start_x, frame_y, frame_x, frame_h, size_y, size_x, WORDS
-            )
+            attends = _frame_attends(start_y, start_x, frame_y, frame_x, frame_h, size_y, size_x, WORDS)
             scores = tl.where(attends, scores, float("-inf"))
             new_max = tl.maximum(running_max, tl.max(scores, 1))
             weights = tl.exp2(scores - new_max[:, None])
@@ -236,12 +234,12 @@ def backward_queries(
         partial_dscores += tl.program_id(0).to(tl.int64) * (RESIDENT * FRAME_PARTS * STREAMED)
     row_step, column_step = dilation_y * W, dilation_x
     number = tl.arange(0, RESIDENT)
-    tile_y, tile_x = number // tile_w, number % tile_w
+    tile_y, tile_x = number // tile_w + before_y, number % tile_w + before_x
     pair = number[:, None] * (FRAME_PARTS * STREAMED) + tl.arange(0, STREAMED)[None, :]
     number = tl.arange(0, STREAMED)
     frame_y, frame_x = number // frame_w, number % frame_w
     if bias is not None and FRAME_PARTS == 1:
-        frame_bias = _frame_bias(bias, tile_y + before_y, tile_x + before_x, frame_y, frame_x, size_y, size_x)
+        frame_bias = _frame_bias(bias, tile_y, tile_x, frame_y, frame_x, size_y, size_x)
     summed = tl.zeros((RESIDENT, STREAMED), tl.float32)
 
     first_tile = tl.program_id(0) // num_heads * strip_tiles
@@ -250,9 +248,9 @@ def backward_queries(
             tile, H, W, tiles_y, tiles_x, tile_h, tile_w, dilation_y, dilation_x
         )
         first_row = origin + first_y * row_step + first_x * column_step
-        query_y, query_x = first_y + tile_y, first_x + tile_x
+        query_y, query_x = first_y - before_y + tile_y, first_x - before_x + tile_x
         query_valid = (query_y >= valid_y) & (query_y <= last_y) & (query_x >= valid_x) & (query_x <= last_x)
-        query_row = tile_y * row_step + tile_x * column_step
+        query_row = (tile_y - before_y) * row_step + (tile_x - before_x) * column_step
         q = load_rows(qkv + first_row * 3 * C, query_row, 3 * C, query_valid, D, PADDED_D)
         do = load_rows(dout + first_row * C + head * D, query_row, C, query_valid, D, PADDED_D)
         o = load_rows(out + first_row * C + head * D, query_row, C, query_valid, D, PADDED_D)
@@ -277,11 +275,9 @@ def backward_queries(
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             if bias is not None:
                 if FRAME_PARTS > 1:
-                    frame_bias = _frame_bias(bias, tile_y + before_y, tile_x + before_x, frame_y, frame_x, size_y, size_x)
+                    frame_bias = _frame_bias(bias, tile_y, tile_x, frame_y, frame_x, size_y, size_x)
                 scores += frame_bias
-            attends = _frame_attends(
-                start_y, start_x, frame_y, frame_x, frame_h, size_y, size_x, WORDS
-            )
+            attends = _frame_attends(start_y, start_x, frame_y, frame_x, frame_h, size_y, size_x, WORDS)
             weights = tl.where(attends, tl.exp2(scores - query_lse[:, None]), 0.0)
             dscores = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - query_delta[:, None])
             dq += tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION)

@@ -136,6 +136,7 @@ def _launch_arguments(
     default = _default_tile_config(kernel, qkv, padded(D), tokens, topk * tokens)
     config = tile_config(kernel, qkv, padded(D), tokens, default)
     tiles_per_window = ceil_div(tokens, config.resident)
+    window_padding = ceil_div(tokens, config.streamed) * config.streamed - tokens
     arguments: dict[str, Any] = {
         "tiles_per_window": tiles_per_window,
         "windows_per_image": windows_per_image,
@@ -148,6 +149,7 @@ def _launch_arguments(
         "PADDED_D": padded(D),
         "RESIDENT": config.resident,
         "STREAMED": config.streamed,
+        "WINDOW_TILES": 4 * window_padding <= tokens,
         "PRECISION": dot_precision(),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,

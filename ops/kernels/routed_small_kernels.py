@@ -15,7 +15,7 @@ H x W tokens in P windows each, with C = num_heads * D channels:
                                  denominator of each query
     delta                        shaped like lse: sum over channels of out * dout for each query
     choosers                     (B, P), uint64: word of the windows that chose each window
-    scale                        factor on the scores; TorchInductor passes a float64, which each kernel casts to float32
+    scale                        factor on the scores; kernels cast it, since TorchInductor passes a float64
     tiles                        number of resident tiles that cover a map
     windows_per_image            P
     topk, num_heads              number of windows that each window chooses, number of heads

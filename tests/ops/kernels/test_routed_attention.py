@@ -75,9 +75,7 @@ def run(
     return [out.detach(), *dqkv.chunk(3, dim=-1)]
 
 
-def assert_exact(
-    case: str, dtype: torch.dtype, device: str = "cpu", routes: str = "any", scale: float = 0.4
-) -> None:
+def assert_exact(case: str, dtype: torch.dtype, device: str = "cpu", routes: str = "any", scale: float = 0.4) -> None:
     """Check the kernels, also where all windows are chosen, for which `routed_attention` calls SDPA."""
     from ops.kernels.routed_attention import routed_attention as kernels
 
@@ -103,7 +101,7 @@ def launches(shape: tuple, dtype: torch.dtype) -> list[Launch]:
         module.routed_attention_backward._init_fn(qkv, index, out, lse, out, grid, heads, 0.1)
 
     recorded = launches_of(module, call)
-    small = "small_" if windows <= 64 and H * W < 16 * windows else ""
+    small = "small_" if windows <= 64 and H * W // windows < 16 else ""
     names = [kernel_launch.kernel.fn.__name__ for kernel_launch in recorded]
     assert names == [small + name for name in ("forward", "backward_queries", "backward_keys")]
     return recorded
@@ -143,6 +141,7 @@ def test_a_negative_scale_and_0(kernels, case, scale):
     [
         ("windows that are not square", 16, 16),
         ("windows that are not square", 32, 64),
+        ("more than a tile", 64, 16),
         ("windows of 3 x 3", 16, 16),
         ("64 windows of one token", 16, 64),
     ],
@@ -160,7 +159,8 @@ def test_tile_sizes_do_not_change_the_results(kernels, monkeypatch, case, reside
 def test_tuned_tiles_replace_the_defaults(kernels, monkeypatch):
     config = launch.TileConfig(16, 16, 1, 1)
     monkeypatch.setitem(launch.TUNED, ("routed_attention.small_backward_keys", (0, 0), 4, 16, 4), config)
-    sizes = [(r.arguments["RESIDENT"], r.arguments["STREAMED"]) for r in launches((2, (14, 14), (7, 7), 4, 2, 8), torch.float32)]
+    recorded = launches((2, (14, 14), (7, 7), 4, 2, 8), torch.float32)
+    sizes = [(r.arguments["RESIDENT"], r.arguments["STREAMED"]) for r in recorded]
     assert sizes[2] == (16, 16) and sizes[0] == sizes[1] != (16, 16)
 
 
