@@ -150,8 +150,8 @@ def _strip_arguments(
     frame = [before + tile_side + after for (before, after), tile_side in zip(margins, tile, strict=True)]
     strip_tiles = ceil_div(num_tiles * num_heads, STRIP_PROGRAMS)
     integers = (*integers, num_tiles, strip_tiles, *(before for before, _ in margins), *frame)
-    constants["FRAME_PARTS"] = ceil_div(frame[0] * frame[1], constants["STREAMED"])
-    constants["WORDS"] = frame[0] + frame[1] < 32
+    constants["FRAME_PARTS"] = int(ceil_div(frame[0] * frame[1], constants["STREAMED"]))
+    constants["WORDS"] = bool(frame[0] + frame[1] < 32)
     return ceil_div(num_tiles, strip_tiles), integers, constants
 
 

@@ -180,10 +180,12 @@ class NeighborhoodLayer(Layer):
     Attributes:
         kernel_size: tokens of a neighbourhood along H and W.
         biased: the scores have a bias by relative position.
+        dilation: distance between adjacent tokens of a neighbourhood along H and W.
     """
 
     kernel_size: Pair
     biased: bool
+    dilation: Pair = (1, 1)
 
     primitive = "neighborhood_attention"
 
@@ -193,11 +195,12 @@ class NeighborhoodLayer(Layer):
 
     @property
     def variant(self) -> str:
-        return "with bias" if self.biased else "no bias"
+        dilated = "dilated" if max(self.dilation) > 1 else ""
+        return comma_separated("with bias" if self.biased else "no bias", dilated)
 
     def attend(self, formulation: Callable, qkv: Tensor, bias: Tensor | None, index: Tensor | None) -> Tensor:
-        dilation, stride, causal = (1, 1), (1, 1), (False, False)
-        return formulation(qkv.flatten(3), bias, qkv.shape[-2], self.kernel_size, dilation, stride, causal)
+        stride, causal = (1, 1), (False, False)
+        return formulation(qkv.flatten(3), bias, qkv.shape[-2], self.kernel_size, self.dilation, stride, causal)
 
     def bias(self) -> Tensor | None:
         return torch.randn(self.heads, *(2 * k - 1 for k in self.kernel_size)) if self.biased else None
@@ -207,6 +210,8 @@ class NeighborhoodLayer(Layer):
 
     def describe(self, batch: int) -> str:
         neighbors = f"{self.kernel_size[0]} x {self.kernel_size[1]} neighbours"
+        if max(self.dilation) > 1:
+            neighbors += f" {self.dilation[0]} x {self.dilation[1]} apart"
         return f"{super().describe(batch)}, {neighbors}, {self.variant}"
 
 
@@ -223,7 +228,7 @@ NETS = {
 }
 
 
-def layers(primitive: str, image_size: Pair, unbiased: bool = False) -> list[Layer]:
+def layers(primitive: str, image_size: Pair, all_neighborhoods: bool = False) -> list[Layer]:
     """Return the layers of a net that call a primitive.
 
     Layers with routed attention appear twice unless the image has 224 x 224 pixels: once with 7 x 7 windows, and once
@@ -233,12 +238,13 @@ def layers(primitive: str, image_size: Pair, unbiased: bool = False) -> list[Lay
     Args:
         primitive: name of the primitive.
         image_size: (height, width) of the image in pixels.
-        unbiased: include layers with neighbourhood attention without a bias, which NATTEN supports, too.
+        all_neighborhoods: include layers with neighbourhood attention without a bias, which NATTEN supports, too, and
+            layers with neighbourhoods that are dilated as far as the map allows, as in every second block of DiNAT.
     """
-    return list(_layers(primitive, image_size, unbiased))
+    return list(_layers(primitive, image_size, all_neighborhoods))
 
 
-def _layers(primitive: str, image_size: Pair, unbiased: bool) -> Iterator[Layer]:
+def _layers(primitive: str, image_size: Pair, all_neighborhoods: bool) -> Iterator[Layer]:
     net, *stages = NETS[primitive]
     for stage, (dim, heads, count) in enumerate(zip(*stages, strict=True)):
         H, W = (ceil_div(side, 4 * 2**stage) for side in image_size)
@@ -258,8 +264,11 @@ def _layers(primitive: str, image_size: Pair, unbiased: bool) -> Iterator[Layer]
                 yield WindowLayer(net, H * W, size, dim, heads, count, window, (0, 0))
         else:
             size = (max(H, 7), max(W, 7))
-            for biased in (True, False) if unbiased else (True,):
+            for biased in (True, False) if all_neighborhoods else (True,):
                 yield NeighborhoodLayer(net, H * W, size, dim, heads, count, (7, 7), biased)
+                dilation = (size[0] // 7, size[1] // 7)
+                if all_neighborhoods and max(dilation) > 1:
+                    yield NeighborhoodLayer(net, H * W, size, dim, heads, count, (7, 7), biased, dilation)
 
 
 def _routed_layer(

@@ -10,7 +10,6 @@ import torch
 import torch._dynamo as dynamo
 
 from ops import list_ops
-from ops.neighborhood import NATTEN_INSTALLED
 from retinue.benchmarks import layers, nets, primitives
 from retinue.benchmarks.formulations import FORMULATIONS, TORCH_COMPILE
 from retinue.benchmarks.layers import Layer, comma_separated
@@ -260,7 +259,7 @@ def measure_primitive(
     """
     rows, sums, pixels = [], [], image_size[0] * image_size[1]
     variants: dict[str, list[tuple[Layer, Measured]]] = {}
-    for layer in layers.layers(primitive, image_size, unbiased=NATTEN_INSTALLED):
+    for layer in layers.layers(primitive, image_size, all_neighborhoods=setting.is_cuda):
         try:
             measured = measure_layer(layer, batch, setting, compiling)
         except torch.OutOfMemoryError:

@@ -11,6 +11,7 @@ LAYERS = [
     WindowLayer("net", 100, (7, 14), 16, 1, 1, (7, 7), (0, 0)),
     NeighborhoodLayer("net", 90, (9, 10), 32, 2, 2, (7, 7), True),
     NeighborhoodLayer("net", 90, (9, 10), 32, 2, 2, (7, 5), False),
+    NeighborhoodLayer("net", 90, (9, 10), 32, 2, 2, (3, 5), True, (3, 2)),
 ]
 
 
