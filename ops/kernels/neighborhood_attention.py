@@ -45,8 +45,8 @@ STRIP_PROGRAMS = 4096
 
 
 def configs(tokens: int) -> list[TileConfig]:
-    """Return the tile configurations that tuning tries for neighbourhoods of `tokens` tokens."""
-    streamed_sizes = sorted({padded(4 * tokens, limit) for limit in (16, 32, 64, 128, 256)})
+    """Return the tile configurations that tuning tries for frames of `tokens` tokens."""
+    streamed_sizes = sorted({padded(tokens, limit) for limit in (16, 32, 64, 128, 256)})
     choices = itertools.product((16, 32, 64, 128), streamed_sizes, (1, 2, 4, 8), (1, 2, 3))
     return [TileConfig(*choice) for choice in choices]
 
@@ -73,10 +73,7 @@ def _default_tile_config(
         return TileConfig(resident, streamed, num_warps=4, num_stages=1)
     limit = 256 if not single_precision else 64 if padded_head_dim <= 32 else 32
     resident = padded(group_tokens) if group_tokens <= 64 and not single_precision else 16
-    tile = _tile(resident, group)
-    frame_h, frame_w = (
-        before + tile_side + after for tile_side, (before, after) in zip(tile, _margins(tile, group, size), strict=True)
-    )
+    _, (frame_h, frame_w) = _frame(_tile(resident, group), group, size)
     streamed = padded(frame_h * frame_w, limit)
     return TileConfig(resident, streamed, num_warps=min(8, max(1, resident * streamed // 512)), num_stages=1)
 
@@ -98,15 +95,15 @@ def _tile(resident: int, group: Sequence[int]) -> tuple[int, int]:
     return _even_part(group[0], resident // tile_w), tile_w
 
 
-def _margins(tile: Sequence[int], group: Sequence[int], size: Sequence[int]) -> list[tuple[int, int]]:
-    """Return how many positions a tile's queries look beyond the tile at most, before and after it, along H and W."""
-    return [
-        (
-            min(length - tile_side, max(size_side // 2, size_side - tile_side)),
-            min(length - tile_side, max((size_side - 1) // 2, size_side - tile_side)),
-        )
-        for tile_side, length, size_side in zip(tile, group, size, strict=True)
-    ]
+def _frame(tile: Sequence[int], group: Sequence[int], size: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the smallest frame of a dilation group's tiles: the number of positions before a tile, and its sides."""
+    before, sides = [], []
+    for tile_side, length, size_side in zip(tile, group, size, strict=True):
+        # Neighbourhoods at the ends of the group reach up to `size_side` positions from there, also beyond the tile.
+        inside = size_side - tile_side
+        before.append(min(length - tile_side, max(size_side // 2, inside)))
+        sides.append(before[-1] + tile_side + min(length - tile_side, max((size_side - 1) // 2, inside)))
+    return before, sides
 
 
 def _launch_arguments(
@@ -121,7 +118,8 @@ def _launch_arguments(
     # Sides of the largest dilation group.
     group = ceil_div(H, dilation[0]), ceil_div(W, dilation[1])
     default = _default_tile_config(kernel, qkv, padded(D), group, size)
-    config = tile_config(f"neighborhood_attention.{kernel}", qkv, padded(D), size[0] * size[1], default)
+    _, (frame_h, frame_w) = _frame(_tile(default.resident, group), group, size)
+    config = tile_config(f"neighborhood_attention.{kernel}", qkv, padded(D), frame_h * frame_w, default)
     tile = _tile(config.resident, group)
     tiles = ceil_div(group[0], tile[0]), ceil_div(group[1], tile[1])
     integers = (num_heads, H, W, *tiles, *tile, *size, *dilation)
@@ -146,10 +144,9 @@ def _strip_arguments(
     """
     num_tiles, integers, constants = _launch_arguments(kernel, qkv, num_heads, size, dilation)
     _, H, W, _, _, *tile = integers[:7]
-    margins = _margins(tile, (ceil_div(H, dilation[0]), ceil_div(W, dilation[1])), size)
-    frame = [before + tile_side + after for (before, after), tile_side in zip(margins, tile, strict=True)]
+    before, frame = _frame(tile, (ceil_div(H, dilation[0]), ceil_div(W, dilation[1])), size)
     strip_tiles = ceil_div(num_tiles * num_heads, STRIP_PROGRAMS)
-    integers = (*integers, num_tiles, strip_tiles, *(before for before, _ in margins), *frame)
+    integers = (*integers, num_tiles, strip_tiles, *before, *frame)
     constants["FRAME_PARTS"] = int(ceil_div(frame[0] * frame[1], constants["STREAMED"]))
     constants["WORDS"] = bool(frame[0] + frame[1] < 32)
     return ceil_div(num_tiles, strip_tiles), integers, constants

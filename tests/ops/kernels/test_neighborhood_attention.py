@@ -98,19 +98,19 @@ def test_tiles_and_strips_do_not_change_the_results(kernels, monkeypatch, case, 
 
 
 def test_frames_hold_all_keys_of_all_tiles():
-    """Check the margins of frames against the definition of a neighbourhood, for groups of one or two lengths."""
-    from ops.kernels.neighborhood_attention import _margins
+    """Check frames against the definition of a neighbourhood, for groups of one or two lengths."""
+    from ops.kernels.neighborhood_attention import _frame
 
     for length, size, side in product(range(1, 20), range(1, 14), range(1, 9)):
         if max(size, side) > length:
             continue
-        ((before, after),) = _margins((side,), (length,), (size,))
+        (before,), (frame,) = _frame((side,), (length,), (size,))
         for group_length in {length, max(length - 1, size)}:
             for valid in range(0, group_length, side):
                 first = max(min(valid, group_length - side), 0)
                 for query in range(valid, min(valid + side, group_length)):
                     start = min(max(query - size // 2, 0), group_length - size)
-                    assert first - before <= start and start + size <= first + side + after
+                    assert first - before <= start and start + size <= first - before + frame
 
 
 @interpreted
