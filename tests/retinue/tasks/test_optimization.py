@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from retinue.tasks.optimization import check_optimizer, create_optimizer, create_schedule, total_epochs
+from tests.ops.kernels.ahead_of_time import stand_in_gpu
 
 STEPS_PER_EPOCH = 10
 
@@ -104,8 +104,10 @@ def test_wrong_schedules_are_refused(schedule, says):
 @pytest.mark.parametrize(("name", "fused"), [("adamw", True), ("sgd", True), ("lamb", None), ("lookahead_adamw", None)])
 def test_optimisers_with_a_fused_form_are_fused_on_a_gpu(name, fused):
     settings = recipe({"kind": "cosine"}, name=name)
-    with FakeTensorMode():
-        optimizer = create_optimizer(Net().to("cuda"), settings)
+    with stand_in_gpu():
+        with torch.device("cuda"):
+            net = Net()
+        optimizer = create_optimizer(net, settings)
     assert {group.get("fused") for group in optimizer.param_groups} == {fused}
     assert not optimizer._step_supports_amp_scaling
     assert not any(group.get("fused") for group in create_optimizer(Net(), settings).param_groups)
