@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Scale:
     """Sizes of all measurements.
 
     Attributes:
-        setting: device, type and rounds.
+        setting: device, type and rounds, without external formulations.
         batch: images of a batch at `image_size`.
         image_size: (height, width) of the images in pixels.
         dense_batch: images of a batch at `dense_size`.
@@ -77,7 +77,7 @@ NET_TARGETS = {
 def full_scale(setting: MeasuringSetting) -> Scale:
     """Return the sizes of the targets, for a GPU."""
     return Scale(
-        setting,
+        replace(setting, external=False),
         128,
         (224, 224),
         2,
@@ -223,6 +223,15 @@ def deformable_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]
     return rows, targets
 
 
+def peers_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
+    """Measure window and neighbourhood attention beside compilers and libraries of others."""
+    setting, rows = replace(scale.setting, external=True), []
+    for primitive in ("neighborhood_attention", "window_attention"):
+        layers, sums = ops.measure_primitive(primitive, scale.image_size, scale.batch, setting, compiling=True)
+        rows += layers + sums
+    return rows, []
+
+
 def digits_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
     """Train on the digits from the command line, as they are and compiled with CUDA graphs."""
     rates = {}
@@ -245,6 +254,7 @@ SECTIONS: dict[str, Section] = {
     "digits": digits_section,
     "deformable": deformable_section,
     "forms": forms_section,
+    "peers": peers_section,
 }
 
 
