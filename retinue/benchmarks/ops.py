@@ -35,12 +35,14 @@ class MeasuringSetting:
         dtype: "float32", "bfloat16" or "float16".
         rounds: how often each formulation is timed.
         rates: bytes/s and FLOP/s of a GPU. None on the CPU, whose caches hold most maps.
+        external: measure compilers and libraries of others, too; some of them compile for each layer.
     """
 
     device: torch.device
     dtype: str
     rounds: int
     rates: tuple[float, float] | None = None
+    external: bool = True
 
     @property
     def is_cuda(self) -> bool:
@@ -134,6 +136,8 @@ def measure_layer(layer: Layer, batch: int, setting: MeasuringSetting, compiling
     torch.compiler.reset()
     call, formulations, names = layer.call(batch, setting.device), FORMULATIONS[layer.primitive], []
     for name, formulation in formulations.items():
+        if formulation.external and not setting.external:
+            continue
         reason = formulation.obstacle(call)
         if reason is None and (compiling or name != TORCH_COMPILE):
             names.append(name)

@@ -216,7 +216,9 @@ class Task(Keys):
     """Keys that the tasks have in common."""
 
     eval_batch: Count = Field(description="images in a batch of eval.py")
-    compile: bool = Field(description="compile the net by torch.compile (under a head: the backbone)")
+    compile: bool | Literal["auto"] = Field(
+        description="compile the backbone by torch.compile; auto: on a GPU, if the training is long enough"
+    )
     channels_last: bool = Field(description="keep images and the weights of convolutions in channels-last memory")
     grad_checkpointing: bool = Field(description="recompute blocks in the backward pass: less memory, more time")
 
@@ -241,6 +243,10 @@ class Distillation(Keys):
 class ClassificationTask(Task):
     """`conf/task/classification.yaml`."""
 
+    compile: bool | Literal["reduce-overhead", "auto"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        description="compile the net by torch.compile; auto: on a GPU, if the training is long enough; "
+        "reduce-overhead: also replay its kernels as CUDA graphs, on one GPU"
+    )
     figure: Literal["top1", "top5"] = Field(description=FIGURE)
     distillation: Distillation
 
