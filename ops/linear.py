@@ -6,7 +6,7 @@ Katharopoulos et al. (ICML 2020, arXiv:2006.16236), Shen et al. (WACV 2021, arXi
 and InLine (NeurIPS 2024, arXiv:2412.06590) are cases.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -70,16 +70,11 @@ def linear_attention(
     dtype = torch.promote_types(v.dtype, torch.float32)
     if isinstance(scale, Tensor):
         scale = scale.to(dtype).view(-1, 1, 1)
-    with no_autocast(v.device.type):
+    # Autocast would compute the products in half precision; the meta device has no autocast
+    with nullcontext() if v.is_meta else torch.autocast(v.device.type, enabled=False):
         q_heads, k_heads, v_heads = (split_heads(t, num_heads).to(dtype) for t in (q, k, v))
         out = attend_by_state(q_heads, k_heads, v_heads, features, normalization, scale, min_sum)
     return merge_heads(out).to(v.dtype)
-
-
-def no_autocast(device_type: str) -> AbstractContextManager:
-    """Return a context without autocast on the devices that have it."""
-    available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def attend_by_state(

@@ -72,9 +72,8 @@ def _arguments(
     D, E = q.shape[-1] // num_heads, v.shape[-1] // num_heads
     P, Q = padded(D), padded(E)
     half = v.element_size() == 2
-    # The state takes the registers of eight warps if heads are wide
     streamed = padded(tokens, 64 if half and max(P, Q) <= 64 else 32 if half or max(P, Q) <= 32 else 16)
-    default = TileConfig(0, streamed, num_warps=8 if P * Q > 64 * 64 else 4, num_stages=2)
+    default = TileConfig(0, streamed, num_warps=_num_warps(v, P, Q), num_stages=2)
     config = tile_config(f"linear_attention.{kernel}", v, max(P, Q), tokens, default)
     images_heads = len(q) * num_heads
     chunks = max(1, min(ceil_div(tokens, config.streamed), PROGRAMS // images_heads))
@@ -93,6 +92,13 @@ def _arguments(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     } | _constants(P, Q, features, normalization)
+
+
+def _num_warps(v: Tensor, P: int, Q: int) -> int:
+    """Return the number of warps whose registers hold a state of P x Q values, and the tiles of a program."""
+    if v.element_size() == 2:
+        return 4 if P * Q <= 64 * 64 else 8
+    return 4 if P * Q < 64 * 64 else 8 if P * Q < 128 * 128 else 16
 
 
 def _constants(P: int, Q: int, features: str, normalization: str) -> dict[str, Any]:
@@ -162,7 +168,7 @@ def linear_attention_and_state(
     )
     constants = _constants(P, Q, features, normalization)
     wrap_triton(combine_keys)[(len(state),)](
-        *parts, state, key_sum, key_maximum, value_mean, M, chunks, **constants
+        *parts, state, key_sum, key_maximum, value_mean, M, chunks, num_warps=_num_warps(state, P, Q), **constants
     )
     programs, arguments = _arguments("attend", queries.shape[1], *kinds)
     wrap_triton(attend)[(programs,)](
@@ -262,6 +268,7 @@ def linear_attention_backward(
         num_heads,
         SUM=normalization == "sum",
         GAINED=gained,
+        num_warps=_num_warps(state, P, Q),
         **_constants(P, Q, features, normalization),
     )
     programs, arguments = _arguments("backward_keys", M, *kinds)
