@@ -73,7 +73,9 @@ def _arguments(
     P, Q = padded(D), padded(E)
     half = v.element_size() == 2
     streamed = padded(tokens, 64 if half and max(P, Q) <= 64 else 32 if half or max(P, Q) <= 32 else 16)
-    default = TileConfig(0, streamed, num_warps=_num_warps(v, P, Q), num_stages=2)
+    # The widest heads in float32 leave no registers to a pipeline
+    num_stages = 1 if not half and P * Q >= 128 * 128 else 2
+    default = TileConfig(0, streamed, _num_warps(v, P, Q), num_stages)
     config = tile_config(f"linear_attention.{kernel}", v, max(P, Q), tokens, default)
     images_heads = len(q) * num_heads
     chunks = max(1, min(ceil_div(tokens, config.streamed), PROGRAMS // images_heads))
@@ -250,7 +252,7 @@ def linear_attention_backward(
         GAINED=gained,
         **arguments,
     )
-    dstate, dkey, dvalue = (state.new_empty(images_heads, *shape) for shape in ((P, Q), (P,), (Q,)))
+    dstate, dkey, dvalue = values.new_empty(state.shape), torch.empty_like(key_sum), state.new_empty(images_heads, Q)
     dgain = state.new_empty(images_heads)
     wrap_triton(combine_queries)[(images_heads,)](
         *parts,

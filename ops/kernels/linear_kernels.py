@@ -30,7 +30,7 @@ channels of values. P and Q are D and E after padding, and a part is a chunk of 
     FEATURES, SUM, SUBTRACT      the feature map; normalization by the sum; normalization by subtraction
     PRECISION                    `input_precision` of `tl.dot`
 
-All tensors without a data type in this list that hold sums or means are float32. Products of matrices have operands of
+`dstate` has the values' type; other sums and means are float32. Products of matrices have operands of
 the values' type. The kernels use means where the definition has sums, since means stay in the range of half precision.
 """
 
@@ -284,16 +284,20 @@ def combine_queries(
     total *= factor
     if FEATURES == "softmax":
         total = total / keys[:, None]
-        dkey_total = -tl.sum(total * weighted, 1)
     else:
         total = total / tokens
         dkey_total = dkey_total / tokens
+    # Terms of a key's gradient cancel, so all of them must follow from the same rounded gradient of the state
+    rounded = total.to(dstate.dtype.element_ty)
+    total = rounded.to(tl.float32)
+    if FEATURES == "softmax":
+        dkey_total = -tl.sum(total * weighted, 1)
     if SUBTRACT:
         values = tl.load(value_mean + image_head * Q + tl.arange(0, Q))
         dkey_total = -tl.sum(total * values[None, :], 1)
         dvalue_total = dvalue_total / tokens - tl.sum(total * keys[:, None], 0)
         tl.store(dvalue + image_head * Q + tl.arange(0, Q), dvalue_total)
-    _store_square(dstate, image_head, total, P, Q)
+    _store_square(dstate, image_head, rounded, P, Q)
     tl.store(dkey + image_head * P + tl.arange(0, P), dkey_total)
 
 
@@ -306,7 +310,7 @@ def backward_keys(
 ):  # fmt: skip
     """Compute `dk` and `dv` of a chunk of keys."""
     image_head, image, head, first, end = _chunk_of_program(tokens, chunks, chunk_tokens, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
-    operand = _load_square(dstate, image_head, P, Q).to(v.dtype.element_ty)
+    operand = _load_square(dstate, image_head, P, Q)
     key_shift = tl.load(dkey + image_head * P + tl.arange(0, P))
     for start in range(first, end, STREAMED):
         row = (start + tl.arange(0, STREAMED)).to(tl.int64)
