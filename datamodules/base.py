@@ -199,6 +199,7 @@ class ClassificationData(ImageData):
     """
 
     class_subset: list[int] | None = None
+    train_transform: TrainTransform
 
     def __init__(
         self,
@@ -239,5 +240,7 @@ class ClassificationData(ImageData):
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         if self._batch_transform is None:
-            self._batch_transform = BatchTransform(self.mean, self.std, self.num_classes, self.augment)
+            sampler = self.train_transform.sampler
+            fill = (0, 0, 0) if sampler is None else sampler.fill
+            self._batch_transform = BatchTransform(self.mean, self.std, self.num_classes, self.augment, fill)
         return self._batch_transform(batch)

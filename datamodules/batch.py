@@ -1,4 +1,4 @@
-"""The batch contract of all data sets, and the last step of a classification batch: normalise, erase, mix.
+"""The batch contract of all data sets, and the last step of a classification batch: ops, normalise, erase, mix.
 
 A sample is a dict that describes one image; a batch is a dict that describes several. An image passes four steps:
 
@@ -7,7 +7,7 @@ A sample is a dict that describes one image; a batch is a dict that describes se
    `datamodules.dense_transforms` for detection and segmentation). Keys that it does not know pass through unchanged.
 3. `collate`, on the CPU, joins the samples: `image` becomes uint8 (B, C, H, W) in channels-last memory.
 4. `on_after_batch_transfer`, on the device that trains, normalises: `image` becomes float32. This is the batch that a
-   task receives.
+   task receives. With `augment.device`, it first applies the ops of colour and shape that step 2 drew.
 
 Every batch that a task receives has these keys (B images, C channels):
 
@@ -50,6 +50,7 @@ from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from datamodules.batch_ops import apply_batch_ops, to_grey
 from datamodules.loader import private_rng, seed_rng
 from datamodules.transforms import Augment
 
@@ -77,28 +78,43 @@ def normalise(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 class BatchTransform:
     """Turn a loader's classification batch into the batch that a net takes.
 
-    `image` becomes float32 and normalised. A training batch is a batch with a `seed`, which determines all randomness
-    here. Its images are also erased and mixed; with mixing it gets `target`, float32 (B, K), the smoothed and mixed
-    labels. Erasing and mixing are those of timm's RandomErasing and Mixup (mode "batch"), in timm's order.
+    The `ops` that were drawn for the images are applied, if there are any; `image` becomes float32 and normalised. A
+    training batch is a batch with a `seed`, which determines all other randomness here. Its images are also erased and
+    mixed; with mixing it gets `target`, float32 (B, K), the smoothed and mixed labels. Erasing and mixing are those of
+    timm's RandomErasing and Mixup (mode "batch"), in timm's order.
 
     Args:
         mean: mean of each channel, for values from 0 to 1.
         std: standard deviation of each channel, for values from 0 to 1.
         num_classes: K.
         augment: the recipe's augmentation; its fields for erasing, mixing and label smoothing apply.
+        fill: colour of pixels that an op takes from outside the image.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], num_classes: int, augment: Augment):
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        num_classes: int,
+        augment: Augment,
+        fill: tuple[int, ...] = (0, 0, 0),
+    ):
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
-        self.num_classes, self.augment = num_classes, augment
+        self.num_classes, self.augment, self.fill = num_classes, augment, fill
 
     def __call__(self, batch: dict) -> dict:
-        device = batch["image"].device
+        image = batch["image"]
+        device = image.device
         self.mean, self.std = self.mean.to(device), self.std.to(device)
-        image = normalise(batch["image"], self.mean, self.std)
-        if "seed" not in batch:
-            return batch | {"image": image}
+        if "ops" in batch:
+            image = apply_batch_ops(image, batch["ops"], self.fill)
+            batch = {key: value for key, value in batch.items() if key != "ops"}
+        if image.shape[1] > len(self.mean):
+            image = to_grey(image)
+        image = normalise(image, self.mean, self.std)
         augment = self.augment
+        if "seed" not in batch or not (augment.erasing or augment.mixup or augment.cutmix):
+            return batch | {"image": image}
         with private_rng(device):
             seed_rng(batch["seed"], device=device)
             if augment.erasing:

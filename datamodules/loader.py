@@ -112,13 +112,16 @@ def _end_with_parent(parent: int | None) -> None:
 
 
 def stack(samples: Sequence[dict]) -> dict:
-    """Join samples of equal shapes to one batch; images become (B, C, H, W) in channels-last memory."""
+    """Join samples of equal shapes to one batch; images become (B, C, H, W) in channels-last memory.
+
+    `ops` stays an array of NumPy, which Lightning leaves on the CPU.
+    """
     batch = {}
     for key in samples[0]:
         arrays = [np.asarray(sample[key]) for sample in samples]
         # Without `out`, np.stack may keep the strides of views, and the memory would not be contiguous.
-        out = np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)
-        batch[key] = torch.from_numpy(np.stack(arrays, out=out))
+        out = np.stack(arrays, out=np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype))
+        batch[key] = out if key == "ops" else torch.from_numpy(out)
     batch["image"] = batch["image"].permute(0, 3, 1, 2)  # (B, H, W, C) → (B, C, H, W)
     return batch
 

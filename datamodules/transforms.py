@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.auto_augment import AugMixAugment
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.data.transforms_factory import transforms_imagenet_eval, transforms_imagenet_train
 from torch.nn.functional import interpolate
 from torchvision.transforms import Compose
 
-from datamodules.auto_augment import accelerate
+from datamodules.auto_augment import OpSampler, accelerate, apply_ops
 from retinue.utils.suggestions import nearest
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -51,6 +52,8 @@ class Augment:
         mixup_prob: probability that a batch is mixed.
         switch_prob: probability that a mixed batch uses CutMix if both are on.
         label_smoothing: share of a mixed target that is spread over all classes. Without mixing, the loss smooths.
+        device: gpu applies `auto_augment` and `color_jitter` to batches on the device that trains; the ops and their
+            strengths are drawn on the CPU all the same. None applies them on the CPU.
     """
 
     scale: tuple[float, float] | None = None
@@ -69,6 +72,7 @@ class Augment:
     mixup_prob: float = 1.0
     switch_prob: float = 0.5
     label_smoothing: float = 0.0
+    device: str | None = None
 
     @classmethod
     def from_config(cls, config: Mapping | None) -> "Augment":
@@ -101,6 +105,7 @@ class Augment:
         require(isinstance(self.repeats, int) and self.repeats >= 1, "repeats", "a whole number from 1 up")
         require(self.interpolation in ("bilinear", "bicubic", "random"), "interpolation", "bilinear, bicubic or random")
         require(self.erasing_mode in ("pixel", "rand", "const"), "erasing_mode", "pixel, rand or const")
+        require(self.device in (None, "gpu"), "device", "gpu or null")
 
 
 def _is_range(value: Any) -> bool:
@@ -201,7 +206,8 @@ class EvalTransform:
 class TrainTransform:
     """Crop, resize and mirror a training sample, then apply timm's augmentations of colour and shape.
 
-    All random numbers come from the global generators.
+    With `augment.device`, the sample gets `ops` instead, the ops that were drawn for it (`OpSampler.encode`), and keeps
+    its colours. All random numbers come from the global generators, the same ones wherever the ops are applied.
 
     Args:
         augment: the recipe's augmentation.
@@ -209,8 +215,12 @@ class TrainTransform:
         mean: mean of each channel, which fills pixels that a shift uncovers.
         in_chans: 3, or 1 for grey.
 
+    Attributes:
+        sampler: draws the ops of a sample; None if there are none, or if they cannot be drawn in advance (AugMix).
+
     Raises:
-        ValueError: if `pad_crop` is not less than the image size, or `auto_augment` is not a string of timm.
+        ValueError: if `pad_crop` is not less than the image size, `auto_augment` is not a string of timm, or AugMix is
+            to be applied to batches.
     """
 
     def __init__(
@@ -242,8 +252,14 @@ class TrainTransform:
                 f"augment.auto_augment={augment.auto_augment!r} is not one of timm's strings ({error}): examples are "
                 "rand-m9-mstd0.5-inc1, augmix-m3-w3, 3a, original, originalr, v0 and v0r"
             ) from error
-        for transform in self.color_and_shape.transforms:
-            accelerate(transform)
+        steps = self.color_and_shape.transforms
+        self.sampler = None
+        if any(isinstance(step, AugMixAugment) for step in steps):
+            if augment.device is not None:
+                raise ValueError("augment.device=gpu has no AugMix: augment.device=null, or another auto_augment")
+            accelerate(steps[0])
+        elif steps:
+            self.sampler = OpSampler(steps)
 
     def __call__(self, sample: dict) -> dict:
         image = self._crop(sample["image"])
@@ -251,9 +267,15 @@ class TrainTransform:
         if flips:
             # torch's flip takes a small part of the time of copying NumPy's reversed view.
             image = torch.from_numpy(image).flip(flips).numpy()
-        if self.color_and_shape.transforms or self.mode != "RGB":
-            picture = self.color_and_shape(Image.fromarray(image))
-            image = to_array(picture if picture.mode == self.mode else picture.convert(self.mode))
+        if self.sampler is not None:
+            ops = self.sampler()
+            if self.augment.device is not None:
+                return sample | {"image": image, "ops": self.sampler.encode(ops)}
+            image = apply_ops(image, ops, self.sampler.fill)
+        elif self.color_and_shape.transforms:
+            image = to_array(self.color_and_shape(Image.fromarray(image)))
+        if self.mode != "RGB":
+            image = to_array(Image.fromarray(image).convert(self.mode))
         return sample | {"image": image}
 
     def _crop(self, image: np.ndarray) -> np.ndarray:
