@@ -178,8 +178,8 @@ def _move(pixels: Tensor, drawn: list[Op], fill: tuple[int, ...]) -> Tensor:
     device = pixels.device
     # Apple's GPUs have no float64; there, single pixels at the edge may be filled or not.
     exact = torch.float32 if device.type == "mps" else torch.float64
-    entries = np.array([matrix(op, height, width) for op in drawn])
-    a, b, c, d, e, f = send(entries, device).to(exact).t()[..., None, None]
+    entries = torch.tensor([matrix(op, height, width) for op in drawn], dtype=exact)
+    a, b, c, d, e, f = send(entries.numpy(), device).t()[..., None, None]
     xs, ys = (torch.arange(side, device=device, dtype=exact) + 0.5 for side in (width, height))
     x, y = a * xs + b * ys[:, None] + c, d * xs + e * ys[:, None] + f  # (N, H, W)
     outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
