@@ -182,6 +182,12 @@ class ClassificationAugment(Keys):
     mixup_prob: Share = Field(description="probability that a batch is mixed")
     switch_prob: Share = Field(description="probability of CutMix if both are on")
     label_smoothing: Share = Field(description="share of the target that is spread over all classes")
+    device: Literal["gpu"] | None = Field(
+        None, description="gpu: auto_augment and color_jitter change batches on the device that trains; null: the CPU"
+    )
+    decode: Literal["reduced"] | None = Field(
+        None, description="reduced: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crop permits"
+    )
 
 
 class DenseAugment(Keys):

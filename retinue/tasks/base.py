@@ -209,11 +209,14 @@ class Task(pl.LightningModule):
         figures = {"loss": loss, **figures}
         for name, value in figures.items():
             value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value * images
-        self._sums["images"] = self._sums.get("images", torch.zeros_like(self._sums["loss"])) + images
+            self._add(name, value * images)
+        self._add("images", torch.full_like(self._sums["loss"], images))
 
         step = torch.where(torch.isfinite(loss.detach()), math.inf, float(self.global_step))
         self._first_bad_step = step if self._first_bad_step is None else torch.minimum(self._first_bad_step, step)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def running_figures(self) -> dict[str, float]:
         """Return the means on this rank since the last row of the log, as `train/loss`, ..."""
