@@ -71,7 +71,9 @@ def extension_step(module: str, batch: int, image_size: Pair, queries: int | Non
     return step
 
 
-def autograd_step(attend: Callable[..., Tensor], batch: int, image_size: Pair, queries: int | None, device: str) -> Step:
+def autograd_step(
+    attend: Callable[..., Tensor], batch: int, image_size: Pair, queries: int | None, device: str
+) -> Step:
     """Return a step like `extension_step`, by autograd of a function of values, sizes, locations and weights."""
     value, shapes, _, locations, weights = make_inputs(batch, image_size, queries, device)
     leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]

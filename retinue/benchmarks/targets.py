@@ -6,21 +6,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ops.linear import linear_attention
 from retinue.benchmarks import heads, models, nets, ops
 from retinue.benchmarks.forms import COMPILED, EAGER, GRAPH, REDUCE_OVERHEAD, WHOLE
-from retinue.benchmarks.formulations import FORMULATIONS
+from retinue.benchmarks.formulations import FORMULATIONS, PLAIN_PYTORCH, with_backend
 from retinue.benchmarks.numerics import first_line
 from retinue.benchmarks.ops import DIRECTIONS, MeasuringSetting
 from retinue.benchmarks.options import Pair
-from retinue.benchmarks.timing import Row, describe_device, versions
+from retinue.benchmarks.timing import Row, describe_device, interleave, make_row, versions
 from retinue.utils.paths import PROJECT
 
 BOTH_DIRECTIONS = DIRECTIONS[True]
+# Features and normalisations of linear attention, with the channels of a first stage.
+LINEAR_FORMS, LINEAR_HEADS, LINEAR_HEAD_DIM = (
+    (("elu", "sum"), ("relu", "sum"), ("softmax", "none"), ("identity", "subtract")), 2, 32,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class NetTarget:
 NET_TARGETS = {
     "swin_tiny": NetTarget(nets.TIMM, 1.5, 2.0, 0.8),
     "biformer_small": NetTarget("gather, matmul, softmax", 3.0, 2.0, 0.45),
-    "nat_mini": NetTarget("plain PyTorch", 2.5, 2.0, 0.6),
+    "nat_mini": NetTarget(PLAIN_PYTORCH, 2.5, 2.0, 0.6),
 }
 
 
@@ -129,6 +135,7 @@ def attention_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]
     for primitive in FORMULATIONS:
         layers, sums = ops.measure_primitive(primitive, scale.image_size, scale.batch, scale.setting, compiling=False)
         rows += layers + sums
+        # On a GPU, there are sums for neighbourhoods without a bias and for dilated ones, too.
         ours = find(sums, what=primitive, direction=BOTH_DIRECTIONS)
         if primitive == "routed_attention":
             targets.append(make_target("routed attention, all layers, ms", 6.0, milliseconds(ours), at_most=True))
@@ -139,8 +146,6 @@ def attention_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]
             targets.append(
                 make_target("neighbourhood attention, all layers, ms", 9.0, milliseconds(ours), at_most=True)
             )
-        elif primitive == "linear_attention":
-            targets.append(make_target("linear attention, relative to its plain form", 3.0, ours and ours["ratio"]))
     return rows, targets
 
 
@@ -177,7 +182,7 @@ def with_peer(scale: Scale, target: str) -> dict[str, tuple[str, str]]:
         return {net: (net, nets.OURS), f"{net}, {peer}": (net, peer)}
     # timm has no small Swin for small images, so a dry run compares the net with itself in plain PyTorch.
     timms = nets.TIMM_NETS.get(net)
-    return {net: (net, nets.OURS), timms or f"{net}, plain": (timms or net, nets.OURS if timms else "plain PyTorch")}
+    return {net: (net, nets.OURS), timms or f"{net}, plain": (timms or net, nets.OURS if timms else PLAIN_PYTORCH)}
 
 
 def net_section(target: str) -> Section:
@@ -212,14 +217,50 @@ def forms_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
     return rows, []
 
 
+def linear_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
+    """Measure linear attention, forward + backward, at the first stage of a net: our kernels and the plain form."""
+    device, dtype, rows = scale.setting.device, getattr(torch, scale.setting.dtype), []
+    shape = (scale.batch, scale.image_size[0] * scale.image_size[1] // 16, 3 * LINEAR_HEADS * LINEAR_HEAD_DIM)
+    qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+    for features, normalization in LINEAR_FORMS:
+
+        def step(attend: Callable[..., torch.Tensor], features=features, normalization=normalization) -> torch.Tensor:
+            out = attend(qkv, LINEAR_HEADS, features, normalization)
+            return torch.autograd.grad(out, qkv, torch.ones_like(out))[0]
+
+        steps = {
+            "linear_attention": partial(step, with_backend("auto", linear_attention)),
+            PLAIN_PYTORCH: partial(step, with_backend("torch", linear_attention)),
+        }
+        timings = interleave(steps, scale.setting.rounds, on_gpu=scale.setting.is_cuda)
+        rows += [
+            make_row(
+                name,
+                timing,
+                against=(PLAIN_PYTORCH, timings[PLAIN_PYTORCH]),
+                shape=" x ".join(map(str, shape)),
+                dtype=scale.setting.dtype,
+                device=device,
+                direction=BOTH_DIRECTIONS,
+                features=features,
+                normalization=normalization,
+            )
+            for name, timing in timings.items()
+        ]
+    ratios = [float(row["ratio"] or 0) for row in rows if row["what"] == "linear_attention"]
+    return rows, [make_target("linear attention, relative to its plain form", 3.0, min(ratios))]
+
+
 def deformable_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
     """Measure deformable attention of DINO and Mask2Former."""
     rows = heads.benchmark(scale.dense_size, scale.dense_batch, str(scale.setting.device), scale.setting.rounds)
-    targets = [
-        make_target(f"deformable attention, {row['part']}, relative to {row['against']}", 3.0, row["ratio"])  # pyright: ignore[reportArgumentType]
-        for row in rows
-        if row["against"] is not None and row["what"] != row["against"]
-    ]
+    targets = []
+    for part in ("encoder", "decoder"):
+        ours = find(rows, what=heads.OURS, part=part)
+        # On a GPU, the plain form is measured beside mmcv's.
+        plain = find(rows, what=PLAIN_PYTORCH, part=part) or find(rows, what=heads.PLAIN_MMCV, part=part)
+        gain = quotient(plain, ours, "median_ms")
+        targets.append(make_target(f"deformable attention, {part}, relative to its plain form", 3.0, gain))
     return rows, targets
 
 
@@ -251,6 +292,7 @@ SECTIONS: dict[str, Section] = {
     "biformer_small": net_section("biformer_small"),
     "dense": dense_section,
     "nat_mini": net_section("nat_mini"),
+    "linear": linear_section,
     "digits": digits_section,
     "deformable": deformable_section,
     "forms": forms_section,

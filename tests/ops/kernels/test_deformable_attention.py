@@ -146,7 +146,9 @@ def test_second_derivative_raises(kernels):
 def test_forced_kernels_that_cannot_run_raise_the_reason(monkeypatch):
     monkeypatch.setitem(backend._state, "backend", "triton")
     shapes, inputs, _ = make("one point", torch.float32, "meta")
-    with pytest.raises(ValueError, match=r"deformable_attention cannot run as a kernel: it needs a CUDA device, not me"):
+    with pytest.raises(
+        ValueError, match=r"deformable_attention cannot run as a kernel: it needs a CUDA device, not me"
+    ):
         deformable_attention(inputs[0], shapes, *inputs[1:])
 
 
@@ -174,9 +176,7 @@ def test_torch_compile_sees_the_kernels(monkeypatch):
     half = torch.bfloat16
     inputs = ((2, 125, 8, 32), half), ((2, 2), torch.long), ((2, 30, 8, 2, 4, 2), torch.float), ((2, 30, 8, 2, 4), half)
     assert written_when_compiled(deformable_attention, *inputs) == [["out"]]
-    backward = written_when_compiled(
-        lambda *args: deformable_attention_backward(*args), ((2, 30, 256), half), *inputs
-    )
+    backward = written_when_compiled(lambda *args: deformable_attention_backward(*args), ((2, 30, 256), half), *inputs)
     assert [set(names) for names in backward] == [{"dlocations", "dweights", "cells"}, {"dvalue"}]
 
 

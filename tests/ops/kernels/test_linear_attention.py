@@ -96,9 +96,7 @@ def plain(*args) -> Tensor:
 def assert_exact(case: str, dtype: torch.dtype, device: str = "cpu") -> None:
     inputs, dout = make(case, dtype, device)
     exact = run(plain, case, inputs, dout, torch.float64)
-    assert_within_budget(
-        run(linear_attention, case, inputs, dout, dtype), run(plain, case, inputs, dout, dtype), exact
-    )
+    assert_within_budget(run(linear_attention, case, inputs, dout, dtype), run(plain, case, inputs, dout, dtype), exact)
 
 
 def launches(shape: tuple[int, int, int], dtype: torch.dtype, features: str, normalization: str) -> list[Launch]:
