@@ -25,14 +25,16 @@ from ops.kernels.deformable_kernels import backward_samples, backward_values, fo
 from ops.kernels.launch import forbid_second_derivative, kernel_op, padded, wrap_triton
 from retinue.utils.arithmetic import ceil_div
 
-# Queries of a program, and samples that a program adds up per iteration.
-QUERIES, SAMPLES = 16, 16
+# Sampled values that a program over queries holds of one level, and samples that a program over tokens adds up at once.
+VALUES, SAMPLES = 2048, 16
 
 
 def _arguments(value: Tensor, locations: Tensor) -> tuple[int, dict[str, Any]]:
     """Return the number of programs of a kernel over queries, and its arguments for sizes."""
     (B, N, num_heads, D), (_, Q, _, levels, points, _) = value.shape, locations.shape
-    return B * num_heads * ceil_div(Q, QUERIES), {
+    padded_points = 1 << (points - 1).bit_length()
+    queries = max(1, VALUES // (padded_points * padded(D)))
+    return B * num_heads * ceil_div(Q, queries), {
         "queries": Q,
         "tokens": N,
         "num_heads": num_heads,
@@ -40,8 +42,8 @@ def _arguments(value: Tensor, locations: Tensor) -> tuple[int, dict[str, Any]]:
         "points": points,
         "D": D,
         "PADDED_D": padded(D),
-        "POINTS": 1 << (points - 1).bit_length(),
-        "QUERIES": QUERIES,
+        "POINTS": padded_points,
+        "QUERIES": queries,
         "num_warps": 4,
     }
 
