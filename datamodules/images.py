@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.decode import BrokenImage, decode, read_file
+from datamodules.decode import BrokenImage, EncodedJPEG, decode, read_file
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -65,15 +65,32 @@ class ArrayImages(LabelledImages):
 
 
 class EncodedImages(LabelledImages):
-    """Set of encoded images, which are decoded when they are read."""
+    """Set of encoded images, which are decoded when they are read.
+
+    Attributes:
+        undecoded: whether samples hold JPEGs as `EncodedJPEG`, which their transform decodes.
+    """
+
+    undecoded = False
 
     @abstractmethod
     def read(self, index: int) -> bytes:
         """Return the encoded image at a position."""
 
-    def image(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> dict:
+        if not self.undecoded:
+            return super().__getitem__(index)
         try:
-            return decode(self.read(index))
+            return {"image": EncodedJPEG(self._read(index)), "label": self.labels[index]}
+        except ValueError:
+            return super().__getitem__(index)
+
+    def image(self, index: int) -> np.ndarray:
+        return decode(self._read(index))
+
+    def _read(self, index: int) -> bytes:
+        try:
+            return self.read(index)
         except OSError as error:
             raise BrokenImage(error.strerror or str(error)) from error
 
