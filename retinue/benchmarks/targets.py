@@ -1,6 +1,7 @@
 """Targets of speed on a GPU: the measurements that decide them, the most important ones first, within a time limit."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from ops.linear import linear_attention
-from retinue.benchmarks import heads, models, nets, ops
+from retinue.benchmarks import heads, limits, models, nets, ops
 from retinue.benchmarks.forms import COMPILED, EAGER, GRAPH, REDUCE_OVERHEAD, WHOLE
 from retinue.benchmarks.formulations import FORMULATIONS, PLAIN_PYTORCH, with_backend
 from retinue.benchmarks.numerics import first_line
@@ -192,14 +193,15 @@ def net_section(target: str) -> Section:
         if target not in scale.nets:
             return [], []
         limits, names = NET_TARGETS[target], with_peer(scale, target)
-        ours, peer = names
+        peer = list(names)[-1]
         rows = benchmark_nets(scale, names, scale.forms)
         targets = []
         for mode, limit in (("training", limits.training), ("inference", limits.inference)):
-            pair = [find(rows, what=what, mode=mode, form=scale.forms[-1]) for what in (peer, ours)]
-            targets.append(make_target(f"{target}, {mode}, relative to {peer}", limit, quotient(*pair, "median_ms")))
-        pair = [find(rows, what=what, mode="training", form=scale.forms[-1]) for what in (ours, peer)]
-        memory = quotient(*pair, "peak_mb")
+            ours, theirs = (find(rows, what=what, mode=mode, form=scale.forms[-1]) for what in names)
+            gain = quotient(theirs, ours, "median_ms")
+            targets.append(make_target(f"{target}, {mode}, relative to {peer}", limit, gain))
+        ours, theirs = (find(rows, what=what, mode="training", form=scale.forms[-1]) for what in names)
+        memory = quotient(ours, theirs, "peak_mb")
         targets.append(make_target(f"{target}, memory, relative to {peer}", limits.memory, memory, at_most=True))
         return rows, targets
 
@@ -285,6 +287,26 @@ def digits_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
     return list(rows), [make_target("digits, images/s", 3000, max(rates.values()))]
 
 
+def input_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
+    """Measure what limits the training of Swin-T, with augmentation on the CPU and on the device."""
+    rows, workers = [], os.cpu_count() or 1
+    batch, batches = max(2, scale.batch), 2 if scale.batch == 1 else 20
+    for augment in ({"device": None, "decode": None}, {"device": "gpu", "decode": "reduced"}):
+        measured = limits.measure(
+            scale.nets["swin_tiny"],
+            scale.setting.device,
+            scale.setting.dtype,
+            scale.image_size[0],
+            batch,
+            workers=workers,
+            batches=batches,
+            augment=augment,
+        )
+        print(limits.verdict(measured))
+        rows += [row | augment for row in measured]
+    return rows, []
+
+
 # Sections by name, the most important one first.
 SECTIONS: dict[str, Section] = {
     "attention": attention_section,
@@ -295,6 +317,7 @@ SECTIONS: dict[str, Section] = {
     "linear": linear_section,
     "digits": digits_section,
     "deformable": deformable_section,
+    "input": input_section,
     "forms": forms_section,
     "peers": peers_section,
 }
