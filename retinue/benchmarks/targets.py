@@ -44,6 +44,7 @@ class Scale:
         more_forms: forms of the nets that explain the others.
         nets: the net of each target of `NET_TARGETS` by its name.
         train: arguments of `train.py` for the run on the digits.
+        compile: values of `task.compile` for this run.
     """
 
     setting: MeasuringSetting
@@ -55,6 +56,7 @@ class Scale:
     more_forms: tuple[str, ...]
     nets: dict[str, str]
     train: tuple[str, ...]
+    compile: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def full_scale(setting: MeasuringSetting) -> Scale:
         (WHOLE, GRAPH, REDUCE_OVERHEAD),
         {name: name for name in NET_TARGETS},
         ("trainer.accelerator=gpu",),
+        ("false", "reduce-overhead"),
     )
 
 
@@ -100,7 +103,9 @@ def dry_scale(setting: MeasuringSetting) -> Scale:
     """Return the smallest sizes, which run the same code on any machine; the figures mean nothing."""
     small_nets = {"swin_tiny": "swin_nano", "biformer_small": "biformer_nano"}
     train = ("trainer.accelerator=cpu", "data.num_workers=0", "trainer.limit_train_batches=1", "recipe.epochs=1")
-    return Scale(setting, 1, (64, 64), 1, (64, 96), (EAGER,), (EAGER,), small_nets, (*train, "data.image_size=16"))
+    return Scale(
+        setting, 1, (64, 64), 1, (64, 96), (EAGER,), (EAGER,), small_nets, (*train, "data.image_size=16"), ("auto",)
+    )
 
 
 def find(rows: Sequence[Row], **columns: Any) -> Row | None:
@@ -276,9 +281,9 @@ def peers_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
 
 
 def digits_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
-    """Train on the digits from the command line, as they are and compiled with CUDA graphs."""
+    """Train on the digits from the command line, eager and compiled with CUDA graphs."""
     rates = {}
-    for choice in ("false", "reduce-overhead"):
+    for choice in scale.compile:
         run = folder / f"digits-{choice}"
         command = [sys.executable, str(PROJECT / "train.py"), *scale.train, f"task.compile={choice}", "logger=none"]
         subprocess.run([*command, f"hydra.run.dir={run}", "rerun=true"], check=True, stdout=subprocess.DEVNULL)
