@@ -1,6 +1,7 @@
 """Targets of speed on a GPU: the measurements that decide them, the most important ones first, within a time limit."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from ops.linear import linear_attention
-from retinue.benchmarks import heads, models, nets, ops
+from retinue.benchmarks import heads, limits, models, nets, ops
 from retinue.benchmarks.forms import COMPILED, EAGER, GRAPH, REDUCE_OVERHEAD, WHOLE
 from retinue.benchmarks.formulations import FORMULATIONS, PLAIN_PYTORCH, with_backend
 from retinue.benchmarks.numerics import first_line
@@ -43,6 +44,7 @@ class Scale:
         more_forms: forms of the nets that explain the others.
         nets: the net of each target of `NET_TARGETS` by its name.
         train: arguments of `train.py` for the run on the digits.
+        compile: values of `task.compile` for this run.
     """
 
     setting: MeasuringSetting
@@ -54,6 +56,7 @@ class Scale:
     more_forms: tuple[str, ...]
     nets: dict[str, str]
     train: tuple[str, ...]
+    compile: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def full_scale(setting: MeasuringSetting) -> Scale:
         (WHOLE, GRAPH, REDUCE_OVERHEAD),
         {name: name for name in NET_TARGETS},
         ("trainer.accelerator=gpu",),
+        ("false", "reduce-overhead"),
     )
 
 
@@ -99,7 +103,9 @@ def dry_scale(setting: MeasuringSetting) -> Scale:
     """Return the smallest sizes, which run the same code on any machine; the figures mean nothing."""
     small_nets = {"swin_tiny": "swin_nano", "biformer_small": "biformer_nano"}
     train = ("trainer.accelerator=cpu", "data.num_workers=0", "trainer.limit_train_batches=1", "recipe.epochs=1")
-    return Scale(setting, 1, (64, 64), 1, (64, 96), (EAGER,), (EAGER,), small_nets, (*train, "data.image_size=16"))
+    return Scale(
+        setting, 1, (64, 64), 1, (64, 96), (EAGER,), (EAGER,), small_nets, (*train, "data.image_size=16"), ("auto",)
+    )
 
 
 def find(rows: Sequence[Row], **columns: Any) -> Row | None:
@@ -192,14 +198,15 @@ def net_section(target: str) -> Section:
         if target not in scale.nets:
             return [], []
         limits, names = NET_TARGETS[target], with_peer(scale, target)
-        ours, peer = names
+        peer = list(names)[-1]
         rows = benchmark_nets(scale, names, scale.forms)
         targets = []
         for mode, limit in (("training", limits.training), ("inference", limits.inference)):
-            pair = [find(rows, what=what, mode=mode, form=scale.forms[-1]) for what in (peer, ours)]
-            targets.append(make_target(f"{target}, {mode}, relative to {peer}", limit, quotient(*pair, "median_ms")))
-        pair = [find(rows, what=what, mode="training", form=scale.forms[-1]) for what in (ours, peer)]
-        memory = quotient(*pair, "peak_mb")
+            ours, theirs = (find(rows, what=what, mode=mode, form=scale.forms[-1]) for what in names)
+            gain = quotient(theirs, ours, "median_ms")
+            targets.append(make_target(f"{target}, {mode}, relative to {peer}", limit, gain))
+        ours, theirs = (find(rows, what=what, mode="training", form=scale.forms[-1]) for what in names)
+        memory = quotient(ours, theirs, "peak_mb")
         targets.append(make_target(f"{target}, memory, relative to {peer}", limits.memory, memory, at_most=True))
         return rows, targets
 
@@ -274,15 +281,35 @@ def peers_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
 
 
 def digits_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
-    """Train on the digits from the command line, as they are and compiled with CUDA graphs."""
+    """Train on the digits from the command line, eager and compiled with CUDA graphs."""
     rates = {}
-    for choice in ("false", "reduce-overhead"):
+    for choice in scale.compile:
         run = folder / f"digits-{choice}"
         command = [sys.executable, str(PROJECT / "train.py"), *scale.train, f"task.compile={choice}", "logger=none"]
         subprocess.run([*command, f"hydra.run.dir={run}", "rerun=true"], check=True, stdout=subprocess.DEVNULL)
         rates[choice] = json.loads((run / "result.json").read_text(encoding="utf-8"))["images_per_second"]
     rows = [{"what": f"digits, task.compile={choice}", "images_per_s": rate} for choice, rate in rates.items()]
     return list(rows), [make_target("digits, images/s", 3000, max(rates.values()))]
+
+
+def input_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
+    """Measure what limits the training of Swin-T, with augmentation on the CPU and on the device."""
+    rows, workers = [], os.cpu_count() or 1
+    batch, batches = max(2, scale.batch), 2 if scale.batch == 1 else 20
+    for augment in ({"device": None, "decode": None}, {"device": "gpu", "decode": "reduced"}):
+        measured = limits.measure(
+            scale.nets["swin_tiny"],
+            scale.setting.device,
+            scale.setting.dtype,
+            scale.image_size[0],
+            batch,
+            workers=workers,
+            batches=batches,
+            augment=augment,
+        )
+        print(limits.verdict(measured))
+        rows += [row | augment for row in measured]
+    return rows, []
 
 
 # Sections by name, the most important one first.
@@ -295,6 +322,7 @@ SECTIONS: dict[str, Section] = {
     "linear": linear_section,
     "digits": digits_section,
     "deformable": deformable_section,
+    "input": input_section,
     "forms": forms_section,
     "peers": peers_section,
 }
