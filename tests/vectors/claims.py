@@ -153,6 +153,11 @@ NETS: dict[str, Net] = {
     # MaxViT
     **nets({f"maxvit__maxvit_{size}_tf_224": f"maxvit_{size}_tf_224" for size in ("tiny", "small", "base")}),
     "maxvit__maxvit_tiny_tf_224_stages": Net("maxvit_tiny_tf_224"),
+    # MOAT; the stages' first map is the stem's
+    "moat__tiny0_256": Net("tiny_moat_0"),
+    "moat__tiny0_nope_192x160_pool3": Net(
+        "tiny_moat_0", {"positions": False, "pool": 3, "out_indices": (0, 1, 2, 3, 4)}
+    ),
     # NAT
     **nets({f"nat__nat_{size}": f"nat_{size}" for size in ("mini", "tiny", "small", "base")}),
     "nat__nat_mini_seg": Net("nat_mini", {"norms": True}),
