@@ -296,7 +296,7 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def medvitv2_nano(pretrained: bool = False, **kwargs) -> MedViTV2:
     """Return a small net of our own for small images and CPUs; 32 pixels give maps of 16, 8, 4 and 2 tokens a side."""
-    arguments = {"dims": (32, 96, 128, 192), "depths": (1, 1, 3, 1), "patch": 2}
+    arguments = {"dims": (32, 128, 128, 256), "depths": (1, 1, 3, 1), "patch": 2}
     return MedViTV2.build("medvitv2_nano", pretrained, **arguments | kwargs)
 
 
