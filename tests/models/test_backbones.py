@@ -86,6 +86,9 @@ inline_cswin_{tiny,small,base} gc_vit_{xxtiny,xtiny,tiny,tiny2,small,small2,base
 focalnet_{tiny_iso,small_iso,base_iso} astroformer_{0,1,2,3,4,5}
 moat_{0,1,2,3,4} tiny_moat_{0,1,2,3} medvitv2_{tiny,small,base,large}
 vit_resnas_{tiny,small,medium,reftiny,tiny666} bossnet_{t0,t0_nose,t1}
+focalnet_{tiny_iso,small_iso,base_iso}
+soft_{tiny,small,medium,large,huge} soft_norm_{tiny,small,medium,large,huge}
+astroformer_{0,1,2,3,4,5} kdgqa_{small,base,large}
 """
 
 

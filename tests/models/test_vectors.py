@@ -8,7 +8,7 @@ import torch
 from models import create_model, load_weights
 from models.reference import load_vector, official_state
 from tests.vectors import VECTOR_FILES
-from tests.vectors.claims import HEADS, NETS, OPS
+from tests.vectors.claims import HEADS, NETS, OPS, classes
 from tests.vectors.comparison import assert_reproduces
 
 # Sides of images, in pixels, that are neither those of the vectors nor unfit for the net; 256 by default.
@@ -57,9 +57,8 @@ def test_the_authors_file_loads_for_another_size(name, tmp_path):
     vector, claim = load_vector(VECTOR_FILES[name]), NETS[name]
     torch.save({"model": official_state(vector)}, tmp_path / "authors.pth")
     side = OTHER_SIZES.get(vector["system"], 256)
-    arguments = {key: value for key, value in claim.arguments.items() if key not in ("num_classes", "img_size")}
-    classes = claim.arguments.get("num_classes", 1000)
-    net = create_model({"name": claim.name, **arguments}, classes, 3, side).eval()
+    arguments = {key: value for key, value in claim.arguments.items() if key != "img_size"}
+    net = create_model({"name": claim.name, **arguments}, classes(vector), 3, side).eval()
     result = load_weights(net, tmp_path / "authors.pth")
     assert not result.missing and not result.unexpected
     assert set(result.dropped) <= set(getattr(net, "unused_weights", ()))

@@ -4,6 +4,7 @@ A new backbone's author adds a line for each of its vectors here. Some claims na
 hold (large nets and a few variants); such a claim is tested as soon as the vector's file is put beside the others.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,6 +40,9 @@ class Net:
         dense = "stage1" in vector["outputs"] and "logits" not in vector["outputs"]
         make = DenseBackbone if dense else timm.create_model
         return make(self.name, **self.arguments)
+        if "stage1" in vector["outputs"]:
+            return DenseBackbone(self.name, **self.arguments)
+        return timm.create_model(self.name, num_classes=classes(vector), **self.arguments)
 
     def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs in the vector's order."""
@@ -58,7 +62,8 @@ class Op:
         name: the op's registered name.
         renames: names of the vector's `kwargs` -> names of our arguments; `kwargs` that it lacks are left out.
         arguments: arguments of ours that the vector's `kwargs` do not name.
-        layout: how the vector's input and output hold the map: NHWC, NCHW or tokens (B, H * W, C).
+        layout: how the vector's input and output hold the map: NHWC, NCHW or tokens (B, H * W, C), which are a
+            square map where `kwargs` has no H and W.
     """
 
     name: str
@@ -74,11 +79,17 @@ class Op:
     def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
         """Return the one output in the vector's layout."""
         if self.layout == "tokens":
-            size = (vector["kwargs"]["H"], vector["kwargs"]["W"])
+            side = math.isqrt(x.shape[1])
+            size = (vector["kwargs"].get("H", side), vector["kwargs"].get("W", side))
             return (model(x.unflatten(1, size)).flatten(1, 2),)
         if self.layout == "NCHW":
             return (model(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),)
         return (model(x),)
+
+
+def classes(vector: Mapping[str, Any]) -> int:
+    """Return the number of classes of a vector's net."""
+    return vector["outputs"]["logits"]["shape"][-1]
 
 
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
@@ -95,9 +106,9 @@ NETS: dict[str, Net] = {
     "agent_attention__agent_cswin_t": Net("agent_cswin_tiny"),
     "agent_attention__det_agent_swin_t_stages": Net("agent_swin_tiny", {"norms": True, "pool": (9, 12, 14, 7)}),
     # Astroformer, for images of 64 pixels
-    "astroformer__astroformer_0": Net("astroformer_0", {"num_classes": 10, "img_size": 64}),
-    "astroformer__astroformer_1": Net("astroformer_1", {"num_classes": 10, "img_size": 64}),
-    "astroformer__astroformer_2": Net("astroformer_2", {"num_classes": 100, "img_size": 64}),
+    "astroformer__astroformer_0": Net("astroformer_0", {"img_size": 64}),
+    "astroformer__astroformer_1": Net("astroformer_1", {"img_size": 64}),
+    "astroformer__astroformer_2": Net("astroformer_2", {"img_size": 64}),
     # BiFormer
     **nets({f"biformer__biformer_{size}": f"biformer_{size}" for size in ("tiny", "small", "base")}),
     "biformer__biformer_stl": Net("biformer_stl"),
@@ -151,6 +162,10 @@ NETS: dict[str, Net] = {
     "inline__inline_pvt_t": Net("inline_pvt_tiny"),
     "inline__inline_swin_t": Net("inline_swin_tiny"),
     "inline__inline_cswin_t": Net("inline_cswin_tiny"),
+    # KDGQA
+    "key_driven_gqa__s_mhsa": Net("kdgqa_small", {"allocation": "uniform", "kv_heads": 6}),
+    "key_driven_gqa__s_gqa": Net("kdgqa_small", {"allocation": "uniform"}),
+    "key_driven_gqa__s_kdgqa": Net("kdgqa_small"),
     # L2ViT
     **nets({f"l2vit__l2vit_{size}": f"l2vit_{size}" for size in ("tiny", "small", "base")}),
     "l2vit__l2vit_tiny_seg_pad": Net("l2vit_tiny", {"norms": True}),
@@ -184,6 +199,8 @@ NETS: dict[str, Net] = {
     # SHViT
     **nets({f"shvit__s{i}": f"shvit_s{i}" for i in range(1, 5)}),
     "shvit__det_s4_stages": Net("shvit_s4"),
+    # SOFT
+    **nets({f"soft__soft_{size}": f"soft_{size}" for size in ("tiny", "norm_tiny", "small", "norm_small")}),
     # Swin and Swin V2
     **nets({f"swin__swin_{size}": f"swin_{size}" for size in ("tiny", "small", "base")}),
     "swin__swinv2_tiny_window8_256": Net("swinv2_tiny_window8_256"),
@@ -214,6 +231,11 @@ BILEVEL_ROUTING = Op(
     {"dim": "dim", "num_heads": "num_heads", "n_win": "n_win", "topk": "topk", "side_dwconv": "lepe_kernel"},
 )
 FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
+GROUPED_QUERY = Op(
+    "grouped_query",
+    {"dim": "dim", "num_heads": "num_heads", "num_kv_heads": "kv_heads", "qkv_bias": "qkv_bias"},
+    layout="tokens",
+)
 NEIGHBORHOOD = Op(
     "neighborhood",
     {
@@ -240,6 +262,8 @@ OPS: dict[str, Op] = {
     "biformer__bra_op_28_topk4": BILEVEL_ROUTING,
     "biformer__bra_op_56": BILEVEL_ROUTING,
     "biformer__bra_op_pad_27x33": BILEVEL_ROUTING,
+    "kdgqa__d96_h6_kv3": replace(GROUPED_QUERY, arguments={"allocation": "batch_key_norm"}),
+    "kdgqa__gqa_d96_h6_kv3": GROUPED_QUERY,
     "natten__k4_s2_d3_16x14": NEIGHBORHOOD,
     "natten__k5_d3x2_16x14": NEIGHBORHOOD,
     "natten__k7_16x14": NEIGHBORHOOD,
