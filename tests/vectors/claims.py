@@ -37,10 +37,7 @@ class Net:
 
     def build(self, vector: Mapping[str, Any]) -> nn.Module:
         """Build the net or its dense features."""
-        dense = "stage1" in vector["outputs"] and "logits" not in vector["outputs"]
-        make = DenseBackbone if dense else timm.create_model
-        return make(self.name, **self.arguments)
-        if "stage1" in vector["outputs"]:
+        if "stage1" in vector["outputs"] and "logits" not in vector["outputs"]:
             return DenseBackbone(self.name, **self.arguments)
         return timm.create_model(self.name, num_classes=classes(vector), **self.arguments)
 
@@ -180,8 +177,8 @@ NETS: dict[str, Net] = {
     **nets({f"maxvit__maxvit_{size}_tf_224": f"maxvit_{size}_tf_224" for size in ("tiny", "small", "base")}),
     "maxvit__maxvit_tiny_tf_224_stages": Net("maxvit_tiny_tf_224"),
     # MedViTV2
-    "medvitv2__tiny": Net("medvitv2_tiny", {"num_classes": 9}, constants=8 * 8),
-    "medvitv2__small": Net("medvitv2_small", {"num_classes": 9}, constants=10 * 8),
+    "medvitv2__tiny": Net("medvitv2_tiny", constants=8 * 8),
+    "medvitv2__small": Net("medvitv2_small", constants=10 * 8),
     # MOAT; the stages' first map is the stem's
     "moat__tiny0_256": Net("tiny_moat_0"),
     "moat__tiny0_nope_192x160_pool3": Net(
