@@ -1,6 +1,7 @@
 """Stage maps of any net, for detection and segmentation heads."""
 
 import inspect
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from torch.func import functional_call
 
 from models.factory import build
 from models.hierarchical import HierarchicalBackbone
+from models.pyramid import STRIDES, SimplePyramid
 from models.timm_nets import pad_to_whole_patches
 from models.weights import rename_weights
 from retinue.utils.arithmetic import ceil_div, round_up
@@ -31,7 +33,8 @@ MAP_NORM = re.compile(r"(?:extra_norms\.|outnorm|norm)(\d)\.(weight|bias|running
 def create_backbone(model_cfg: Mapping, data_cfg: Mapping, in_chans: int, min_stride: int = 4) -> "DenseBackbone":
     """Create the backbone of a detector or segmentor from a `conf/model/*.yaml`.
 
-    Its maps have norms if the detection and segmentation code of the net's paper has them.
+    Its maps have norms if the detection and segmentation code of the net's paper has them. Maps of a plain net, which
+    have one stride, become those of a simple feature pyramid.
 
     Args:
         model_cfg: A `conf/model/*.yaml`, as `models.factory.resolve` reads it.
@@ -43,7 +46,12 @@ def create_backbone(model_cfg: Mapping, data_cfg: Mapping, in_chans: int, min_st
         ValueError: The size, the name or an argument is unknown, or the net has no pyramid of maps.
     """
     name, args = resolve(model_cfg, size_pixels(data_cfg), under_head=True)
-    return DenseBackbone(name, **{"norms": None, "min_stride": min_stride, "in_chans": in_chans} | args)
+    defaults = {"norms": None, "min_stride": min_stride, "in_chans": in_chans, "simple_pyramid": True}
+    return DenseBackbone(name, **defaults | args)
+
+
+# Beginnings of the names of weights that `DenseBackbone` adds to a net's.
+OWN = ("norms.", "pyramid.")
 
 
 class DenseBackbone(nn.Module):
@@ -62,6 +70,10 @@ class DenseBackbone(nn.Module):
         norms: Apply a LayerNorm to each map, or the `map_norm` of the net's class. None does so if the detection and
             segmentation code of the net's paper does (`map_norms` of the net's class).
         min_stride: Smallest stride, in pixels, of the default maps.
+        simple_pyramid: Make maps of strides 4, 8, 16 and 32 (`models.pyramid`) from the chosen maps if all of these
+            have one stride, as those of a ViT do, and it is a power of 2. By default the last map is chosen; several
+            blocks' maps, one for each stride, are chosen by `out_indices`, such as (2, 5, 8, 11). Other nets' maps stay
+            as they are.
         kwargs: Arguments of the net. `img_size` is passed on only to nets that have this argument.
 
     Attributes:
@@ -86,19 +98,26 @@ class DenseBackbone(nn.Module):
         out_indices: Sequence[int] | None = None,
         norms: bool | None = False,
         min_stride: int = 1,
+        simple_pyramid: bool = False,
         **kwargs: Any,
     ):
         super().__init__()
         self.net: Any = build_for_any_size(name, kwargs)
         info = list(self.net.feature_info)
-        default_indices = pyramid(name, [level["reduction"] for level in info], min_stride)
+        strides = [level["reduction"] for level in info]
+        one_stride = simple_pyramid and len(set(strides)) == 1 and math.log2(strides[0]).is_integer()
+        default_indices = pyramid(name, strides, 1 if one_stride else min_stride)
         indices = default_indices if out_indices is None else list(out_indices)
         if not indices or any(not -len(info) <= i < len(info) for i in indices):
             raise ValueError(f"{name} has maps 0 to {len(info) - 1}, so out_indices cannot be {indices}")
         self.levels = len(info)
         self.channels = [info[i]["num_chs"] for i in indices]
         self.strides = [info[i]["reduction"] for i in indices]
-        names_before = set(self.net.state_dict())
+        self.pyramid = None
+        if one_stride:
+            self.pyramid = SimplePyramid(self.channels[0], self.strides[0], len(indices), max(min_stride, STRIDES[0]))
+            self.channels, self.strides = self.pyramid.channels, self.pyramid.strides
+        names_before = set(self.net.state_dict()) | set(getattr(self.net, "unused_weights", ()))
         self.indices = self.net.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)
 
         if norms is None:
@@ -109,7 +128,7 @@ class DenseBackbone(nn.Module):
         self.norms = nn.ModuleList([norm(width) for width in self.channels] if norms else [])
         # `load_weights` reads both: a classifier's checkpoint has weights of the removed parts, and no norms of maps.
         self.unused_weights = {f"net.{key}" for key in names_before - set(self.net.state_dict())}
-        self.optional_weights = {f"norms.{key}" for key in self.norms.state_dict()}
+        self.optional_weights = {key for key in self.state_dict() if key.startswith(OWN)}
 
         self.multiple, self.only_size = 1, None
         if not isinstance(self.net, HierarchicalBackbone):
@@ -124,7 +143,9 @@ class DenseBackbone(nn.Module):
         maps = self.net.forward_intermediates(
             x, indices=self.indices, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )
-        if x.shape[2:] != (H, W):
+        if self.pyramid is not None:
+            maps = self.pyramid(maps)
+        if x.shape[2:] != (H, W) or self.pyramid is not None:
             maps = [m[..., : ceil_div(H, s), : ceil_div(W, s)] for m, s in zip(maps, self.strides, strict=True)]
         if self.norms:
             maps = [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
@@ -173,7 +194,7 @@ class DenseBackbone(nn.Module):
         Args:
             state: Our own weights, those of the authors' detection or segmentation backbone, or a classifier's.
         """
-        norms = {key: value for key, value in state.items() if key.startswith("norms.")}
+        norms = {key: value for key, value in state.items() if key.startswith(OWN)}
         authors_norms = {key: match for key in state if (match := MAP_NORM.fullmatch(key))} if self.norms else {}
         numbers = {int(match[1]) for match in authors_norms.values()}
         counts_from_1 = bool(numbers) and 0 not in numbers and max(numbers) == self.levels

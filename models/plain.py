@@ -158,6 +158,8 @@ class PlainBackbone(Backbone):
             dynamic_img_pad=True,
         )
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if self.extra else None
+        # Weights of a net with a class token load into a net without one.
+        self.unused_weights = set() if self.extra else {"cls_token"}
         tokens = self.extra + self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim)) if self.positions else None
 

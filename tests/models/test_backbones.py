@@ -83,6 +83,9 @@ uniformer_{small,small_plus,base} ppma_{tiny,small,base} pvt_{tiny,small,medium,
 agent_deit_{tiny,small} agent_pvt_{tiny,small,medium,large} agent_swin_{tiny,small,base} agent_cswin_{tiny,small,base}
 inline_deit_{tiny,small} inline_pvt_{tiny,small,medium,large} inline_swin_{tiny,small,base}
 inline_cswin_{tiny,small,base} gc_vit_{xxtiny,xtiny,tiny,tiny2,small,small2,base,large}
+focalnet_{tiny_iso,small_iso,base_iso} astroformer_{0,1,2,3,4,5}
+moat_{0,1,2,3,4} tiny_moat_{0,1,2,3} medvitv2_{tiny,small,base,large}
+vit_resnas_{tiny,small,medium,reftiny,tiny666} bossnet_{t0,t0_nose,t1}
 focalnet_{tiny_iso,small_iso,base_iso}
 flowformer_{base} patnet_{t0,t1,t2,s,m,l} tic_{tiny} s2aformer_{tiny} coswin_{tiny} maformer_{tiny}
 spectformer_{tiny,xsmall,small,base} spectformer_h_{small,base,large}
@@ -182,7 +185,8 @@ def test_layers_are_ordered_from_the_stem_to_the_head(net):
     assert {layers[key] for key in layers if key.startswith("norm.")} <= {len(blocks(net))}
     if hasattr(net, "stages"):
         downsample = {layers[key] for key in layers if key.startswith("stages.1.downsample.")}
-        assert downsample == {layers[key] for key in layers if key.startswith("stages.1.blocks.0.")}
+        # The first block of some nets reduces the map itself.
+        assert downsample <= {layers[key] for key in layers if key.startswith("stages.1.blocks.0.")}
         coarse = group_parameters(net, net.group_matcher(coarse=True), reverse=True)
         # A stem that is a stage of its own has no blocks.
         assert max(coarse.values()) == sum(len(stage.blocks) > 0 for stage in net.stages) + 1

@@ -133,3 +133,40 @@ def test_image_size_is_left_out_for_nets_without_one():
     net = build("resnet18", img_size=64, in_chans=1)
     assert net.multiple == 1 and len(net(torch.randn(1, 1, 30, 40))) == 4
     assert build("swin_nano", img_size=64).strides == [2, 4, 8, 16]
+
+
+def test_the_last_map_of_a_plain_net_becomes_a_pyramid():
+    net = build("deit_tiny", simple_pyramid=True)
+    assert net.strides == [4, 8, 16, 32] and net.channels == [48, 96, 192, 192]
+    x = torch.randn(2, 3, 66, 101)
+    maps = net(x)
+    assert [tuple(m.shape[2:]) for m in maps] == [(ceil_div(66, s), ceil_div(101, s)) for s in net.strides]
+    torch.stack([m.square().sum() for m in maps]).sum().backward()
+    assert [key for key, p in net.named_parameters() if (p.grad is None) == p.requires_grad] == []
+    # The level of the net's own stride is the last map itself, and the next level its maxima.
+    last = net.net.forward_intermediates(x, indices=1, intermediates_only=True)[0]
+    assert torch.equal(maps[2], last)
+    assert torch.equal(maps[3], torch.nn.functional.max_pool2d(last, 2, ceil_mode=True))
+    assert build("deit_tiny", simple_pyramid=True, min_stride=8).strides == [8, 16, 32]
+    assert build("deit_tiny").strides == [16]
+    assert build("swin_nano", simple_pyramid=True).strides == [2, 4, 8, 16]
+
+
+def test_each_level_reads_the_map_of_one_block():
+    net = build("deit_tiny", simple_pyramid=True, out_indices=(0, 1, 2, 3)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    blocks = net.net.forward_intermediates(x, intermediates_only=True)
+    assert torch.equal(net(x)[2], blocks[2])
+    assert torch.equal(net(x)[3], torch.nn.functional.max_pool2d(blocks[3], 2))
+    with pytest.raises(ValueError, match="out_indices must name 1 or 4 maps of a plain net, not 2"):
+        build("deit_tiny", simple_pyramid=True, out_indices=(1, 3))
+
+
+def test_weights_of_a_classifier_with_a_class_token_load_into_windowed_blocks():
+    classifier: Any = timm.create_model("deit_tiny", depths=(4,))
+    mixers = [["plain_window", "full"]]
+    net = build("deit_tiny", simple_pyramid=True, mixers=mixers)
+    assert [type(block.mixer).__name__ for block in net.net.blocks][:2] == ["PlainWindowAttention", "FullAttention"]
+    done = load_weights(net, classifier.state_dict())
+    assert "net.cls_token" in done.dropped and all(key.startswith("pyramid.") for key in done.missing)
+    assert torch.equal(net.net.blocks[0].mixer.qkv.weight, classifier.blocks[0].mixer.qkv.weight)

@@ -21,24 +21,32 @@ from ops import create_op
 
 @dataclass(frozen=True)
 class Net:
-    """A net of timm's registry, ours or timm's; a vector of stage maps is claimed by the net's dense features.
+    """A net of timm's registry, ours or timm's.
+
+    A vector of stage maps is claimed by the net's dense features, and one of stage maps and logits by the classifier.
 
     Attributes:
         name: registry name.
         arguments: arguments of `timm.create_model`, or of `DenseBackbone` for a vector of stage maps.
+        constants: how many of the vector's parameters are constants here, as they are never trained.
     """
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    constants: int = 0
 
     def build(self, vector: Mapping[str, Any]) -> nn.Module:
         """Build the net or its dense features."""
-        if "stage1" in vector["outputs"]:
+        if "stage1" in vector["outputs"] and "logits" not in vector["outputs"]:
             return DenseBackbone(self.name, **self.arguments)
         return timm.create_model(self.name, num_classes=classes(vector), **self.arguments)
 
     def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs in the vector's order."""
+        if {"stage1", "logits"} <= set(vector["outputs"]):
+            classifier: Any = model
+            features, maps = classifier.forward_intermediates(x)
+            return *maps, classifier.forward_head(features)
         outputs = model(x)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -104,6 +112,8 @@ NETS: dict[str, Net] = {
     "biformer__biformer_stl_nchw": Net("biformer_stl_nchw"),
     "biformer__biformer_small_seg": Net("biformer_small", {"norms": True, "n_win": 8}),
     "biformer__biformer_small_seg_n7pad": Net("biformer_small", {"norms": True}),
+    # BossNAS
+    **nets({f"bossnas__bossnet_{size}": f"bossnet_{size}" for size in ("t0", "t0_nose", "t1")}),
     # CrossViT
     **nets({f"crossvit__{size}_224": f"crossvit_{size}_240" for size in ("tiny", "small", "base")}),
     **nets({f"crossvit__{depth}_224": f"crossvit_{depth}_240" for depth in (9, 15, 18)}),
@@ -168,6 +178,14 @@ NETS: dict[str, Net] = {
     # MaxViT
     **nets({f"maxvit__maxvit_{size}_tf_224": f"maxvit_{size}_tf_224" for size in ("tiny", "small", "base")}),
     "maxvit__maxvit_tiny_tf_224_stages": Net("maxvit_tiny_tf_224"),
+    # MedViTV2
+    "medvitv2__tiny": Net("medvitv2_tiny", constants=8 * 8),
+    "medvitv2__small": Net("medvitv2_small", constants=10 * 8),
+    # MOAT; the stages' first map is the stem's
+    "moat__tiny0_256": Net("tiny_moat_0"),
+    "moat__tiny0_nope_192x160_pool3": Net(
+        "tiny_moat_0", {"positions": False, "pool": 3, "out_indices": (0, 1, 2, 3, 4)}
+    ),
     # NAT
     **nets({f"nat__nat_{size}": f"nat_{size}" for size in ("mini", "tiny", "small", "base")}),
     "nat__nat_mini_seg": Net("nat_mini", {"norms": True}),
@@ -210,6 +228,12 @@ NETS: dict[str, Net] = {
     "uniformer__uniformer_small_seg": Net("uniformer_small", {"norms": True}),
     "uniformer__uniformer_small_seg_w14": Net("uniformer_small", {"norms": True, "window": 14}),
     "uniformer__uniformer_small_seg_h14": Net("uniformer_small", {"norms": True, "window": 14, "hybrid": True}),
+    # ViT-ResNAS
+    "vit_resnas__tiny": Net("vit_resnas_tiny"),
+    "vit_resnas__small_2.9g": Net("vit_resnas_small"),
+    "vit_resnas__medium_4.6g": Net("vit_resnas_medium"),
+    "vit_resnas__ref_tiny": Net("vit_resnas_reftiny"),
+    "vit_resnas__tiny_666": Net("vit_resnas_tiny666"),
     # ViTAEv2 with VSA
     **nets({f"vsa__vitaev2_vsa_{size}": f"vitaev2_vsa_{size}" for size in ("s", "widepcm_s", "widepcm_48m")}),
 }

@@ -24,7 +24,7 @@ def assert_reproduces(claim: Net | Op, vector: Mapping[str, Any]) -> None:
     # Dense features drop the weights of the classifier, which the vector's module may have.
     unused_names = load_weights(model, state).dropped
     our_state = rename_weights(model, state)
-    num_params = sum(parameter.numel() for parameter in model.parameters())
+    num_params = getattr(claim, "constants", 0) + sum(parameter.numel() for parameter in model.parameters())
     assert num_params + sum(our_state[name].numel() for name in unused_names) == vector["num_params"]
 
     x = make_input(vector["input_shape"])
