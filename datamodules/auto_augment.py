@@ -64,7 +64,8 @@ class OpSampler:
     """
 
     def __init__(self, transforms: Sequence[Any]):
-        self.transforms, self.slots, self.fill = transforms, 0, (0, 0, 0)
+        self.transforms, self.slots = transforms, 0
+        self.fill: Any = (0, 0, 0)
         for transform in transforms:
             if isinstance(transform, ColorJitter):
                 self.slots += len(JITTER_OPS)
@@ -107,11 +108,12 @@ def _record(drawn: list[Op], *args: float, name: str, fillcolor: tuple, resample
     return [*drawn, Op(name, amount, resample == Image.Resampling.BICUBIC)]
 
 
-def draw_jitter(jitter: ColorJitter) -> list[Op]:
+def draw_jitter(jitter: Any) -> list[Op]:
     """Return the ops of torchvision's ColorJitter without hue: the ops are those of Pillow, as in timm."""
-    order, *factors, _ = ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    drawn: Any = ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    order, *factors, _ = drawn
     numbers = [number for number in order.tolist() if number < len(JITTER_OPS)]
-    return [Op(JITTER_OPS[i], float(factors[i]), True) for i in numbers if factors[i] is not None]  # pyright: ignore[reportArgumentType]
+    return [Op(JITTER_OPS[i], float(factors[i]), True) for i in numbers if factors[i] is not None]
 
 
 def apply_ops(image: np.ndarray, ops: Iterable[Op], fill: tuple[int, ...]) -> np.ndarray:
