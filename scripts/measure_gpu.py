@@ -27,7 +27,7 @@ class Options(command_line.Options):
 
     out: Path = Field(description="folder for the CSV files")
     sections: list[str] = Field(list(SECTIONS), min_length=1, description="what is measured, in this order")
-    seconds: float = Field(540, gt=0, description="time after which no further section begins")
+    seconds: float = Field(450, gt=0, description="time after which no further section begins")
     rounds: int = Field(7, ge=1, description="how often each candidate is timed")
     device: str = Field("auto", description="auto, cuda or cuda:N")
     dry: bool = Field(False, description="run everything once on the CPU with the smallest sizes")

@@ -312,16 +312,16 @@ def input_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
     return rows, []
 
 
-# Sections by name, the most important one first.
+# Sections by name: those that compile nothing first, then the most important ones.
 SECTIONS: dict[str, Section] = {
     "attention": attention_section,
+    "dense": dense_section,
+    "linear": linear_section,
+    "deformable": deformable_section,
     "swin_tiny": net_section("swin_tiny"),
     "biformer_small": net_section("biformer_small"),
-    "dense": dense_section,
     "nat_mini": net_section("nat_mini"),
-    "linear": linear_section,
     "digits": digits_section,
-    "deformable": deformable_section,
     "input": input_section,
     "forms": forms_section,
     "peers": peers_section,

@@ -14,7 +14,7 @@ def read(path):
 
 
 def test_every_section_runs_dry_and_writes_its_rows_and_targets(tmp_path, capsys):
-    measure_gpu.main([f"out={tmp_path}", "dry=true"])
+    measure_gpu.main([f"out={tmp_path}", "dry=true", "seconds=10000"])
     out = capsys.readouterr().out
     assert "left out: " not in out.replace("is left out of", ""), out
     written = read(tmp_path / "targets.csv")
