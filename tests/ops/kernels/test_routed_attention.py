@@ -28,6 +28,7 @@ LARGE_WINDOWS = {
 }
 SMALL_WINDOWS = {
     "64 windows of one token": (1, (8, 8), (8, 8), 20, 1, 4),
+    "64 windows of 1 x 3": (1, (8, 24), (8, 8), 5, 1, 8),
     "windows of 2 x 2": (1, (14, 10), (7, 5), 6, 1, 33),
     "windows of 3 x 3": (1, (15, 12), (5, 4), 3, 2, 24),
     "windows of 15 tokens": (2, (15, 12), (5, 2), 2, 1, 16),
