@@ -31,7 +31,7 @@ SMALL_WINDOWS = {
     "64 windows of 1 x 3": (1, (8, 24), (8, 8), 5, 1, 8),
     "windows of 2 x 2": (1, (14, 10), (7, 5), 6, 1, 33),
     "windows of 3 x 3": (1, (15, 12), (5, 4), 3, 2, 24),
-    "windows of 15 tokens": (2, (15, 12), (5, 2), 2, 1, 16),
+    "windows of 15 tokens": (2, (15, 10), (5, 2), 2, 1, 16),
     "every window": (2, (6, 9), (3, 3), 9, 1, 8),
     "one window": (1, (3, 5), (1, 1), 1, 2, 5),
     "small windows of one channel": (1, (6, 4), (3, 2), 2, 2, 1),
