@@ -119,7 +119,8 @@ def _either(a, b):
 @triton.jit
 def _in_tile(word, first_window, WINDOWS: tl.constexpr):
     """Tell whether a word has the bit of any window of the tile with WINDOWS windows."""
-    return ((word >> tl.cast(first_window, tl.uint64)) & ((1 << WINDOWS) - 1)) != 0
+    bits_of_tile = (tl.cast(1, tl.uint64) << WINDOWS) - 1
+    return ((word >> tl.cast(first_window, tl.uint64)) & bits_of_tile) != 0
 
 
 @triton.jit
