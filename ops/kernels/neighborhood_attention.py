@@ -75,7 +75,7 @@ def _default_tile_config(
     resident = padded(group_tokens) if group_tokens <= 64 and not single_precision else 16
     _, (frame_h, frame_w) = _frame(_tile(resident, group), group, size)
     streamed = padded(frame_h * frame_w, limit)
-    return TileConfig(resident, streamed, num_warps=min(8, max(1, resident * streamed // 512)), num_stages=1)
+    return TileConfig(resident, streamed, num_warps=8 if resident * streamed > 2048 else 4, num_stages=1)
 
 
 def _even_part(length: int, limit: int) -> int:

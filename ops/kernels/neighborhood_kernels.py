@@ -174,11 +174,10 @@ def forward(
         origin, first_y, first_x, valid_y, last_y, valid_x, last_x, length_y, length_x = _tile_bounds(  # pyright: ignore[reportGeneralTypeIssues]
             tile, H, W, tiles_y, tiles_x, tile_h, tile_w, dilation_y, dilation_x
         )
-        first_row = origin + first_y * row_step + first_x * column_step
         query_y, query_x = first_y - before_y + tile_y, first_x - before_x + tile_x
         query_valid = (query_y >= valid_y) & (query_y <= last_y) & (query_x >= valid_x) & (query_x <= last_x)
-        query_row = (tile_y - before_y) * row_step + (tile_x - before_x) * column_step
-        q = load_rows(qkv + first_row * 3 * C, query_row, 3 * C, query_valid, D, PADDED_D)
+        query_row = origin + query_y * row_step + query_x * column_step
+        q = load_rows(qkv, query_row, 3 * C, query_valid, D, PADDED_D)
         start_y = _neighborhood_start(tl.minimum(query_y, length_y - 1), length_y, size_y) - first_y + before_y
         start_x = _neighborhood_start(tl.minimum(query_x, length_x - 1), length_x, size_x) - first_x + before_x
 
@@ -191,9 +190,9 @@ def forward(
                 frame_y, frame_x = number // frame_w, number % frame_w
             key_y, key_x = first_y - before_y + frame_y, first_x - before_x + frame_x
             key_valid = (key_y >= 0) & (key_y < length_y) & (key_x >= 0) & (key_x < length_x)
-            key_row = (frame_y - before_y) * row_step + (frame_x - before_x) * column_step
-            k = load_rows(qkv + first_row * 3 * C + C, key_row, 3 * C, key_valid, D, PADDED_D)
-            v = load_rows(qkv + first_row * 3 * C + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
+            key_row = origin + key_y * row_step + key_x * column_step
+            k = load_rows(qkv + C, key_row, 3 * C, key_valid, D, PADDED_D)
+            v = load_rows(qkv + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             if bias is not None:
                 if FRAME_PARTS > 1:
@@ -208,10 +207,8 @@ def forward(
             acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
             running_max = new_max
 
-        out_base = out + first_row * C + head * D
-        store_rows(out_base, query_row, C, query_valid, acc / denominator[:, None], D, PADDED_D)
-        lse_base = lse + first_row * num_heads + head
-        tl.store(lse_base + query_row * num_heads, running_max + tl.log2(denominator), mask=query_valid)
+        store_rows(out + head * D, query_row, C, query_valid, acc / denominator[:, None], D, PADDED_D)
+        tl.store(lse + query_row * num_heads + head, running_max + tl.log2(denominator), mask=query_valid)
 
 
 @triton.jit
@@ -247,14 +244,13 @@ def backward_queries(
         origin, first_y, first_x, valid_y, last_y, valid_x, last_x, length_y, length_x = _tile_bounds(  # pyright: ignore[reportGeneralTypeIssues]
             tile, H, W, tiles_y, tiles_x, tile_h, tile_w, dilation_y, dilation_x
         )
-        first_row = origin + first_y * row_step + first_x * column_step
         query_y, query_x = first_y - before_y + tile_y, first_x - before_x + tile_x
         query_valid = (query_y >= valid_y) & (query_y <= last_y) & (query_x >= valid_x) & (query_x <= last_x)
-        query_row = (tile_y - before_y) * row_step + (tile_x - before_x) * column_step
-        q = load_rows(qkv + first_row * 3 * C, query_row, 3 * C, query_valid, D, PADDED_D)
-        do = load_rows(dout + first_row * C + head * D, query_row, C, query_valid, D, PADDED_D)
-        o = load_rows(out + first_row * C + head * D, query_row, C, query_valid, D, PADDED_D)
-        statistic = first_row * num_heads + head + query_row * num_heads
+        query_row = origin + query_y * row_step + query_x * column_step
+        q = load_rows(qkv, query_row, 3 * C, query_valid, D, PADDED_D)
+        do = load_rows(dout + head * D, query_row, C, query_valid, D, PADDED_D)
+        o = load_rows(out + head * D, query_row, C, query_valid, D, PADDED_D)
+        statistic = query_row * num_heads + head
         # An infinite log-sum-exp makes the weights of queries that are not valid 0.
         query_lse = tl.load(lse + statistic, mask=query_valid, other=float("inf"))
         query_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
@@ -269,9 +265,9 @@ def backward_queries(
                 frame_y, frame_x = number // frame_w, number % frame_w
             key_y, key_x = first_y - before_y + frame_y, first_x - before_x + frame_x
             key_valid = (key_y >= 0) & (key_y < length_y) & (key_x >= 0) & (key_x < length_x)
-            key_row = (frame_y - before_y) * row_step + (frame_x - before_x) * column_step
-            k = load_rows(qkv + first_row * 3 * C + C, key_row, 3 * C, key_valid, D, PADDED_D)
-            v = load_rows(qkv + first_row * 3 * C + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
+            key_row = origin + key_y * row_step + key_x * column_step
+            k = load_rows(qkv + C, key_row, 3 * C, key_valid, D, PADDED_D)
+            v = load_rows(qkv + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             if bias is not None:
                 if FRAME_PARTS > 1:
@@ -289,7 +285,7 @@ def backward_queries(
                     if tile > first_tile:
                         dscores += tl.load(sums)
                     tl.store(sums, dscores)
-        store_rows(dqkv + first_row * 3 * C + head * D, query_row, 3 * C, query_valid, dq * scale, D, PADDED_D)
+        store_rows(dqkv + head * D, query_row, 3 * C, query_valid, dq * scale, D, PADDED_D)
         if bias is not None and FRAME_PARTS > 1:
             # Sums that one thread stored may be loaded by another one for the next tile.
             tl.debug_barrier()

@@ -182,11 +182,11 @@ def test_flops_equal_those_of_plain_pytorch(kernels):
 
 
 def launches(side: int, size: int, dilation: int, D: int, dtype: torch.dtype, biased: bool) -> list[Launch]:
-    """Return the launches of all kernels, forward and backward, on maps of side x side tokens."""
+    """Return the launches of all kernels, forward and backward, on so many maps that a strip has several tiles."""
     from ops.kernels import neighborhood_attention as module
 
     new = partial(torch.empty, device="meta", dtype=dtype)
-    qkv, out = new(2, side, side, 3 * 2 * D), new(2, side, side, 2 * D)
+    qkv, out = new(4096, side, side, 3 * 2 * D), new(4096, side, side, 2 * D)
     bias = torch.empty(2, 2 * size - 1, 2 * size - 1, device="meta") if biased else None
     settings = (2, (size, size), (dilation, dilation))
 
@@ -197,6 +197,7 @@ def launches(side: int, size: int, dilation: int, D: int, dtype: torch.dtype, bi
     recorded = launches_of(module, call)
     names = ["forward", "backward_queries", "backward_keys"]
     assert [kernel_launch.kernel.fn.__name__ for kernel_launch in recorded] == names
+    assert all(kernel_launch.arguments["strip_tiles"] > 1 for kernel_launch in recorded[:2])
     return recorded
 
 
