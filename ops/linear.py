@@ -84,11 +84,7 @@ def attend_by_state(
 
     `scale` is a number or a tensor (heads, 1, 1). The result has shape (B, heads, N, E).
     """
-    if features == "softmax":
-        q, k = q.softmax(-1), k.softmax(-2)
-    elif features != "identity":
-        feature_map = F.relu if features == "relu" else elu_plus_one
-        q, k = feature_map(q), feature_map(k)
+    q, k = map_features(q, k, features)
     if normalization == "subtract":
         # Subtracting the keys' mean gives the first term of the weights, adding the values' mean the second
         k = k - k.mean(-2, keepdim=True)
@@ -97,6 +93,16 @@ def attend_by_state(
     if normalization == "sum":
         out = out / (q @ k.sum(-2).unsqueeze(-1)).clamp(min=min_sum)
     return out
+
+
+def map_features(q: Tensor, k: Tensor, features: str) -> tuple[Tensor, Tensor]:
+    """Return the features of queries (..., N, D) and keys (..., M, D)."""
+    if features == "softmax":
+        return q.softmax(-1), k.softmax(-2)
+    if features == "identity":
+        return q, k
+    feature_map = F.relu if features == "relu" else elu_plus_one
+    return feature_map(q), feature_map(k)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:

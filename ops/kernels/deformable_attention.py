@@ -25,14 +25,16 @@ from ops.kernels.deformable_kernels import backward_samples, backward_values, fo
 from ops.kernels.launch import forbid_second_derivative, kernel_op, padded, wrap_triton
 from retinue.utils.arithmetic import ceil_div
 
-# Queries of a program, and samples that a program adds up per iteration.
-QUERIES, SAMPLES = 16, 16
+# Sampled values that a program over queries holds of one level, and samples that a program over tokens adds up at once.
+VALUES, SAMPLES = 2048, 16
 
 
 def _arguments(value: Tensor, locations: Tensor) -> tuple[int, dict[str, Any]]:
     """Return the number of programs of a kernel over queries, and its arguments for sizes."""
     (B, N, num_heads, D), (_, Q, _, levels, points, _) = value.shape, locations.shape
-    return B * num_heads * ceil_div(Q, QUERIES), {
+    padded_points = 1 << (points - 1).bit_length()
+    queries = max(1, VALUES // (padded_points * padded(D)))
+    return B * num_heads * ceil_div(Q, queries), {
         "queries": Q,
         "tokens": N,
         "num_heads": num_heads,
@@ -40,8 +42,8 @@ def _arguments(value: Tensor, locations: Tensor) -> tuple[int, dict[str, Any]]:
         "points": points,
         "D": D,
         "PADDED_D": padded(D),
-        "POINTS": 1 << (points - 1).bit_length(),
-        "QUERIES": QUERIES,
+        "POINTS": padded_points,
+        "QUERIES": queries,
         "num_warps": 4,
     }
 
@@ -72,14 +74,16 @@ def deformable_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `value`, `locations` and `weights` from the gradient `dout` of the output."""
     gradients = dvalue, dlocations, dweights = _empty_gradients(dout, value, spatial_shapes, locations, weights)
-    dout, value, shapes, locations, weights = (t.contiguous() for t in (dout, value, spatial_shapes, locations, weights))
+    dout, value, shapes, locations, weights = (
+        t.contiguous() for t in (dout, value, spatial_shapes, locations, weights)
+    )
     cells = torch.empty(weights.shape, dtype=torch.int32, device=weights.device)
     programs, arguments = _arguments(value, locations)
     wrap_triton(backward_samples)[(programs,)](
         value, shapes, locations, weights, dout, dlocations, dweights, cells, images=len(value), **arguments
     )
     sorted_cells, order = cells.flatten().sort(stable=True)
-    B, N, num_heads, D = value.shape
+    B, N, num_heads, _ = value.shape
     every_cell = torch.arange(4 * B * num_heads * N + 1, dtype=torch.int32, device=cells.device)
     bounds = torch.searchsorted(sorted_cells, every_cell, out_int32=True)
     sizes = {name: arguments[name] for name in ("tokens", "num_heads", "levels", "points", "D", "PADDED_D")}

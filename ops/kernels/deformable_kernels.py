@@ -38,13 +38,17 @@ def _program_indices(queries, num_heads, QUERIES: tl.constexpr):
 
 
 @triton.jit
-def _samples_of_level(
-    locations, weights, index, valid, H, W,
-):  # fmt: skip
+def _samples_of_level(locations, weights, index, valid, H, W):
     """Return x and y of samples in tokens, relative to the first token, and their weights; 0 where not valid."""
     x = tl.load(locations + 2 * index, mask=valid, other=0.0).to(tl.float32) * W - 0.5
     y = tl.load(locations + 2 * index + 1, mask=valid, other=0.0).to(tl.float32) * H - 0.5
     return x, y, tl.load(weights + index, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _clamped(x, length):
+    """Return float coordinates as integers from 0 to length - 1. Triton 3.6 fails to compile `tl.where` here."""
+    return tl.minimum(tl.maximum(x, 0.0), (length - 1).to(tl.float32)).to(tl.int32)
 
 
 @triton.jit
@@ -54,7 +58,7 @@ def _load_corner(base, stride, x, y, valid, H, W, D: tl.constexpr, PADDED_D: tl.
     Values are 0 outside the map. Coordinates are compared as floats, since large ones do not fit an integer.
     """
     inside = valid & (x >= 0) & (x < W) & (y >= 0) & (y < H)
-    row = tl.where(inside, y, 0.0).to(tl.int64) * W + tl.where(inside, x, 0.0).to(tl.int64)
+    row = _clamped(y, H).to(tl.int64) * W + _clamped(x, W)
     return load_rows(base, row, stride, inside, D, PADDED_D).to(tl.float32)
 
 
@@ -127,7 +131,7 @@ def backward_samples(
         dy = (weight * (below - above) * H).to(dlocations.dtype.element_ty)
         tl.store(dlocations + 2 * index + 1, dy, mask=valid)
         inside = (left >= -1) & (left < W) & (top >= -1) & (top < H)
-        row, column = tl.where(inside, top + 1, 0.0).to(tl.int32), tl.where(inside, left + 1, 0.0).to(tl.int32)
+        row, column = _clamped(top + 1, H + 1), _clamped(left + 1, W + 1)
         first_cell = (image.to(tl.int32) * num_heads + head) * (4 * tokens) + 4 * first_token
         cell = tl.where(inside, first_cell + row * (W + 1) + column, images * num_heads * tokens * 4)
         tl.store(cells + index, cell, mask=valid)

@@ -215,16 +215,56 @@ class NeighborhoodLayer(Layer):
         return f"{super().describe(batch)}, {neighbors}, {self.variant}"
 
 
+@dataclass(frozen=True)
+class LinearLayer(Layer):
+    """A layer with linear attention.
+
+    Attributes:
+        features: feature map.
+        normalization: normalization of the weights.
+    """
+
+    features: str
+    normalization: str
+
+    primitive = "linear_attention"
+
+    @property
+    def variant(self) -> str:
+        return f"features {self.features}, normalization {self.normalization}"
+
+    def attend(self, formulation: Callable, qkv: Tensor, bias: Tensor | None, index: Tensor | None) -> Tensor:
+        head_dim = qkv.shape[-1]
+        tokens, form = qkv.flatten(3).flatten(1, 2), (self.features, self.normalization)
+        return formulation(tokens, qkv.shape[-2], *form, head_dim**-0.5, 1e-6).unflatten(1, self.size)
+
+    def describe(self, batch: int) -> str:
+        return f"{super().describe(batch)}, {self.variant}"
+
+    def floor(self, batch: int, itemsize: int, train: bool) -> tuple[float, float]:
+        """Return the bytes and FLOPs that a fused form needs at least.
+
+        Forward reads queries, keys and values and writes the output. Backward reads these three and the output's
+        gradient and writes three gradients. Forward multiplies the map by matrices of a head's channels twice, and
+        backward four times.
+        """
+        values = batch * self.size[0] * self.size[1] * self.dim
+        return values * itemsize * (11 if train else 4), 2 * values * self.dim // self.heads * (6 if train else 2)
+
+
 def comma_separated(*parts: str) -> str:
     """Join the parts that are not empty by commas."""
     return ", ".join(part for part in parts if part)
 
 
+# Features and normalizations of linear attention; L2ViT's are the first.
+LINEAR_FORMS = (("relu", "sum"), ("elu", "sum"), ("softmax", "none"), ("identity", "subtract"))
 # For each primitive: a net, then the channels, heads and number of layers of each stage.
 NETS = {
     "routed_attention": ("biformer_small", (64, 128, 256), (2, 4, 8), (4, 4, 18)),
     "window_attention": ("swin_tiny", (96, 192, 384, 768), (3, 6, 12, 24), (2, 2, 6, 2)),
     "neighborhood_attention": ("nat_mini", (64, 128, 256, 512), (2, 4, 8, 16), (3, 4, 6, 5)),
+    "linear_attention": ("l2vit_tiny", (96, 192, 384, 768), (3, 6, 12, 24), (1, 1, 3, 1)),
 }
 
 
@@ -262,6 +302,9 @@ def _layers(primitive: str, image_size: Pair, all_neighborhoods: bool) -> Iterat
                 yield WindowLayer(net, H * W, size, dim, heads, count // 2, window, shift)
             else:
                 yield WindowLayer(net, H * W, size, dim, heads, count, window, (0, 0))
+        elif primitive == "linear_attention":
+            for form in LINEAR_FORMS:
+                yield LinearLayer(net, H * W, (H, W), dim, heads, count, *form)
         else:
             size = (max(H, 7), max(W, 7))
             for biased in (True, False) if all_neighborhoods else (True,):
