@@ -142,8 +142,10 @@ def _blur(pixels: Tensor, drawn: list[Op], fill: tuple[int, ...]) -> Tensor:
         axis, side = (3, image.shape[3]) if padding[0] else (2, image.shape[2])
         for _ in range(BLUR_PASSES):
             padded = F.pad(image, padding, mode="replicate")
-            sums = sum(column * padded.narrow(axis, i, side) for i, column in enumerate(columns))
-            image = (sums + 0.5).floor_()
+            image = torch.full_like(image, 0.5)
+            for i, column in enumerate(columns):
+                image.addcmul_(column, padded.narrow(axis, i, side))
+            image.floor_()
     return image.to(torch.uint8).permute(0, 2, 3, 1)
 
 

@@ -113,8 +113,8 @@ class EncodedJPEG:
         fitting = [d for d in DIVISORS if height >= d * size[0] and width >= d * size[1]]
         divisor = max(fitting, default=1)
         try:
-            smallest = {"min_height": ceil_div(self.shape[0], divisor), "min_width": ceil_div(self.shape[1], divisor)}
-            image = simplejpeg.decode_jpeg(self.data, **smallest) if divisor > 1 else decode(self.data)
+            h, w = (ceil_div(side, divisor) for side in self.shape[:2])
+            image = simplejpeg.decode_jpeg(self.data, min_height=h, min_width=w) if divisor > 1 else decode(self.data)
         except ValueError:
             # Pillow decides whether the image is broken.
             image, divisor = decode(self.data), 1

@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -169,7 +169,7 @@ class BatchFetcher(Dataset):
         raise ValueError(f"{MAX_ATTEMPTS} images in a row are broken, the last one {self.dataset.name(broken[-1][0])}")
 
 
-def _unchanged(batch: dict) -> dict:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 

@@ -7,7 +7,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 from webdataset.writer import ShardWriter
@@ -101,7 +101,8 @@ def _sample(images: FileImages, max_side: int | None, index: int) -> dict:
         content = images.read(index)
     except BrokenImage as error:
         raise ValueError(f"{images.root}/{name} cannot be packed: {error}") from error
-    about, suffix = {"name": name}, Path(name).suffix[1:].lower()
+    about: dict[str, Any] = {"name": name}
+    suffix = Path(name).suffix[1:].lower()
     if max_side is not None and (resized := shrink(content, max_side)) is not None:
         content, about["resized_from"] = resized
         suffix = "jpg"

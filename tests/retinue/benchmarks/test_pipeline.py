@@ -1,5 +1,7 @@
 """Test that both input pipelines do the same."""
 
+from typing import Any
+
 import pytorch_lightning as pl
 import torch
 
@@ -35,7 +37,9 @@ def test_what_limits_a_run_follows_from_the_rates():
 
 def test_a_run_with_loading_processes_is_measured():
     augment = {"device": "gpu", "decode": "reduced"}
-    rows = limits.measure("resnet10t", torch.device("cpu"), "float32", 32, 4, workers=1, batches=2, augment=augment)
+    rows: list[Any] = limits.measure(
+        "resnet10t", torch.device("cpu"), "float32", 32, 4, workers=1, batches=2, augment=augment
+    )
     assert [row["what"] for row in rows] == ["core", "input", "step", "input and step"]
     rates = {row["what"]: row["images_per_s"] for row in rows}
     assert all(rate > 0 for rate in rates.values())

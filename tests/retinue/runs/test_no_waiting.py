@@ -4,6 +4,8 @@ Tensors on the meta device have no values, so that reading one is an error, as i
 many entries are not zero. A run on this device therefore finds every place that would wait for a GPU.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -105,7 +107,7 @@ def test_a_validation_step_reads_nothing_from_the_device(tmp_path):
 
 def test_reading_a_figure_would_be_noticed(tmp_path):
     class Reader(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        def on_train_batch_end(self, trainer, pl_module: Any, outputs, batch, batch_idx):
             pl_module.running_figures()
 
     task, datamodule, trainer = meta_trainer(tmp_path, RECIPES[0], [Reader(), StopAfterSteps()])
