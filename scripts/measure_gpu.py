@@ -1,7 +1,7 @@
 """Measure every target of speed on a GPU in under ten minutes, the most important ones first.
 
     python scripts/measure_gpu.py out=measured
-    python scripts/measure_gpu.py out=measured sections=[attention,swin_tiny] seconds=200
+    python scripts/measure_gpu.py out=measured sections=[routed_attention,swin_tiny] seconds=200
     python scripts/measure_gpu.py out=/tmp/dry dry=true
 
 Each section writes `<out>/<section>.csv` as soon as it is measured, and `<out>/targets.csv` says which targets are
