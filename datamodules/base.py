@@ -112,7 +112,7 @@ class ImageData(pl.LightningDataModule, ABC):
 
     @property
     def note(self) -> dict[str, str]:
-        """What a result says about the data beside their name."""
+        """Facts about the data that a result states beside their name."""
         return {}
 
     @property

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention (Zhu et al., ICLR 2021, arXiv:2010.04159): its definition, and the choice of its kernels.
+"""Multi-scale deformable attention (Zhu et al., ICLR 2021, arXiv:2010.04159): definition, and choice of kernels.
 
 DINO and Mask2Former use it in their heads.
 """

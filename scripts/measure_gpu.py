@@ -1,7 +1,7 @@
 """Measure every target of speed on a GPU in under ten minutes, the most important ones first.
 
     python scripts/measure_gpu.py out=measured
-    python scripts/measure_gpu.py out=measured sections=[attention,swin_tiny] seconds=200
+    python scripts/measure_gpu.py out=measured sections=[routed_attention,swin_tiny] seconds=200
     python scripts/measure_gpu.py out=/tmp/dry dry=true
 
 Each section writes `<out>/<section>.csv` as soon as it is measured, and `<out>/targets.csv` says which targets are
@@ -27,7 +27,7 @@ class Options(command_line.Options):
 
     out: Path = Field(description="folder for the CSV files")
     sections: list[str] = Field(list(SECTIONS), min_length=1, description="what is measured, in this order")
-    seconds: float = Field(540, gt=0, description="time after which no further section begins")
+    seconds: float = Field(450, gt=0, description="time after which no further section begins")
     rounds: int = Field(7, ge=1, description="how often each candidate is timed")
     device: str = Field("auto", description="auto, cuda or cuda:N")
     dry: bool = Field(False, description="run everything once on the CPU with the smallest sizes")

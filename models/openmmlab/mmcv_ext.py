@@ -321,7 +321,7 @@ def modulated_deform_conv_backward(
 
 
 class DeformableAttention:
-    """Replacement of mmcv's autograd function, which would sample in the forward pass and again in the backward pass."""
+    """Replacement of mmcv's autograd function, which would sample in the forward pass and again in the backward."""
 
     @staticmethod
     def apply(

@@ -74,14 +74,16 @@ def deformable_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `value`, `locations` and `weights` from the gradient `dout` of the output."""
     gradients = dvalue, dlocations, dweights = _empty_gradients(dout, value, spatial_shapes, locations, weights)
-    dout, value, shapes, locations, weights = (t.contiguous() for t in (dout, value, spatial_shapes, locations, weights))
+    dout, value, shapes, locations, weights = (
+        t.contiguous() for t in (dout, value, spatial_shapes, locations, weights)
+    )
     cells = torch.empty(weights.shape, dtype=torch.int32, device=weights.device)
     programs, arguments = _arguments(value, locations)
     wrap_triton(backward_samples)[(programs,)](
         value, shapes, locations, weights, dout, dlocations, dweights, cells, images=len(value), **arguments
     )
     sorted_cells, order = cells.flatten().sort(stable=True)
-    B, N, num_heads, D = value.shape
+    B, N, num_heads, _ = value.shape
     every_cell = torch.arange(4 * B * num_heads * N + 1, dtype=torch.int32, device=cells.device)
     bounds = torch.searchsorted(sorted_cells, every_cell, out_int32=True)
     sizes = {name: arguments[name] for name in ("tokens", "num_heads", "levels", "points", "D", "PADDED_D")}

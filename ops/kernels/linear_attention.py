@@ -113,8 +113,7 @@ def _factor(keys: int, features: str, normalization: str, scale: float) -> float
 
 
 def _empty_outputs(
-    q: Tensor, k: Tensor | None, v: Tensor | None, gain: Tensor | None, num_heads: int, features: str, normalization: str,
-    *_,
+    q: Tensor, k: Tensor | None, v: Tensor | None, _, num_heads: int, features: str, normalization: str, *others,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     queries, _, values = _parts(q, k, v)
     P, Q = padded(queries.shape[-1] // num_heads), padded(values.shape[-1] // num_heads)

@@ -66,11 +66,12 @@ def _pointwise_features(x, FEATURES: tl.constexpr):
     """Return the features of float32 values, for a feature map that is no softmax, and their derivatives."""
     if FEATURES == "elu":
         exponential = tl.exp2(tl.minimum(x, 0.0) * LOG2E)
-        return tl.where(x > 0, x + 1, exponential), tl.where(x > 0, 1.0, exponential)
+        features, derivatives = tl.where(x > 0, x + 1, exponential), tl.where(x > 0, 1.0, exponential)
     elif FEATURES == "relu":
-        return tl.maximum(x, 0.0), tl.where(x > 0, 1.0, 0.0)
+        features, derivatives = tl.maximum(x, 0.0), tl.where(x > 0, 1.0, 0.0)
     else:
-        return x, tl.full(x.shape, 1.0, tl.float32)
+        features, derivatives = x, tl.full(x.shape, 1.0, tl.float32)
+    return features, derivatives
 
 
 @triton.jit
@@ -85,10 +86,11 @@ def _query_features(x, D: tl.constexpr, P: tl.constexpr, FEATURES: tl.constexpr)
         x = tl.where(valid, x * LOG2E, float("-inf"))
         weights = tl.exp2(x - tl.max(x, 1)[:, None])
         features = weights / tl.sum(weights, 1)[:, None]
-        return features, features
+        derivatives = features
     else:
         features, derivatives = _pointwise_features(x, FEATURES)
-        return tl.where(valid, features, 0.0), derivatives
+        features = tl.where(valid, features, 0.0)
+    return features, derivatives
 
 
 @triton.jit
@@ -99,7 +101,7 @@ def sum_keys(
     FEATURES: tl.constexpr, SUBTRACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute `states`, `key_sums`, `key_maxima` and `value_sums` of a chunk of keys."""
-    image_head, image, head, first, end = _chunk_of_program(tokens, chunks, chunk_tokens, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
+    _, image, head, first, end = _chunk_of_program(tokens, chunks, chunk_tokens, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
     state = tl.zeros((P, Q), tl.float32)
     key_sum = tl.zeros((P,), tl.float32)
     key_maximum = tl.full((P,), float("-inf"), tl.float32)

@@ -119,7 +119,8 @@ def _either(a, b):
 @triton.jit
 def _in_tile(word, first_window, WINDOWS: tl.constexpr):
     """Tell whether a word has the bit of any window of the tile with WINDOWS windows."""
-    return ((word >> tl.cast(first_window, tl.uint64)) & ((1 << WINDOWS) - 1)) != 0
+    bits_of_tile = (tl.cast(1, tl.uint64) << WINDOWS) - 1
+    return ((word >> tl.cast(first_window, tl.uint64)) & bits_of_tile) != 0
 
 
 @triton.jit
@@ -242,7 +243,7 @@ def small_backward_keys(
     qkv_base = qkv + first_token * 3 * C + head * D
     dout_base, statistics = dout + first_token * C + head * D, first_token * num_heads + head * tokens
 
-    key_window, key_row, _, key_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
+    key_window, key_row, _statistic, key_valid = _tile_tokens(  # pyright: ignore[reportGeneralTypeIssues]
         tile * RESIDENT_WINDOWS, windows_per_image, num_heads, GRID_W, WINDOW_H, WINDOW_W, RESIDENT_WINDOWS, RESIDENT
     )
     k = load_rows(qkv_base + C, key_row, 3 * C, key_valid, D, PADDED_D)

@@ -85,21 +85,27 @@ def autograd_step(
     return step
 
 
+def mmcvs_plain_attention(value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """Compute `deformable_attention` by mmcv's function in plain PyTorch."""
+    # A process that measures memory imports mmcv here first
+    mmcv_ext.install()
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+    return multi_scale_deformable_attn_pytorch(value, spatial_shapes, locations, weights)
+
+
 def candidates(device: str) -> dict[str, Callable[..., Step]]:
     """Return the functions that make a step of our form and of its peers, by name; the second is the baseline.
 
     The baseline is mmcv's compiled kernel if one is installed and the device is a GPU, else mmcv's plain PyTorch
     function, which mmcv itself uses on the CPU. On a GPU, our plain form is measured beside our kernel.
     """
-    mmcv_ext.install()
-    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
-
     steps: dict[str, Callable[..., Step]] = {OURS: partial(autograd_step, deformable_attention)}
     cuda = torch.device(device).type == "cuda"
     if cuda and importlib.util.find_spec(mmcv_ext.NAME) is not None:
         steps[COMPILED_MMCV] = partial(extension_step, mmcv_ext.NAME)
     else:
-        steps[PLAIN_MMCV] = partial(autograd_step, multi_scale_deformable_attn_pytorch)
+        steps[PLAIN_MMCV] = partial(autograd_step, mmcvs_plain_attention)
     if cuda:
         steps[PLAIN_PYTORCH] = partial(autograd_step, with_backend("torch", deformable_attention))
     return steps

@@ -1,4 +1,4 @@
-"""What limits a training run: the input of images, or the training step."""
+"""Measurement of what limits a training run: the input of images, or the training step."""
 
 import itertools
 import tempfile
@@ -49,7 +49,7 @@ def measure(
 
         def source(workers: int) -> Any:
             data: Any = retinue_data(Path(folder), image_size, batch_size, workers, **augment)
-            # What the data module asks of Lightning's trainer.
+            # The data module reads these attributes of Lightning's trainer.
             data.trainer = SimpleNamespace(
                 strategy=SimpleNamespace(root_device=device), num_devices=1, global_rank=0, world_size=1
             )

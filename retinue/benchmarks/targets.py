@@ -7,27 +7,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ops.linear import linear_attention
 from retinue.benchmarks import heads, limits, models, nets, ops
 from retinue.benchmarks.forms import COMPILED, EAGER, GRAPH, REDUCE_OVERHEAD, WHOLE
-from retinue.benchmarks.formulations import FORMULATIONS, PLAIN_PYTORCH, with_backend
+from retinue.benchmarks.formulations import PLAIN_PYTORCH
 from retinue.benchmarks.numerics import first_line
 from retinue.benchmarks.ops import DIRECTIONS, MeasuringSetting
 from retinue.benchmarks.options import Pair
-from retinue.benchmarks.timing import Row, describe_device, interleave, make_row, versions
+from retinue.benchmarks.timing import Row, describe_device, versions
 from retinue.utils.paths import PROJECT
 
 BOTH_DIRECTIONS = DIRECTIONS[True]
-# Features and normalisations of linear attention, with the channels of a first stage.
-LINEAR_FORMS, LINEAR_HEADS, LINEAR_HEAD_DIM = (
-    (("elu", "sum"), ("relu", "sum"), ("softmax", "none"), ("identity", "subtract")), 2, 32,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,24 +129,31 @@ def quotient(numerator: Row | None, denominator: Row | None, column: str) -> flo
 Section = Callable[[Scale, Path], tuple[list[Row], list[Row]]]
 
 
-def attention_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
-    """Measure the attention of all layers of a net, for each primitive, at the size of classification."""
-    rows, targets = [], []
-    for primitive in FORMULATIONS:
+def primitive_section(primitive: str) -> Section:
+    """Return the section that measures a primitive in all layers of its net, at the size of classification."""
+
+    def section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
         layers, sums = ops.measure_primitive(primitive, scale.image_size, scale.batch, scale.setting, compiling=False)
-        rows += layers + sums
-        # On a GPU, there are sums for neighbourhoods without a bias and for dilated ones, too.
+        # The first of several variants is that of the net: on a GPU, there are dilated neighbourhoods, too.
         ours = find(sums, what=primitive, direction=BOTH_DIRECTIONS)
+        targets = []
         if primitive == "routed_attention":
             targets.append(make_target("routed attention, all layers, ms", 6.0, milliseconds(ours), at_most=True))
             last = {"series": layers[-1]["series"], "direction": BOTH_DIRECTIONS}
             gain = quotient(find(layers, what="masked SDPA", **last), find(layers, what=primitive, **last), "median_ms")
             targets.append(make_target("routed attention, stage 3, relative to masked SDPA", 2.0, gain))
         elif primitive == "neighborhood_attention":
-            targets.append(
-                make_target("neighbourhood attention, all layers, ms", 9.0, milliseconds(ours), at_most=True)
-            )
-    return rows, targets
+            name = "neighbourhood attention, all layers, ms"
+            targets.append(make_target(name, 9.0, milliseconds(ours), at_most=True))
+        elif primitive == "linear_attention":
+            for row in sums:
+                if row["what"] == primitive and row["direction"] == BOTH_DIRECTIONS:
+                    plain = find(sums, what=PLAIN_PYTORCH, direction=BOTH_DIRECTIONS, series=row["series"])
+                    name = f"{row['series']}, relative to the plain form"
+                    targets.append(make_target(name, 3.0, quotient(plain, row, "median_ms")))
+        return layers + sums, targets
+
+    return section
 
 
 def dense_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
@@ -224,40 +225,6 @@ def forms_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
     return rows, []
 
 
-def linear_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
-    """Measure linear attention, forward + backward, at the first stage of a net: our kernels and the plain form."""
-    device, dtype, rows = scale.setting.device, getattr(torch, scale.setting.dtype), []
-    shape = (scale.batch, scale.image_size[0] * scale.image_size[1] // 16, 3 * LINEAR_HEADS * LINEAR_HEAD_DIM)
-    qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-    for features, normalization in LINEAR_FORMS:
-
-        def step(attend: Callable[..., torch.Tensor], features=features, normalization=normalization) -> torch.Tensor:
-            out = attend(qkv, LINEAR_HEADS, features, normalization)
-            return torch.autograd.grad(out, qkv, torch.ones_like(out))[0]
-
-        steps = {
-            "linear_attention": partial(step, with_backend("auto", linear_attention)),
-            PLAIN_PYTORCH: partial(step, with_backend("torch", linear_attention)),
-        }
-        timings = interleave(steps, scale.setting.rounds, on_gpu=scale.setting.is_cuda)
-        rows += [
-            make_row(
-                name,
-                timing,
-                against=(PLAIN_PYTORCH, timings[PLAIN_PYTORCH]),
-                shape=" x ".join(map(str, shape)),
-                dtype=scale.setting.dtype,
-                device=device,
-                direction=BOTH_DIRECTIONS,
-                features=features,
-                normalization=normalization,
-            )
-            for name, timing in timings.items()
-        ]
-    ratios = [float(row["ratio"] or 0) for row in rows if row["what"] == "linear_attention"]
-    return rows, [make_target("linear attention, relative to its plain form", 3.0, min(ratios))]
-
-
 def deformable_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
     """Measure deformable attention of DINO and Mask2Former."""
     rows = heads.benchmark(scale.dense_size, scale.dense_batch, str(scale.setting.device), scale.setting.rounds)
@@ -312,16 +279,18 @@ def input_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
     return rows, []
 
 
-# Sections by name, the most important one first.
+# Sections by name: those that compile nothing first, then the most important ones.
 SECTIONS: dict[str, Section] = {
-    "attention": attention_section,
+    "routed_attention": primitive_section("routed_attention"),
+    "dense": dense_section,
+    "linear_attention": primitive_section("linear_attention"),
+    "window_attention": primitive_section("window_attention"),
+    "neighborhood_attention": primitive_section("neighborhood_attention"),
+    "deformable": deformable_section,
     "swin_tiny": net_section("swin_tiny"),
     "biformer_small": net_section("biformer_small"),
-    "dense": dense_section,
     "nat_mini": net_section("nat_mini"),
-    "linear": linear_section,
     "digits": digits_section,
-    "deformable": deformable_section,
     "input": input_section,
     "forms": forms_section,
     "peers": peers_section,

@@ -14,7 +14,7 @@ def read(path):
 
 
 def test_every_section_runs_dry_and_writes_its_rows_and_targets(tmp_path, capsys):
-    measure_gpu.main([f"out={tmp_path}", "dry=true"])
+    measure_gpu.main([f"out={tmp_path}", "dry=true", "seconds=10000"])
     out = capsys.readouterr().out
     assert "left out: " not in out.replace("is left out of", ""), out
     written = read(tmp_path / "targets.csv")
@@ -29,10 +29,10 @@ def test_a_section_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
     def fails(scale, folder):
         raise RuntimeError("no kernel image\nis available")
 
-    monkeypatch.setitem(targets.SECTIONS, "attention", fails)
+    monkeypatch.setitem(targets.SECTIONS, "routed_attention", fails)
     monkeypatch.setitem(targets.SECTIONS, "dense", lambda scale, folder: ([], [targets.make_target("x", 2.0, 1.0)]))
-    measure_gpu.main([f"out={tmp_path}", "dry=true", "sections=[attention,dense]"])
-    assert "attention is left out: RuntimeError: no kernel image" in capsys.readouterr().out
+    measure_gpu.main([f"out={tmp_path}", "dry=true", "sections=[routed_attention,dense]"])
+    assert "routed_attention is left out: RuntimeError: no kernel image" in capsys.readouterr().out
     [row] = read(tmp_path / "targets.csv")
     assert (row["target"], row["reached"]) == ("x", "False")
     measure_gpu.main([f"out={tmp_path}", "dry=true", "sections=dense", "seconds=1e-9"])
@@ -48,5 +48,5 @@ def test_targets_are_bounds_from_above_or_below():
 def test_it_says_that_it_needs_a_gpu(tmp_path):
     with pytest.raises(ValueError, match=r"for a CUDA device: dry=true runs"):
         measure_gpu.main([f"out={tmp_path}", "device=cpu"])
-    with pytest.raises(ValueError, match=r"no section 'atention'. Did you mean 'attention'"):
-        measure_gpu.main([f"out={tmp_path}", "sections=atention", "dry=true"])
+    with pytest.raises(ValueError, match=r"no section 'routed_atention'. Did you mean 'routed_attention'"):
+        measure_gpu.main([f"out={tmp_path}", "sections=routed_atention", "dry=true"])

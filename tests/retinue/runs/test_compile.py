@@ -11,8 +11,8 @@ from tests.retinue.runs.cli import result
 
 # Compiled drop paths draw other numbers.
 RUN = (
-    "+model.args.drop_path_rate=0.0", "recipe.ema.decay=0.9", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=4",
-    "task.grad_checkpointing=true",
+    "+model.args.drop_path_rate=0.0", "recipe.ema.decay=0.9", "trainer.accumulate_grad_batches=2",
+    "trainer.limit_train_batches=4", "task.grad_checkpointing=true",
 )  # fmt: skip
 
 
