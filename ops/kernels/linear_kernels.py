@@ -88,7 +88,7 @@ def _query_features(x, D: tl.constexpr, P: tl.constexpr, FEATURES: tl.constexpr)
         features = weights / tl.sum(weights, 1)[:, None]
         derivatives = features
     else:
-        features, derivatives = _pointwise_features(x, FEATURES)
+        features, derivatives = _pointwise_features(x, FEATURES)  # pyright: ignore[reportGeneralTypeIssues]
         features = tl.where(valid, features, 0.0)
     return features, derivatives
 

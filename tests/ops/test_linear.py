@@ -10,7 +10,7 @@ FORMS = [(f, n) for f in ("elu", "relu", "identity") for n in ("none", "sum", "s
 
 
 def by_definition(
-    q: Tensor, k: Tensor, v: Tensor, features: str, normalization: str, scale: float, min_sum: float
+    q: Tensor, k: Tensor, v: Tensor, features: str, normalization: str, scale: Tensor, min_sum: float
 ) -> Tensor:
     """Compute one head of one image, q (N, D), k (M, D) and v (M, E), from the weight of each pair of tokens."""
     if features == "softmax":
@@ -44,8 +44,8 @@ def test_weights_and_gradients_are_as_defined(features, normalization):
     heads = []
     for b in range(2):
         for head in range(2):
-            tensors = (t[b].chunk(2, dim=-1)[head] for t in (q, k, v))
-            heads.append(by_definition(*tensors, features, normalization, scale[head], minimum))
+            query, key, values = (t[b].chunk(2, dim=-1)[head] for t in (q, k, v))
+            heads.append(by_definition(query, key, values, features, normalization, scale[head], minimum))
     expected = torch.stack([torch.cat(heads[:2], -1), torch.cat(heads[2:], -1)])
     assert torch.allclose(out, expected, atol=1e-12)
     dout, inputs = torch.randn_like(out), (q, k, v, scale)
@@ -56,7 +56,8 @@ def test_weights_and_gradients_are_as_defined(features, normalization):
 
 def test_one_tensor_holds_queries_keys_and_values():
     qkv = torch.randn(2, 9, 24)
-    assert torch.equal(linear_attention(qkv, 2), linear_attention(tuple(qkv.chunk(3, dim=-1)), 2))
+    q, k, v = qkv.chunk(3, dim=-1)
+    assert torch.equal(linear_attention(qkv, 2), linear_attention((q, k, v), 2))
 
 
 @pytest.mark.parametrize("normalization", ["sum", "subtract"])
