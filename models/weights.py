@@ -7,7 +7,7 @@ All loading goes through `load_weights`. Its steps are separate functions, in th
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +69,7 @@ def load_weights(
     - `checkpoint_filter(state) -> state`: renames the weights of a file.
     - `renames` of the model or of a module inside: see `apply_renames`.
     - `resize_table(name, value) -> value` of a module: interpolates its position tables, in place of `fit_table`.
+    - `own_prefixes`: prefixes in the authors' files that look like a wrapper's, such as `model.`.
     - `optional_weights`: names of the model's weights that the file may lack.
     - `unused_weights`: names of weights of the file that the model does not need.
 
@@ -93,7 +94,7 @@ def load_weights(
     source = "the state dict" if isinstance(path_or_state, Mapping) else str(path_or_state)
     content = path_or_state if isinstance(path_or_state, Mapping) else read_weights(path_or_state)
     model_state = model.state_dict()
-    file_state, dropped = unwrap(content, model_state)
+    file_state, dropped = unwrap(content, model_state, getattr(model, "own_prefixes", ()))
     if not file_state:
         raise ValueError(f"{source} holds no tensors by name, as a state dict does")
     renamed = rename_weights(model, file_state)
@@ -138,7 +139,9 @@ def load_weights(
     return Loaded(list(fits), missing, unexpected, tables, dropped)
 
 
-def unwrap(content: Mapping, model_names: Iterable[str]) -> tuple[dict[str, Tensor], list[str]]:
+def unwrap(
+    content: Mapping, model_names: Iterable[str], own_prefixes: Collection[str] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
     """Return the weights in a checkpoint without the prefixes of wrappers, and the names of tensors that lack them.
 
     A prefix is removed if one of the names has it and none of the model's names does. For example, of a detector's
@@ -147,6 +150,7 @@ def unwrap(content: Mapping, model_names: Iterable[str]) -> tuple[dict[str, Tens
     Args:
         content: Content of a weights file.
         model_names: Names of the model's weights.
+        own_prefixes: Prefixes that are a wrapper's only if all names have them.
     """
     while isinstance(content, Mapping):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -156,10 +160,15 @@ def unwrap(content: Mapping, model_names: Iterable[str]) -> tuple[dict[str, Tens
     state = {key: value for key, value in content.items() if isinstance(value, Tensor) and isinstance(key, str)}
     without_prefix = []
     prefixes = [prefix for prefix in PREFIXES if not any(key.startswith(prefix) for key in model_names)]
-    while prefix := next((p for p in prefixes if any(key.startswith(p) for key in state)), None):
+    while prefix := next((p for p in prefixes if _wraps(p, state, own_prefixes)), None):
         without_prefix += [key for key in state if not key.startswith(prefix)]
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state, without_prefix
+
+
+def _wraps(prefix: str, names: Collection[str], own_prefixes: Collection[str]) -> bool:
+    has_prefix = [name.startswith(prefix) for name in names]
+    return any(has_prefix) and (all(has_prefix) or prefix not in own_prefixes)
 
 
 def rename_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

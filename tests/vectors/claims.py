@@ -76,6 +76,25 @@ class Op:
         return (model(x),)
 
 
+@dataclass(frozen=True)
+class Chain(Op):
+    """Several ops in `layers`, each of whose outputs is added to its input; `kwargs` hold a list with an entry each."""
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the ops with the vector's arguments."""
+        lists = {self.renames[key]: value for key, value in vector["kwargs"].items() if key in self.renames}
+        taken = [dict(zip(lists, entries, strict=True)) for entries in zip(*lists.values(), strict=True)]
+        dim = vector["input_shape"][-1]
+        ops = [create_op(self.name, **{"dim": dim, **self.arguments, **entry}) for entry in taken]
+        return nn.ModuleDict({"layers": nn.ModuleList(ops)})
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the last sum in the vector's layout."""
+        for op in model.get_submodule("layers").children():
+            x = x + super().run(op, vector, x)[0]
+        return (x,)
+
+
 def classes(vector: Mapping[str, Any]) -> int:
     """Return the number of classes of a vector's net."""
     return vector["outputs"]["logits"]["shape"][-1]
@@ -166,6 +185,8 @@ NETS: dict[str, Net] = {
     **nets({f"nat__nat_{size}": f"nat_{size}" for size in ("mini", "tiny", "small", "base")}),
     "nat__nat_mini_seg": Net("nat_mini", {"norms": True}),
     "nat__nat_mini_seg_odd": Net("nat_mini", {"norms": True}),
+    # NiNformer
+    "ninformer__cifar": Net("ninformer_cifar"),
     # PPMA
     "ppma__ppmavit_t": Net("ppma_tiny"),
     "ppma__ppmavit_s": Net("ppma_small"),
@@ -198,6 +219,7 @@ BILEVEL_ROUTING = Op(
     {"dim": "dim", "num_heads": "num_heads", "n_win": "n_win", "topk": "topk", "side_dwconv": "lepe_kernel"},
 )
 FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
+GAUSSIAN_ADAPTIVE = {"num_heads": "num_heads", "num_gaussians": "gaussians"}
 GROUPED_QUERY = Op(
     "grouped_query",
     {"dim": "dim", "num_heads": "num_heads", "num_kv_heads": "kv_heads", "qkv_bias": "qkv_bias"},
@@ -229,6 +251,10 @@ OPS: dict[str, Op] = {
     "biformer__bra_op_28_topk4": BILEVEL_ROUTING,
     "biformer__bra_op_56": BILEVEL_ROUTING,
     "biformer__bra_op_pad_27x33": BILEVEL_ROUTING,
+    "gaussian_adaptive_attention__block_axis1": Chain("gaussian_adaptive", GAUSSIAN_ADAPTIVE, layout="tokens"),
+    "gaussian_adaptive_attention__mh_axis_last": Op(
+        "gaussian_adaptive", GAUSSIAN_ADAPTIVE, {"dim": 48, "axis": "channels"}, layout="tokens"
+    ),
     "kdgqa__d96_h6_kv3": replace(GROUPED_QUERY, arguments={"allocation": "batch_key_norm"}),
     "kdgqa__gqa_d96_h6_kv3": GROUPED_QUERY,
     "natten__k4_s2_d3_16x14": NEIGHBORHOOD,
