@@ -84,6 +84,7 @@ agent_deit_{tiny,small} agent_pvt_{tiny,small,medium,large} agent_swin_{tiny,sma
 inline_deit_{tiny,small} inline_pvt_{tiny,small,medium,large} inline_swin_{tiny,small,base}
 inline_cswin_{tiny,small,base} gc_vit_{xxtiny,xtiny,tiny,tiny2,small,small2,base,large}
 focalnet_{tiny_iso,small_iso,base_iso} kdgqa_{small,base,large} ninformer_{cifar}
+hyena_deit_{tiny,small,base} terminator_{cifar} lola_{specvit}
 """
 
 
