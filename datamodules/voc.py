@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from datamodules.base import SPLITS
 from datamodules.coco_format import CocoIndex, index_coco
-from datamodules.decode import BrokenImage, read_size
+from datamodules.decode import BrokenImage, read_file, read_size
 from datamodules.detection import DetectionData, check_classes
 from datamodules.images import EXTENSIONS
 from retinue.utils.suggestions import nearest
@@ -149,7 +149,7 @@ def _read_xml(path: Path, image: Path) -> dict[str, Any]:
     The height and the width of an annotation without a size, or with a size of 0, are those of the file `image`.
     """
     try:
-        root = ElementTree.parse(path).getroot()
+        root = ElementTree.fromstring(read_file(path))
         objects = [
             (
                 str(element.findtext("name", "")).strip(),
@@ -159,16 +159,19 @@ def _read_xml(path: Path, image: Path) -> dict[str, Any]:
             for element in root.iter("object")
         ]
         height, width = (int(float(root.findtext(f"size/{side}", 0) or 0)) for side in ("height", "width"))
-        if min(height, width) == 0:
-            height, width = read_size(image)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except BrokenImage as error:
-        raise ValueError(f"{path} has no size, and {image} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {error}") from error
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(
             f"{path} is not an annotation like VOC's, with a name and bndbox for each object: {error}"
         ) from error
+    if min(height, width) == 0:
+        try:
+            height, width = read_size(image)
+        except BrokenImage as error:
+            raise ValueError(f"{path} has no size, and {image} cannot be read: {error}") from error
     return {"xml": path, "height": height, "width": width, "objects": objects}
 
 

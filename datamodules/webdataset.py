@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import stat
 import tarfile
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -114,6 +115,10 @@ def index_shards(shards: Sequence[Path], cache: Path) -> dict[str, np.ndarray]:
         ValueError: if a shard is malformed or there are no images.
     """
     stats = [shard.stat() for shard in shards]
+    for shard, status in zip(shards, stats, strict=True):
+        # Opening a FIFO would wait for ever.
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{shard} is not a whole tar shard: it is no regular file")
     stamp = json.dumps([[shard.name, s.st_size, s.st_mtime_ns] for shard, s in zip(shards, stats, strict=True)])
     if (saved := _read_index(cache, stamp)) is not None:
         return saved

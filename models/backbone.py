@@ -1,12 +1,39 @@
 """Registration, classifier and weights: what all backbones of this project share, whatever their layout."""
 
-from typing import Any
+from typing import Any, cast
 
 from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg
+from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from models.weights import Renames, apply_renames, load_weights
+from ops.losses import Losses
+
+
+def run_block(block: Any, *args: Any, recompute: bool, losses: Losses | None, **kwargs: Any) -> Any:
+    """Run a block of a net.
+
+    Args:
+        block: Block, or another function.
+        args: Arguments of the block.
+        recompute: Recompute the block in the backward pass (gradient checkpointing).
+        losses: Auxiliary losses, to which those of the block are added; None for a block without losses, or if they are
+            not wanted.
+        kwargs: Arguments of the block.
+    """
+    if losses is None:
+        return checkpoint(block, *args, **kwargs) if recompute else block(*args, **kwargs)
+
+    # The losses are outputs of what is recomputed, so the second run adds nothing.
+    def with_losses(*args: Any) -> tuple[Any, dict[str, list[Tensor]]]:
+        own = Losses()
+        return block(*args, losses=own, **kwargs), own.values
+
+    out, values = cast(Any, checkpoint)(with_losses, *args) if recompute else with_losses(*args)
+    for name, scalars in values.items():
+        losses.add(name, *scalars)
+    return out
 
 
 class Backbone(nn.Module):
@@ -89,8 +116,8 @@ class Backbone(nn.Module):
         """Load the file that timm has downloaded for `pretrained=True`; a classifier of another width is left out."""
         load_weights(self, path, drop_classifier=True)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the features before pooling."""
+    def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
+        """Compute the features before pooling; auxiliary losses of the ops are added to `losses`."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -98,5 +125,14 @@ class Backbone(nn.Module):
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor, losses: Losses | None = None) -> Tensor:
+        return self.forward_head(self.forward_features(x) if losses is None else self.forward_features(x, losses))
+
+    def forward_with_losses(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what `forward` returns, and the auxiliary losses of this forward pass by name, scalars.
+
+        `ops.losses.loss_weights` names the losses that a net has.
+        """
+        losses = Losses()
+        # A call of the module, since compilation and sharding change what a call of a module does.
+        return self(x, losses), losses.means()

@@ -3,18 +3,19 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, trunc_normal_
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import MATCH_PREV_GROUP, checkpoint
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 
-from models.backbone import Backbone
+from models.backbone import Backbone, run_block
 from models.hierarchical import init_weights, to_channels_last
 from models.layers.position import fit_positions, resize_positions
 from ops import create_ops, parse_mixers
+from ops.losses import Losses, loss_weights
 from ops.registry import Spec, take_extra
 
 
@@ -170,6 +171,8 @@ class PlainBackbone(Backbone):
         self.contexts = nn.ModuleList(dict.fromkeys(module for module in contexts if module is not None))
         self.context_indices = [None if module is None else list(self.contexts).index(module) for module in contexts]
 
+        self.have_losses = [bool(loss_weights(block)) for block in self.blocks]
+
         self.norm = norm(dim)
         self.feature_info = [{"num_chs": dim, "reduction": patch, "module": f"blocks.{i}"} for i in range(len(specs))]
         self.head_drop = nn.Dropout(drop_rate)
@@ -242,9 +245,11 @@ class PlainBackbone(Backbone):
         return maps if intermediates_only else (self.norm(x), maps)
 
     def run(
-        self, x: Tensor, take: Sequence[int] = (), blocks: int | None = None
+        self, x: Tensor, take: Sequence[int] = (), blocks: int | None = None, losses: Losses | None = None
     ) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
         """Run images (B, in_chans, h, w) through the patch embedding and the first `blocks` blocks; None means all.
+
+        Auxiliary losses of the ops are added to `losses`.
 
         Returns:
             The tokens (B, E + H * W, C) after the last block, a list of the tokens after each block of `take`, and
@@ -253,11 +258,12 @@ class PlainBackbone(Backbone):
         intermediates = []
         x, size = self.embed(x)
         contexts = [module(x[:, self.extra :].unflatten(1, size)) for module in self.contexts]
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(list(self.blocks)[:blocks]):
             index = self.context_indices[i]
             context = {} if index is None else {"context": contexts[index]}
-            recompute = self.grad_checkpointing and torch.is_grad_enabled()
-            x = cast(Tensor, checkpoint(block, x, size, **context)) if recompute else block(x, size, **context)
+            own = losses if self.have_losses[i] else None
+            x = run_block(block, x, size, recompute=recompute, losses=own, **context)
             if i in take:
                 intermediates.append(x)
         return x, intermediates, size
@@ -278,6 +284,6 @@ class PlainBackbone(Backbone):
             self.reset_classifier(0, "")
         return take
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
         """Compute the final tokens (B, E + H * W, C)."""
-        return self.norm(self.run(x)[0])
+        return self.norm(self.run(x, losses=losses)[0])

@@ -10,10 +10,11 @@ function of yours that returns a wrapper. tests/vectors/README.md describes the 
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import yaml
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import nn
 
 from models.reference import record_vector, save_vector
@@ -24,12 +25,26 @@ from retinue.utils.suggestions import nearest
 SUFFIX = ".json.gz"
 
 
+def has_system_and_variant(out: Path) -> Path:
+    """Return the path of a vector if its file's name has both parts.
+
+    Raises:
+        ValueError: the name is not `<system>__<variant>.json.gz`.
+    """
+    system, _, variant = out.name.removesuffix(SUFFIX).partition("__")
+    if not out.name.endswith(SUFFIX) or not system or not variant:
+        raise ValueError(f"Input should be a file <system>__<variant>{SUFFIX}")
+    return out
+
+
 class Options(command_line.Options):
     """Options of the script."""
 
     module: str = Field(description="what builds the module, as package.module:function (or :Class)")
     input_shape: list[int] = Field(min_length=1, description="shape of the input, in the layout that the module takes")
-    out: Path = Field(description=f"file to write, <system>__<variant>{SUFFIX}")
+    out: Annotated[Path, AfterValidator(has_system_and_variant)] = Field(
+        description=f"file to write, <system>__<variant>{SUFFIX}"
+    )
     kwargs: dict[str, str] = Field({}, description="argument that the module is built with, as YAML")
     source: str = Field("", description="repository, commit, file and function of the module")
     notes: str = Field("", description="what else one must know to repeat the run")
@@ -37,17 +52,9 @@ class Options(command_line.Options):
         [], description="names of the outputs; by default logits for (B, classes), out, or stage1, stage2, ..."
     )
 
-    @field_validator("out")
-    @classmethod
-    def _has_system_and_variant(cls, out: Path) -> Path:
-        system, _, variant = out.name.removesuffix(SUFFIX).partition("__")
-        if not out.name.endswith(SUFFIX) or not system or not variant:
-            raise ValueError(f"Input should be a file <system>__<variant>{SUFFIX}")
-        return out
-
 
 def build(path: str, kwargs: dict) -> nn.Module:
-    """Call the function or class at `package.module:name`; random numbers of its constructor follow from seed 0.
+    """Call the function or class at `package.module:name`.
 
     Raises:
         ValueError: there is no such module or name, or the call does not return an `nn.Module`.
@@ -61,7 +68,6 @@ def build(path: str, kwargs: dict) -> nn.Module:
         raise ValueError(f"module={path} cannot be imported: {error}; is its folder on PYTHONPATH?") from None
     if name not in namespace:
         raise ValueError(f"{package} has no {name!r}.{nearest(name, namespace)}")
-    torch.manual_seed(0)
     module = namespace[name](**kwargs)
     if not isinstance(module, nn.Module):
         raise ValueError(f"{path} returns {type(module).__name__}, not a torch.nn.Module")
@@ -72,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = Options.parse(arguments)
     kwargs = {name: yaml.safe_load(text) for name, text in options.kwargs.items()}
     system, _, variant = options.out.name.removesuffix(SUFFIX).partition("__")
+    # Buffers that the constructor draws stay as built.
+    torch.manual_seed(0)
     vector = record_vector(
         build(options.module, kwargs),
         options.input_shape,

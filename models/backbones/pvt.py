@@ -10,34 +10,34 @@ from typing import Any, cast
 import torch
 from timm.layers import LayerNorm2d, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from models import plain
+from models.backbone import run_block
 from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
 from models.layers.downsample import PatchConv2d
 from models.layers.position import fit_positions, grid_of, resize_positions
 from ops import create_ops, parse_mixers
+from ops.losses import Losses
 from ops.registry import Spec, take_extra
 
 
 class PatchEmbed(nn.Module):
-    """Patch embedding, norm and learned positions: (B, C, H, W) to (B, dim, ⌈H / patch⌉, ⌈W / patch⌉).
+    """Patch embedding, norm and learned positions: (B, C, H, W) to (B, dim, H', W').
 
     Args:
-        in_dim: Number of channels C of the input.
-        dim: Number of channels of the output.
-        patch: Side of a patch.
+        proj: Patch embedding, from (B, C, H, W) to (B, dim, H', W').
+        norm: Norm of this map.
+        dim: Number of channels of the map.
         grid: Height and width, in tokens, of the map that the positions are learned for; the positions of a map of
             another size are interpolated.
         extra: Number of tokens beside the map that have a position too. These positions are the first of the table.
     """
 
-    def __init__(self, in_dim: int, dim: int, patch: int, grid: tuple[int, int], extra: int = 0):
+    def __init__(self, proj: nn.Module, norm: nn.Module, dim: int, grid: tuple[int, int], extra: int = 0):
         super().__init__()
         self.grid, self.extra = grid, extra
-        self.proj = PatchConv2d(in_dim, dim, patch)
-        self.norm = LayerNorm2d(dim, eps=1e-5)
+        self.proj, self.norm = proj, norm
         self.pos_embed = nn.Parameter(trunc_normal_(torch.empty(1, extra + grid[0] * grid[1], dim), std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,6 +64,8 @@ class Block(plain.Block):
 class PVT(HierarchicalBackbone):
     """Pyramid with learned positions, spatial reduction attention and a class token in the last stage.
 
+    A subclass may override `make_embedding` and `make_block`.
+
     The classifier reads the class token if all ops of the last stage take extra tokens, and the mean of the map
     otherwise. As in the authors' dense nets, the maps of `forward_intermediates` are computed without the class token.
 
@@ -76,6 +78,7 @@ class PVT(HierarchicalBackbone):
         class_token: False leaves out the class token.
         final_norm: False leaves out the norm before the classifier.
         img_size: Side or (height, width) in pixels of the images that the positions are learned for.
+        patch: Side of a patch of the stem, in pixels.
         in_chans: Number of channels of the images.
         global_pool: "token", "avg" or "". Default: "token" with a class token, "avg" without one.
         drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
@@ -99,6 +102,7 @@ class PVT(HierarchicalBackbone):
         class_token: bool = True,
         final_norm: bool = True,
         img_size: int | tuple[int, int] = 224,
+        patch: int = 4,
         in_chans: int = 3,
         global_pool: str | None = None,
         drop_path_rate: float = 0.0,
@@ -106,14 +110,14 @@ class PVT(HierarchicalBackbone):
     ):
         specs = parse_mixers(mixers, depths)
         self.extra = int(class_token and take_extra(specs[-1]))
-        dims, strides, rates = stage_layout(dims, depths, drop_path_rate)
+        dims, strides, rates = stage_layout(dims, depths, drop_path_rate, patch)
         stages = []
         for i, dim in enumerate(dims):
             extra = self.extra if i == len(dims) - 1 else 0
-            grid = grid_of(img_size, strides[i])
-            downsample = PatchEmbed(dims[i - 1] if i else in_chans, dim, 2 if i else 4, grid, extra)
+            layers = self.make_embedding(i, dims[i - 1] if i else in_chans, dim, 2 if i else patch)
+            downsample = PatchEmbed(*layers, dim, grid_of(img_size, strides[i]), extra)
             ops, contexts = create_ops(specs[i], dim, heads[i], stage=i, stride=strides[i], extra=extra)
-            blocks = [Block(dim, op, mlp_ratios[i], rate) for op, rate in zip(ops, rates[i], strict=True)]
+            blocks = [self.make_block(i, dim, op, mlp_ratios[i], rate) for op, rate in zip(ops, rates[i], strict=True)]
             stages.append(Stage(downsample, blocks, contexts))
         norm = LayerNorm2d(dims[-1], eps=1e-6) if final_norm else nn.Identity()
         if global_pool is None:
@@ -121,6 +125,14 @@ class PVT(HierarchicalBackbone):
         super().__init__(stages, dims, strides, norm, in_chans=in_chans, global_pool=global_pool, **kwargs)
         self.cls_token = nn.Parameter(trunc_normal_(torch.empty(1, 1, dims[-1]), std=0.02)) if self.extra else None
         self.apply(init_weights)
+
+    def make_embedding(self, stage: int, in_dim: int, dim: int, patch: int) -> tuple[nn.Module, nn.Module]:
+        """Return the patch embedding of stage `stage` and its norm."""
+        return PatchConv2d(in_dim, dim, patch), LayerNorm2d(dim, eps=1e-5)
+
+    def make_block(self, stage: int, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float) -> nn.Module:
+        """Return a block of stage `stage`."""
+        return Block(dim, mixer, mlp_ratio, drop_path)
 
     def reset_pool(self, global_pool: str) -> None:
         if self.extra:
@@ -154,21 +166,21 @@ class PVT(HierarchicalBackbone):
         maps = super().forward_intermediates(x, *args, intermediates_only=True, **kwargs)
         return self.forward_features(x), maps
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
         """Return the last map (B, C, H, W), or with a class token all tokens (B, 1 + H * W, C)."""
         if self.cls_token is None:
-            return super().forward_features(x)
+            return super().forward_features(x, losses)
         *earlier, last = cast(list[Stage], list(self.stages))
         for stage in earlier:
-            x = stage(x)
+            x = stage(x, losses)
         embed = cast(PatchEmbed, last.downsample)
         x = embed(x)
         size = x.shape[2:]
         cls_token = (self.cls_token + embed.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x.flatten(2).transpose(1, 2)], dim=1)
-        for block in cast(list[Block], list(last.blocks)):
-            recompute = last.grad_checkpointing and torch.is_grad_enabled()
-            x = cast(Tensor, checkpoint(block.tokens, x, size)) if recompute else block.tokens(x, size)
+        recompute = last.grad_checkpointing and torch.is_grad_enabled()
+        for block, has_losses in zip(cast(list[Block], list(last.blocks)), last.have_losses, strict=True):
+            x = run_block(block.tokens, x, size, recompute=recompute, losses=losses if has_losses else None)
         return self.norm(x.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
 
 

@@ -7,6 +7,7 @@ from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
 from models.hierarchical import Stage, init_weights
+from ops.losses import Losses
 
 # Renames from the weight names in the checkpoints of PVTv2 and the papers that build on it to ours.
 RENAMES = (
@@ -38,8 +39,8 @@ class NormedStage(Stage):
         super().__init__(nn.Sequential(conv, LayerNorm2d(dim, eps=1e-5)), blocks, contexts)
         self.norm = LayerNorm2d(dim, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(super().forward(x))
+    def forward(self, x: Tensor, losses: Losses | None = None) -> Tensor:
+        return self.norm(super().forward(x, losses))
 
 
 class Block(nn.Module):

@@ -20,7 +20,7 @@ C = num_heads * D channels:
     delta                        (tokens, num_heads), float32: sum over the channels of a head of out * dout
     partial_dscores              (strips of tiles, num_heads, RESIDENT, frame_parts * STREAMED), float32: sums of the
                                  programs of `backward_bias`
-    scale                        factor on the scores
+    scale                        factor on the scores; kernels cast it, since TorchInductor passes a float64
     num_heads, H, W              number of heads, and sides of the map in tokens
     tiles_y, tiles_x             number of tiles per group along H and along W
     tile_h, tile_w               number of positions of a tile along H and along W
@@ -133,6 +133,7 @@ def forward(
     D: tl.constexpr, PADDED_D: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute `out` and `lse` of a tile of queries; loop over the box of keys that they attend to."""
+    scale = tl.cast(scale, tl.float32)
     head, C = tl.program_id(0) % num_heads, num_heads * D
     qkv += head * D
     if bias is not None:
@@ -182,6 +183,7 @@ def backward_queries(
     D: tl.constexpr, PADDED_D: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute `delta` and the queries' part of `dqkv` of a tile of queries; loop over the box of keys as `forward`."""
+    scale = tl.cast(scale, tl.float32)
     head, C = tl.program_id(0) % num_heads, num_heads * D
     qkv += head * D
     if bias is not None:
@@ -234,6 +236,7 @@ def backward_keys(
 
     The kernel reads `delta`, which `backward_queries` has written.
     """
+    scale = tl.cast(scale, tl.float32)
     head, C = tl.program_id(0) % num_heads, num_heads * D
     qkv += head * D
     dqkv += head * D
@@ -296,6 +299,7 @@ def backward_bias(
     The grid has ceil(num_tiles / tiles_per_program) * num_heads * frame_parts programs, for the `num_tiles` tiles of
     all images and dilation groups. The kernel reads `delta`, which `backward_queries` has written.
     """
+    scale = tl.cast(scale, tl.float32)
     strip = tl.program_id(0) // (frame_parts * num_heads)
     head, part, C = tl.program_id(0) // frame_parts % num_heads, tl.program_id(0) % frame_parts, num_heads * D
     qkv += head * D

@@ -11,7 +11,7 @@ for B maps of H x W tokens in P windows each, with C = num_heads * D channels:
     delta                        shaped like lse: sum over channels of out * dout for each query
     choosers                     (B, P, P), int32: row p begins with the windows that chose window p, in ascending order
     chooser_counts               (B, P), int32: number of windows that chose each window
-    scale                        factor on the scores
+    scale                        factor on the scores; kernels cast it, since TorchInductor passes a float64
     tiles_per_window             number of resident tiles that cover a window
     windows_per_image            P
     topk, num_heads              number of windows that each window chooses, number of heads
@@ -57,6 +57,7 @@ def forward(
     D: tl.constexpr, PADDED_D: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute `out` and `lse` of a tile of queries; see the module's docstring for the arguments."""
+    scale = tl.cast(scale, tl.float32)
     image, window, head, tile = _program_indices(tiles_per_window, num_heads, windows_per_image)  # pyright: ignore[reportGeneralTypeIssues]
     tokens = window_h * window_w
     C = num_heads * D
@@ -131,6 +132,7 @@ def backward_queries(
     The program of the first head and the first tile of a window writes the window's row of `choosers`, which
     `backward_keys` reads in the next launch.
     """
+    scale = tl.cast(scale, tl.float32)
     image, window, head, tile = _program_indices(tiles_per_window, num_heads, windows_per_image)  # pyright: ignore[reportGeneralTypeIssues]
     batch_window = image * windows_per_image + window
     if (head == 0) & (tile == 0):
@@ -179,6 +181,7 @@ def backward_keys(
     D: tl.constexpr, PADDED_D: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the keys' and the values' parts of `dqkv` of a tile of keys; they are 0 for a window that none chose."""
+    scale = tl.cast(scale, tl.float32)
     image, window, head, tile = _program_indices(tiles_per_window, num_heads, windows_per_image)  # pyright: ignore[reportGeneralTypeIssues]
     batch_window = image * windows_per_image + window
     tokens = window_h * window_w

@@ -13,7 +13,7 @@ N = WINDOW_H * WINDOW_W tokens and C = num_heads * D channels:
     dqkv                         (tokens, 3, C), contiguous
     partial_dbias                (strips of windows, num_heads, BIAS_SIDE, BIAS_SIDE), float32: gradient of the bias,
                                  summed over the windows of each strip
-    scale                        factor on the scores
+    scale                        factor on the scores; kernels cast it, since TorchInductor passes a float64
     tiles_per_window             number of resident tiles that cover a window
     num_windows                  number of windows in the batch
     windows_per_program          number of consecutive windows in a strip, over which a program sums the gradient of the
@@ -126,6 +126,7 @@ def forward(
 
     The grid has num_windows * num_heads * tiles_per_window programs. A program loops over all keys of its window.
     """
+    scale = tl.cast(scale, tl.float32)
     N: tl.constexpr = WINDOW_H * WINDOW_W
     window, head, tile = _program_indices(tiles_per_window, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
     qkv += head * D
@@ -172,6 +173,7 @@ def backward_tile(
     windows_per_program windows, computes the weights again from `qkv`, and keeps the sum of the bias's gradients in
     registers. RESIDENT and STREAMED have no effect.
     """
+    scale = tl.cast(scale, tl.float32)
     N: tl.constexpr = WINDOW_H * WINDOW_W
     C = num_heads * D
     strip, head, _ = _program_indices(1, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
@@ -222,6 +224,7 @@ def backward_queries(
 
     The grid has num_windows * num_heads * tiles_per_window programs. A program loops over all keys of its window.
     """
+    scale = tl.cast(scale, tl.float32)
     N: tl.constexpr = WINDOW_H * WINDOW_W
     C = num_heads * D
     window, head, tile = _program_indices(tiles_per_window, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
@@ -266,6 +269,7 @@ def backward_keys(
     The grid has num_windows * num_heads * tiles_per_window programs. A program loops over all queries of its window,
     and reads `delta`, which `backward_queries` has written.
     """
+    scale = tl.cast(scale, tl.float32)
     N: tl.constexpr = WINDOW_H * WINDOW_W
     C = num_heads * D
     window, head, tile = _program_indices(tiles_per_window, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
@@ -314,6 +318,7 @@ def backward_bias(
     programs. A program loops over a strip of windows_per_program windows, and reads `delta`, which `backward_queries`
     has written.
     """
+    scale = tl.cast(scale, tl.float32)
     N: tl.constexpr = WINDOW_H * WINDOW_W
     strip, head, tile = _program_indices((BIAS_SIDE // RESIDENT) * (BIAS_SIDE // STREAMED), num_heads)  # pyright: ignore[reportGeneralTypeIssues]
     qkv += head * D

@@ -11,9 +11,9 @@ def experiments(paper: str) -> dict[str, dict[str, Any]]:
     """Return the rows that a training from scratch on ImageNet-1k reproduces, by the names of their experiments.
 
     For each net and each row name this is the first row at the smallest images, because rows at larger images and with
-    other data are fine-tuned. Rows trained by token labelling or distillation are left out, and so are nets that no
-    size in conf/model names, because their recipe is unknown. A row with `train` (overrides of train.py beyond the
-    model's own recipe) is an experiment in any case.
+    other data are fine-tuned. Rows of other data sets, rows trained by token labelling or distillation and nets that no
+    size in conf/model names, whose recipe is unknown, are left out. A row with `train` (overrides of train.py beyond
+    the model's own recipe) is an experiment in any case.
 
     Args:
         paper: Name of the paper.
@@ -26,6 +26,7 @@ def experiments(paper: str) -> dict[str, dict[str, Any]]:
         from_scratch = (
             row["input"] == smallest
             and row["top1"] is not None
+            and row.get("dataset", "ImageNet").startswith("ImageNet")
             and re.fullmatch("(imagenet|in)-1k", row["pretrain"] or "ImageNet-1K", re.IGNORECASE)
             and not re.search("token label|distill", row["name"], re.IGNORECASE)
             and "model.size" in choice

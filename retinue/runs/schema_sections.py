@@ -43,6 +43,7 @@ Batches = Annotated[
 Channels = Annotated[int, AfterValidator(_is_grey_or_colour), Expected("1 or 3")]
 Pixels = Annotated[list[Count], Field(min_length=2, max_length=2), Expected("a pair of whole numbers, 1 or more")]
 Sides = Annotated[Count | Pixels, Expected("a number of pixels, 1 or more, or a pair of these")]
+LossWeights = Annotated[dict[str, NonNegative], Expected("a mapping of names to weights, 0 or more")]
 Pair = Annotated[list[Positive], Field(min_length=2, max_length=2), Expected("a pair of numbers above 0")]
 
 
@@ -242,6 +243,9 @@ class ClassificationTask(Task):
     """`conf/task/classification.yaml`."""
 
     figure: Literal["top1", "top5"] = Field(description=FIGURE)
+    loss_weights: LossWeights = Field(
+        {}, description="weights of the net's auxiliary losses by name; those not named are the paper's"
+    )
     distillation: Distillation
 
 

@@ -109,6 +109,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
             f"smaller than its learning rate is made for; recipe.batch_size={images} is the largest"
         )
     datamodule.batch_size = per_device_batch(cfg)
+    check_limits(cfg, datamodule)
     task = build_task(cfg, datamodule)
     checkpoints = folder / "checkpoints"
     resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints, task.state_dict())
@@ -176,6 +177,24 @@ def draw_curves(folder: Path) -> None:
         plot_curves(folder / "curves.png", folder / "metrics.csv")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         log.warning("%s cannot be drawn from metrics.csv: %s", folder / "curves.png", " ".join(str(error).split()))
+
+
+def check_limits(cfg: DictConfig, datamodule: pl.LightningDataModule) -> None:
+    """Refuse a share of the batches that is less than one batch.
+
+    Raises:
+        ValueError: `trainer.limit_train_batches` or `trainer.limit_val_batches` is such a share.
+    """
+    loaders = {"train": datamodule.train_dataloader, "val": datamodule.val_dataloader}
+    for split, loader in loaders.items():
+        share = cfg.trainer[f"limit_{split}_batches"]
+        # A data module that belongs to no trainer yet has the batches of all devices.
+        batches = len(loader()) // world_size(cfg)
+        if isinstance(share, float) and int(share * batches) == 0:
+            raise ValueError(
+                f"trainer.limit_{split}_batches={share:g} of {batches} batches is less than one; the least is "
+                f"{1 / max(batches, 1):.2g}, or 1 for one batch"
+            )
 
 
 def result_labels(cfg: DictConfig) -> dict[str, str]:

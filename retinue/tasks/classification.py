@@ -10,11 +10,13 @@ from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
 from models.factory import create_model
+from ops.losses import loss_weights
 from retinue.evaluation.classification import Predictions, summarize, topk_predictions
 from retinue.evaluation.plots import plot_confusion, plot_reliability
 from retinue.evaluation.predictions import write_predictions_csv
 from retinue.tasks.base import Task
 from retinue.tasks.distillation import Teacher
+from retinue.utils.suggestions import nearest
 
 
 class Classification(Task):
@@ -28,17 +30,29 @@ class Classification(Task):
         num_classes: Number of classes.
         distillation: `teacher` (a timm name, null for none), and the further arguments of
             `retinue.tasks.distillation.Teacher`.
+        loss_weights: Weights of the net's auxiliary losses by name; by default those of the paper.
         kwargs: Further arguments of `Task`.
 
     Attributes:
         predictions: Predictions of all ranks for the test split, after a test.
 
     Raises:
-        ValueError: `recipe.loss` is unknown, or an argument of `Task` or `Teacher` is wrong.
+        ValueError: `recipe.loss` is unknown, the net has no loss of a name in `loss_weights`, or an argument of `Task`
+            or `Teacher` is wrong.
     """
 
-    def __init__(self, model: nn.Module, recipe: Mapping, *, num_classes: int, distillation: Mapping, **kwargs):
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Mapping,
+        *,
+        num_classes: int,
+        distillation: Mapping,
+        loss_weights: Mapping[str, float] | None = None,
+        **kwargs,
+    ):
         super().__init__(model, recipe, **kwargs)
+        self.loss_weights = weights_of_losses(model, loss_weights or {})
         self.num_classes = num_classes
         self.teacher = Teacher(num_classes=num_classes, **distillation) if distillation["teacher"] else None
         if recipe["loss"] not in ("ce", "bce"):
@@ -83,14 +97,21 @@ class Classification(Task):
         return F.cross_entropy(logits, target, label_smoothing=self.smoothing if target.ndim == 1 else 0.0)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits, label = self(batch["image"]), batch["label"]
+        image, label, losses = batch["image"], batch["label"], {}
+        if self.loss_weights:
+            model: Any = self.model
+            logits, losses = model.forward_with_losses(image)
+        else:
+            logits = self(image)
         target = batch.get("target", label)
         loss = self.loss(logits, target)
         if self.teacher is not None:
             datamodule: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            loss = self.teacher.blend(loss, logits, batch["image"], datamodule.mean, datamodule.std)
+            loss = self.teacher.blend(loss, logits, image, datamodule.mean, datamodule.std)
+        for name, value in losses.items():
+            loss = loss + self.loss_weights[name] * value
         hit = logits.argmax(1) == (target.argmax(1) if target.ndim == 2 else target)
-        self.track(loss, len(label), top1=hit.float().mean())
+        self.track(loss, len(label), top1=hit.float().mean(), **losses)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -125,3 +146,19 @@ class Classification(Task):
             torch.distributed.all_gather_object(parts, predictions)
             predictions = Predictions.concatenate(parts)
         self.predictions = predictions
+
+
+def weights_of_losses(model: nn.Module, changes: Mapping[str, float]) -> dict[str, float]:
+    """Return the weights of a net's auxiliary losses by name: those of the paper, with `changes`.
+
+    Raises:
+        ValueError: The net has no loss of a name in `changes`.
+    """
+    weights = loss_weights(model)
+    for name in changes:
+        if name not in weights:
+            known = ", ".join(weights) if weights else "none"
+            raise ValueError(
+                f"task.loss_weights: no loss is called {name!r}.{nearest(name, weights)} The net has: {known}"
+            )
+    return {**weights, **changes}

@@ -7,6 +7,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from models.factory import check_name, image_size_argument
@@ -74,6 +75,9 @@ class Teacher:
             raise ValueError(f"task.distillation.teacher={self.teacher} needs task.distillation.weights") from error
         if self.weights is not None:
             load_weights(net, self.weights)
+        if rank_zero_only.rank == 0:
+            mean, std = (" ".join(f"{value:g}" for value in self.preprocessing[key]) for key in ("mean", "std"))
+            print(f"teacher {self.teacher}: mean {mean}, std {std}", flush=True)
         return net.eval().requires_grad_(False)
 
     def __deepcopy__(self, memo: dict) -> "Teacher":

@@ -168,6 +168,13 @@ def shard(tmp_path):
     return path, path.read_bytes(), [members[f"{i}.jpg"] for i in range(8)]
 
 
+def test_a_fifo_in_place_of_a_shard_is_refused(tmp_path):
+    """Opening a FIFO waited for ever."""
+    os.mkfifo(tmp_path / "train-000000.tar")
+    with pytest.raises(ValueError, match=r"train-000000.tar is not a whole tar shard: it is no regular file"):
+        WebDataset(root=str(tmp_path)).images("train")
+
+
 def test_a_thousand_random_truncations_of_a_shard(shard):
     """Each truncated shard is refused, or its index is made again because only zeros after its end are lost."""
     path, content, images = shard

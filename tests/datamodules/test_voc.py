@@ -1,5 +1,6 @@
 """VOC's folders and XML files: image sets of several years, classes, difficult objects, pixels counted from 1."""
 
+import os
 import re
 
 import numpy as np
@@ -116,6 +117,11 @@ def replace_xml(text):
     return lambda root: (root / "VOC2007/Annotations/000002.xml").write_text(text)
 
 
+def fifo_for_xml(root):
+    (root / "VOC2007/Annotations/000002.xml").unlink()
+    os.mkfifo(root / "VOC2007/Annotations/000002.xml")
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
@@ -126,6 +132,7 @@ def replace_xml(text):
         (None, {"val": ["VOC2012/empty"]}, "empty.txt is empty"),
         (None, {"val": ["VOC2012/gap"]}, "5 of"),
         (lambda root: (root / "VOC2007/Annotations/000002.xml").unlink(), {}, "000002.xml is missing"),
+        (fifo_for_xml, {}, "000002.xml cannot be read: it is no regular file"),
         (lambda root: (root / "VOC2007/JPEGImages/000002.jpg").unlink(), {}, "000002 of"),
         (replace_xml("<annotation>"), {}, "000002.xml is not an annotation like VOC's"),
         (replace_xml("<annotation><object/></annotation>"), {}, "000002.xml is not an annotation like VOC's"),

@@ -58,7 +58,8 @@ def test_the_authors_file_loads_for_another_size(name, tmp_path):
     bands = vector["input_shape"][1]
     torch.save({"model": official_state(vector)}, tmp_path / "authors.pth")
     side = OTHER_SIZES.get(vector["system"], 256)
-    net = create_model({"name": claim.name, **claim.arguments}, classes(vector), bands, side).eval()
+    arguments = {key: value for key, value in claim.arguments.items() if key != "img_size"}
+    net = create_model({"name": claim.name, **arguments}, classes(vector), bands, side).eval()
     result = load_weights(net, tmp_path / "authors.pth")
     assert not result.missing and not result.unexpected and not result.dropped
     with torch.inference_mode():

@@ -156,6 +156,10 @@ NETS: dict[str, Net] = {
     "agent_attention__agent_swin_t": Net("agent_swin_tiny"),
     "agent_attention__agent_cswin_t": Net("agent_cswin_tiny"),
     "agent_attention__det_agent_swin_t_stages": Net("agent_swin_tiny", {"norms": True, "pool": (9, 12, 14, 7)}),
+    # Astroformer, for images of 64 pixels
+    "astroformer__astroformer_0": Net("astroformer_0", {"img_size": 64}),
+    "astroformer__astroformer_1": Net("astroformer_1", {"img_size": 64}),
+    "astroformer__astroformer_2": Net("astroformer_2", {"img_size": 64}),
     # BiFormer
     **nets({f"biformer__biformer_{size}": f"biformer_{size}" for size in ("tiny", "small", "base")}),
     "biformer__biformer_stl": Net("biformer_stl"),
@@ -240,6 +244,8 @@ NETS: dict[str, Net] = {
     # SHViT
     **nets({f"shvit__s{i}": f"shvit_s{i}" for i in range(1, 5)}),
     "shvit__det_s4_stages": Net("shvit_s4"),
+    # SOFT
+    **nets({f"soft__soft_{size}": f"soft_{size}" for size in ("tiny", "norm_tiny", "small", "norm_small")}),
     # Swin and Swin V2
     **nets({f"swin__swin_{size}": f"swin_{size}" for size in ("tiny", "small", "base")}),
     "swin__swinv2_tiny_window8_256": Net("swinv2_tiny_window8_256"),

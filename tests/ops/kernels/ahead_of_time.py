@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # Maximum shared memory of a program in bytes, by compute capability.
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 # Triton's names of pointer types.
 POINTER_TYPES = {
@@ -28,6 +28,9 @@ POINTER_TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+
+# Types in which a kernel receives a Python float: an ordinary launch passes float32, TorchInductor float64.
+FLOAT_TYPES = ("fp32", "fp64")
 
 # Maximum number of spill stores that a test accepts. ptxas spills a few registers of its own accord, so that one more
 # program can run at a time.
@@ -86,10 +89,15 @@ def launches_of(module: Any, call: Callable[[], Any]) -> list[Launch]:
     return launches
 
 
-def compile_for(capability: int, launch: Launch) -> Resources:
-    """Compile the kernel of a launch for a compute capability, such as 90, and return the resources that it uses.
+def compile_for(capability: int, launch: Launch, float_type: str) -> Resources:
+    """Compile the kernel of a launch for a compute capability and return the resources that it uses.
 
     As in a launch by Triton, the code is specialised for integers that are 1 or divisible by 16.
+
+    Args:
+        capability: compute capability, such as 90.
+        launch: the launch.
+        float_type: Triton's name of the type of the floats among the arguments.
     """
     signature, constants, divisible = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
@@ -100,7 +108,7 @@ def compile_for(capability: int, launch: Launch) -> Resources:
             signature[parameter.name] = POINTER_TYPES[value.dtype]
             divisible[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = float_type if isinstance(value, float) else "i32"
             if isinstance(value, int) and value % 16 == 0:
                 divisible[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=divisible)
@@ -122,11 +130,16 @@ def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
 
 
 def assert_fits(capability: int, launch: Launch) -> None:
-    """Check that a launch compiles, spills no registers (see `ACCEPTED_SPILLS`) and fits the shared memory."""
-    resources = compile_for(capability, launch)
-    description = f"{launch.kernel.fn.__name__} for sm_{capability}: {resources}"
-    assert resources.spills <= ACCEPTED_SPILLS, description
-    assert resources.shared <= SHARED_MEMORY[capability], description
+    """Check that a launch compiles, spills no registers (see `ACCEPTED_SPILLS`) and fits the shared memory.
+
+    A kernel with a float among its arguments must do so for each of `FLOAT_TYPES`.
+    """
+    takes_float = any(isinstance(value, float) for value in launch.arguments.values())
+    for float_type in FLOAT_TYPES if takes_float else FLOAT_TYPES[:1]:
+        resources = compile_for(capability, launch, float_type)
+        description = f"{launch.kernel.fn.__name__} for sm_{capability}, floats as {float_type}: {resources}"
+        assert resources.spills <= ACCEPTED_SPILLS, description
+        assert resources.shared <= SHARED_MEMORY[capability], description
 
 
 def written_when_compiled(call: Callable[..., Any], *inputs: tuple[Sequence[int], torch.dtype]) -> list[list[str]]:

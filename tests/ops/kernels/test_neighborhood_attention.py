@@ -11,7 +11,7 @@ from ops import backend
 from ops.attention.neighborhood import NeighborhoodAttention
 from ops.kernels import launch
 from ops.neighborhood import neighborhood_attention, tiled_attention
-from tests.ops.kernels.ahead_of_time import Launch, assert_fits, launches_of
+from tests.ops.kernels.ahead_of_time import SHARED_MEMORY, Launch, assert_fits, launches_of
 from tests.ops.kernels.interpreter import run_interpreted
 from tests.ops.kernels.numerics import assert_trains_in_half_precision, assert_within_budget, poisoned
 
@@ -176,7 +176,7 @@ def launches(side: int, size: int, dilation: int, D: int, dtype: torch.dtype, bi
     return recorded
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_kernels_of_nat_fit_the_gpu(capability):
     for kernel_launch in launches(56, 7, 1, 32, torch.bfloat16, biased=True):
         assert_fits(capability, kernel_launch)
@@ -189,7 +189,7 @@ SHAPES = [(*shape, D) for shape in ((56, 7, 1), (10, 3, 2), (4, 3, 1)) for D in 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("side, size, dilation, D", SHAPES)
 def test_kernels_of_every_size_fit_the_gpu(side, size, dilation, D, biased, capability, dtype):

@@ -11,7 +11,7 @@ from ops import backend
 from ops.attention.bilevel_routing import BilevelRoutingAttention
 from ops.functional import gathered_attention, routed_attention
 from ops.kernels import launch
-from tests.ops.kernels.ahead_of_time import Launch, assert_fits, launches_of, written_when_compiled
+from tests.ops.kernels.ahead_of_time import SHARED_MEMORY, Launch, assert_fits, launches_of, written_when_compiled
 from tests.ops.kernels.interpreter import run_interpreted
 from tests.ops.kernels.numerics import assert_trains_in_half_precision, assert_within_budget, poisoned
 
@@ -177,7 +177,7 @@ def test_flops_equal_those_of_plain_pytorch(kernels):
     assert counts[0] == counts[1] and 0 < counts[0][0] < counts[0][1]
 
 
-@pytest.mark.parametrize("capability, side, topk, heads", [(80, 28, 4, 4), (90, 56, 1, 2)])
+@pytest.mark.parametrize("capability, side, topk, heads", [(80, 28, 4, 4), (90, 56, 1, 2), (100, 14, 16, 4)])
 def test_kernels_of_biformer_fit_the_gpu(capability, side, topk, heads):
     for kernel_launch in launches((2, (side, side), (7, 7), topk, heads, 32), torch.bfloat16):
         assert_fits(capability, kernel_launch)
@@ -206,7 +206,7 @@ SIDES_AND_ROUTES = [(14, 4), (14, 16), (28, 4), (35, 3), (56, 1), (224, 4)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("D", [16, 24, 32, 64])
 @pytest.mark.parametrize("side, topk", SIDES_AND_ROUTES)
 def test_kernels_of_every_size_fit_the_gpu(side, topk, D, capability, dtype):

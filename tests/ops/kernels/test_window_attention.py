@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ops import Place, backend, create_op
 from ops.functional import window_attention
 from ops.kernels import launch
-from tests.ops.kernels.ahead_of_time import Launch, assert_fits, launches_of, written_when_compiled
+from tests.ops.kernels.ahead_of_time import SHARED_MEMORY, Launch, assert_fits, launches_of, written_when_compiled
 from tests.ops.kernels.interpreter import run_interpreted
 from tests.ops.kernels.numerics import assert_trains_in_half_precision, assert_within_budget, poisoned
 
@@ -276,7 +276,7 @@ NETS = {
 }
 
 
-@pytest.mark.parametrize("capability, net", [(80, "Swin"), (90, "Swin"), (80, "Swin, 384 pixels"), (90, "CSWin")])
+@pytest.mark.parametrize("capability, net", [(80, "Swin"), (90, "CSWin"), (90, "Swin, 384 pixels"), (100, "Swin")])
 def test_kernels_of_nets_fit_the_gpu(capability, net):
     recorded = launches(NETS[net], torch.bfloat16)
     assert len(recorded) == (4 if "384" in net else 2)
@@ -288,7 +288,7 @@ SIZES = [(net, torch.bfloat16) for net in NETS] + [("Swin", torch.float32), ("Sw
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("D", [16, 32, 64])
 @pytest.mark.parametrize("net, dtype", SIZES)
 def test_kernels_of_every_size_fit_the_gpu(net, dtype, D, capability):

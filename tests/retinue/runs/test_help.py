@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+from pydantic import BaseModel
 
 from ops import list_ops
 from retinue.results.experiments import experiments
+from retinue.runs import schema, schema_sections
 from retinue.runs.help import GROUPS, OP_GIVEN, list_choices
 from retinue.runs.signatures import find_net, find_ops, list_arguments
 from retinue.utils.paths import CONF, PROJECT
@@ -166,3 +168,18 @@ def test_the_meanings_of_keys_without_a_group_are_in_the_overview(cli):
     train, evaluation = cli("train", "--help").out, cli("eval", "--help").out
     assert "  rerun                     train a finished run anew" in train and "checkpoint.every_steps" in train
     assert "  save_images " in evaluation and "  batch_size " in evaluation and "rerun" not in evaluation
+
+
+@pytest.mark.parametrize("group", ["data", "recipe", "task", "trainer", "head"])
+def test_no_yaml_repeats_the_schemas_meaning_of_a_key(group):
+    sections = [section for module in (schema, schema_sections) for section in vars(module).values()]
+    sections = [section for section in sections if isinstance(section, type) and issubclass(section, BaseModel)]
+    meanings = {field.description for section in sections for field in section.model_fields.values()} - {None}
+    assert len(meanings) > 80
+    repeated = [
+        f"{path.name}: {line.strip()}"
+        for path in (CONF / group).glob("*.yaml")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.partition(" # ")[2] in meanings
+    ]
+    assert repeated == []

@@ -70,6 +70,7 @@ TRAIN = {
     "trainer.limit_val_batches must be a number of batches, 1 or more, or a share above 0 and at most 1.0, not 0": [
         "trainer.limit_val_batches=0"
     ],
+    "trainer.limit_val_batches=0.0001 of 6 batches is less than one": ["trainer.limit_val_batches=0.0001"],
     "trainer.limit_train_batches must be a number of batches, 1 or more, or a share above 0 and at most 1.0, not": [
         f"trainer.limit_train_batches={value}" for value in ("-1", "2.5", "0")
     ],
