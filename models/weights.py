@@ -33,8 +33,8 @@ class Loaded(NamedTuple):
         loaded: Weights of the model that were loaded.
         missing: Weights of the model that were not loaded and keep their values.
         unexpected: Weights of the file that the model lacks.
-        resized: Loaded weights that are position tables and were interpolated, or first convolutions that were summed
-            over the colours.
+        resized: Loaded weights that are position tables and were interpolated, or first convolutions that were fitted
+            to another number of channels.
         dropped: Weights of the file that were left out on purpose: those of a classifier, of removed parts of the net,
             or outside the backbone.
     """
@@ -61,7 +61,7 @@ def load_weights(
     No code in the file is executed. The weights are looked for under `state_dict_ema`, `state_dict`, `model` and
     `model_ema`, lose the prefixes that wrappers add, and are renamed by `model.checkpoint_filter`, or by timm's filter
     for timm's nets. Position tables are interpolated to the model's window or grid, and the first convolution of a net
-    for grey images sums the colours' weights. Then every weight of the model must
+    for another number of channels is fitted, as timm does. Then every weight of the model must
     be in the file with its shape, and every weight of the file must be in the model.
 
     A model may take part in this by these methods and attributes, all optional:
@@ -255,18 +255,20 @@ def _rename(key: str, renames: Renames) -> str | None:
 def fit_first_convolutions(
     model: nn.Module, state: dict[str, Tensor], model_state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the weights with first convolutions summed over red, green and blue if the model takes grey images.
+    """Return the weights with first convolutions for red, green and blue fitted to the model's number of channels.
 
-    This is what timm does with its own weights (`adapt_input_conv`): a grey image gives the same sums as an image of
-    three equal channels.
+    This is what timm does with its own weights (`adapt_input_conv`): for grey images the colours are summed, so that a
+    grey image gives the same sums as an image of three equal channels; for other numbers of channels the colours are
+    repeated in turn and scaled by 3 over that number.
     """
     layers = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
     result = dict(state)
     for key in (f"{layer}.weight" for layer in ((layers,) if isinstance(layers, str) else layers)):
         if key not in state or key not in model_state or state[key].ndim != 4:
             continue
-        if (state[key].shape[1], model_state[key].shape[1]) == (3, 1):
-            result[key] = adapt_input_conv(1, state[key])
+        channels = model_state[key].shape[1]
+        if state[key].shape[1] == 3 != channels and state[key].shape[2:] == model_state[key].shape[2:]:
+            result[key] = adapt_input_conv(channels, state[key])
     return result
 
 

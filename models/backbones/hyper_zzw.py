@@ -22,6 +22,7 @@ from models.backbone import Backbone
 from models.hierarchical import imagenet_cfg, to_channels_last
 from models.layers.position import grid_of
 from ops.attention.hyper_zzw import SlowNet, multiply_planes, resize_plane, standardize
+from ops.losses import Losses
 
 # Groups of channels, which are standardised in turn over the batch and over each image
 GROUPS = 12
@@ -178,6 +179,7 @@ class Terminator(Backbone):
         (r"^blocks\.([1-9])\.(?=fast_multi_branch\.|bias$)", lambda match: f"blocks.{int(match[1]) - 1}."),
     )
     out_indices = 3
+    loss_weights = (("slow", 1.0),)
 
     def __init__(
         self,
@@ -274,19 +276,20 @@ class Terminator(Backbone):
             self.reset_classifier(0, "")
         return take
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
+        """Compute the last map; the slow loss is added to `losses`."""
+        if losses is not None:
+            losses.add("slow", self.slow_loss(x.shape[2:]))
         return self.run(x)[-1]
 
-    def forward_with_losses(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scores and the slow loss: how much the blocks' hyper-kernels, summed over channels, differ.
+    def slow_loss(self, size: Sequence[int]) -> Tensor:
+        """Return how much the blocks' hyper-kernels for a map of `size` differ, summed over channels.
 
-        The loss is the sum over all pairs of blocks of the mean squared difference, which the author adds to the
-        classification loss with a weight of 1.
+        This is the sum over all pairs of blocks of the mean squared difference.
         """
         blocks = [cast(SlowFastBlock, block) for block in (self.stem, *self.blocks)]
-        planes = [block.slow_net_g(x.shape[2:]).sum(1) for block in blocks]
-        pairs = itertools.combinations(planes, 2)
-        return self(x), {"slow": torch.stack([F.mse_loss(a, b) for a, b in pairs]).sum()}
+        planes = [block.slow_net_g(size).sum(1) for block in blocks]
+        return torch.stack([F.mse_loss(a, b) for a, b in itertools.combinations(planes, 2)]).sum()
 
 
 def uniform_conv(dim: int, bias: float = 0.0) -> nn.Conv2d:

@@ -35,6 +35,27 @@ class SqueezeExcite(nn.Module):
         return x * factors.view(*factors.shape, *[1] * (x.ndim - 2))
 
 
+class BandConv(nn.Module):
+    """Convolution over bands and places, (B, in_dim, bands, H, W) to (B, dim, bands, H, W), with zero padding.
+
+    The weight has four dimensions, since a net is converted to channels-last memory, which five do not have.
+
+    Args:
+        in_dim: Input channels.
+        dim: Output channels.
+        bands: Number of bands that the kernel spans, odd; it spans 3 x 3 places.
+    """
+
+    def __init__(self, in_dim: int, dim: int, bands: int):
+        super().__init__()
+        like = nn.Conv3d(in_dim, dim, (bands, 3, 3))
+        self.weight, self.bias = nn.Parameter(like.weight.detach().flatten(3)), like.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = (self.weight.shape[2] // 2, 1, 1)
+        return F.conv3d(x, self.weight.unflatten(3, (3, 3)), self.bias, padding=padding)
+
+
 class SpectralStem(nn.Module):
     """3-D convolutions over bands and places, the mean over the bands, patches of 2 x 2 pixels and positions.
 
@@ -51,8 +72,7 @@ class SpectralStem(nn.Module):
         super().__init__()
         layers = []
         for a, b, bands in ((1, 32, 7), (32, 64, 5), (64, dim, 3)):
-            conv = nn.Conv3d(a, b, (bands, 3, 3), padding=(bands // 2, 1, 1))
-            layers += [conv, nn.BatchNorm3d(b), nn.SiLU()]
+            layers += [BandConv(a, b, bands), nn.BatchNorm3d(b), nn.SiLU()]
         self.spectral_conv = nn.Sequential(*layers)
         self.band_drop_rate = band_drop_rate
         self.spectral_attention = SqueezeExcite(dim)
@@ -188,6 +208,11 @@ class LoLASpecViT(HierarchicalBackbone):
         norm = LayerNorm2d(dims[-1], eps=1e-5)
         super().__init__(stages, dims, strides, norm, in_chans=in_chans, num_classes=num_classes, **kwargs)
         self.apply(init_weights)
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights under our names; those of the convolutions over bands lose a dimension."""
+        renamed = super().checkpoint_filter(state)
+        return {name: value.flatten(3) if value.ndim == 5 else value for name, value in renamed.items()}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
