@@ -209,6 +209,14 @@ class LoLASpecViT(HierarchicalBackbone):
         super().__init__(stages, dims, strides, norm, in_chans=in_chans, num_classes=num_classes, **kwargs)
         self.apply(init_weights)
 
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the final features and the maps, as the base class does; images of odd sides get a row or column of 0.
+
+        The stem drops the last row and column of such images, so that its maps would not cover them.
+        """
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        return super().forward_intermediates(x, *args, **kwargs)
+
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights under our names; those of the convolutions over bands lose a dimension."""
         renamed = super().checkpoint_filter(state)

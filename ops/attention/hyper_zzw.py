@@ -6,6 +6,7 @@ lalalune/Terminator, branch update_torch, was read.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +65,8 @@ class SlowNet(nn.Module):
         axes = [torch.linspace(-1, 1, side, device=self.bias_p.device, dtype=self.bias_p.dtype) for side in size]
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
         plane = resize_plane(self.bias_p, size)
-        # Frequencies are high, so that the angles need the weights' own precision.
-        with torch.autocast(grid.device.type, enabled=False):
+        # Frequencies are high, so that the angles need the weights' own precision. The meta device has no autocast.
+        with nullcontext() if grid.is_meta else torch.autocast(grid.device.type, enabled=False):
             waves = [torch.sin(layer.get_submodule("linear")(grid)) for layer in self.filters]
             x = waves[0]
             for i, (layer, wave) in enumerate(zip(self.linears, waves[1:], strict=True)):

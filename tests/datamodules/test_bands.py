@@ -44,7 +44,7 @@ def test_the_pages_of_a_tiff_file_are_bands(dtype):
         (npy(np.array([[{}]])), "a.npy", "allow_pickle=False"),
         (npy(np.array([[["a"] * 5]])), "a.npy", "it holds no numbers"),
         (npy(np.zeros(7)), "a.npy", "its array has 1 dimensions, not 2 or 3"),
-        (npy(np.zeros((6, 8, 5)))[:-9], "a.npy", ""),
+        (npy(np.zeros((6, 8, 5)))[:-9], "a.npy", "array"),
         (tiff(np.zeros((4, 6, 8), np.uint16)), "a.tif", "6 x 8 x 4 has no side"),
         (b"no image", "a.tif", "cannot identify image file"),
     ],
