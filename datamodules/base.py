@@ -11,6 +11,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from datamodules.bands import BandEvalTransform, BandTrainTransform
 from datamodules.batch import BatchTransform
 from datamodules.images import EncodedImages, LabelledImages
 from datamodules.loader import BatchFetcher, ImageSet, Loader, TrainLoader, stack
@@ -43,6 +44,7 @@ class ImageData(pl.LightningDataModule, ABC):
 
     Attributes:
         class_names: readable names of the classes, by label.
+        has_bands: whether images are bands in the files' units, as `datamodules.bands` reads them.
         train_transform: transform of a training sample.
         eval_transform: transform of an evaluation sample.
         repeats: number of times that an image occurs in the order of an epoch.
@@ -55,6 +57,7 @@ class ImageData(pl.LightningDataModule, ABC):
     """
 
     class_names: Sequence[str]
+    has_bands = False
     train_transform: Callable[[dict], dict]
     eval_transform: Callable[[dict], dict]
     repeats = 1
@@ -74,8 +77,8 @@ class ImageData(pl.LightningDataModule, ABC):
         seed: int = 0,
     ):
         super().__init__()
-        if in_chans not in PILLOW_MODES:
-            raise ValueError(f"data.in_chans must be 1 or 3, not {in_chans!r}")
+        if in_chans < 1 or (in_chans not in PILLOW_MODES and not self.has_bands):
+            raise ValueError(f"data.in_chans must be 1 or 3, not {in_chans!r}; data=image_folder takes any number")
         if not len(mean) == len(std) == in_chans:
             given = f"{len(mean)} and {len(std)}"
             raise ValueError(f"data.mean and data.std need {in_chans} values for data.in_chans={in_chans}, not {given}")
@@ -239,8 +242,11 @@ class ClassificationData(ImageData):
             config |= {"hflip": 0.0, "vflip": 0.0}
         self.augment = Augment.from_config(config)
         self.repeats = self.augment.repeats
-        self.train_transform = TrainTransform(self.augment, self.image_size, mean=self.mean, in_chans=self.in_chans)
-        self.eval_transform = EvalTransform(
+        train, evaluation = (
+            (BandTrainTransform, BandEvalTransform) if self.has_bands else (TrainTransform, EvalTransform)
+        )
+        self.train_transform = train(self.augment, self.image_size, mean=self.mean, in_chans=self.in_chans)
+        self.eval_transform = evaluation(
             self.image_size,
             crop_pct=crop_pct,
             crop_mode=crop_mode,

@@ -2,7 +2,8 @@
 
 A sample is a dict that describes one image; a batch is a dict that describes several. An image passes four steps:
 
-1. `images[i]`, on the CPU, reads the sample at position i of a split. Its `image` is uint8 (H, W, 3), RGB.
+1. `images[i]`, on the CPU, reads the sample at position i of a split. Its `image` is uint8 (H, W, 3), RGB, or float32
+   (H, W, C) for images of many bands (`datamodules.bands`), which stay float32 and are not divided by 255.
 2. The sample's transform, on the CPU, changes geometry and colours (`datamodules.transforms` for classification,
    `datamodules.dense_transforms` for detection and segmentation). Keys that it does not know pass through unchanged.
 3. `collate`, on the CPU, joins the samples: `image` becomes uint8 (B, C, H, W) in channels-last memory.
@@ -58,13 +59,13 @@ from datamodules.transforms import Augment
 
 
 def normalise(image: Tensor, mean: Tensor, std: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return (image / 255 - mean) / std.
+    """Return (image / 255 - mean) / std; float32 images are in the units of `mean` and are not divided by 255.
 
     The computation runs on rows of W·C values, which keeps all three tensors contiguous. On a CPU this is twice as fast
     as broadcasting statistics of shape (C, 1, 1).
 
     Args:
-        image: uint8 (B, C, H, W) in channels-last memory.
+        image: uint8 or float32 (B, C, H, W) in channels-last memory.
         mean: float32 (C,), for values from 0 to 1.
         std: float32 (C,), for values from 0 to 1.
         out: float32 (B, H, W, C), contiguous memory for the result; None takes new memory.
@@ -73,9 +74,10 @@ def normalise(image: Tensor, mean: Tensor, std: Tensor, out: Tensor | None = Non
         float32 (B, C, H, W) in channels-last memory.
     """
     b, c, h, w = image.shape
+    white = 255 if image.dtype == torch.uint8 else 1
     rows = image.permute(0, 2, 3, 1).reshape(b * h, w * c)
-    rows = rows.float() if out is None else out.view(b * h, w * c).copy_(rows)
-    rows.sub_((255 * mean).repeat(w)).div_((255 * std).repeat(w))
+    rows = rows.to(torch.float32, copy=True) if out is None else out.view(b * h, w * c).copy_(rows)
+    rows.sub_((white * mean).repeat(w)).div_((white * std).repeat(w))
     return rows.view(b, h, w, c).permute(0, 3, 1, 2)
 
 

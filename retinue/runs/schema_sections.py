@@ -311,7 +311,9 @@ class ClassificationData(Data):
     """`conf/data/*.yaml` for classification."""
 
     image_size: Sides | None = Field(None, description="side of the images in pixels, or [height, width]")
-    in_chans: Channels = Field(description="number of channels: 3, or 1 for grey")
+    in_chans: Count = Field(
+        description="number of channels: 3, or 1 for grey; data=image_folder takes any number of bands"
+    )
     crop_pct: CropShare | None = Field(None, description="share of the resized image that evaluation's crop keeps")
     crop_mode: Literal["center", "squash", "border"] | None = Field(
         None, description="evaluation's crop as in timm: center, squash or border"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models import group_parameters, model_entrypoint
+from timm.models import adapt_input_conv, group_parameters, model_entrypoint
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from models import load_weights
@@ -86,6 +86,8 @@ inline_cswin_{tiny,small,base} gc_vit_{xxtiny,xtiny,tiny,tiny2,small,small2,base
 focalnet_{tiny_iso,small_iso,base_iso} astroformer_{0,1,2,3,4,5}
 moat_{0,1,2,3,4} tiny_moat_{0,1,2,3} medvitv2_{tiny,small,base,large}
 vit_resnas_{tiny,small,medium,reftiny,tiny666} bossnet_{t0,t0_nose,t1}
+focalnet_{tiny_iso,small_iso,base_iso} kdgqa_{small,base,large} ninformer_{cifar}
+hyena_deit_{tiny,small,base} terminator_{cifar} lola_{specvit}
 focalnet_{tiny_iso,small_iso,base_iso}
 flowformer_{base} patnet_{t0,t1,t2,s,m,l} tic_{tiny} s2aformer_{tiny} coswin_{tiny} maformer_{tiny}
 spectformer_{tiny,xsmall,small,base} spectformer_h_{small,base,large}
@@ -221,6 +223,19 @@ def test_our_own_weights_load(net, built):
     result = load_weights(net, other.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
     assert len(result.loaded) == len(net.state_dict()) and not any(result[1:])
+
+
+def test_weights_for_three_colours_fit_five_bands(name, built):
+    other, state = build(name, num_classes=3, in_chans=5), built.state_dict()
+    misfits = [key for key, value in other.state_dict().items() if value.shape != state[key].shape]
+    # Terminator's first block has as many channels as the image in all of its layers.
+    if misfits not in ([], [f"{built.pretrained_cfg['first_conv']}.weight"]):
+        assert name.startswith("terminator")
+        return
+    assert load_weights(other, state).resized == misfits
+    for key in misfits:
+        assert torch.equal(other.get_parameter(key), adapt_input_conv(5, state[key]))
+    assert other(torch.randn(2, 5, 64, 64)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", ["biformer_nano", "swin_nano"])

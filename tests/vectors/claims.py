@@ -13,10 +13,13 @@ import timm
 from torch import Tensor, nn
 
 from models import DenseBackbone
+from models.backbones import lola_specvit
+from models.backbones.hyper_zzw import SlowFastBlock
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import create_op
+from ops.attention.hyena import long_convolution
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Net:
         """Build the net or its dense features."""
         if "stage1" in vector["outputs"] and "logits" not in vector["outputs"]:
             return DenseBackbone(self.name, **self.arguments)
-        return timm.create_model(self.name, num_classes=classes(vector), **self.arguments)
+        bands = vector["input_shape"][1]
+        return timm.create_model(self.name, num_classes=classes(vector), in_chans=bands, **self.arguments)
 
     def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs in the vector's order."""
@@ -82,6 +86,64 @@ class Op:
         if self.layout == "NCHW":
             return (model(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),)
         return (model(x),)
+
+
+@dataclass(frozen=True)
+class Chain(Op):
+    """Several ops in `layers`, each of whose outputs is added to its input; `kwargs` hold a list with an entry each."""
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the ops with the vector's arguments."""
+        lists = {self.renames[key]: value for key, value in vector["kwargs"].items() if key in self.renames}
+        taken = [dict(zip(lists, entries, strict=True)) for entries in zip(*lists.values(), strict=True)]
+        dim = vector["input_shape"][-1]
+        ops = [create_op(self.name, **{"dim": dim, **self.arguments, **entry}) for entry in taken]
+        return nn.ModuleDict({"layers": nn.ModuleList(ops)})
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the last sum in the vector's layout."""
+        for op in model.get_submodule("layers").children():
+            x = x + super().run(op, vector, x)[0]
+        return (x,)
+
+
+@dataclass(frozen=True)
+class HyenaOp(Op):
+    """Op `hyena`, whose vectors also hold its filters and one long convolution without the skip."""
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the output, the filters of each long convolution, and the first of these convolutions."""
+        out, dim = super().run(model, vector, x)[0], x.shape[-1]
+        filters = model.get_submodule("filter")(x.shape[1:3])
+        convolution = long_convolution(x.permute(0, 3, 1, 2), filters[:dim], x.new_zeros(dim))
+        return out, filters.unflatten(0, (-1, dim)), convolution
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the op with the vector's arguments."""
+        kind = "joint" if vector["kwargs"].get("hyena2d_filter") else "product"
+        direction = vector["kwargs"].get("directional_mode", "standard")
+        return Op(self.name, self.renames, {"num_heads": 1, "filter": kind, "direction": direction}).build(vector)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a net, or a net with more outputs than scores.
+
+    Attributes:
+        make: builds the module.
+        call: returns the vector's outputs for the module and the vector's input; by default the module's one output.
+    """
+
+    make: Callable[[], nn.Module]
+    call: Callable[[Any, Tensor], tuple[Tensor, ...]] = lambda module, x: (module(x),)
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the module."""
+        return self.make()
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs in the vector's order."""
+        return self.call(model, x)
 
 
 def classes(vector: Mapping[str, Any]) -> int:
@@ -172,6 +234,8 @@ NETS: dict[str, Net] = {
     **nets({f"litv2__litv2_{size}": f"litv2_{size}" for size in ("small", "medium", "base")}),
     "litv2__litv2_small_seg": Net("litv2_small", {"norms": True, "crop_odd": True}),
     "litv2__litv2_small_seg_pad": Net("litv2_small", {"norms": True, "crop_odd": True}),
+    # LoLA-SpecViT
+    "lola_specvit__net_d32_111": Net("lola_specvit", {"dim": 32, "depths": (1, 1, 1)}),
     # MambaOut
     **nets({f"mambaout__{size}": f"mambaout_{size}" for size in ("femto", "kobe", "tiny", "small", "base")}),
     "mambaout__femto_stages": Net("mambaout_femto"),
@@ -193,6 +257,8 @@ NETS: dict[str, Net] = {
     # PATNet
     **nets({f"patnet__{size}": f"patnet_{size}" for size in ("t0", "t1", "t2", "s", "m", "l")}),
     "patnet__t0_stages": Net("patnet_t0", {"norms": True}),
+    # NiNformer
+    "ninformer__cifar": Net("ninformer_cifar"),
     # PPMA
     "ppma__ppmavit_t": Net("ppma_tiny"),
     "ppma__ppmavit_s": Net("ppma_small"),
@@ -243,6 +309,7 @@ BILEVEL_ROUTING = Op(
     {"dim": "dim", "num_heads": "num_heads", "n_win": "n_win", "topk": "topk", "side_dwconv": "lepe_kernel"},
 )
 FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
+GAUSSIAN_ADAPTIVE = {"num_heads": "num_heads", "num_gaussians": "gaussians"}
 GROUPED_QUERY = Op(
     "grouped_query",
     {"dim": "dim", "num_heads": "num_heads", "num_kv_heads": "kv_heads", "qkv_bias": "qkv_bias"},
@@ -262,6 +329,7 @@ MSA_CONV = Op(
     {"num_heads": 1, "conv_padding": 1},
     layout="NCHW",
 )
+HYENA = HyenaOp("hyena", {"d_model": "dim", "l_max": "size", "order": "order", "filter_order": "filter_width"})
 NEIGHBORHOOD = Op(
     "neighborhood",
     {
@@ -288,6 +356,12 @@ OPS: dict[str, Op] = {
     "biformer__bra_op_28_topk4": BILEVEL_ROUTING,
     "biformer__bra_op_56": BILEVEL_ROUTING,
     "biformer__bra_op_pad_27x33": BILEVEL_ROUTING,
+    "gaussian_adaptive_attention__block_axis1": Chain("gaussian_adaptive", GAUSSIAN_ADAPTIVE, layout="tokens"),
+    "gaussian_adaptive_attention__mh_axis_last": Op(
+        "gaussian_adaptive", GAUSSIAN_ADAPTIVE, {"dim": 48, "axis": "channels"}, layout="tokens"
+    ),
+    "hyena_nd__filter2d_seq_c32_14": HYENA,
+    "hyena_nd__product_std_c32_14": HYENA,
     "kdgqa__d96_h6_kv3": replace(GROUPED_QUERY, arguments={"allocation": "batch_key_norm"}),
     "kdgqa__gqa_d96_h6_kv3": GROUPED_QUERY,
     "natten__k4_s2_d3_16x14": NEIGHBORHOOD,
@@ -306,6 +380,22 @@ OPS: dict[str, Op] = {
     "vsa__vsa_op_14": VARIED_SIZE_WINDOW,
     "vsa__vsa_op_56": VARIED_SIZE_WINDOW,
     "vsa__vsa_op_pad_30": VARIED_SIZE_WINDOW,
+}
+
+PARTS: dict[str, Part] = {
+    "hyperzzw__sfne_c12_s16": Part(
+        lambda: SlowFastBlock(12, 36, (16, 16)), lambda block, x: (block(x), block.slow_net_g())
+    ),
+    "hyperzzw__terminator_cifar10": Part(
+        lambda: timm.create_model("terminator_cifar", num_classes=10), lambda net, x: (*net.run(x)[::2], net(x))
+    ),
+    "lola_specvit__block_d48_h4_w7": Part(
+        lambda: nn.ModuleDict({"block": lola_specvit.Block(48, create_op("lora_window", 48, 4), 0.0, 16, 32, False)}),
+        lambda net, x: (
+            net["block"].mixer(net["block"].norm1(x)),
+            net["block"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
+        ),
+    ),
 }
 
 # Heads and necks take several maps: tests/models/heads/ builds and compares them.
