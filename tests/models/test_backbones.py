@@ -83,7 +83,7 @@ uniformer_{small,small_plus,base} ppma_{tiny,small,base} pvt_{tiny,small,medium,
 agent_deit_{tiny,small} agent_pvt_{tiny,small,medium,large} agent_swin_{tiny,small,base} agent_cswin_{tiny,small,base}
 inline_deit_{tiny,small} inline_pvt_{tiny,small,medium,large} inline_swin_{tiny,small,base}
 inline_cswin_{tiny,small,base} gc_vit_{xxtiny,xtiny,tiny,tiny2,small,small2,base,large}
-focalnet_{tiny_iso,small_iso,base_iso}
+focalnet_{tiny_iso,small_iso,base_iso} moh_transnext_{small_75,small_80,base_50,base_75}
 """
 
 

@@ -149,6 +149,8 @@ NETS: dict[str, Net] = {
     # MaxViT
     **nets({f"maxvit__maxvit_{size}_tf_224": f"maxvit_{size}_tf_224" for size in ("tiny", "small", "base")}),
     "maxvit__maxvit_tiny_tf_224_stages": Net("maxvit_tiny_tf_224"),
+    # MoH
+    **nets({f"moh__vit_{size}": f"moh_transnext_{size}" for size in ("small_75", "small_80", "base_50", "base_75")}),
     # NAT
     **nets({f"nat__nat_{size}": f"nat_{size}" for size in ("mini", "tiny", "small", "base")}),
     "nat__nat_mini_seg": Net("nat_mini", {"norms": True}),
