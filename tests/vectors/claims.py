@@ -42,6 +42,17 @@ class Net:
 
 
 @dataclass(frozen=True)
+class ClassTokenNet(Net):
+    """A net with a class token, whose vector has the logits and the final tokens of the map."""
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits and the tokens (B, H * W, C)."""
+        net: Any = model
+        tokens = net.forward_features(x)
+        return net.forward_head(tokens), tokens[:, 1:]
+
+
+@dataclass(frozen=True)
 class Op:
     """An op on its own.
 
@@ -114,6 +125,11 @@ NETS: dict[str, Net] = {
     # EfficientViT
     **nets({f"efficientvit__m{i}": f"efficientvit_m{i}" for i in range(6)}),
     "efficientvit__det_m4_stages": Net("efficientvit_m4", {"img_size": 512}),
+    # EViT
+    **{
+        f"evit__deit_s_k{keep}": Net("evit_small", {"keep": keep / 100, "fuse": False}) for keep in (50, 60, 70, 80, 90)
+    },
+    **{f"evit__deit_s_k{keep}_fuse": Net("evit_small", {"keep": keep / 100}) for keep in (50, 60, 70, 80, 90)},
     # FaViT
     **nets({f"favit__favit_b{i}": f"favit_b{i}" for i in range(4)}),
     "favit__favit_b1_stages": Net("favit_b1"),
@@ -163,6 +179,9 @@ NETS: dict[str, Net] = {
     # SHViT
     **nets({f"shvit__s{i}": f"shvit_s{i}" for i in range(1, 5)}),
     "shvit__det_s4_stages": Net("shvit_s4"),
+    # Sparsifiner
+    "sparsifiner__s_k25": ClassTokenNet("sparsifiner_small"),
+    "sparsifiner__s_k25_t70": ClassTokenNet("sparsifiner_small", {"keep_tokens": 0.7}),
     # Swin and Swin V2
     **nets({f"swin__swin_{size}": f"swin_{size}" for size in ("tiny", "small", "base")}),
     "swin__swinv2_tiny_window8_256": Net("swinv2_tiny_window8_256"),
