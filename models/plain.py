@@ -242,7 +242,7 @@ class PlainBackbone(Backbone):
         if norm:
             intermediates = [self.norm(tokens) for tokens in intermediates]
         maps = [to_channels_last(t[:, self.extra :].unflatten(1, size).permute(0, 3, 1, 2)) for t in intermediates]
-        return maps if intermediates_only else (self.norm(x), maps)
+        return maps if intermediates_only else (self.finish(x), maps)
 
     def run(
         self, x: Tensor, take: Sequence[int] = (), blocks: int | None = None, losses: Losses | None = None, **options
@@ -289,4 +289,8 @@ class PlainBackbone(Backbone):
 
     def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
         """Compute the final tokens (B, E + H * W, C)."""
-        return self.norm(self.run(x, losses=losses)[0])
+        return self.finish(self.run(x, losses=losses)[0])
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Return the final tokens; `x` are those after the last block."""
+        return self.norm(x)

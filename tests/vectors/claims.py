@@ -186,6 +186,18 @@ NETS: dict[str, Net] = {
     **nets({f"swin__swin_{size}": f"swin_{size}" for size in ("tiny", "small", "base")}),
     "swin__swinv2_tiny_window8_256": Net("swinv2_tiny_window8_256"),
     "swin__swinv2_tiny_window16_256": Net("swinv2_tiny_window16_256"),
+    # FAN and RVT with TAP and ADL
+    "tapadl__fan_tiny_12_p16": Net("fan_tiny", {"scales": 4}),
+    "tapadl__fan_small_12_p16": Net("fan_small", {"scales": 4}),
+    "tapadl__fan_base_18_p16": Net("fan_base", {"scales": 4}),
+    "tapadl__fan_large_24_p16": Net("fan_large", {"scales": 4}),
+    "tapadl__fan_tiny_8_p4_hybrid": Net("fan_tiny_hybrid", {"scales": 4}),
+    "tapadl__fan_small_12_p4_hybrid": Net("fan_small_hybrid", {"scales": 4}),
+    "tapadl__fan_base_16_p4_hybrid": Net("fan_base_hybrid", {"scales": 4}),
+    "tapadl__fan_large_16_p4_hybrid": Net("fan_large_hybrid", {"scales": 4}),
+    "tapadl__rvt_tiny_plus": Net("rvt_tiny_plus", {"scales": 1}),
+    "tapadl__rvt_small_plus": Net("rvt_small_plus", {"scales": 1}),
+    "tapadl__rvt_base_plus": Net("rvt_base_plus", {"scales": 1}),
     # TransNeXt
     **nets({f"transnext__transnext_{size}": f"transnext_{size}" for size in ("micro", "tiny", "small", "base")}),
     "transnext__transnext_micro_aaaa": Net("transnext_micro_aaaa", {"pretrain_size": 224}),
