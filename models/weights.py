@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
+import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_levit, resize_rel_pos_bias_table_simple
 from timm.models import adapt_input_conv
@@ -226,6 +227,16 @@ def apply_renames(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
             value = value[0]
         result[key] = value
     return result
+
+
+def join_projections(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join the weights of `q` and `kv`, or of `q`, `k` and `v`, where the model projects all three by `qkv`."""
+    for key in model.state_dict():
+        for names in (("q", "kv"), ("q", "k", "v")):
+            parts = [key.replace(".qkv.", f".{name}.") for name in names]
+            if ".qkv." in key and set(parts) <= set(state):
+                state[key] = torch.cat([state.pop(part) for part in parts])
+    return state
 
 
 def _rename_all(state: dict[str, Tensor], renames: Renames, prefix: str = "") -> dict[str, Tensor]:

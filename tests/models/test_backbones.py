@@ -31,10 +31,11 @@ def few_blocks(name: str, first: int = 2) -> dict[str, Any]:
         first: Number of blocks in the first stage; the other stages have one. A net of one stage has four blocks.
     """
     with torch.device("meta"):
-        parameters = inspect.signature(type(timm.create_model(name)).__init__).parameters
+        net: Any = timm.create_model(name)
+    parameters = inspect.signature(type(net).__init__).parameters
     if "depths" not in parameters:
         return {}
-    stages = len(parameters["depths"].default)
+    stages = len(net.stages) if hasattr(net, "stages") else 1
     return {"depths": (first, *[1] * (stages - 1)) if stages > 1 else (4,)}
 
 
@@ -93,6 +94,10 @@ flowformer_{base} patnet_{t0,t1,t2,s,m,l} tic_{tiny} s2aformer_{tiny} coswin_{ti
 spectformer_{tiny,xsmall,small,base} spectformer_h_{small,base,large}
 soft_{tiny,small,medium,large,huge} soft_norm_{tiny,small,medium,large,huge}
 astroformer_{0,1,2,3,4,5} kdgqa_{small,base,large}
+focalnet_{tiny_iso,small_iso,base_iso} moh_transnext_{small_75,small_80,base_50,base_75}
+evit_{small,base} sparsifiner_{small,base}
+fan_{tiny,small,base,large,tiny_hybrid,small_hybrid,base_hybrid,large_hybrid}
+rvt_{tiny,tiny_plus,small,small_plus,base,base_plus}
 """
 
 
@@ -104,9 +109,9 @@ def test_every_published_size_is_registered():
 def test_scores_and_gradients(net):
     # Training does this too; it fails for nets that have weights of five dimensions.
     net = net.to(memory_format=torch.channels_last)
-    scores = net(torch.randn(2, 3, 64, 64))
+    scores, losses = net.forward_with_losses(torch.randn(2, 3, 64, 64))
     assert scores.shape == (2, 3)
-    scores.square().sum().backward()
+    (scores.square().sum() + sum(losses.values())).backward()
     assert [key for key, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
@@ -123,11 +128,12 @@ def test_maps_of_an_odd_size_have_the_shapes_of_feature_info(name):
 def test_pruning_keeps_only_what_the_maps_need(net):
     channels = [info["num_chs"] for info in net.feature_info]
     levels = len(channels)
-    assert net.prune_intermediate_layers([0, -2], prune_norm=True) == [0, levels - 2]
-    maps = net.forward_intermediates(torch.randn(2, 3, 64, 64), [0, levels - 2], intermediates_only=True)
-    assert [m.shape[1] for m in maps] == [channels[0], channels[-2]]
+    indices = sorted({0, max(levels - 2, 0)})
+    assert net.prune_intermediate_layers([i - levels for i in indices], prune_norm=True) == indices
+    maps = net.forward_intermediates(torch.randn(2, 3, 64, 64), indices, intermediates_only=True)
+    assert [m.shape[1] for m in maps] == [channels[i] for i in indices]
     torch.stack([m.sum() for m in maps]).sum().backward()
-    assert len(net.stages if hasattr(net, "stages") else net.blocks) == levels - 1
+    assert len(net.stages if hasattr(net, "stages") else net.blocks) == indices[-1] + 1
     assert all(p.grad is not None for p in net.parameters())
 
 
@@ -138,9 +144,11 @@ def test_intermediates_and_features(net):
         assert torch.equal(features, net.forward_features(x))
         assert torch.equal(net(x), net.forward_head(features))
         last = net.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
-        # The maps of a pyramid with a class token are computed without the token, so they differ from the features.
-        if features.ndim == 4 or not hasattr(net, "stages"):
-            assert torch.equal(tokens(last[0]), tokens(features)[:, -last[0][0, 0].numel() :])
+        # The maps of a pyramid with a class token are computed without the token, those of a net that drops tokens with
+        # all tokens, and those of a net whose class token joins last before that, so they differ from the features.
+        of_the_map = last[0][0, 0].numel()
+        if features.ndim == 4 or (not hasattr(net, "stages") and features.shape[1] == net.extra + of_the_map):
+            assert torch.equal(tokens(last[0]), tokens(features)[:, -of_the_map:])
         assert torch.equal(maps[-1], last[0]) == isinstance(net.norm, torch.nn.Identity)
         first = net.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
         assert torch.equal(first[0], maps[0])

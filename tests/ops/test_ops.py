@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ops import Place, create_op, list_ops
+from ops.losses import Losses, loss_weights
 from ops.registry import _OPS
 from retinue.utils.arithmetic import ceil_div, round_up
 
@@ -33,10 +34,12 @@ def test_bare_name_keeps_any_shape_and_trains_every_parameter(name, place):
     op = create_op(name, dim=16, num_heads=2, place=place)
     for size in SIZES:
         x = torch.randn(2, *size, 16, requires_grad=True)
-        out = op(x)
+        losses = Losses()
+        out = op(x, losses=losses) if loss_weights(op) else op(x)
         assert out.shape == x.shape
         assert out.isfinite().all()
-    grads = torch.autograd.grad(out.square().sum(), (x, *op.parameters()), allow_unused=True)
+    total = out.square().sum() + sum(losses.means().values())
+    grads = torch.autograd.grad(total, (x, *op.parameters()), allow_unused=True)
     for key, grad in zip(("input", *(key for key, _ in op.named_parameters())), grads, strict=True):
         assert grad is not None and grad.isfinite().all() and grad.abs().sum() > 0, key
 

@@ -56,6 +56,17 @@ class Net:
 
 
 @dataclass(frozen=True)
+class ClassTokenNet(Net):
+    """A net with a class token, whose vector has the logits and the final tokens of the map."""
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits and the tokens (B, H * W, C)."""
+        net: Any = model
+        tokens = net.forward_features(x)
+        return net.forward_head(tokens), tokens[:, 1:]
+
+
+@dataclass(frozen=True)
 class Op:
     """An op on its own.
 
@@ -199,6 +210,11 @@ NETS: dict[str, Net] = {
     # EfficientViT
     **nets({f"efficientvit__m{i}": f"efficientvit_m{i}" for i in range(6)}),
     "efficientvit__det_m4_stages": Net("efficientvit_m4", {"img_size": 512}),
+    # EViT
+    **{
+        f"evit__deit_s_k{keep}": Net("evit_small", {"keep": keep / 100, "fuse": False}) for keep in (50, 60, 70, 80, 90)
+    },
+    **{f"evit__deit_s_k{keep}_fuse": Net("evit_small", {"keep": keep / 100}) for keep in (50, 60, 70, 80, 90)},
     # FaViT
     **nets({f"favit__favit_b{i}": f"favit_b{i}" for i in range(4)}),
     "favit__favit_b1_stages": Net("favit_b1"),
@@ -250,6 +266,8 @@ NETS: dict[str, Net] = {
     "moat__tiny0_nope_192x160_pool3": Net(
         "tiny_moat_0", {"positions": False, "pool": 3, "out_indices": (0, 1, 2, 3, 4)}
     ),
+    # MoH
+    **nets({f"moh__vit_{size}": f"moh_transnext_{size}" for size in ("small_75", "small_80", "base_50", "base_75")}),
     # NAT
     **nets({f"nat__nat_{size}": f"nat_{size}" for size in ("mini", "tiny", "small", "base")}),
     "nat__nat_mini_seg": Net("nat_mini", {"norms": True}),
@@ -279,10 +297,25 @@ NETS: dict[str, Net] = {
         f"spectformer__h_{size[0]}_notl": Net(f"spectformer_h_{size}", {"token_label": False})
         for size in ("small", "base", "large")
     },
+    # Sparsifiner
+    "sparsifiner__s_k25": ClassTokenNet("sparsifiner_small"),
+    "sparsifiner__s_k25_t70": ClassTokenNet("sparsifiner_small", {"keep_tokens": 0.7}),
     # Swin and Swin V2
     **nets({f"swin__swin_{size}": f"swin_{size}" for size in ("tiny", "small", "base")}),
     "swin__swinv2_tiny_window8_256": Net("swinv2_tiny_window8_256"),
     "swin__swinv2_tiny_window16_256": Net("swinv2_tiny_window16_256"),
+    # FAN and RVT with TAP and ADL
+    "tapadl__fan_tiny_12_p16": Net("fan_tiny", {"scales": 4}),
+    "tapadl__fan_small_12_p16": Net("fan_small", {"scales": 4}),
+    "tapadl__fan_base_18_p16": Net("fan_base", {"scales": 4}),
+    "tapadl__fan_large_24_p16": Net("fan_large", {"scales": 4}),
+    "tapadl__fan_tiny_8_p4_hybrid": Net("fan_tiny_hybrid", {"scales": 4}),
+    "tapadl__fan_small_12_p4_hybrid": Net("fan_small_hybrid", {"scales": 4}),
+    "tapadl__fan_base_16_p4_hybrid": Net("fan_base_hybrid", {"scales": 4}),
+    "tapadl__fan_large_16_p4_hybrid": Net("fan_large_hybrid", {"scales": 4}),
+    "tapadl__rvt_tiny_plus": Net("rvt_tiny_plus", {"scales": 1}),
+    "tapadl__rvt_small_plus": Net("rvt_small_plus", {"scales": 1}),
+    "tapadl__rvt_base_plus": Net("rvt_base_plus", {"scales": 1}),
     # TransNeXt
     **nets({f"transnext__transnext_{size}": f"transnext_{size}" for size in ("micro", "tiny", "small", "base")}),
     "transnext__transnext_micro_aaaa": Net("transnext_micro_aaaa", {"pretrain_size": 224}),
