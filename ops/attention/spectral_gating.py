@@ -42,7 +42,7 @@ class SpectralGating(nn.Module):
         with without_autocast(x):
             wide, weight = at_least_float32(x, self.complex_weight)
             spectrum = torch.fft.rfft2(wide, dim=(1, 2), norm="ortho")
-            # Weights in channels-last memory, which `Module.to` gives to all of four dimensions, are no complex numbers.
+            # `Module.to` gives weights of four dimensions channels-last memory, where they are no complex numbers.
             weight = resize_filter(weight, self.size, size).contiguous()
             spectrum = spectrum * torch.view_as_complex(weight)
             return torch.fft.irfft2(spectrum, s=size, dim=(1, 2), norm="ortho").to(x.dtype)
