@@ -63,7 +63,7 @@ class SpectFormer(plain.PlainBackbone):
         if mixers is None:
             gating = {"name": "spectral_gating", "size": grid_of(img_size, patch)}
             mixers = [[gating if i < spectral_blocks else "full" for i in range(depths[0])]]
-        kwargs = {"class_token": False} | kwargs
+        kwargs.setdefault("class_token", False)
         super().__init__(img_size=img_size, patch=patch, depths=depths, mixers=mixers, **kwargs)
 
 

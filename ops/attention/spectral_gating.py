@@ -42,7 +42,9 @@ class SpectralGating(nn.Module):
         with without_autocast(x):
             wide, weight = at_least_float32(x, self.complex_weight)
             spectrum = torch.fft.rfft2(wide, dim=(1, 2), norm="ortho")
-            spectrum = spectrum * torch.view_as_complex(resize_filter(weight, self.size, size))
+            # `Module.to` gives weights of four dimensions channels-last memory, where they are no complex numbers.
+            weight = resize_filter(weight, self.size, size).contiguous()
+            spectrum = spectrum * torch.view_as_complex(weight)
             return torch.fft.irfft2(spectrum, s=size, dim=(1, 2), norm="ortho").to(x.dtype)
 
     def resize_table(self, name: str, value: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ def resize_filter(weight: Tensor, old: tuple[int, int], new: tuple[int, int]) ->
     kwargs = {"device": weight.device, "dtype": weight.dtype}
     rows = interpolation(torch.fft.fftfreq(new[0], **kwargs) % 1 * old[0], old[0])
     columns = interpolation(torch.fft.rfftfreq(new[1], **kwargs) * old[1], old[1] // 2 + 1)
-    return torch.einsum("Hh,Ww,hwcr->HWcr", rows, columns, weight).contiguous()
+    return torch.einsum("Hh,Ww,hwcr->HWcr", rows, columns, weight)
 
 
 def interpolation(positions: Tensor, size: int) -> Tensor:

@@ -41,3 +41,11 @@ def test_a_mean_is_multiplied_by_the_weight_of_frequency_zero():
     for size in ((4, 6), (5, 9)):
         out = op(torch.full((1, *size, 2), math.pi))
         assert torch.allclose(out, (math.pi * op.complex_weight[0, 0, :, 0]).expand_as(out), atol=1e-5)
+
+
+def test_weights_in_channels_last_memory_are_the_same_filter():
+    torch.manual_seed(0)
+    op = create_op("spectral_gating", 3, 1, size=(4, 6))
+    x = torch.randn(2, 4, 6, 3)
+    expected = op(x)
+    assert torch.equal(op.to(memory_format=torch.channels_last)(x), expected)
