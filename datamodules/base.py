@@ -1,5 +1,6 @@
 """Base classes of the data modules: splits and loaders of every data set, and the classification data sets' part."""
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -8,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 
+from datamodules.bands import BandEvalTransform, BandTrainTransform
 from datamodules.batch import BatchTransform
-from datamodules.images import LabelledImages
+from datamodules.images import EncodedImages, LabelledImages
 from datamodules.loader import BatchFetcher, ImageSet, Loader, TrainLoader, stack
+from datamodules.resident import Labels, Residents, fits
 from datamodules.sampler import EvalSampler, TrainSampler
 from datamodules.split_checks import check_labels, warn_of_few_images
 from datamodules.transforms import PILLOW_MODES, Augment, EvalTransform, TrainTransform
@@ -40,6 +44,7 @@ class ImageData(pl.LightningDataModule, ABC):
 
     Attributes:
         class_names: readable names of the classes, by label.
+        has_bands: whether images are bands in the files' units, as `datamodules.bands` reads them.
         train_transform: transform of a training sample.
         eval_transform: transform of an evaluation sample.
         repeats: number of times that an image occurs in the order of an epoch.
@@ -52,6 +57,7 @@ class ImageData(pl.LightningDataModule, ABC):
     """
 
     class_names: Sequence[str]
+    has_bands = False
     train_transform: Callable[[dict], dict]
     eval_transform: Callable[[dict], dict]
     repeats = 1
@@ -71,8 +77,8 @@ class ImageData(pl.LightningDataModule, ABC):
         seed: int = 0,
     ):
         super().__init__()
-        if in_chans not in PILLOW_MODES:
-            raise ValueError(f"data.in_chans must be 1 or 3, not {in_chans!r}")
+        if in_chans < 1 or (in_chans not in PILLOW_MODES and not self.has_bands):
+            raise ValueError(f"data.in_chans must be 1 or 3, not {in_chans!r}; data=image_folder takes any number")
         if not len(mean) == len(std) == in_chans:
             given = f"{len(mean)} and {len(std)}"
             raise ValueError(f"data.mean and data.std need {in_chans} values for data.in_chans={in_chans}, not {given}")
@@ -106,6 +112,11 @@ class ImageData(pl.LightningDataModule, ABC):
         if not folder.is_dir():
             raise ValueError(f"data.root={root} is {'not a folder' if folder.exists() else 'missing'}")
         return folder
+
+    @property
+    def note(self) -> dict[str, str]:
+        """Facts about the data that a result states beside their name."""
+        return {}
 
     @property
     def num_classes(self) -> int:
@@ -143,9 +154,8 @@ class ImageData(pl.LightningDataModule, ABC):
         sampler = TrainSampler(
             len(images), self.batch_size, seed=self.seed, repeats=self.repeats, groups=groups, **self._ranks
         )
-        return TrainLoader(
-            BatchFetcher(images, self.train_transform, self.collate), sampler, **self._loader_arguments("train")
-        )
+        fetch, residents = self._source("train")
+        return TrainLoader(fetch, sampler, residents=residents, **self._loader_arguments("train"))
 
     def val_dataloader(self) -> Loader:
         return self._eval_dataloader("val")
@@ -154,9 +164,20 @@ class ImageData(pl.LightningDataModule, ABC):
         return self._eval_dataloader("test")
 
     def _eval_dataloader(self, split: str) -> Loader:
-        images = self.images(split)
-        sampler = EvalSampler(len(images), self.batch_size, **self._ranks)
-        return Loader(BatchFetcher(images, self.eval_transform, self.collate), sampler, **self._loader_arguments(split))
+        sampler = EvalSampler(len(self.images(split)), self.batch_size, **self._ranks)
+        fetch, residents = self._source(split)
+        return Loader(fetch, sampler, residents=residents, **self._loader_arguments(split))
+
+    def _source(self, split: str) -> tuple[BatchFetcher, Callable[[dict], dict] | None]:
+        """Return what makes a split's batches, and what adds the images to batches that come without them."""
+        transform = self.train_transform if split == "train" else self.eval_transform
+        return BatchFetcher(self.images(split), transform, self.collate), None
+
+    @property
+    def _gpu(self) -> torch.device | None:
+        """Return the GPU that trains, or None if there is none."""
+        device = self.trainer.strategy.root_device if self.trainer else None
+        return device if device is not None and device.type == "cuda" else None
 
     @property
     def _ranks(self) -> dict[str, int]:
@@ -168,10 +189,9 @@ class ImageData(pl.LightningDataModule, ABC):
         if workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             workers = min(16, max(1, cores // (self.trainer.num_devices if self.trainer else 1)))
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return {
             "num_workers": workers,
-            "pin_memory": on_gpu,
+            "pin_memory": self._gpu is not None,
             "broken": self.broken[split],
             "broken_limit": self.broken_limit,
         }
@@ -199,6 +219,8 @@ class ClassificationData(ImageData):
     """
 
     class_subset: list[int] | None = None
+    train_transform: TrainTransform
+    eval_transform: EvalTransform
 
     def __init__(
         self,
@@ -220,8 +242,11 @@ class ClassificationData(ImageData):
             config |= {"hflip": 0.0, "vflip": 0.0}
         self.augment = Augment.from_config(config)
         self.repeats = self.augment.repeats
-        self.train_transform = TrainTransform(self.augment, self.image_size, mean=self.mean, in_chans=self.in_chans)
-        self.eval_transform = EvalTransform(
+        train, evaluation = (
+            (BandTrainTransform, BandEvalTransform) if self.has_bands else (TrainTransform, EvalTransform)
+        )
+        self.train_transform = train(self.augment, self.image_size, mean=self.mean, in_chans=self.in_chans)
+        self.eval_transform = evaluation(
             self.image_size,
             crop_pct=crop_pct,
             crop_mode=crop_mode,
@@ -230,6 +255,7 @@ class ClassificationData(ImageData):
             in_chans=self.in_chans,
         )
         self._batch_transform: BatchTransform | None = None
+        self._residents: dict[str, Residents] = {}
 
     @abstractmethod
     def load(self, split: str) -> LabelledImages: ...
@@ -237,7 +263,25 @@ class ClassificationData(ImageData):
     def check(self, images: LabelledImages, split: str) -> None:
         check_labels(images.labels, self.class_names, split)
 
+    def _source(self, split: str) -> tuple[BatchFetcher, Callable[[dict], dict] | None]:
+        images, train, device = self.images(split), self.train_transform, self._gpu
+        if device is not None and fits(images, train if split == "train" else self.eval_transform):
+            if split not in self._residents:
+                self._residents[split] = (
+                    Residents.of_training(images, train, device) if split == "train"
+                    else Residents.of_evaluation(images, self.eval_transform, device)
+                )  # fmt: skip
+            residents = self._residents[split]
+            return BatchFetcher(Labels(images), residents.draw, self.collate), residents
+        if split == "train" and self.augment.decode is not None and isinstance(images, EncodedImages):
+            images = copy.copy(images)
+            images.undecoded = True
+            return BatchFetcher(images, train, self.collate), None
+        return super()._source(split)
+
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         if self._batch_transform is None:
-            self._batch_transform = BatchTransform(self.mean, self.std, self.num_classes, self.augment)
+            sampler = self.train_transform.sampler
+            fill = (0, 0, 0) if sampler is None else sampler.fill
+            self._batch_transform = BatchTransform(self.mean, self.std, self.num_classes, self.augment, fill)
         return self._batch_transform(batch)

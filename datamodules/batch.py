@@ -1,13 +1,14 @@
-"""The batch contract of all data sets, and the last step of a classification batch: normalise, erase, mix.
+"""The batch contract of all data sets, and the last step of a classification batch: ops, normalise, erase, mix.
 
 A sample is a dict that describes one image; a batch is a dict that describes several. An image passes four steps:
 
-1. `images[i]`, on the CPU, reads the sample at position i of a split. Its `image` is uint8 (H, W, 3), RGB.
+1. `images[i]`, on the CPU, reads the sample at position i of a split. Its `image` is uint8 (H, W, 3), RGB, or float32
+   (H, W, C) for images of many bands (`datamodules.bands`), which stay float32 and are not divided by 255.
 2. The sample's transform, on the CPU, changes geometry and colours (`datamodules.transforms` for classification,
    `datamodules.dense_transforms` for detection and segmentation). Keys that it does not know pass through unchanged.
 3. `collate`, on the CPU, joins the samples: `image` becomes uint8 (B, C, H, W) in channels-last memory.
 4. `on_after_batch_transfer`, on the device that trains, normalises: `image` becomes float32. This is the batch that a
-   task receives.
+   task receives. With `augment.device`, it first applies the ops of colour and shape that step 2 drew.
 
 Every batch that a task receives has these keys (B images, C channels):
 
@@ -42,6 +43,8 @@ returns its images from `load(split)`; a detection data set returns its annotati
 to 4 are inherited.
 """
 
+import math
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,55 +53,102 @@ from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from datamodules.batch_ops import apply_batch_ops, to_grey
 from datamodules.loader import private_rng, seed_rng
 from datamodules.transforms import Augment
 
 
-def normalise(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return (image / 255 - mean) / std.
+def normalise(image: Tensor, mean: Tensor, std: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return (image / 255 - mean) / std; float32 images are in the units of `mean` and are not divided by 255.
 
     The computation runs on rows of W·C values, which keeps all three tensors contiguous. On a CPU this is twice as fast
     as broadcasting statistics of shape (C, 1, 1).
 
     Args:
-        image: uint8 (B, C, H, W) in channels-last memory.
+        image: uint8 or float32 (B, C, H, W) in channels-last memory.
         mean: float32 (C,), for values from 0 to 1.
         std: float32 (C,), for values from 0 to 1.
+        out: float32 (B, H, W, C), contiguous memory for the result; None takes new memory.
 
     Returns:
         float32 (B, C, H, W) in channels-last memory.
     """
     b, c, h, w = image.shape
-    rows = image.permute(0, 2, 3, 1).reshape(b * h, w * c).float()
-    rows.sub_((255 * mean).repeat(w)).div_((255 * std).repeat(w))
+    white = 255 if image.dtype == torch.uint8 else 1
+    rows = image.permute(0, 2, 3, 1).reshape(b * h, w * c)
+    rows = rows.to(torch.float32, copy=True) if out is None else out.view(b * h, w * c).copy_(rows)
+    rows.sub_((white * mean).repeat(w)).div_((white * std).repeat(w))
     return rows.view(b, h, w, c).permute(0, 3, 1, 2)
+
+
+class Buffers:
+    """Memory for large batches on the CPU, which is used again as soon as no tensor refers to it.
+
+    Above 32 MB, glibc returns freed memory to the system, and the system takes four times as long to supply new pages
+    as normalising takes.
+    """
+
+    SMALLEST = 32 * 2**20
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...]) -> Tensor | None:
+        """Return float32 memory of this shape, with any content; None if it would be small."""
+        if 4 * math.prod(shape) < self.SMALLEST:
+            return None
+        self._free[:] = [array for array in self._free if array.shape == shape]
+        array = self._free.pop() if self._free else np.empty(shape, np.float32)
+        # A tensor's storage refers to the view, which therefore lives as long as any tensor of this memory does.
+        view = array[...]
+        weakref.finalize(view, self._free.append, array).atexit = False
+        return torch.from_numpy(view)
 
 
 class BatchTransform:
     """Turn a loader's classification batch into the batch that a net takes.
 
-    `image` becomes float32 and normalised. A training batch is a batch with a `seed`, which determines all randomness
-    here. Its images are also erased and mixed; with mixing it gets `target`, float32 (B, K), the smoothed and mixed
-    labels. Erasing and mixing are those of timm's RandomErasing and Mixup (mode "batch"), in timm's order.
+    The `ops` that were drawn for the images are applied, if there are any; `image` becomes float32 and normalised. A
+    training batch is a batch with a `seed`, which determines all other randomness here. Its images are also erased and
+    mixed; with mixing it gets `target`, float32 (B, K), the smoothed and mixed labels. Erasing and mixing are those of
+    timm's RandomErasing and Mixup (mode "batch"), in timm's order.
 
     Args:
         mean: mean of each channel, for values from 0 to 1.
         std: standard deviation of each channel, for values from 0 to 1.
         num_classes: K.
         augment: the recipe's augmentation; its fields for erasing, mixing and label smoothing apply.
+        fill: colour of pixels that an op takes from outside the image.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], num_classes: int, augment: Augment):
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        num_classes: int,
+        augment: Augment,
+        fill: tuple[int, ...] = (0, 0, 0),
+    ):
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
-        self.num_classes, self.augment = num_classes, augment
+        self.num_classes, self.augment, self.fill = num_classes, augment, fill
+        self._buffers = Buffers()
 
     def __call__(self, batch: dict) -> dict:
-        device = batch["image"].device
+        image = batch["image"]
+        device = image.device
         self.mean, self.std = self.mean.to(device), self.std.to(device)
-        image = normalise(batch["image"], self.mean, self.std)
-        if "seed" not in batch:
-            return batch | {"image": image}
+        if "ops" in batch:
+            image = apply_batch_ops(image, batch["ops"], self.fill)
+            batch = {key: value for key, value in batch.items() if key != "ops"}
+        if image.shape[1] > len(self.mean):
+            image = to_grey(image)
+        b, c, h, w = image.shape
+        image = normalise(
+            image, self.mean, self.std, self._buffers.take((b, h, w, c)) if device.type == "cpu" else None
+        )
         augment = self.augment
+        if "seed" not in batch or not (augment.erasing or augment.mixup or augment.cutmix):
+            return batch | {"image": image}
         with private_rng(device):
             seed_rng(batch["seed"], device=device)
             if augment.erasing:
@@ -125,16 +175,13 @@ class BatchTransform:
         return float(lam)
 
 
-def _blend_with_reversed(image: Tensor, share: float, chunk: int = 8) -> None:
-    """Compute image.lerp(image.flip(0), share) in place.
-
-    The batch is processed `chunk` pairs at a time: on a CPU, allocating memory for the whole batch takes longer than
-    the arithmetic.
-    """
-    count = len(image)
-    for start in range(0, count // 2, chunk):
-        stop = min(start + chunk, count // 2)
-        first, last = image[start:stop], image[count - stop : count - start]
-        change = (last.flip(0) - first).mul_(share)
-        first.add_(change)
-        last.sub_(change.flip(0))
+def _blend_with_reversed(image: Tensor, share: float) -> None:
+    """Compute image.lerp(image.flip(0), share) in place."""
+    if image.device.type == "cpu":
+        # One pair of images at a time stays in the cache.
+        for first, last in zip(image[: len(image) // 2], reversed(image.unbind()), strict=False):
+            change = (last - first).mul_(share)
+            first.add_(change)
+            last.sub_(change)
+    else:
+        image.add_((image.flip(0) - image).mul_(share))

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from datamodules.bands import EXTENSIONS as BAND_EXTENSIONS
+from datamodules.bands import BandImages
 from datamodules.base import SPLITS, ClassificationData
-from datamodules.images import FileImages, index_in_class, list_classes, read_class_folders
+from datamodules.images import EXTENSIONS, FileImages, index_in_class, list_classes, read_class_folders
+from datamodules.transforms import PILLOW_MODES
 
 
 class ImageFolder(ClassificationData):
@@ -14,7 +18,17 @@ class ImageFolder(ClassificationData):
 
     The name of a class is the name of its folder. Without a test folder, the test split is the validation split. If
     `root` has only class folders, every fifth image of a class is for validation.
+
+    Args:
+        bands: read .npy and TIFF files of `in_chans` bands in the files' units, as `datamodules.bands` does. None means
+            if `in_chans` is neither 1 nor 3.
+        in_chans: number of channels or bands.
+        common: arguments of `ClassificationData`.
     """
+
+    def __init__(self, *, bands: bool | None = None, in_chans: int = 3, **common: Any):
+        self.has_bands = in_chans not in PILLOW_MODES if bands is None else bands
+        super().__init__(in_chans=in_chans, **common)
 
     @cached_property
     def class_names(self) -> Sequence[str]:
@@ -33,11 +47,12 @@ class ImageFolder(ClassificationData):
     def load(self, split: str) -> FileImages:
         assert self.root is not None
         classes = self.class_names
-        if self._split_folders:
-            return read_class_folders(self.root, split, classes)
-        images = read_class_folders(self.root, "", classes)
-        in_split = np.flatnonzero((index_in_class(images.labels) % 5 == 0) == (split == "val"))
-        return FileImages(self.root, [images.name(i) for i in in_split], images.labels[in_split].tolist())
+        extensions = BAND_EXTENSIONS if self.has_bands else EXTENSIONS
+        images = read_class_folders(self.root, split if self._split_folders else "", classes, extensions=extensions)
+        if not self._split_folders:
+            in_split = np.flatnonzero((index_in_class(images.labels) % 5 == 0) == (split == "val"))
+            images = FileImages(self.root, [images.name(i) for i in in_split], images.labels[in_split].tolist())
+        return BandImages(images, self.in_chans) if self.has_bands else images
 
     @cached_property
     def _split_folders(self) -> Sequence[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.decode import BrokenImage, decode, read_file
+from datamodules.decode import BrokenImage, EncodedJPEG, decode, read_file
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -65,15 +65,32 @@ class ArrayImages(LabelledImages):
 
 
 class EncodedImages(LabelledImages):
-    """Set of encoded images, which are decoded when they are read."""
+    """Set of encoded images, which are decoded when they are read.
+
+    Attributes:
+        undecoded: whether samples hold JPEGs as `EncodedJPEG`, which their transform decodes.
+    """
+
+    undecoded = False
 
     @abstractmethod
     def read(self, index: int) -> bytes:
         """Return the encoded image at a position."""
 
-    def image(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> dict:
+        if not self.undecoded:
+            return super().__getitem__(index)
         try:
-            return decode(self.read(index))
+            return {"image": EncodedJPEG(self._read(index)), "label": self.labels[index]}
+        except ValueError:
+            return super().__getitem__(index)
+
+    def image(self, index: int) -> np.ndarray:
+        return decode(self._read(index))
+
+    def _read(self, index: int) -> bytes:
+        try:
+            return self.read(index)
         except OSError as error:
             raise BrokenImage(error.strerror or str(error)) from error
 
@@ -100,12 +117,12 @@ class FileImages(EncodedImages):
         return os.fsdecode(self.files[index].item())
 
 
-def list_images(folder: Path) -> list[str]:
-    """Return the names of all image files below `folder`, relative to it and sorted."""
+def list_images(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
+    """Return the names of all files below `folder` with one of the extensions, relative to it and sorted."""
     names = []
     for directory, _, files in os.walk(folder, followlinks=True):
         prefix = os.path.relpath(directory, folder)
-        names += [os.path.normpath(os.path.join(prefix, f)) for f in files if f.lower().endswith(EXTENSIONS)]
+        names += [os.path.normpath(os.path.join(prefix, f)) for f in files if f.lower().endswith(extensions)]
     return sorted(names)
 
 
@@ -122,7 +139,11 @@ def list_classes(folder: Path) -> list[str]:
 
 
 def read_class_folders(
-    root: Path, folder: str, classes: Sequence[str], labels: Sequence[int] | None = None
+    root: Path,
+    folder: str,
+    classes: Sequence[str],
+    labels: Sequence[int] | None = None,
+    extensions: tuple[str, ...] = EXTENSIONS,
 ) -> FileImages:
     """Return the images of `root`/`folder`/<class>/, named relative to `root`/`folder`.
 
@@ -131,17 +152,18 @@ def read_class_folders(
         folder: folder in `root` that has the class folders.
         classes: names of the class folders.
         labels: label of each class; by default its position in `classes`.
+        extensions: endings of the names of image files.
 
     Raises:
         ValueError: if there is no image.
     """
     files, file_labels = [], []
     for label, name in zip(labels if labels is not None else range(len(classes)), classes, strict=True):
-        class_files = [os.path.join(name, file) for file in list_images(root / folder / name)]
+        class_files = [os.path.join(name, file) for file in list_images(root / folder / name, extensions)]
         files += class_files
         file_labels += [label] * len(class_files)
     if not files:
-        raise ValueError(f"no images in the class folders of {root / folder} (looked for {', '.join(EXTENSIONS)})")
+        raise ValueError(f"no images in the class folders of {root / folder} (looked for {', '.join(extensions)})")
     return FileImages(root / folder, files, file_labels)
 
 

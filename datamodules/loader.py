@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -112,14 +112,18 @@ def _end_with_parent(parent: int | None) -> None:
 
 
 def stack(samples: Sequence[dict]) -> dict:
-    """Join samples of equal shapes to one batch; images become (B, C, H, W) in channels-last memory."""
+    """Join samples of equal shapes to one batch; images become (B, C, H, W) in channels-last memory.
+
+    `ops` stays an array of NumPy, which Lightning leaves on the CPU.
+    """
     batch = {}
     for key in samples[0]:
         arrays = [np.asarray(sample[key]) for sample in samples]
         # Without `out`, np.stack may keep the strides of views, and the memory would not be contiguous.
-        out = np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)
-        batch[key] = torch.from_numpy(np.stack(arrays, out=out))
-    batch["image"] = batch["image"].permute(0, 3, 1, 2)  # (B, H, W, C) → (B, C, H, W)
+        out = np.stack(arrays, out=np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype))
+        batch[key] = out if key == "ops" else torch.from_numpy(out)
+    if "image" in batch:
+        batch["image"] = batch["image"].permute(0, 3, 1, 2)  # (B, H, W, C) → (B, C, H, W)
     return batch
 
 
@@ -165,6 +169,10 @@ class BatchFetcher(Dataset):
         raise ValueError(f"{MAX_ATTEMPTS} images in a row are broken, the last one {self.dataset.name(broken[-1][0])}")
 
 
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
 class Loader(DataLoader):
     """Loader of the batches that its sampler plans; it logs, counts and limits broken images.
 
@@ -178,6 +186,7 @@ class Loader(DataLoader):
         pin_memory: whether batches are copied to pinned memory.
         broken: dict that receives the reason for each broken image, by position; all loaders of one split share it.
         broken_limit: share of the data set's images that may be broken.
+        residents: adds the images to batches that come without them; None for batches with images.
 
     Raises:
         ValueError: if more images than that are broken; raised when a batch is read.
@@ -192,10 +201,13 @@ class Loader(DataLoader):
         pin_memory: bool = False,
         broken: dict[int, str] | None = None,
         broken_limit: float = 1.0,
+        residents: Callable[[dict], dict] | None = None,
     ):
         super().__init__(
             fetch,
             batch_size=None,
+            # The data set returns whole batches; torch would turn the arrays in them to tensors.
+            collate_fn=_unchanged,
             sampler=sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -207,6 +219,7 @@ class Loader(DataLoader):
         self.images = fetch.dataset
         self.broken = {} if broken is None else broken
         self.broken_limit = broken_limit
+        self.residents = residents
 
     def __iter__(self):
         with stop_signals_held() if self.num_workers else nullcontext():
@@ -214,7 +227,7 @@ class Loader(DataLoader):
         for batch in batches:
             for index, reason in batch.pop("broken"):
                 self._report(index, reason)
-            yield batch
+            yield batch if self.residents is None else self.residents(batch)
 
     def _report(self, index: int, reason: str) -> None:
         if index in self.broken:

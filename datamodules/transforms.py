@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.auto_augment import AugMixAugment
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.data.transforms_factory import transforms_imagenet_eval, transforms_imagenet_train
 from torch.nn.functional import interpolate
 from torchvision.transforms import Compose
 
-from datamodules.auto_augment import accelerate
+from datamodules.auto_augment import OpSampler, accelerate, apply_ops
+from datamodules.decode import EncodedJPEG
 from retinue.utils.suggestions import nearest
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -51,6 +53,10 @@ class Augment:
         mixup_prob: probability that a batch is mixed.
         switch_prob: probability that a mixed batch uses CutMix if both are on.
         label_smoothing: share of a mixed target that is spread over all classes. Without mixing, the loss smooths.
+        device: gpu applies `auto_augment` and `color_jitter` to batches on the device that trains; the ops and their
+            strengths are drawn on the CPU all the same. None applies them on the CPU.
+        decode: reduced decodes JPEGs at 1/2, 1/4 or 1/8 of their size where the crop stays at least as large as the
+            image size. None decodes them whole.
     """
 
     scale: tuple[float, float] | None = None
@@ -69,6 +75,8 @@ class Augment:
     mixup_prob: float = 1.0
     switch_prob: float = 0.5
     label_smoothing: float = 0.0
+    device: str | None = None
+    decode: str | None = None
 
     @classmethod
     def from_config(cls, config: Mapping | None) -> "Augment":
@@ -101,6 +109,8 @@ class Augment:
         require(isinstance(self.repeats, int) and self.repeats >= 1, "repeats", "a whole number from 1 up")
         require(self.interpolation in ("bilinear", "bicubic", "random"), "interpolation", "bilinear, bicubic or random")
         require(self.erasing_mode in ("pixel", "rand", "const"), "erasing_mode", "pixel, rand or const")
+        require(self.device in (None, "gpu"), "device", "gpu or null")
+        require(self.decode in (None, "reduced"), "decode", "reduced or null")
 
 
 def _is_range(value: Any) -> bool:
@@ -181,6 +191,7 @@ class EvalTransform:
         if crop_mode not in CROP_MODES:
             raise ValueError(f"no crop_mode is called {crop_mode!r}; there are {', '.join(CROP_MODES)}")
         self.mode = PILLOW_MODES[in_chans]
+        self.size = (image_size, image_size) if isinstance(image_size, int) else image_size
         steps = transforms_imagenet_eval(
             image_size,
             crop_pct=crop_pct,
@@ -201,7 +212,8 @@ class EvalTransform:
 class TrainTransform:
     """Crop, resize and mirror a training sample, then apply timm's augmentations of colour and shape.
 
-    All random numbers come from the global generators.
+    With `augment.device`, the sample gets `ops` instead, the ops that were drawn for it (`OpSampler.encode`), and keeps
+    its colours. All random numbers come from the global generators, the same ones wherever the ops are applied.
 
     Args:
         augment: the recipe's augmentation.
@@ -209,8 +221,12 @@ class TrainTransform:
         mean: mean of each channel, which fills pixels that a shift uncovers.
         in_chans: 3, or 1 for grey.
 
+    Attributes:
+        sampler: draws the ops of a sample; None if there are none, or if they cannot be drawn in advance (AugMix).
+
     Raises:
-        ValueError: if `pad_crop` is not less than the image size, or `auto_augment` is not a string of timm.
+        ValueError: if `pad_crop` is not less than the image size, `auto_augment` is not a string of timm, or AugMix is
+            to be applied to batches.
     """
 
     def __init__(
@@ -242,44 +258,85 @@ class TrainTransform:
                 f"augment.auto_augment={augment.auto_augment!r} is not one of timm's strings ({error}): examples are "
                 "rand-m9-mstd0.5-inc1, augmix-m3-w3, 3a, original, originalr, v0 and v0r"
             ) from error
-        for transform in self.color_and_shape.transforms:
-            accelerate(transform)
+        steps = self.color_and_shape.transforms
+        self.sampler = None
+        if any(isinstance(step, AugMixAugment) for step in steps):
+            if augment.device is not None:
+                raise ValueError("augment.device=gpu has no AugMix: augment.device=null, or another auto_augment")
+            accelerate(steps[0])
+        elif steps:
+            self.sampler = OpSampler(steps)
 
     def __call__(self, sample: dict) -> dict:
         image = self._crop(sample["image"])
-        flips = [axis for axis, p in enumerate((self.augment.vflip, self.augment.hflip)) if random.random() < p]
+        flips = [axis for axis, flipped in enumerate(self._draw_flips()) if flipped]
         if flips:
             # torch's flip takes a small part of the time of copying NumPy's reversed view.
             image = torch.from_numpy(image).flip(flips).numpy()
-        if self.color_and_shape.transforms or self.mode != "RGB":
-            picture = self.color_and_shape(Image.fromarray(image))
-            image = to_array(picture if picture.mode == self.mode else picture.convert(self.mode))
+        if self.sampler is not None:
+            ops = self.sampler()
+            if self.augment.device is not None:
+                return sample | {"image": image, "ops": self.sampler.encode(ops)}
+            image = apply_ops(image, ops, self.sampler.fill)
+        elif self.color_and_shape.transforms:
+            image = to_array(self.color_and_shape(Image.fromarray(image)))
+        if self.mode != "RGB":
+            image = to_array(Image.fromarray(image).convert(self.mode))
         return sample | {"image": image}
 
-    def _crop(self, image: np.ndarray) -> np.ndarray:
+    def _crop(self, image: np.ndarray | EncodedJPEG) -> np.ndarray:
         """Return a random crop of an image, uint8 (H, W, 3), resized to the image size."""
-        height, width = image.shape[:2]
+        height, width, _ = image.shape
         if self.augment.scale is not None:
-            channels_first = torch.from_numpy(image).permute(2, 0, 1)
-            crop = RandomResizedCropAndInterpolation.get_params(channels_first, self.augment.scale, self.augment.ratio)
+            # timm takes the size of the image from a tensor; without memory it costs nothing.
+            size_only = torch.empty(3, height, width, device="meta")
+            crop = RandomResizedCropAndInterpolation.get_params(size_only, self.augment.scale, self.augment.ratio)
             # timm may draw an empty crop from an image of one pixel.
             top, left, h, w = crop if min(crop[2:]) > 0 else (0, 0, height, width)
-            return resize(image[top : top + h, left : left + w], self.size, self._draw_interpolation())
-        h, w = self.size
-        factor = max(h / height, w / width)
-        image = resize(
-            image, (max(h, round(height * factor)), max(w, round(width * factor))), self._draw_interpolation()
-        )
-        rows, columns = (self._draw_positions(image.shape[axis], self.size[axis]) for axis in (0, 1))
+            return resize(_part(image, top, left, h, w, self.size), self.size, self._draw_interpolation())
+        mode, size = self._draw_interpolation(), self.square_from(height, width)
+        image = resize(_part(image, 0, 0, height, width, size), size, mode)
+        rows, columns = (self._positions(start, axis, size) for axis, start in enumerate(self._draw_starts(size)))
         return image[rows[:, None], columns]
 
-    def _draw_positions(self, side: int, length: int) -> np.ndarray:
-        """Return the positions of a random window of `length` in a side of the image that is padded by mirroring."""
+    def square_from(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size to which an image is resized before a random square is taken from it."""
+        h, w = self.size
+        factor = max(h / height, w / width)
+        return max(h, round(height * factor)), max(w, round(width * factor))
+
+    def draw_square(self, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Draw what `__call__` draws for an image of this size that needs no resizing, and leave the pixels alone.
+
+        Returns:
+            `square`: int64 (4,), first row and first column in the padded image, and whether it is mirrored vertically
+            and horizontally. `ops`: see `OpSampler.encode`; only if there are any.
+        """
+        self._draw_interpolation()
+        drawn = {"square": np.array([*self._draw_starts(size), *self._draw_flips()], np.int64)}
+        return drawn if self.sampler is None else drawn | {"ops": self.sampler.encode(self.sampler())}
+
+    def _draw_starts(self, size: tuple[int, int]) -> list[int]:
         pad = self.augment.pad_crop
-        start = random.randint(-pad, side - length + pad)
-        positions = np.abs(np.arange(start, start + length))
-        return side - 1 - np.abs(side - 1 - positions)
+        return [random.randint(-pad, side - length + pad) for side, length in zip(size, self.size, strict=True)]
+
+    def _draw_flips(self) -> list[bool]:
+        return [random.random() < p for p in (self.augment.vflip, self.augment.hflip)]
+
+    def _positions(self, start: int, axis: int, size: tuple[int, int]) -> np.ndarray:
+        """Return the positions of a window along an axis of an image of this size, which is padded by mirroring."""
+        positions = np.abs(np.arange(start, start + self.size[axis]))
+        return size[axis] - 1 - np.abs(size[axis] - 1 - positions)
 
     def _draw_interpolation(self) -> str:
         name = self.augment.interpolation
         return random.choice(("bilinear", "bicubic")) if name == "random" else name
+
+
+def _part(
+    image: np.ndarray | EncodedJPEG, top: int, left: int, height: int, width: int, size: tuple[int, int]
+) -> np.ndarray:
+    """Return a part of an image; of a JPEG that is not decoded, in any size that is no smaller than `size`."""
+    if isinstance(image, EncodedJPEG):
+        return image.crop(top, left, height, width, size)
+    return image[top : top + height, left : left + width]

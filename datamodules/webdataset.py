@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Columns of the table that `index_shards` returns.
 COLUMNS = ("shard", "offset", "size", "label", "name")
+# File beside the shards that says how `scripts/make_shards.py` changed the images.
+FACTS = "shards.json"
 # A tar file ends with at least two blocks of zeros, 512 bytes each.
 END_OF_ARCHIVE = bytes(1024)
 # Largest label that a shard may have; labels are class numbers.
@@ -177,6 +179,18 @@ class WebDataset(ClassificationData):
                 "if there are as many classes, name them in classes.txt, one a line"
             )
         return [str(label) for label in range(highest + 1)]
+
+    @cached_property
+    def note(self) -> dict[str, str]:
+        assert self.root is not None
+        path = self.root / FACTS
+        if not path.is_file():
+            return {}
+        try:
+            side = int(json.loads(path.read_text(encoding="utf-8"))["max_side"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged, it should say max_side: {error}") from error
+        return {"training_images": f"resized to at most {side} px when they were packed"}
 
     @property
     def splits(self) -> Sequence[str]:

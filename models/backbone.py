@@ -44,7 +44,8 @@ class Backbone(nn.Module):
 
     Attributes:
         renames: Renames from the weight names in the authors' checkpoints to ours. An op has its own renames.
-        map_norms: Whether the authors' detection and segmentation code applies a LayerNorm to each map.
+        map_norms: Whether the authors' detection and segmentation code applies a LayerNorm to each map. A class whose
+            authors apply another norm has its class as `map_norm`.
         out_indices: Indices of the maps that `features_only=True` returns by default.
         num_features: Number of channels that the classifier reads.
         global_pool: Module that pools the final features.

@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,8 +26,8 @@ from retinue.utils.sizes import resolve, size_pixels
 MULTIPLES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 192, 224, 256, 384, 448, 512)
 
 # Names of the maps' norms in the authors' detection and segmentation checkpoints: norm0 to norm3, norm1 to norm4,
-# outnorm0 to outnorm3, extra_norms.0 to extra_norms.3.
-MAP_NORM = re.compile(r"(?:extra_norms\.|outnorm|norm)(\d)\.(weight|bias)")
+# outnorm0 to outnorm3, extra_norms.0 to extra_norms.3, or norm0, norm2, norm4 and norm6.
+MAP_NORM = re.compile(r"(?:extra_norms\.|outnorm|norm)(\d)\.(weight|bias|running_mean|running_var|num_batches_tracked)")
 
 
 def create_backbone(model_cfg: Mapping, data_cfg: Mapping, in_chans: int, min_stride: int = 4) -> "DenseBackbone":
@@ -66,8 +67,8 @@ class DenseBackbone(nn.Module):
         name: Name of a net in timm's registry, which has our nets too.
         out_indices: Indices of the maps in the net's `feature_info`. By default the last map of each stride, at most
             four: those of the largest strides.
-        norms: Apply a LayerNorm to each map. None does so if the detection and segmentation code of the net's paper
-            does (`map_norms` of the net's class).
+        norms: Apply a LayerNorm to each map, or the `map_norm` of the net's class. None does so if the detection and
+            segmentation code of the net's paper does (`map_norms` of the net's class).
         min_stride: Smallest stride, in pixels, of the default maps.
         simple_pyramid: Make maps of strides 4, 8, 16 and 32 (`models.pyramid`) from the chosen maps if all of these
             have one stride, as those of a ViT do, and it is a power of 2. By default the last map is chosen; several
@@ -123,7 +124,8 @@ class DenseBackbone(nn.Module):
             norms = getattr(self.net, "map_norms", False)
         eps = next((module.eps for module in self.net.modules() if isinstance(module, nn.LayerNorm)), 1e-6)
         eps = getattr(self.net, "map_norm_eps", eps)
-        self.norms = nn.ModuleList([LayerNorm2d(width, eps=eps) for width in self.channels] if norms else [])
+        norm: Any = getattr(self.net, "map_norm", partial(LayerNorm2d, eps=eps))
+        self.norms = nn.ModuleList([norm(width) for width in self.channels] if norms else [])
         # `load_weights` reads both: a classifier's checkpoint has weights of the removed parts, and no norms of maps.
         self.unused_weights = {f"net.{key}" for key in names_before - set(self.net.state_dict())}
         self.optional_weights = {key for key in self.state_dict() if key.startswith(OWN)}
@@ -196,8 +198,10 @@ class DenseBackbone(nn.Module):
         authors_norms = {key: match for key in state if (match := MAP_NORM.fullmatch(key))} if self.norms else {}
         numbers = {int(match[1]) for match in authors_norms.values()}
         counts_from_1 = bool(numbers) and 0 not in numbers and max(numbers) == self.levels
+        # Between two stages there is a number for the layer that downsamples.
+        step = 2 if max(numbers, default=0) == 2 * self.levels - 2 > self.levels else 1
         for key, match in authors_norms.items():
-            level = int(match[1]) - int(counts_from_1)
+            level = (int(match[1]) - int(counts_from_1)) // step
             if level in self.indices:
                 norms[f"norms.{self.indices.index(level)}.{match[2]}"] = state[key]
         net = {

@@ -61,7 +61,7 @@ def differences(build: Callable[[], nn.Module], record: Mapping[str, Any]) -> li
 
     Args:
         build: Builds the net with the arguments of the recorded one; each call must return a new net.
-        record: A record, as `record_initialisation` returns it.
+        record: A record, as `record_initialisation` returns it. A parameter without `decay` may have either.
     """
     nets = list(_draws(build, COMPARED_DRAWS))
     parameters = [dict(net.named_parameters()) for net in nets]
@@ -83,7 +83,7 @@ def differences(build: Callable[[], nn.Module], record: Mapping[str, Any]) -> li
     for name in values:
         recorded = record["parameters"][name]
         lines += [f"{name}: {line}" for line in _compare(np.concatenate(values[name], 1), recorded)]
-        if decays[name] != {recorded["decay"]}:
+        if "decay" in recorded and decays[name] != {recorded["decay"]}:
             lines.append(f"{name}: weight decay {'does not apply' if recorded['decay'] else 'applies'}")
     rates = drop_path_rates(nets[0])
     if len(rates) != len(record["drop_path"]) or not np.allclose(rates, record["drop_path"], atol=1e-6):

@@ -244,14 +244,15 @@ class PlainBackbone(Backbone):
         if norm:
             intermediates = [self.norm(tokens) for tokens in intermediates]
         maps = [to_channels_last(t[:, self.extra :].unflatten(1, size).permute(0, 3, 1, 2)) for t in intermediates]
-        return maps if intermediates_only else (self.norm(x), maps)
+        return maps if intermediates_only else (self.finish(x), maps)
 
     def run(
-        self, x: Tensor, take: Sequence[int] = (), blocks: int | None = None, losses: Losses | None = None
+        self, x: Tensor, take: Sequence[int] = (), blocks: int | None = None, losses: Losses | None = None, **options
     ) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
         """Run images (B, in_chans, h, w) through the patch embedding and the first `blocks` blocks; None means all.
 
-        Auxiliary losses of the ops are added to `losses`.
+        A block may drop tokens of the map; those that are left count as a map of one row. Auxiliary losses of the ops
+        are added to `losses`; `options` are arguments of all blocks.
 
         Returns:
             The tokens (B, E + H * W, C) after the last block, a list of the tokens after each block of `take`, and
@@ -263,9 +264,11 @@ class PlainBackbone(Backbone):
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(list(self.blocks)[:blocks]):
             index = self.context_indices[i]
-            context = {} if index is None else {"context": contexts[index]}
+            context = options if index is None else options | {"context": contexts[index]}
             own = losses if self.have_losses[i] else None
             x = run_block(block, x, size, recompute=recompute, losses=own, **context)
+            if x.shape[1] != self.extra + size[0] * size[1]:
+                size = (1, x.shape[1] - self.extra)
             if i in take:
                 intermediates.append(x)
         return x, intermediates, size
@@ -288,4 +291,8 @@ class PlainBackbone(Backbone):
 
     def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
         """Compute the final tokens (B, E + H * W, C)."""
-        return self.norm(self.run(x, losses=losses)[0])
+        return self.finish(self.run(x, losses=losses)[0])
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Return the final tokens; `x` are those after the last block."""
+        return self.norm(x)

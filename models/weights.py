@@ -7,11 +7,12 @@ All loading goes through `load_weights`. Its steps are separate functions, in th
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
+import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_levit, resize_rel_pos_bias_table_simple
 from timm.models import adapt_input_conv
@@ -33,8 +34,8 @@ class Loaded(NamedTuple):
         loaded: Weights of the model that were loaded.
         missing: Weights of the model that were not loaded and keep their values.
         unexpected: Weights of the file that the model lacks.
-        resized: Loaded weights that are position tables and were interpolated, or first convolutions that were summed
-            over the colours.
+        resized: Loaded weights that are position tables and were interpolated, or first convolutions that were fitted
+            to another number of channels.
         dropped: Weights of the file that were left out on purpose: those of a classifier, of removed parts of the net,
             or outside the backbone.
     """
@@ -61,7 +62,7 @@ def load_weights(
     No code in the file is executed. The weights are looked for under `state_dict_ema`, `state_dict`, `model` and
     `model_ema`, lose the prefixes that wrappers add, and are renamed by `model.checkpoint_filter`, or by timm's filter
     for timm's nets. Position tables are interpolated to the model's window or grid, and the first convolution of a net
-    for grey images sums the colours' weights. Then every weight of the model must
+    for another number of channels is fitted, as timm does. Then every weight of the model must
     be in the file with its shape, and every weight of the file must be in the model.
 
     A model may take part in this by these methods and attributes, all optional:
@@ -69,6 +70,7 @@ def load_weights(
     - `checkpoint_filter(state) -> state`: renames the weights of a file.
     - `renames` of the model or of a module inside: see `apply_renames`.
     - `resize_table(name, value) -> value` of a module: interpolates its position tables, in place of `fit_table`.
+    - `own_prefixes`: prefixes in the authors' files that look like a wrapper's, such as `model.`.
     - `optional_weights`: names of the model's weights that the file may lack.
     - `unused_weights`: names of weights of the file that the model does not need.
 
@@ -93,7 +95,7 @@ def load_weights(
     source = "the state dict" if isinstance(path_or_state, Mapping) else str(path_or_state)
     content = path_or_state if isinstance(path_or_state, Mapping) else read_weights(path_or_state)
     model_state = model.state_dict()
-    file_state, dropped = unwrap(content, model_state)
+    file_state, dropped = unwrap(content, model_state, getattr(model, "own_prefixes", ()))
     if not file_state:
         raise ValueError(f"{source} holds no tensors by name, as a state dict does")
     renamed = rename_weights(model, file_state)
@@ -138,7 +140,9 @@ def load_weights(
     return Loaded(list(fits), missing, unexpected, tables, dropped)
 
 
-def unwrap(content: Mapping, model_names: Iterable[str]) -> tuple[dict[str, Tensor], list[str]]:
+def unwrap(
+    content: Mapping, model_names: Iterable[str], own_prefixes: Collection[str] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
     """Return the weights in a checkpoint without the prefixes of wrappers, and the names of tensors that lack them.
 
     A prefix is removed if one of the names has it and none of the model's names does. For example, of a detector's
@@ -147,6 +151,7 @@ def unwrap(content: Mapping, model_names: Iterable[str]) -> tuple[dict[str, Tens
     Args:
         content: Content of a weights file.
         model_names: Names of the model's weights.
+        own_prefixes: Prefixes that are a wrapper's only if all names have them.
     """
     while isinstance(content, Mapping):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -156,10 +161,15 @@ def unwrap(content: Mapping, model_names: Iterable[str]) -> tuple[dict[str, Tens
     state = {key: value for key, value in content.items() if isinstance(value, Tensor) and isinstance(key, str)}
     without_prefix = []
     prefixes = [prefix for prefix in PREFIXES if not any(key.startswith(prefix) for key in model_names)]
-    while prefix := next((p for p in prefixes if any(key.startswith(p) for key in state)), None):
+    while prefix := next((p for p in prefixes if _wraps(p, state, own_prefixes)), None):
         without_prefix += [key for key in state if not key.startswith(prefix)]
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state, without_prefix
+
+
+def _wraps(prefix: str, names: Collection[str], own_prefixes: Collection[str]) -> bool:
+    has_prefix = [name.startswith(prefix) for name in names]
+    return any(has_prefix) and (all(has_prefix) or prefix not in own_prefixes)
 
 
 def rename_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -219,6 +229,16 @@ def apply_renames(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     return result
 
 
+def join_projections(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join the weights of `q` and `kv`, or of `q`, `k` and `v`, where the model projects all three by `qkv`."""
+    for key in model.state_dict():
+        for names in (("q", "kv"), ("q", "k", "v")):
+            parts = [key.replace(".qkv.", f".{name}.") for name in names]
+            if ".qkv." in key and set(parts) <= set(state):
+                state[key] = torch.cat([state.pop(part) for part in parts])
+    return state
+
+
 def _rename_all(state: dict[str, Tensor], renames: Renames, prefix: str = "") -> dict[str, Tensor]:
     """Apply `renames` to the names that begin with `prefix`, without changing the prefix."""
     result = {}
@@ -246,18 +266,20 @@ def _rename(key: str, renames: Renames) -> str | None:
 def fit_first_convolutions(
     model: nn.Module, state: dict[str, Tensor], model_state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the weights with first convolutions summed over red, green and blue if the model takes grey images.
+    """Return the weights with first convolutions for red, green and blue fitted to the model's number of channels.
 
-    This is what timm does with its own weights (`adapt_input_conv`): a grey image gives the same sums as an image of
-    three equal channels.
+    This is what timm does with its own weights (`adapt_input_conv`): for grey images the colours are summed, so that a
+    grey image gives the same sums as an image of three equal channels; for other numbers of channels the colours are
+    repeated in turn and scaled by 3 over that number.
     """
     layers = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
     result = dict(state)
     for key in (f"{layer}.weight" for layer in ((layers,) if isinstance(layers, str) else layers)):
         if key not in state or key not in model_state or state[key].ndim != 4:
             continue
-        if (state[key].shape[1], model_state[key].shape[1]) == (3, 1):
-            result[key] = adapt_input_conv(1, state[key])
+        channels = model_state[key].shape[1]
+        if state[key].shape[1] == 3 != channels and state[key].shape[2:] == model_state[key].shape[2:]:
+            result[key] = adapt_input_conv(channels, state[key])
     return result
 
 

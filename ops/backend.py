@@ -119,19 +119,20 @@ def use_triton(primitive: str, obstacle: str | None) -> bool:
     return backend != "torch" and not obstacle
 
 
-def obstacle_to_kernels(x: Tensor, head_dim: int) -> str | None:
+def obstacle_to_kernels(x: Tensor, head_dim: int, max_head_dim: int = 64) -> str | None:
     """Return the reason why none of our kernels can run on `x`, or None if nothing prevents them.
 
     Args:
         x: a tensor on the device and of the type of the computation.
         head_dim: channels of a head.
+        max_head_dim: channels of the largest heads that the kernel takes.
     """
     if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreted()):
         return f"it needs a CUDA device, not {x.device.type}"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
-    if not 1 <= head_dim <= 64:
-        return f"it takes heads of at most 64 channels, not {head_dim}"
+    if not 1 <= head_dim <= max_head_dim:
+        return f"it takes heads of at most {max_head_dim} channels, not {head_dim}"
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
     try:

@@ -1,11 +1,11 @@
-"""Multi-scale deformable attention, the op of DINO and Mask2Former: our stand-in for mmcv's extension against mmcv.
+"""Multi-scale deformable attention, the op of DINO and Mask2Former: our form against mmcv's.
 
     python scripts/benchmark_heads.py device=cuda image_size=800x1333
 
 The peer is mmcv's compiled kernel if one is installed and the device is a GPU, else mmcv's function in plain PyTorch,
-which mmcv uses on the CPU. Shapes are those of DINO's encoder and decoder: maps of strides 8 to 64, 8 heads of 32
-channels, 4 points. Forward and backward are timed together, as in training: like the kernel, the stand-in keeps no
-samples of the forward pass and takes them again in the backward pass.
+which mmcv uses on the CPU. On a GPU, our plain form is measured beside our kernel. Shapes are those of DINO's encoder
+and decoder: maps of strides 8 to 64, 8 heads of 32 channels, 4 points. Forward and backward are timed together, as in
+training.
 """
 
 from collections.abc import Sequence

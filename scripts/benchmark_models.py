@@ -1,10 +1,16 @@
 """Parameters, MACs, speed and memory of models, ours and timm's.
 
     python scripts/benchmark_models.py models=[biformer_tiny,swin_tiny,resnet50] batch_size=8 against=resnet50
+    python scripts/benchmark_models.py models=swin_tiny peers=true forms=[eager,compiled,graph] batch_size=128
 
 All models are timed in turn in one process. Inference is a forward pass in evaluation mode; training is forward,
-cross-entropy, backward and a step of AdamW. Weights and images are random and lie on the device. On a GPU, peak memory
-is the memory that PyTorch's allocator held for tensors; on the CPU, it is how much the process grew.
+cross-entropy, backward and a step of AdamW, which is fused on a GPU. Weights and images are random and lie on the
+device. On a GPU, peak memory is the memory that PyTorch's allocator held for tensors; on the CPU, it is how much the
+process grew. `ready_s` is the time until a model had run twice, with compiling.
+
+Forms: eager; compiled, as with `task.compile=true`; whole, compiled as a whole even if the blocks are alike;
+reduce-overhead, as with `task.compile=reduce-overhead`; graph, an eager step in one CUDA graph. The last two are for
+GPUs.
 """
 
 from collections.abc import Sequence
@@ -13,8 +19,9 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from retinue.benchmarks.models import Setting, benchmark, plot
-from retinue.benchmarks.options import Dtype
+from retinue.benchmarks.models import Setting, benchmark, plot, with_peers
+from retinue.benchmarks.nets import OURS
+from retinue.benchmarks.options import Dtype, Form
 from retinue.benchmarks.timing import pick_device, print_rows, write_csv
 from retinue.utils import command_line
 from retinue.utils.errors import user_errors
@@ -34,7 +41,8 @@ class Options(command_line.Options):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Dtype = Field("float32", description="float32, or the type of autocast")
     channels_last: bool = Field(False, description="use the channels-last memory format")
-    compile: bool = Field(False, description="use torch.compile")
+    forms: list[Form] = Field(["eager"], min_length=1, description="how the models run; ratios are within one form")
+    peers: bool = Field(False, description="measure also the nets with the attention of others, and timm's nets")
     threads: int = Field(default_factory=torch.get_num_threads, ge=1, description="threads of the CPU")
     out: Path | None = Field(None, description="CSV file to write")
     plot: Path | None = Field(None, description="PNG file to write: images/s against MACs")
@@ -50,10 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         str(pick_device(options.device)),
         options.dtype,
         options.channels_last,
-        options.compile,
     )
-    models = {name: {"name": name} for name in options.models}
-    rows = benchmark(models, setting, train=options.train, rounds=options.rounds, against=options.against)
+    named = with_peers(options.models, setting) if options.peers else {name: (name, OURS) for name in options.models}
+    rows = benchmark(
+        {row: {"name": name} for row, (name, _) in named.items()},
+        setting,
+        train=options.train,
+        rounds=options.rounds,
+        against=options.against,
+        forms=options.forms,
+        formulations={row: formulation for row, (_, formulation) in named.items()},
+    )
     print_rows(rows)
     if options.out is not None:
         write_csv(options.out, rows)

@@ -6,15 +6,16 @@
     python scripts/benchmark_ops.py models=[biformer_small,swin_tiny]
     python scripts/benchmark_ops.py tune=true ops=window_attention            # tiles of the Triton kernels
 
-A primitive (routed_attention, window_attention, neighborhood_attention) is measured in the layers of BiFormer-S, Swin-T
-and NAT-M, and summed over these layers; an op as the second block of a first stage with 64 channels; a net with 224 x
-224 pixels, with the attention of its ops replaced. All formulations of a table are timed in turn, forward and forward +
-backward. `ratio` is the speed relative to the formulation in `against`. `error` is the largest error of output and
-gradients, against float64, relative to that of plain PyTorch in the same type. The command ends if the error of our
-formulation is more than 2; a peer is left out if its error is more than 4. On a GPU, `floor` is a lower bound as a
-fraction of the time: the bytes and FLOPs that a fused form needs, at the rates of copying and of matrix products that
-are measured at the start. Peak memory is measured on GPUs (of a primitive without its inputs), of nets also on the CPU.
-With two image sizes of 512 x 512 pixels or more, time and memory are fitted as powers of the number of tokens.
+A primitive (routed_attention, window_attention, neighborhood_attention, linear_attention) is measured in the layers of
+BiFormer-S, Swin-T, NAT-M and L2ViT-T, and summed over these layers; an op as the second block of a first stage with 64
+channels; a net with 224 x 224 pixels, with the attention of its ops replaced. All formulations of a table are timed in
+turn, forward and forward + backward. `ratio` is the speed relative to the formulation in `against`. `error` is the
+largest error of output and gradients, against float64, relative to that of plain PyTorch in the same type. The command
+ends if the error of our formulation is more than 2; a peer is left out if its error is more than 4. On a GPU, `floor`
+is a lower bound as a fraction of the time: the bytes and FLOPs that a fused form needs, at the rates of copying and of
+matrix products that are measured at the start. Peak memory is measured on GPUs (of a primitive without its inputs), of
+nets also on the CPU. With two image sizes of 512 x 512 pixels or more, time and memory are fitted as powers of the
+number of tokens.
 """
 
 from collections.abc import Sequence

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import DropPath, LayerNorm2d, LayerScale, Mlp
+from timm.layers import DropPath, LayerNorm2d, LayerScale, Mlp, trunc_normal_
+from timm.layers.squeeze_excite import SEModule
 from timm.models import generate_default_cfgs, register_model
 from timm.models.gcvit import Downsample2d
 from torch import Tensor, nn
@@ -122,6 +123,15 @@ class GCViT(HierarchicalBackbone):
             stages.append(Stage(downsample, blocks, contexts))
         super().__init__(stages, dims, strides, norm(dims[-1]), in_chans=in_chans, **kwargs)
         self.apply(init_weights)
+        for module in self.modules():
+            # The authors' squeeze-and-excitation has linear layers in place of convolutions.
+            if isinstance(module, SEModule):
+                trunc_normal_(module.fc1.weight, std=0.02)
+                trunc_normal_(module.fc2.weight, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Leave out the tables of position biases, to which the authors apply weight decay in this net."""
+        return {name for name in super().no_weight_decay() if not name.endswith("relative_position_bias_table")}
 
 
 _RELEASES = "https://huggingface.co/nvidia/GCViT/resolve/main/gcvit_"

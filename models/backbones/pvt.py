@@ -17,6 +17,7 @@ from models.backbone import run_block
 from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
 from models.layers.downsample import PatchConv2d
 from models.layers.position import fit_positions, grid_of, resize_positions
+from models.weights import join_projections
 from ops import create_ops, parse_mixers
 from ops.losses import Losses
 from ops.registry import Spec, take_extra
@@ -145,12 +146,7 @@ class PVT(HierarchicalBackbone):
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename the authors' weights, and join those of `q` and `kv` for ops that project all three by `qkv`."""
-        state = super().checkpoint_filter(state)
-        for key in self.state_dict():
-            parts = [key.replace(".qkv.", ".q."), key.replace(".qkv.", ".kv.")]
-            if ".qkv." in key and set(parts) <= set(state):
-                state[key] = torch.cat([state.pop(part) for part in parts])
-        return state
+        return join_projections(self, super().checkpoint_filter(state))
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

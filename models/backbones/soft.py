@@ -8,7 +8,7 @@ load.
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import Mlp
+from timm.layers import GELUTanh, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ class PostNormBlock(nn.Module):
         super().__init__()
         self.mixer = mixer
         self.norm1 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, 4 * dim, act_layer=lambda: nn.GELU("tanh"))
+        self.mlp = Mlp(dim, 4 * dim, act_layer=GELUTanh)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
@@ -95,7 +95,7 @@ class SOFT(pvt.PVT):
 
 def _cfg(share: str = "", name: str = "", **kwargs) -> Any:
     url = (f"https://drive.google.com/uc?id={share}", f"{name}.pth") if share else ""
-    return imagenet_cfg(url, first_conv="stages.0.downsample.proj.0", **kwargs)
+    return imagenet_cfg(url, first_conv="stages.0.downsample.proj.0", fixed_input_size=True, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(

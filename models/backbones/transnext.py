@@ -5,6 +5,7 @@ repository's CUDA kernels are not used.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
@@ -71,9 +72,7 @@ class TransNeXt(HierarchicalBackbone):
         **kwargs,
     ):
         if mixers is None:
-            sizes = {"pretrain_size": pretrain_size, "bias_size": bias_size}
-            full = {"name": "length_scaled_cosine", **sizes}
-            mixers = [{"name": "aggregated", "pool": pool, **sizes} if pool > 1 else full for pool in pools]
+            mixers = transnext_mixers(pools, pretrain_size, bias_size)
         specs = parse_mixers(mixers, depths)
         dims, strides, rates = stage_layout(dim, depths, drop_path_rate)
         stages = []
@@ -86,6 +85,13 @@ class TransNeXt(HierarchicalBackbone):
             stages.append(NormedStage(dims[i - 1] if i else in_chans, width, i == 0, blocks, contexts))
         super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, **kwargs)
         self.apply(init_conv)
+
+
+def transnext_mixers(pools: Sequence[int], pretrain_size: int, bias_size: int | None) -> list[dict[str, Any]]:
+    """Return the op of each stage; the arguments are those of `TransNeXt`."""
+    sizes = {"pretrain_size": pretrain_size, "bias_size": bias_size}
+    full = {"name": "length_scaled_cosine", **sizes}
+    return [{"name": "aggregated", "pool": pool, **sizes} if pool > 1 else full for pool in pools]
 
 
 def _url(name: str) -> str:

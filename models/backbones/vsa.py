@@ -130,7 +130,7 @@ class ViTAEv2(HierarchicalBackbone):
         mixers: Token mixers of the normal cells, as `ops.parse_mixers` reads them. Default: varied-size windows, which
             the reduction cells always have.
         in_chans: Number of channels of the images.
-        drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
+        drop_path_rate: Drop path rate; the rates rise linearly from 0 within stages, as in the authors' code.
         **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
@@ -157,7 +157,9 @@ class ViTAEv2(HierarchicalBackbone):
     ):
         varied = {"name": "varied_size_window", "window": window}
         specs = parse_mixers(varied if mixers is None else mixers, depths)
-        dims, strides, rates = stage_layout(dim, depths, drop_path_rate)
+        dims, strides, _ = stage_layout(dim, depths, drop_path_rate)
+        # In the authors' code a stage takes its rates after as many as the stage before it has blocks.
+        rates: list[float] = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
         dilations = ((1, 2, 3, 4), (1, 2, 3), (1, 2), (1, 2))
         stages = []
         for i, width in enumerate(dims):
@@ -170,9 +172,14 @@ class ViTAEv2(HierarchicalBackbone):
             )
             ops, contexts = create_ops(specs[i], width, heads[i], stage=i, stride=strides[i])
             groups = (1, 32, 64, 128)[i]
-            cells = [NormalCell(width, op, groups, rate) for op, rate in zip(ops, rates[i], strict=True)]
+            first = depths[i - 1] if i else 0
+            cells = [NormalCell(width, op, groups, rates[first + j]) for j, op in enumerate(ops)]
             stages.append(Stage(reduction, cells, contexts))
         super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, **kwargs)
+
+    def no_weight_decay(self) -> set[str]:
+        """Leave out the tables of position biases, to which the authors apply weight decay in this net."""
+        return {name for name in super().no_weight_decay() if not name.endswith("relative_position_bias_table")}
 
 
 class SwinVSABlock(swin.Block):

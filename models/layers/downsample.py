@@ -15,10 +15,11 @@ class PatchConv2d(nn.Conv2d):
         in_dim: Channels of the map.
         dim: Channels of the result.
         patch: Side of a patch.
+        bias: Add a bias.
     """
 
-    def __init__(self, in_dim: int, dim: int, patch: int):
-        super().__init__(in_dim, dim, patch, stride=patch)
+    def __init__(self, in_dim: int, dim: int, patch: int, bias: bool = True):
+        super().__init__(in_dim, dim, patch, stride=patch, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         (patch_h, patch_w), (H, W) = self.kernel_size, x.shape[2:]

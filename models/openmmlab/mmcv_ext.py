@@ -2,7 +2,8 @@
 
 mmcv-lite comes without `mmcv._ext`, whose functions the Python side of `mmcv.ops` calls. `install` registers this
 module under that name, unless a compiled mmcv is installed. The functions have mmcv's signatures: most write their
-results into tensors among their arguments. Inputs in half precision are converted to float32.
+results into tensors among their arguments. Inputs in half precision are converted to float32. Deformable attention
+replaces mmcv's autograd function instead of the two functions that it calls.
 
 The module has the functions that the heads of `conf/head/` call, and soft-NMS and deformable convolution, which
 variants of these heads call. Any other function of the extension raises a ValueError when it is called, not at import.
@@ -10,6 +11,7 @@ variants of these heads call. Any other function of the extension raises a Value
 mmcv: https://github.com/open-mmlab/mmcv (2.1.0).
 """
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 import torchvision  # noqa: F401
 from torch import Tensor
 
+from ops.deformable import deformable_attention
 from retinue.utils.openmmlab_packages import require_openmmlab
 
 # Name of the module that this one stands in for.
@@ -42,6 +45,8 @@ def install() -> bool:
     require_openmmlab("a head of mmdetection or mmsegmentation")
     if NAME not in sys.modules and importlib.util.find_spec(NAME) is None:
         sys.modules[NAME] = sys.modules[__name__]
+        module: Any = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
+        module.MultiScaleDeformableAttnFunction = DeformableAttention
     return sys.modules.get(NAME) is sys.modules[__name__]
 
 
@@ -315,68 +320,17 @@ def modulated_deform_conv_backward(
 # --- multi-scale deformable attention (arXiv:2010.04159) ---
 
 
-def sample_and_mix(value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """Compute for each query the weighted sum of values that are sampled bilinearly at its locations.
+class DeformableAttention:
+    """Replacement of mmcv's autograd function, which would sample in the forward pass and again in the backward."""
 
-    Outside a map, the values are zero.
-
-    Args:
-        value: (B, N, heads, D), the tokens of all levels, concatenated.
-        spatial_shapes: (levels, 2), height and width of each level's map.
-        locations: (B, Q, heads, levels, points, 2), x and y relative to the map's width and height, from 0 to 1.
-        weights: (B, Q, heads, levels, points).
-
-    Returns:
-        (B, Q, heads * D).
-    """
-    B, _, heads, D = value.shape
-    Q = locations.shape[1]
-    sizes: list[list[int]] = spatial_shapes.tolist()
-    # `grid_sample` takes coordinates from -1 to 1.
-    grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B * heads, Q, levels, points, 2)
-    maps = value.permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in sizes], 2)  # (B * heads, D, h * w)
-    sampled = [
-        F.grid_sample(tokens.unflatten(2, (h, w)), grid[:, :, level], align_corners=False)
-        for level, (tokens, (h, w)) in enumerate(zip(maps, sizes, strict=True))
-    ]
-    weights = weights.transpose(1, 2).reshape(B * heads, 1, Q, -1)
-    mixed = (torch.cat(sampled, -1) * weights).sum(-1)  # (B * heads, D, Q)
-    return mixed.view(B, heads * D, Q).transpose(1, 2).contiguous()
-
-
-def ms_deform_attn_forward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_loc: Tensor,
-    attn_weight: Tensor,
-    im2col_step: int = 64,
-) -> Tensor:
-    """Apply multi-scale deformable attention and return (B, Q, heads * D) in the type of `value`.
-
-    The arguments are those of `sample_and_mix`; `level_start_index` and `im2col_step` are for the compiled kernel.
-    """
-    v, locations, weights = _to_float32(value, sampling_loc, attn_weight)
-    return sample_and_mix(v, spatial_shapes, locations, weights).to(value.dtype)
-
-
-def ms_deform_attn_backward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_loc: Tensor,
-    attn_weight: Tensor,
-    grad_output: Tensor,
-    grad_value: Tensor,
-    grad_sampling_loc: Tensor,
-    grad_attn_weight: Tensor,
-    im2col_step: int = 64,
-) -> None:
-    """Compute the gradients of `ms_deform_attn_forward`, by sampling anew, and write them into the `grad_` tensors."""
-    v, locations, weights, grad = _to_float32(value, sampling_loc, attn_weight, grad_output)
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (v, locations, weights)]
-        mixed = sample_and_mix(inputs[0], spatial_shapes, *inputs[1:])
-    grads = torch.autograd.grad(mixed, inputs, grad)
-    for output, grad in zip((grad_value, grad_sampling_loc, grad_attn_weight), grads, strict=True):
-        output.copy_(grad)
+    @staticmethod
+    def apply(
+        value: Tensor,
+        spatial_shapes: Tensor,
+        level_start_index: Tensor,
+        locations: Tensor,
+        weights: Tensor,
+        im2col_step: int,
+    ) -> Tensor:
+        """Apply `ops.deformable.deformable_attention`; `level_start_index` and `im2col_step` are for mmcv's kernel."""
+        return deformable_attention(value, spatial_shapes, locations, weights)

@@ -4,10 +4,9 @@ Written after the paper and the author's repository, ChuanyangZheng/L2ViT (MIT).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops.functional import merge_heads, split_heads
+from ops.linear import linear_attention
 from ops.registry import FIRST, Place, register_op
 
 # Smallest value by which a query's weights are divided; smaller values make training unstable
@@ -36,8 +35,6 @@ class EnhancedLinearAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).flatten(1, 2).chunk(3, dim=-1))
-        q, k = F.relu(q), F.relu(k)
-        total = (q @ k.sum(-2).unsqueeze(-1)).clamp(min=MIN_SUM)  # (B, heads, N, 1)
-        out = q @ (k.transpose(-2, -1) @ v * self.temperature) / total
-        return self.proj(merge_heads(out).unflatten(1, x.shape[1:3]))
+        tokens, scale = self.qkv(x).flatten(1, 2), self.temperature.flatten()
+        out = linear_attention(tokens, self.num_heads, "relu", "sum", scale, MIN_SUM)
+        return self.proj(out.unflatten(1, x.shape[1:3]))

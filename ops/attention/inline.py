@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops.functional import merge_heads, split_heads
+from ops.linear import linear_attention
 from ops.registry import FIRST, Place, register_op
 
 
@@ -71,12 +71,7 @@ class InLineAttention(nn.Module):
         values = v[:, E:].unflatten(1, size).permute(0, 3, 1, 2)
         local = self.convolve(values, tokens.mean(1) if mean is None else mean)
 
-        q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
-        # The root of the factor scale / N goes to keys and values alike, to stay in the range of half precision
-        root = (self.scale / tokens.shape[1]) ** 0.5
-        # Subtracting the mean of the keys gives the first term of the weights, adding the mean of the values the second
-        kv = ((k - k.mean(-2, keepdim=True)) * root).transpose(-2, -1) @ (v * root)  # (B, heads, D, D)
-        out = merge_heads(q @ kv + v.mean(-2, keepdim=True))
+        out = linear_attention((q, k, v), self.num_heads, "identity", "subtract", self.scale)
         out = self.proj(out + F.pad(local.flatten(2).transpose(1, 2), (0, 0, E, 0)))
         x = out[:, E:].unflatten(1, size)
         return x if extra is None else (x, out[:, :E])

@@ -64,12 +64,15 @@ class LengthScaledCosineAttention(nn.Module):
         return {"cpb.fc1.weight", "cpb.fc2.weight", "temperature", "query_embedding"}
 
     def forward(self, x: Tensor, context: Offsets | None = None) -> Tensor:
+        return self.proj(merge_heads(self.attend(x, context)).view(x.shape))
+
+    def attend(self, x: Tensor, context: Offsets | None = None) -> Tensor:
+        """Return the heads' outputs before the projection, (B, heads, H * W, D)."""
         H, W = x.shape[1:3]
         q, k, v = split_heads(self.qkv(x).flatten(1, 2), 3 * self.num_heads).chunk(3, dim=1)  # (B, heads, N, D)
         q = scaled_queries(F.normalize(q, dim=-1), self.query_embedding, self.temperature, math.log(H * W))
         bias = self.cpb(self.offsets(x) if context is None else context, (H, W), (H, W)).to(q.dtype)
-        out = F.scaled_dot_product_attention(q, F.normalize(k, dim=-1), v, attn_mask=bias.unsqueeze(0), scale=1.0)
-        return self.proj(merge_heads(out).view(x.shape))
+        return F.scaled_dot_product_attention(q, F.normalize(k, dim=-1), v, attn_mask=bias.unsqueeze(0), scale=1.0)
 
 
 def scaled_queries(q: Tensor, embedding: Tensor, temperature: Tensor, log_length: Tensor | float) -> Tensor:

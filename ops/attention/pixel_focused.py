@@ -120,6 +120,10 @@ class PixelFocusedAttention(nn.Module):
         return {"relative_pos_bias_local", "cpb.fc1.weight", "cpb.fc2.weight"}
 
     def forward(self, x: Tensor, context: Positions | None = None) -> Tensor:
+        return self.proj(merge_heads(self.attend(x, context)).view(x.shape))
+
+    def attend(self, x: Tensor, context: Positions | None = None) -> Tensor:
+        """Return the heads' outputs before the projection, (B, heads, H * W, D)."""
         positions = self.positions(x) if context is None else context
         pooled = F.adaptive_avg_pool2d(F.gelu(self.sr(x.permute(0, 3, 1, 2))), positions.pooled_size)
         pooled = self.norm(pooled.flatten(2).transpose(1, 2))
@@ -136,8 +140,7 @@ class PixelFocusedAttention(nn.Module):
         near, far = weights.split([near.shape[-1], far.shape[-1]], dim=-1)
         if learned is not None:
             near = near + learned
-        out = (near.unsqueeze(-2) @ neighbours(v, self.window)).squeeze(-2) + far @ pooled_v
-        return self.proj(merge_heads(out).view(x.shape))
+        return (near.unsqueeze(-2) @ neighbours(v, self.window)).squeeze(-2) + far @ pooled_v
 
     def prepare(
         self, q: Tensor, k: Tensor, pooled_k: Tensor, log_length: Tensor

@@ -29,7 +29,7 @@ class TileConfig(NamedTuple):
     num_stages: int
 
 
-# Kernel, compute capability, bytes per value, padded head dimension, tokens per window or neighbourhood.
+# Kernel, compute capability, bytes per value, padded head dimension, tokens per window or frame.
 TileKey = tuple[str, tuple[int, int], int, int, int]
 
 # Tile configurations that were timed on a GPU. They replace the default of a kernel.
@@ -46,7 +46,7 @@ def tile_config(kernel: str, x: Tensor, padded_head_dim: int, tokens: int, defau
         kernel: "<primitive>.<kernel>", such as "routed_attention.forward".
         x: input of the kernel; only its data type and its device matter.
         padded_head_dim: number of channels per head after padding.
-        tokens: number of tokens per window or neighbourhood.
+        tokens: number of tokens per window or frame.
         default: the kernel's own choice.
     """
     if not TUNED and not _recordings:

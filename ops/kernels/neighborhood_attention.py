@@ -4,17 +4,18 @@ It has the dilation of Hassani and Shi (arXiv:2209.15001), and the relative posi
 weights. The kernels, in `ops.kernels.neighborhood_kernels`, use the online softmax of FlashAttention (Dao et al., 2022,
 arXiv:2205.14135):
 
-- `forward` and `backward_queries`: a program holds the queries of a tile for one head, and loops over the box of keys
-  around the tile. The second kernel computes the gradient of the queries.
+- `forward`: a program holds the queries of a tile for one head, and computes their scores with the frame, the box of
+  all keys that they may attend to. Tiles are small, since the frame of a larger tile has more keys that a query does
+  not attend to. So that the bias is read once for many tiles, a program computes a strip of consecutive tiles.
+- `backward_queries`: the gradient of the queries, with the loop of `forward`. Each program also sums the gradients of
+  the scores over its tiles, for each pair of a tile's position and a frame's position. PyTorch sums these small tables
+  over strips, and then over the pairs with the same offset, which gives the gradient of the bias.
 - `backward_keys`: the gradients of keys and values. A program holds the keys of a tile, and loops over the queries that
   attend to any of these keys.
-- `backward_bias`: the gradient of the bias. The frame of a tile is the box of all keys that its queries may attend to.
-  The offsets from the positions of a tile to the positions of its frame are the same for all tiles, so gradients of the
-  scores are summed over tiles, pair by pair. A program does this for a part of the frame and a strip of consecutive
-  tiles. PyTorch sums these small partial sums over strips, and then over pairs with the same offset.
 
-There are no atomic additions, so repeated runs give the same bits. The default tile sizes follow from the compiler's
-figures for compute capability 8.0 and 9.0 (no register is spilled). They were not timed.
+There are no atomic additions, so repeated runs give the same bits. The default tile sizes follow from the number of
+pairs of a query and a key that are computed, and from the compiler's figures for compute capability 8.0 and 9.0 (no
+register is spilled). They were not timed.
 """
 
 import itertools
@@ -35,35 +36,46 @@ from ops.kernels.launch import (
     tile_config,
     wrap_triton,
 )
-from ops.kernels.neighborhood_kernels import backward_bias, backward_keys, backward_queries, forward
+from ops.kernels.neighborhood_kernels import backward_keys, backward_queries, forward
 from retinue.utils.arithmetic import ceil_div
 
-# Target number of programs of the kernel that sums the gradient of the bias: several per multiprocessor of a large GPU.
-BIAS_PROGRAMS = 1024
+# Target number of programs of the kernels whose programs compute strips of tiles: several per multiprocessor of a large
+# GPU at a time, and several times as many.
+STRIP_PROGRAMS = 4096
 
 
 def configs(tokens: int) -> list[TileConfig]:
-    """Return the tile configurations that tuning tries for neighbourhoods of `tokens` tokens."""
-    streamed_sizes = sorted({padded(tokens, limit) for limit in (16, 32, 64, 128)})
+    """Return the tile configurations that tuning tries for frames of `tokens` tokens."""
+    streamed_sizes = sorted({padded(tokens, limit) for limit in (16, 32, 64, 128, 256)})
     choices = itertools.product((16, 32, 64, 128), streamed_sizes, (1, 2, 4, 8), (1, 2, 3))
     return [TileConfig(*choice) for choice in choices]
 
 
-def _default_tile_config(kernel: str, x: Tensor, padded_head_dim: int, group_tokens: int) -> TileConfig:
-    """Return tiles of up to 64 x 32 tokens for half precision and 32 x 32 for float32, as the registers allow.
+def _default_tile_config(
+    kernel: str, x: Tensor, padded_head_dim: int, group: Sequence[int], size: Sequence[int]
+) -> TileConfig:
+    """Return the tiles of a kernel for a dilation group, as the registers allow.
 
-    Positions and masks take most of the registers. With a pipeline, the bias in the pipeline takes registers as well.
+    Programs for queries hold a small tile and its whole frame, or a small group as a whole. Programs for keys read the
+    bias pair by pair, so their tiles are larger, which needs fewer programs.
 
     Args:
         kernel: name of the kernel.
         x: input of the kernel; only its data type matters.
         padded_head_dim: number of channels per head after padding.
-        group_tokens: number of tokens of the largest dilation group of an image, which bounds both sizes.
+        group: sides of the largest dilation group.
+        size: tokens of a neighbourhood along H and W.
     """
-    single_precision = x.dtype == torch.float32
-    resident = padded(group_tokens, 32 if single_precision else 64)
-    streamed = padded(group_tokens, 16 if single_precision and padded_head_dim > 32 else 32)
-    return TileConfig(resident, streamed, num_warps=4, num_stages=2 if kernel == "backward_bias" else 1)
+    single_precision, group_tokens = x.dtype == torch.float32, group[0] * group[1]
+    if kernel == "backward_keys":
+        resident = padded(group_tokens, 32 if single_precision else 64)
+        streamed = padded(group_tokens, 16 if single_precision and padded_head_dim > 32 else 32)
+        return TileConfig(resident, streamed, num_warps=4, num_stages=1)
+    limit = 256 if not single_precision else 64 if padded_head_dim <= 32 else 32
+    resident = padded(group_tokens) if group_tokens <= 64 and not single_precision else 16
+    _, (frame_h, frame_w) = _frame(_tile(resident, group), group, size)
+    streamed = padded(frame_h * frame_w, limit)
+    return TileConfig(resident, streamed, num_warps=8 if resident * streamed > 2048 else 4, num_stages=1)
 
 
 def _even_part(length: int, limit: int) -> int:
@@ -76,6 +88,24 @@ def _even_part(length: int, limit: int) -> int:
     return ceil_div(length, ceil_div(length, limit))
 
 
+def _tile(resident: int, group: Sequence[int]) -> tuple[int, int]:
+    """Return the sides of an about square tile of at most `resident` tokens in a dilation group."""
+    # The maximum width is the square root of `resident`, rounded up to a power of two.
+    tile_w = _even_part(group[1], 1 << resident.bit_length() // 2)
+    return _even_part(group[0], resident // tile_w), tile_w
+
+
+def _frame(tile: Sequence[int], group: Sequence[int], size: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the smallest frame of a dilation group's tiles: the number of positions before a tile, and its sides."""
+    before, sides = [], []
+    for tile_side, length, size_side in zip(tile, group, size, strict=True):
+        # Neighbourhoods at the ends of the group reach up to `size_side` positions from there, also beyond the tile.
+        inside = size_side - tile_side
+        before.append(min(length - tile_side, max(size_side // 2, inside)))
+        sides.append(before[-1] + tile_side + min(length - tile_side, max((size_side - 1) // 2, inside)))
+    return before, sides
+
+
 def _launch_arguments(
     kernel: str, qkv: Tensor, num_heads: int, size: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, tuple[int, ...], dict[str, Any]]:
@@ -86,14 +116,13 @@ def _launch_arguments(
     B, H, W, channels = qkv.shape
     D = channels // (3 * num_heads)
     # Sides of the largest dilation group.
-    group_h, group_w = ceil_div(H, dilation[0]), ceil_div(W, dilation[1])
-    default = _default_tile_config(kernel, qkv, padded(D), group_h * group_w)
-    config = tile_config(f"neighborhood_attention.{kernel}", qkv, padded(D), size[0] * size[1], default)
-    # Tiles are about square: the maximum width is the square root of `resident`, rounded up to a power of two.
-    tile_w = _even_part(group_w, 1 << config.resident.bit_length() // 2)
-    tile_h = _even_part(group_h, config.resident // tile_w)
-    tiles_y, tiles_x = ceil_div(group_h, tile_h), ceil_div(group_w, tile_w)
-    integers = (num_heads, H, W, tiles_y, tiles_x, tile_h, tile_w, *size, *dilation)
+    group = ceil_div(H, dilation[0]), ceil_div(W, dilation[1])
+    default = _default_tile_config(kernel, qkv, padded(D), group, size)
+    _, (frame_h, frame_w) = _frame(_tile(default.resident, group), group, size)
+    config = tile_config(f"neighborhood_attention.{kernel}", qkv, padded(D), frame_h * frame_w, default)
+    tile = _tile(config.resident, group)
+    tiles = ceil_div(group[0], tile[0]), ceil_div(group[1], tile[1])
+    integers = (num_heads, H, W, *tiles, *tile, *size, *dilation)
     constants = {
         "D": D,
         "PADDED_D": padded(D),
@@ -103,7 +132,24 @@ def _launch_arguments(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    return B * tiles_y * tiles_x * dilation[0] * dilation[1], integers, constants
+    return B * tiles[0] * tiles[1] * dilation[0] * dilation[1], integers, constants
+
+
+def _strip_arguments(
+    kernel: str, qkv: Tensor, num_heads: int, size: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, tuple[int, ...], dict[str, Any]]:
+    """Return the number of strips, and the arguments of a kernel that computes strips, as `_launch_arguments`.
+
+    The integers are those from `num_heads` to `frame_w`.
+    """
+    num_tiles, integers, constants = _launch_arguments(kernel, qkv, num_heads, size, dilation)
+    _, H, W, _, _, *tile = integers[:7]
+    before, frame = _frame(tile, (ceil_div(H, dilation[0]), ceil_div(W, dilation[1])), size)
+    strip_tiles = ceil_div(num_tiles * num_heads, STRIP_PROGRAMS)
+    integers = (*integers, num_tiles, strip_tiles, *before, *frame)
+    constants["FRAME_PARTS"] = int(ceil_div(frame[0] * frame[1], constants["STREAMED"]))
+    constants["WORDS"] = bool(frame[0] + frame[1] < 32)
+    return ceil_div(num_tiles, strip_tiles), integers, constants
 
 
 def _empty_outputs(
@@ -133,8 +179,8 @@ def neighborhood_attention_and_lse(
     qkv, bias = qkv.contiguous(), None if bias is None else bias.contiguous()
     out, lse = _empty_outputs(qkv, bias, num_heads, size, dilation)
     scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
-    num_tiles, integers, constants = _launch_arguments("forward", qkv, num_heads, size, dilation)
-    wrap_triton(forward)[(num_tiles * num_heads,)](qkv, bias, out, lse, scale, *integers, **constants)
+    num_strips, integers, constants = _strip_arguments("forward", qkv, num_heads, size, dilation)
+    wrap_triton(forward)[(num_strips * num_heads,)](qkv, bias, out, lse, scale, *integers, **constants)
     return out, lse
 
 
@@ -162,71 +208,57 @@ def neighborhood_attention_backward(
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
 
-    num_tiles, integers, constants = _launch_arguments("backward_queries", qkv, num_heads, size, dilation)
-    wrap_triton(backward_queries)[(num_tiles * num_heads,)](
-        qkv, bias, out, dout, lse, delta, dqkv, scale, *integers, **constants
+    num_strips, integers, constants = _strip_arguments("backward_queries", qkv, num_heads, size, dilation)
+    partial_dscores = None
+    if bias is not None:
+        pairs = constants["RESIDENT"], constants["FRAME_PARTS"] * constants["STREAMED"]
+        partial_dscores = lse.new_empty(num_strips, num_heads, *pairs)
+    wrap_triton(backward_queries)[(num_strips * num_heads,)](
+        qkv, bias, out, dout, lse, delta, dqkv, partial_dscores, scale, *integers, **constants
     )
+    dbias = lse.new_zeros(())
+    if partial_dscores is not None:
+        dbias = _sum_by_offset(partial_dscores.sum(0), integers[5:7], integers[-4:-2], integers[-2:], size)
+
     num_tiles, integers, constants = _launch_arguments("backward_keys", qkv, num_heads, size, dilation)
     wrap_triton(backward_keys)[(num_tiles * num_heads,)](
         qkv, bias, dout, lse, delta, dqkv, scale, *integers, **constants
     )
-    if bias is None:
-        return dqkv, lse.new_zeros(())
-
-    num_tiles, integers, constants = _launch_arguments("backward_bias", qkv, num_heads, size, dilation)
-    _, _, _, tiles_y, tiles_x, tile_h, tile_w, *_ = integers
-    tile_size = (tile_h, tile_w)
-    # A query attends to keys at most size - 1 positions away, and never beyond the first or the last tile.
-    margin = [
-        min(side - 1, (tiles - 1) * tile_side)
-        for side, tiles, tile_side in zip(size, (tiles_y, tiles_x), tile_size, strict=True)
-    ]
-    frame = [tile_side + 2 * side_margin for tile_side, side_margin in zip(tile_size, margin, strict=True)]
-    frame_parts = ceil_div(frame[0] * frame[1], constants["STREAMED"])
-    tiles_per_program = ceil_div(num_tiles * num_heads * frame_parts, BIAS_PROGRAMS)
-    num_strips = ceil_div(num_tiles, tiles_per_program)
-    dscores = lse.new_empty(num_strips, num_heads, constants["RESIDENT"], frame_parts * constants["STREAMED"])
-    wrap_triton(backward_bias)[(num_strips * num_heads * frame_parts,)](
-        qkv,
-        bias,
-        dout,
-        lse,
-        delta,
-        dscores,
-        scale,
-        *integers,
-        num_tiles,
-        tiles_per_program,
-        frame_parts,
-        *margin,
-        *frame,
-        **constants,
-    )
-    dscores = dscores.sum(0)[:, : tile_size[0] * tile_size[1], : frame[0] * frame[1]].unflatten(2, frame)
-    return dqkv, _sum_by_offset(dscores, tile_size, size)
+    return dqkv, dbias
 
 
-def _sum_by_offset(dscores: Tensor, tile_size: Sequence[int], size: Sequence[int]) -> Tensor:
+def _sum_by_offset(
+    dscores: Tensor, tile: Sequence[int], before: Sequence[int], frame: Sequence[int], size: Sequence[int]
+) -> Tensor:
     """Return the gradient of the bias: the sum of the scores' gradients over all pairs with the same offset.
 
     Args:
-        dscores: (heads, positions of a tile, frame_h, frame_w): gradients of the scores, summed over tiles.
-        tile_size: positions of a tile along H and W.
+        dscores: (heads, positions of a tile, positions of a frame), both positions padded: gradients of the scores,
+            summed over tiles.
+        tile: positions of a tile along H and W.
+        before: positions of the frame before the tile along H and W.
+        frame: positions of a frame along H and W.
         size: tokens of a neighbourhood along H and W.
 
     Returns:
         (heads, 2 * size[0] - 1, 2 * size[1] - 1).
     """
-    pad_y, pad_x = (
-        (2 * side - 2 + tile_side - frame_side) // 2
-        for side, tile_side, frame_side in zip(size, tile_size, dscores.shape[2:], strict=True)
+    dscores = dscores[:, : tile[0] * tile[1], : frame[0] * frame[1]].unflatten(2, frame)
+    # Pad the frame to the positions at offsets from 1 - size to size - 1 of any position of the tile. Negative padding
+    # cuts off positions that no query attends to.
+    (top, left), (bottom, right) = (
+        [size_side - 1 - before_side for size_side, before_side in zip(size, before, strict=True)],
+        [
+            size_side - 1 + before_side + tile_side - frame_side
+            for size_side, before_side, tile_side, frame_side in zip(size, before, tile, frame, strict=True)
+        ],
     )
-    dscores = F.pad(dscores, (pad_x, pad_x, pad_y, pad_y)).contiguous()
+    dscores = F.pad(dscores, (left, right, top, bottom)).contiguous()
     head_stride, position_stride, row_stride, _ = dscores.stride()
-    shape = (len(dscores), *tile_size, 2 * size[0] - 1, 2 * size[1] - 1)
+    shape = (len(dscores), *tile, 2 * size[0] - 1, 2 * size[1] - 1)
     # A step of the query together with the same step of the key keeps their offset. So the view (head, query's y and x
     # in the tile, offset's y and x) moves in both for a step of the query.
-    query_strides = (tile_size[1] * position_stride + row_stride, position_stride + 1)
+    query_strides = (tile[1] * position_stride + row_stride, position_stride + 1)
     return dscores.as_strided(shape, (head_stride, *query_strides, row_stride, 1)).sum((1, 2))
 
 

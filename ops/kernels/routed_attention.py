@@ -11,6 +11,9 @@ in memory. There are three kernels, in `ops.kernels.routed_kernels`:
 - `backward_keys`: the gradients of keys and values. A program holds a tile of keys of one window and one head, and
   loops over the queries of the windows that chose its window.
 
+Where windows are small, the three kernels of `ops.kernels.routed_small_kernels` take their place: a tile spans several
+windows, and words of 64 bits mask the pairs of a query and a key that do not attend to each other.
+
 Each sum is computed by one program in a fixed order, without atomic additions, so repeated runs give the same bits.
 
 The default tile sizes follow from the compiler's figures for compute capability 8.0 and 9.0 (registers, spills, shared
@@ -35,18 +38,29 @@ from ops.kernels.launch import (
     wrap_triton,
 )
 from ops.kernels.routed_kernels import backward_keys, backward_queries, forward
+from ops.kernels.routed_small_kernels import MAX_WINDOWS, small_backward_keys, small_backward_queries, small_forward
 from retinue.utils.arithmetic import ceil_div
 
 # Names of the kernels in `TUNED`.
 FORWARD = "routed_attention.forward"
 BACKWARD_QUERIES = "routed_attention.backward_queries"
 BACKWARD_KEYS = "routed_attention.backward_keys"
+SMALL_FORWARD = "routed_attention.small_forward"
+SMALL_BACKWARD_QUERIES = "routed_attention.small_backward_queries"
+SMALL_BACKWARD_KEYS = "routed_attention.small_backward_keys"
+
+# A window of fewer tokens does not fill the smallest tile.
+SMALL_WINDOW = 16
+
+# Maximum number of small windows that a program loads per iteration of its loop: they are the bits of an int32.
+MAX_STREAMED_WINDOWS = 32
 
 
 def configs(tokens: int) -> list[TileConfig]:
     """Return the tile configurations that tuning tries for windows of `tokens` tokens."""
-    resident_sizes = sorted({padded(tokens, limit) for limit in (16, 32, 64, 128)})
-    choices = itertools.product(resident_sizes, (16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3))
+    limits = (16, 32, 64, 128)
+    resident_sizes = limits if tokens < SMALL_WINDOW else sorted({padded(tokens, limit) for limit in limits})
+    choices = itertools.product(resident_sizes, limits, (1, 2, 4, 8), (1, 2, 3))
     return [TileConfig(*choice) for choice in choices]
 
 
@@ -70,6 +84,48 @@ def _default_tile_config(kernel: str, x: Tensor, padded_head_dim: int, tokens: i
     return TileConfig(resident, streamed, num_warps=4 if resident > 16 else 2, num_stages=2)
 
 
+def _small(qkv: Tensor, windows_per_image: int) -> bool:
+    """Tell whether windows are so small and so few that the kernels of `ops.kernels.routed_small_kernels` run."""
+    return qkv.shape[1] * qkv.shape[2] < SMALL_WINDOW * windows_per_image <= SMALL_WINDOW * MAX_WINDOWS.value
+
+
+def _small_launch_arguments(
+    kernel: str, qkv: Tensor, index: Tensor, grid: Sequence[int], num_heads: int
+) -> tuple[int, dict[str, Any]]:
+    """Return the number of programs of a kernel for small windows, and its arguments for sizes and tiles."""
+    (B, windows_per_image, topk), (H, W, channels) = index.shape, qkv.shape[1:]
+    D = channels // (3 * num_heads)
+    tokens = H * W // windows_per_image
+    single_precision = qkv.dtype == torch.float32
+    resident = padded(H * W, 32 if single_precision else 64)
+    limit = 64 if not single_precision else 32 if D <= 32 else 16
+    streamed = padded(min(H * W, MAX_STREAMED_WINDOWS * tokens), limit)
+    default = TileConfig(resident, streamed, num_warps=4, num_stages=1)
+    config = tile_config(kernel, qkv, padded(D), tokens, default)
+    resident_windows = config.resident // tokens
+    tiles = ceil_div(windows_per_image, resident_windows)
+    arguments: dict[str, Any] = {
+        "tiles": tiles,
+        "windows_per_image": windows_per_image,
+        "topk": topk,
+        "num_heads": num_heads,
+        "GRID_W": grid[1],
+        "WINDOW_H": int(H // grid[0]),
+        "WINDOW_W": int(W // grid[1]),
+        "D": D,
+        "PADDED_D": padded(D),
+        "RESIDENT": config.resident,
+        "STREAMED": config.streamed,
+        "RESIDENT_WINDOWS": int(resident_windows),
+        "STREAMED_WINDOWS": int(min(config.streamed // tokens, MAX_STREAMED_WINDOWS)),
+        "ROUTES": padded(topk),
+        "PRECISION": dot_precision(),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return B * num_heads * tiles, arguments
+
+
 def _launch_arguments(
     kernel: str, qkv: Tensor, index: Tensor, grid: Sequence[int], num_heads: int
 ) -> tuple[int, dict[str, Any]]:
@@ -81,6 +137,7 @@ def _launch_arguments(
     default = _default_tile_config(kernel, qkv, padded(D), tokens, topk * tokens)
     config = tile_config(kernel, qkv, padded(D), tokens, default)
     tiles_per_window = ceil_div(tokens, config.resident)
+    window_padding = ceil_div(tokens, config.streamed) * config.streamed - tokens
     arguments: dict[str, Any] = {
         "tiles_per_window": tiles_per_window,
         "windows_per_image": windows_per_image,
@@ -93,6 +150,7 @@ def _launch_arguments(
         "PADDED_D": padded(D),
         "RESIDENT": config.resident,
         "STREAMED": config.streamed,
+        "WINDOW_TILES": bool(4 * window_padding <= tokens),
         "PRECISION": dot_precision(),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -128,6 +186,10 @@ def routed_attention_and_lse(
     """
     qkv, index = qkv.contiguous(), index.contiguous()
     out, lse = _empty_outputs(qkv, index, grid, num_heads, scale)
+    if _small(qkv, index.shape[1]):
+        num_programs, arguments = _small_launch_arguments(SMALL_FORWARD, qkv, index, grid, num_heads)
+        wrap_triton(small_forward)[(num_programs,)](qkv, index, out, lse, scale, **arguments)
+        return out, lse
     num_programs, arguments = _launch_arguments(FORWARD, qkv, index, grid, num_heads)
     wrap_triton(forward)[(num_programs,)](qkv, index, out, lse, scale, **arguments)
     return out, lse
@@ -155,6 +217,16 @@ def routed_attention_backward(
     qkv, index, dout = qkv.contiguous(), index.contiguous(), dout.contiguous()
     dqkv, delta = _empty_dqkv(qkv), torch.empty_like(lse)
     B, windows_per_image, _ = index.shape
+    if _small(qkv, windows_per_image):
+        choosers = torch.empty(B, windows_per_image, dtype=torch.uint64, device=index.device)
+        num_programs, arguments = _small_launch_arguments(SMALL_BACKWARD_QUERIES, qkv, index, grid, num_heads)
+        wrap_triton(small_backward_queries)[(num_programs,)](
+            qkv, index, out, dout, lse, delta, dqkv, choosers, scale, **arguments
+        )
+        num_programs, arguments = _small_launch_arguments(SMALL_BACKWARD_KEYS, qkv, index, grid, num_heads)
+        wrap_triton(small_backward_keys)[(num_programs,)](qkv, dout, lse, delta, dqkv, choosers, scale, **arguments)
+        return dqkv
+
     choosers = torch.empty(B, windows_per_image, windows_per_image, dtype=torch.int32, device=index.device)
     chooser_counts = torch.empty(B, windows_per_image, dtype=torch.int32, device=index.device)
 

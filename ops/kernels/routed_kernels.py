@@ -19,13 +19,14 @@ for B maps of H x W tokens in P windows each, with C = num_heads * D channels:
     window_h, window_w           number of tokens of a window along H and along W
     D, PADDED_D                  number of channels per head, and this number after padding for `tl.arange` and `tl.dot`
     RESIDENT, STREAMED           number of tokens that a program holds, and that it loads per iteration of its loop
+    WINDOW_TILES                 each tile of streamed tokens belongs to a single window
     PRECISION                    `input_precision` of `tl.dot`
 """
 
 import triton
 import triton.language as tl
 
-from ops.kernels.rows import LOG2E, load_rows, store_rows
+from ops.kernels.rows import LOG2E, load_rows, positive_factor, store_rows
 
 # `_record_choosers` searches blocks of SEARCH_BLOCK windows x SEARCH_BLOCK routes.
 SEARCH_BLOCK = tl.constexpr(16)
@@ -44,7 +45,7 @@ def _program_indices(tiles_per_window, num_heads, windows_per_image):
 
 
 @triton.jit
-def _rows_in_map(window, token, grid_w, window_h, window_w):
+def rows_in_map(window, token, grid_w, window_h, window_w):
     """Return the row-major index in the map, y * W + x, of tokens that are numbered row by row inside their windows."""
     y = window // grid_w * window_h + token // window_w
     x = window % grid_w * window_w + token % window_w
@@ -52,9 +53,50 @@ def _rows_in_map(window, token, grid_w, window_h, window_w):
 
 
 @triton.jit
+def _num_steps(count, tokens, STREAMED: tl.constexpr, WINDOW_TILES: tl.constexpr):
+    """Return the number of tiles of STREAMED tokens that cover `count` windows of `tokens` tokens."""
+    return count * tl.cdiv(tokens, STREAMED) if WINDOW_TILES else tl.cdiv(count * tokens, STREAMED)
+
+
+@triton.jit
+def _streamed_tokens(
+    windows, step, count, grid_w, window_h, window_w, STREAMED: tl.constexpr, WINDOW_TILES: tl.constexpr
+):  # fmt: skip
+    """Describe the tokens of a tile of the windows of a list.
+
+    Args:
+        windows: pointer to the list.
+        step: number of the tile.
+        count: length of the list.
+        grid_w: number of windows along W.
+        window_h: number of tokens of a window along H.
+        window_w: number of tokens of a window along W.
+        STREAMED: number of tokens of a tile.
+        WINDOW_TILES: each tile belongs to a single window.
+
+    Returns:
+        Window, number in the window, row in the map and validity of each token.
+    """
+    tokens = window_h * window_w
+    if WINDOW_TILES:
+        # There is a single window and a single quotient, where the other form has one for each token.
+        tiles = tl.cdiv(tokens, STREAMED)
+        window = tl.load(windows + step // tiles).to(tl.int32)
+        token = step % tiles * STREAMED + tl.arange(0, STREAMED)
+        valid = token < tokens
+    else:
+        number = step * STREAMED + tl.arange(0, STREAMED)
+        valid = number < count * tokens
+        window = tl.load(windows + number // tokens, mask=valid, other=0).to(tl.int32)
+        token = number % tokens
+    return window, token, rows_in_map(window, token, grid_w, window_h, window_w), valid
+
+
+@triton.jit
 def forward(
     qkv, index, out, lse, scale, tiles_per_window, windows_per_image, topk, num_heads, grid_w, window_h, window_w,
-    D: tl.constexpr, PADDED_D: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr,
+    WINDOW_TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute `out` and `lse` of a tile of queries; see the module's docstring for the arguments."""
     scale = tl.cast(scale, tl.float32)
@@ -65,25 +107,23 @@ def forward(
 
     query = tile * RESIDENT + tl.arange(0, RESIDENT)
     query_valid = query < tokens
-    query_row = _rows_in_map(window, query, grid_w, window_h, window_w)
-    q = load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D)
+    query_row = rows_in_map(window, query, grid_w, window_h, window_w)
+    q, factor = positive_factor(load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D), scale)  # pyright: ignore[reportGeneralTypeIssues]
     routes = index + (image * windows_per_image + window) * topk
 
     running_max = tl.full((RESIDENT,), float("-inf"), tl.float32)
     denominator = tl.zeros((RESIDENT,), tl.float32)
     acc = tl.zeros((RESIDENT, PADDED_D), tl.float32)
-    for first in range(0, topk * tokens, STREAMED):
-        # Key j is token j % tokens of the window on route j // tokens.
-        j = first + tl.arange(0, STREAMED)
-        key_valid = j < topk * tokens
-        key_window = tl.load(routes + j // tokens, mask=key_valid, other=0).to(tl.int32)
-        key_row = _rows_in_map(key_window, j % tokens, grid_w, window_h, window_w)
+    for step in range(_num_steps(topk, tokens, STREAMED, WINDOW_TILES)):
+        _, _, key_row, key_valid = _streamed_tokens(  # pyright: ignore[reportGeneralTypeIssues]
+            routes, step, topk, grid_w, window_h, window_w, STREAMED, WINDOW_TILES
+        )
         k = load_rows(qkv_base + C, key_row, 3 * C, key_valid, D, PADDED_D)
         v = load_rows(qkv_base + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        scores = tl.where(key_valid[None, :], scores, float("-inf"))
-        new_max = tl.maximum(running_max, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_max[:, None])
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        products = tl.where(key_valid[None, :], products, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(products, 1) * factor)
+        weights = tl.exp2(products * factor - new_max[:, None])
         rescale = tl.exp2(running_max - new_max)
         denominator = denominator * rescale + tl.sum(weights, 1)
         acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
@@ -125,7 +165,8 @@ def _record_choosers(index, choosers, chooser_count, window, windows_per_image, 
 def backward_queries(
     qkv, index, out, dout, lse, delta, dqkv, choosers, chooser_counts,
     scale, tiles_per_window, windows_per_image, topk, num_heads, grid_w, window_h, window_w,
-    D: tl.constexpr, PADDED_D: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr,
+    WINDOW_TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute `delta` and the queries' part of `dqkv` of a tile of queries, and the tables of choosers.
 
@@ -146,7 +187,7 @@ def backward_queries(
 
     query = tile * RESIDENT + tl.arange(0, RESIDENT)
     query_valid = query < tokens
-    query_row = _rows_in_map(window, query, grid_w, window_h, window_w)
+    query_row = rows_in_map(window, query, grid_w, window_h, window_w)
     q = load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D)
     do = load_rows(dout + out_offset, query_row, C, query_valid, D, PADDED_D)
     o = load_rows(out + out_offset, query_row, C, query_valid, D, PADDED_D)
@@ -157,12 +198,10 @@ def backward_queries(
 
     routes = index + batch_window * topk
     dq = tl.zeros((RESIDENT, PADDED_D), tl.float32)
-    for first in range(0, topk * tokens, STREAMED):
-        # Key j is token j % tokens of the window on route j // tokens.
-        j = first + tl.arange(0, STREAMED)
-        key_valid = j < topk * tokens
-        key_window = tl.load(routes + j // tokens, mask=key_valid, other=0).to(tl.int32)
-        key_row = _rows_in_map(key_window, j % tokens, grid_w, window_h, window_w)
+    for step in range(_num_steps(topk, tokens, STREAMED, WINDOW_TILES)):
+        _, _, key_row, key_valid = _streamed_tokens(  # pyright: ignore[reportGeneralTypeIssues]
+            routes, step, topk, grid_w, window_h, window_w, STREAMED, WINDOW_TILES
+        )
         k = load_rows(qkv_base + C, key_row, 3 * C, key_valid, D, PADDED_D)
         v = load_rows(qkv_base + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
@@ -178,7 +217,8 @@ def backward_queries(
 def backward_keys(
     qkv, dout, lse, delta, dqkv, choosers, chooser_counts,
     scale, tiles_per_window, windows_per_image, topk, num_heads, grid_w, window_h, window_w,
-    D: tl.constexpr, PADDED_D: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr,
+    WINDOW_TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the keys' and the values' parts of `dqkv` of a tile of keys; they are 0 for a window that none chose."""
     scale = tl.cast(scale, tl.float32)
@@ -191,22 +231,20 @@ def backward_keys(
 
     key = tile * RESIDENT + tl.arange(0, RESIDENT)
     key_valid = key < tokens
-    key_row = _rows_in_map(window, key, grid_w, window_h, window_w)
+    key_row = rows_in_map(window, key, grid_w, window_h, window_w)
     k = load_rows(qkv_base + C, key_row, 3 * C, key_valid, D, PADDED_D)
     v = load_rows(qkv_base + 2 * C, key_row, 3 * C, key_valid, D, PADDED_D)
 
     dk = tl.zeros((RESIDENT, PADDED_D), tl.float32)
     dv = tl.zeros((RESIDENT, PADDED_D), tl.float32)
-    num_queries = tl.load(chooser_counts + batch_window) * tokens
-    for first in range(0, num_queries, STREAMED):
-        # Query i is token i % tokens of the window choosers[i // tokens].
-        i = first + tl.arange(0, STREAMED)
-        query_valid = i < num_queries
-        query_window = tl.load(choosers + batch_window * windows_per_image + i // tokens, mask=query_valid, other=0)
-        query_row = _rows_in_map(query_window, i % tokens, grid_w, window_h, window_w)
+    list_of_window, count = choosers + batch_window * windows_per_image, tl.load(chooser_counts + batch_window)
+    for step in range(_num_steps(count, tokens, STREAMED, WINDOW_TILES)):
+        query_window, token, query_row, query_valid = _streamed_tokens(  # pyright: ignore[reportGeneralTypeIssues]
+            list_of_window, step, count, grid_w, window_h, window_w, STREAMED, WINDOW_TILES
+        )
         q = load_rows(qkv_base, query_row, 3 * C, query_valid, D, PADDED_D)
         do = load_rows(dout_base, query_row, C, query_valid, D, PADDED_D)
-        statistic = ((image * windows_per_image + query_window) * num_heads + head) * tokens + i % tokens
+        statistic = ((image * windows_per_image + query_window) * num_heads + head) * tokens + token
         query_lse = tl.load(lse + statistic, mask=query_valid, other=0.0)
         query_delta = tl.load(delta + statistic, mask=query_valid, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)

@@ -6,6 +6,10 @@ import triton.language as tl
 # Softmax is computed to base 2, exp(x) = exp2(x * LOG2E), because GPUs have an instruction for exp2 but not for exp.
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# Initial maximum of the scores where a query may attend to no key of a streamed tile: below any score, but finite. With
+# a maximum of -inf, the difference between masked scores and the maximum would be NaN.
+LOWEST_SCORE = tl.constexpr(-1e30)
+
 
 @triton.jit
 def load_rows(base, row, stride, valid, D: tl.constexpr, PADDED_D: tl.constexpr):
@@ -31,3 +35,13 @@ def store_rows(base, row, stride, valid, values, D: tl.constexpr, PADDED_D: tl.c
     values = values.to(base.dtype.element_ty)
     mask = valid[:, None] & (channel < D)[None, :]
     tl.store(base + row[:, None] * stride + channel[None, :], values, mask=mask)
+
+
+@triton.jit
+def positive_factor(q, scale):
+    """Return queries and a factor that give the same scores to base 2, such that the factor is positive.
+
+    Then the maximum of the scores follows from the maximum of the products of queries and keys, and the exponent of a
+    weight takes a single instruction. The factor is not 0 either, since 0 times a masked product, -inf, would be NaN.
+    """
+    return tl.where(scale < 0, -q, q), tl.maximum(tl.abs(scale) * LOG2E, 1e-30)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops import functional, neighborhood
+from ops import functional, linear, neighborhood
 from ops.backend import using
 from retinue.benchmarks import peers
 from retinue.benchmarks.options import Pair
@@ -143,5 +143,11 @@ FORMULATIONS: dict[str, dict[str, Formulation]] = {
             peers.natten_flex_neighborhood, (not_on_cuda, natten_missing, biased), external=True
         ),
         TORCH_COMPILE: compiled(neighborhood.neighborhood_attention),
+    },
+    "linear_attention": {
+        "linear_attention": Formulation(with_backend("auto", linear.linear_attention)),
+        PLAIN_PYTORCH: Formulation(with_backend("torch", linear.linear_attention)),
+        "all pairs of tokens": Formulation(peers.quadratic_linear, (mask_too_large,)),
+        TORCH_COMPILE: compiled(linear.linear_attention),
     },
 }

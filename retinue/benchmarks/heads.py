@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention, the op of DINO and Mask2Former: our stand-in for mmcv's extension against mmcv."""
+"""Multi-scale deformable attention, the op of DINO and Mask2Former: our form against mmcv's."""
 
 import importlib
 import importlib.util
@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from models.openmmlab import mmcv_ext
+from ops.deformable import deformable_attention
+from retinue.benchmarks.formulations import PLAIN_PYTORCH, with_backend
 from retinue.benchmarks.options import Pair
 from retinue.benchmarks.timing import Row, interleave, make_row, peak_memory_mb
 from retinue.utils.arithmetic import ceil_div
 
 # DINO's configuration: 8 heads of 32 channels and 4 points on maps of four strides; the decoder has 900 queries.
 HEADS, HEAD_DIM, POINTS, STRIDES, QUERIES = 8, 32, 4, (8, 16, 32, 64), 900
-STAND_IN, COMPILED_MMCV, PLAIN_MMCV = "stand-in", "compiled mmcv", "mmcv's plain PyTorch"
+OURS, COMPILED_MMCV, PLAIN_MMCV = "ours", "compiled mmcv", "mmcv's plain PyTorch"
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -47,7 +49,7 @@ def extension_step(module: str, batch: int, image_size: Pair, queries: int | Non
     """Return a step of forward and backward by the two functions of an extension module.
 
     Args:
-        module: name of the module: mmcv's compiled extension or our stand-in.
+        module: name of mmcv's compiled extension.
         batch: as in `make_inputs`.
         image_size: as in `make_inputs`.
         queries: as in `make_inputs`.
@@ -69,42 +71,56 @@ def extension_step(module: str, batch: int, image_size: Pair, queries: int | Non
     return step
 
 
-def plain_step(batch: int, image_size: Pair, queries: int | None, device: str) -> Step:
-    """Return a step like `extension_step`, by mmcv's function in plain PyTorch and autograd."""
-    mmcv_ext.install()
-    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
-
+def autograd_step(
+    attend: Callable[..., Tensor], batch: int, image_size: Pair, queries: int | None, device: str
+) -> Step:
+    """Return a step like `extension_step`, by autograd of a function of values, sizes, locations and weights."""
     value, shapes, _, locations, weights = make_inputs(batch, image_size, queries, device)
     leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
 
     def step() -> tuple[Tensor, ...]:
-        out = multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
+        out = attend(value, shapes, locations, weights)
         return out.detach(), *torch.autograd.grad(out.sum(), leaves)
 
     return step
 
 
-def candidates(device: str) -> dict[str, Callable[..., Step]]:
-    """Return the functions that make a step of our stand-in and of its peer, by name.
+def mmcvs_plain_attention(value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """Compute `deformable_attention` by mmcv's function in plain PyTorch."""
+    # A process that measures memory imports mmcv here first
+    mmcv_ext.install()
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-    The peer is mmcv's compiled kernel if one is installed and the device is a GPU, else mmcv's plain PyTorch function,
-    which mmcv itself uses on the CPU.
+    return multi_scale_deformable_attn_pytorch(value, spatial_shapes, locations, weights)
+
+
+def candidates(device: str) -> dict[str, Callable[..., Step]]:
+    """Return the functions that make a step of our form and of its peers, by name; the second is the baseline.
+
+    The baseline is mmcv's compiled kernel if one is installed and the device is a GPU, else mmcv's plain PyTorch
+    function, which mmcv itself uses on the CPU. On a GPU, our plain form is measured beside our kernel.
     """
-    stand_in = {STAND_IN: partial(extension_step, mmcv_ext.__name__)}
-    if torch.device(device).type == "cuda" and importlib.util.find_spec(mmcv_ext.NAME) is not None:
-        return {**stand_in, COMPILED_MMCV: partial(extension_step, mmcv_ext.NAME)}
-    return {**stand_in, PLAIN_MMCV: plain_step}
+    steps: dict[str, Callable[..., Step]] = {OURS: partial(autograd_step, deformable_attention)}
+    cuda = torch.device(device).type == "cuda"
+    if cuda and importlib.util.find_spec(mmcv_ext.NAME) is not None:
+        steps[COMPILED_MMCV] = partial(extension_step, mmcv_ext.NAME)
+    else:
+        steps[PLAIN_MMCV] = partial(autograd_step, mmcvs_plain_attention)
+    if cuda:
+        steps[PLAIN_PYTORCH] = partial(autograd_step, with_backend("torch", deformable_attention))
+    return steps
 
 
 def check(steps: Mapping[str, Step]) -> None:
-    """Check that two steps compute the same.
+    """Check that all steps compute the same.
 
     Raises:
         AssertionError: the output or a gradient differs.
     """
-    first, second = (step() for step in steps.values())
-    for actual, expected in zip(first, second, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    first, *others = (step() for step in steps.values())
+    for other in others:
+        for actual, expected in zip(first, other, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 def benchmark(image_size: Pair, batch: int, device: str, rounds: int = 7) -> list[Row]:
@@ -125,7 +141,7 @@ def benchmark(image_size: Pair, batch: int, device: str, rounds: int = 7) -> lis
         steps = {name: make() for name, make in makers.items()}
         check(steps)
         timings = interleave(steps, rounds)
-        baseline = next(name for name in timings if name != STAND_IN)
+        baseline = list(timings)[1]
         rows += [
             make_row(
                 name,

@@ -180,10 +180,12 @@ class NeighborhoodLayer(Layer):
     Attributes:
         kernel_size: tokens of a neighbourhood along H and W.
         biased: the scores have a bias by relative position.
+        dilation: distance between adjacent tokens of a neighbourhood along H and W.
     """
 
     kernel_size: Pair
     biased: bool
+    dilation: Pair = (1, 1)
 
     primitive = "neighborhood_attention"
 
@@ -193,11 +195,12 @@ class NeighborhoodLayer(Layer):
 
     @property
     def variant(self) -> str:
-        return "with bias" if self.biased else "no bias"
+        dilated = "dilated" if max(self.dilation) > 1 else ""
+        return comma_separated("with bias" if self.biased else "no bias", dilated)
 
     def attend(self, formulation: Callable, qkv: Tensor, bias: Tensor | None, index: Tensor | None) -> Tensor:
-        dilation, stride, causal = (1, 1), (1, 1), (False, False)
-        return formulation(qkv.flatten(3), bias, qkv.shape[-2], self.kernel_size, dilation, stride, causal)
+        stride, causal = (1, 1), (False, False)
+        return formulation(qkv.flatten(3), bias, qkv.shape[-2], self.kernel_size, self.dilation, stride, causal)
 
     def bias(self) -> Tensor | None:
         return torch.randn(self.heads, *(2 * k - 1 for k in self.kernel_size)) if self.biased else None
@@ -207,7 +210,46 @@ class NeighborhoodLayer(Layer):
 
     def describe(self, batch: int) -> str:
         neighbors = f"{self.kernel_size[0]} x {self.kernel_size[1]} neighbours"
+        if max(self.dilation) > 1:
+            neighbors += f" {self.dilation[0]} x {self.dilation[1]} apart"
         return f"{super().describe(batch)}, {neighbors}, {self.variant}"
+
+
+@dataclass(frozen=True)
+class LinearLayer(Layer):
+    """A layer with linear attention.
+
+    Attributes:
+        features: feature map.
+        normalization: normalization of the weights.
+    """
+
+    features: str
+    normalization: str
+
+    primitive = "linear_attention"
+
+    @property
+    def variant(self) -> str:
+        return f"features {self.features}, normalization {self.normalization}"
+
+    def attend(self, formulation: Callable, qkv: Tensor, bias: Tensor | None, index: Tensor | None) -> Tensor:
+        head_dim = qkv.shape[-1]
+        tokens, form = qkv.flatten(3).flatten(1, 2), (self.features, self.normalization)
+        return formulation(tokens, qkv.shape[-2], *form, head_dim**-0.5, 1e-6).unflatten(1, self.size)
+
+    def describe(self, batch: int) -> str:
+        return f"{super().describe(batch)}, {self.variant}"
+
+    def floor(self, batch: int, itemsize: int, train: bool) -> tuple[float, float]:
+        """Return the bytes and FLOPs that a fused form needs at least.
+
+        Forward reads queries, keys and values and writes the output. Backward reads these three and the output's
+        gradient and writes three gradients. Forward multiplies the map by matrices of a head's channels twice, and
+        backward four times.
+        """
+        values = batch * self.size[0] * self.size[1] * self.dim
+        return values * itemsize * (11 if train else 4), 2 * values * self.dim // self.heads * (6 if train else 2)
 
 
 def comma_separated(*parts: str) -> str:
@@ -215,15 +257,18 @@ def comma_separated(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
+# Features and normalizations of linear attention; L2ViT's are the first.
+LINEAR_FORMS = (("relu", "sum"), ("elu", "sum"), ("softmax", "none"), ("identity", "subtract"))
 # For each primitive: a net, then the channels, heads and number of layers of each stage.
 NETS = {
     "routed_attention": ("biformer_small", (64, 128, 256), (2, 4, 8), (4, 4, 18)),
     "window_attention": ("swin_tiny", (96, 192, 384, 768), (3, 6, 12, 24), (2, 2, 6, 2)),
     "neighborhood_attention": ("nat_mini", (64, 128, 256, 512), (2, 4, 8, 16), (3, 4, 6, 5)),
+    "linear_attention": ("l2vit_tiny", (96, 192, 384, 768), (3, 6, 12, 24), (1, 1, 3, 1)),
 }
 
 
-def layers(primitive: str, image_size: Pair, unbiased: bool = False) -> list[Layer]:
+def layers(primitive: str, image_size: Pair, all_neighborhoods: bool = False) -> list[Layer]:
     """Return the layers of a net that call a primitive.
 
     Layers with routed attention appear twice unless the image has 224 x 224 pixels: once with 7 x 7 windows, and once
@@ -233,12 +278,13 @@ def layers(primitive: str, image_size: Pair, unbiased: bool = False) -> list[Lay
     Args:
         primitive: name of the primitive.
         image_size: (height, width) of the image in pixels.
-        unbiased: include layers with neighbourhood attention without a bias, which NATTEN supports, too.
+        all_neighborhoods: include layers with neighbourhood attention without a bias, which NATTEN supports, too, and
+            layers with neighbourhoods that are dilated as far as the map allows, as in every second block of DiNAT.
     """
-    return list(_layers(primitive, image_size, unbiased))
+    return list(_layers(primitive, image_size, all_neighborhoods))
 
 
-def _layers(primitive: str, image_size: Pair, unbiased: bool) -> Iterator[Layer]:
+def _layers(primitive: str, image_size: Pair, all_neighborhoods: bool) -> Iterator[Layer]:
     net, *stages = NETS[primitive]
     for stage, (dim, heads, count) in enumerate(zip(*stages, strict=True)):
         H, W = (ceil_div(side, 4 * 2**stage) for side in image_size)
@@ -256,10 +302,16 @@ def _layers(primitive: str, image_size: Pair, unbiased: bool) -> Iterator[Layer]
                 yield WindowLayer(net, H * W, size, dim, heads, count // 2, window, shift)
             else:
                 yield WindowLayer(net, H * W, size, dim, heads, count, window, (0, 0))
+        elif primitive == "linear_attention":
+            for form in LINEAR_FORMS:
+                yield LinearLayer(net, H * W, (H, W), dim, heads, count, *form)
         else:
             size = (max(H, 7), max(W, 7))
-            for biased in (True, False) if unbiased else (True,):
+            for biased in (True, False) if all_neighborhoods else (True,):
                 yield NeighborhoodLayer(net, H * W, size, dim, heads, count, (7, 7), biased)
+                dilation = (size[0] // 7, size[1] // 7)
+                if all_neighborhoods and max(dilation) > 1:
+                    yield NeighborhoodLayer(net, H * W, size, dim, heads, count, (7, 7), biased, dilation)
 
 
 def _routed_layer(

@@ -1,6 +1,8 @@
-"""Parameters, MACs, speed and memory of models, ours and timm's."""
+"""Parameters, MACs, speed and memory of models, ours and timm's, in several forms and formulations."""
 
+import gc
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +13,21 @@ import torch
 import torch.nn.functional as F
 
 from models import complexity, create_model
-from retinue.benchmarks.timing import Row, autocast, interleave, make_row, peak_memory_mb
+from ops.backend import redirecting, using
+from retinue.benchmarks import nets
+from retinue.benchmarks.forms import EAGER, GPU_FORMS, GRAPH, in_form, prepare
+from retinue.benchmarks.formulations import PLAIN_PYTORCH
+from retinue.benchmarks.numerics import first_line
+from retinue.benchmarks.timing import (
+    Row,
+    Timing,
+    autocast,
+    interleave,
+    make_row,
+    peak_memory_mb,
+    run_twice,
+    used_memory_mb,
+)
 from retinue.utils.files import replacing
 from retinue.utils.suggestions import nearest
 
@@ -28,7 +44,6 @@ class Setting:
         device: "cpu", "cuda" or "cuda:N".
         dtype: "float32", or the type of autocast: "bfloat16" or "float16".
         channels_last: store weights and images in channels-last memory format.
-        compile: run the models through torch.compile.
     """
 
     image_size: int
@@ -36,7 +51,11 @@ class Setting:
     device: str
     dtype: str
     channels_last: bool
-    compile: bool
+
+    @property
+    def is_cuda(self) -> bool:
+        """True if the device is a GPU."""
+        return torch.device(self.device).type == "cuda"
 
 
 def build(model: Mapping[str, Any], image_size: int) -> torch.nn.Module:
@@ -44,11 +63,38 @@ def build(model: Mapping[str, Any], image_size: int) -> torch.nn.Module:
     return create_model(model, NUM_CLASSES, IN_CHANS, image_size)
 
 
-def make_step(model: Mapping[str, Any], setting: Setting, train: bool) -> Callable[[], object]:
+def with_peers(names: Sequence[str], setting: Setting) -> dict[str, tuple[str, str]]:
+    """Return the name and the formulation of each model and of its peers, by the name of the row.
+
+    The peers of a net of ours are the same net with the attention computed as others do, and timm's net if timm has it.
+    """
+    size = setting.image_size
+    candidates = {}
+    for name in names:
+        candidates[name] = (name, nets.OURS)
+        subject = nets.make_subject(name, (size, size), setting.batch_size, setting.device, setting.dtype)
+        for formulation in subject.formulations()[1:]:
+            if formulation == nets.TIMM:
+                candidates[nets.TIMM_NETS[name]] = (nets.TIMM_NETS[name], nets.OURS)
+            else:
+                candidates[f"{name}, {formulation}"] = (name, formulation)
+    return candidates
+
+
+def make_step(
+    model: Mapping[str, Any], setting: Setting, train: bool, form: str = EAGER, formulation: str = nets.OURS
+) -> Callable[[], object]:
     """Return a function that runs the model once on a batch, or with `train` trains it for one step.
 
     Inference is a forward pass in evaluation mode; a training step is forward, cross-entropy, backward and an update by
-    AdamW. Weights and images are random and lie on the device.
+    AdamW, fused on a GPU. Weights and images are random and lie on the device.
+
+    Args:
+        model: arguments of `models.create_model`.
+        setting: conditions of the measurement.
+        train: train the model.
+        form: a name of `retinue.benchmarks.forms.FORMS`.
+        formulation: formulation of the attention, as in `retinue.benchmarks.nets.make_step`.
     """
     torch.manual_seed(0)
     net = build(model, setting.image_size).to(setting.device).train(train)
@@ -56,25 +102,69 @@ def make_step(model: Mapping[str, Any], setting: Setting, train: bool) -> Callab
     if setting.channels_last:
         net, image = net.to(memory_format=torch.channels_last), image.contiguous(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     label = torch.randint(NUM_CLASSES, (setting.batch_size,), device=setting.device)
-    if setting.compile:
-        net.compile()
+    prepare(net, form)
+    # Casts of weights that autocast keeps would not be repeated when a graph is replayed.
+    precision = partial(autocast, setting.device, setting.dtype, cache_enabled=form != GRAPH)
+    backend, redirections = "torch" if formulation == PLAIN_PYTORCH else "auto", nets.redirections_to(formulation)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def infer() -> None:
-        with autocast(setting.device, setting.dtype):
+        with using(backend), redirecting(redirections), precision():
             net(image)
 
     def learn() -> None:
-        with autocast(setting.device, setting.dtype):
+        with using(backend), redirecting(redirections), precision():
             loss = F.cross_entropy(net(image), label)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     if not train:
-        return infer
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5)
-    return learn
+        return in_form(infer, form)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=1e-5, fused=setting.is_cuda, capturable=setting.is_cuda and form == GRAPH
+    )
+    return in_form(learn, form)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of one model in one form.
+
+    Attributes:
+        timing: its time per batch.
+        peak_mb: its peak memory in MB (10^6 bytes).
+        ready_s: seconds until it had run twice, with building and compiling.
+    """
+
+    timing: Timing
+    peak_mb: float
+    ready_s: float
+
+
+def measure(
+    makers: Mapping[str, Callable[[], Callable[[], object]]], setting: Setting, rounds: int
+) -> dict[str, Measured]:
+    """Build, prepare and time models in turn; a model that cannot run on a GPU is left out with a message."""
+    steps, memory, ready = {}, {}, {}
+    for name, make in makers.items():
+        began = time.monotonic()
+        try:
+            if setting.is_cuda:
+                steps[name], memory[name] = used_memory_mb(make, setting.device)
+            else:
+                memory[name] = peak_memory_mb(make, setting.device)
+                began = time.monotonic()
+                steps[name] = make()
+                run_twice(steps[name])
+        except Exception as error:
+            if not setting.is_cuda:
+                raise
+            print(f"{name} is left out: {first_line(error)}")
+            continue
+        ready[name] = time.monotonic() - began
+    timings = interleave(steps, rounds, min_seconds=0.1)
+    return {name: Measured(timing, memory[name], ready[name]) for name, timing in timings.items()}
 
 
 def benchmark(
@@ -84,46 +174,61 @@ def benchmark(
     train: bool = True,
     rounds: int = 7,
     against: str | None = None,
+    forms: Sequence[str] = (EAGER,),
+    formulations: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """Measure models in turn: one row for the inference of each, then one row for the training of each.
+    """Measure models in turn, in each mode and form: rows for inference, then rows for training.
 
     Args:
         models: the arguments of `models.create_model` for each name in the rows.
         setting: conditions that are the same for all models.
         train: measure training, too.
         rounds: how often each model is timed.
-        against: name of the model that the column `ratio` is relative to; by default that column is empty.
+        against: name of the model that the column `ratio` is relative to, in the same form; by default that column is
+            empty.
+        forms: names of `retinue.benchmarks.forms.FORMS`.
+        formulations: formulations of the attention by name in the rows; by default ours.
 
     Raises:
-        ValueError: a model is unknown, or `against` is not among the models.
+        ValueError: a model is unknown, `against` is not among the models, or a form needs a GPU.
     """
     if against is not None and against not in models:
         raise ValueError(f"against={against} is not one of the models.{nearest(against, models)}")
+    for form in forms:
+        if form in GPU_FORMS and not setting.is_cuda:
+            raise ValueError(f"the form {form} needs a CUDA device, not {setting.device}")
     size = setting.image_size
     complexities = {name: complexity(partial(build, model, size), size, IN_CHANS) for name, model in models.items()}
     rows = []
     for mode in ("inference", "training") if train else ("inference",):
-        makers = {name: partial(make_step, model, setting, mode == "training") for name, model in models.items()}
-        memory = {name: peak_memory_mb(make, setting.device) for name, make in makers.items()}
-        timings = interleave({name: make() for name, make in makers.items()}, rounds, min_seconds=0.1)
-        for name, timing in timings.items():
-            params, macs = complexities[name]
-            row = make_row(
-                name,
-                timing,
-                against=None if against is None else (against, timings[against]),
-                shape=f"{setting.batch_size}x{IN_CHANS}x{size}x{size}",
-                dtype=setting.dtype,
-                device=setting.device,
-                peak_mb=memory[name],
-                mode=mode,
-                images_per_s=setting.batch_size / timing.median,
-                params_m=params / 1e6,
-                macs_g=macs / 1e9,
-                channels_last=str(setting.channels_last),
-                compile=str(setting.compile),
-            )
-            rows.append(row)
+        for form in forms:
+            torch.compiler.reset()
+            gc.collect()
+            makers = {
+                name: partial(make_step, model, setting, mode == "training", form, (formulations or {}).get(name, ""))
+                for name, model in models.items()
+            }
+            measured = measure(makers, setting, rounds)
+            baseline = None if against not in measured else (against, measured[against].timing)
+            for name, figures in measured.items():
+                params, macs = complexities[name]
+                row = make_row(
+                    name,
+                    figures.timing,
+                    against=baseline,
+                    shape=f"{setting.batch_size}x{IN_CHANS}x{size}x{size}",
+                    dtype=setting.dtype,
+                    device=setting.device,
+                    peak_mb=figures.peak_mb,
+                    mode=mode,
+                    form=form,
+                    images_per_s=setting.batch_size / figures.timing.median,
+                    ready_s=figures.ready_s,
+                    params_m=params / 1e6,
+                    macs_g=macs / 1e9,
+                    channels_last=str(setting.channels_last),
+                )
+                rows.append(row)
     return rows
 
 

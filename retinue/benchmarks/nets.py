@@ -31,6 +31,7 @@ NET_PEERS = {
     "routed_attention": ("gather, matmul, softmax", "index_select + SDPA"),
     "window_attention": ("cut, matmul, softmax", "cut, masked SDPA"),
     "neighborhood_attention": (PLAIN_PYTORCH, "FlexAttention"),
+    "linear_attention": (PLAIN_PYTORCH,),
 }
 # timm's nets that equal ours, with 224 x 224 pixels.
 TIMM_NETS = {"swin_tiny": "swin_tiny_patch4_window7_224", "swin_small": "swin_small_patch4_window7_224"}

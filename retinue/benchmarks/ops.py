@@ -10,7 +10,6 @@ import torch
 import torch._dynamo as dynamo
 
 from ops import list_ops
-from ops.neighborhood import NATTEN_INSTALLED
 from retinue.benchmarks import layers, nets, primitives
 from retinue.benchmarks.formulations import FORMULATIONS, TORCH_COMPILE
 from retinue.benchmarks.layers import Layer, comma_separated
@@ -36,12 +35,14 @@ class MeasuringSetting:
         dtype: "float32", "bfloat16" or "float16".
         rounds: how often each formulation is timed.
         rates: bytes/s and FLOP/s of a GPU. None on the CPU, whose caches hold most maps.
+        external: measure compilers and libraries of others, too; some of them compile for each layer.
     """
 
     device: torch.device
     dtype: str
     rounds: int
     rates: tuple[float, float] | None = None
+    external: bool = True
 
     @property
     def is_cuda(self) -> bool:
@@ -135,6 +136,8 @@ def measure_layer(layer: Layer, batch: int, setting: MeasuringSetting, compiling
     torch.compiler.reset()
     call, formulations, names = layer.call(batch, setting.device), FORMULATIONS[layer.primitive], []
     for name, formulation in formulations.items():
+        if formulation.external and not setting.external:
+            continue
         reason = formulation.obstacle(call)
         if reason is None and (compiling or name != TORCH_COMPILE):
             names.append(name)
@@ -260,7 +263,7 @@ def measure_primitive(
     """
     rows, sums, pixels = [], [], image_size[0] * image_size[1]
     variants: dict[str, list[tuple[Layer, Measured]]] = {}
-    for layer in layers.layers(primitive, image_size, unbiased=NATTEN_INSTALLED):
+    for layer in layers.layers(primitive, image_size, all_neighborhoods=setting.is_cuda and setting.external):
         try:
             measured = measure_layer(layer, batch, setting, compiling)
         except torch.OutOfMemoryError:

@@ -6,6 +6,8 @@ from pydantic import AfterValidator
 
 Pair = tuple[int, int]
 Dtype = Literal["float32", "bfloat16", "float16"]
+# Members of `retinue.benchmarks.forms.FORMS`.
+Form = Literal["eager", "compiled", "whole", "reduce-overhead", "graph"]
 
 MIN_SIDE = 32
 

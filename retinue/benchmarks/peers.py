@@ -25,6 +25,7 @@ from ops.functional import (
     split_heads,
     to_groups,
 )
+from ops.linear import map_features
 from ops.windows import from_windows, to_windows
 from retinue.benchmarks.options import Pair
 
@@ -281,3 +282,21 @@ def natten_neighborhood(
 
 # NATTEN's back end on FlexAttention.
 natten_flex_neighborhood = functools.partial(natten_neighborhood, backend="flex-fna", torch_compile=True)
+
+
+# Linear attention
+
+
+def quadratic_linear(
+    qkv: Tensor, num_heads: int, features: str, normalization: str, scale: float, min_sum: float
+) -> Tensor:
+    """Compute `linear_attention` from the weights of all pairs of tokens in float32; written for this comparison."""
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    q, k, v = (split_heads(t, num_heads).to(dtype) for t in qkv.chunk(3, dim=-1))
+    q, k = map_features(q, k, features)
+    weights = q @ k.transpose(-2, -1)
+    if normalization == "sum":
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=min_sum)
+    elif normalization == "subtract":
+        weights = (weights - weights.mean(-1, keepdim=True) + 1 / scale) / weights.shape[-1]
+    return merge_heads(weights @ v * scale).to(qkv.dtype)

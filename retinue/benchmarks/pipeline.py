@@ -51,9 +51,9 @@ def make_photos(root: Path, count: int, seed: int = 0) -> float:
     return float(np.mean(sizes))
 
 
-def retinue_batches(root: Path, image_size: int, batch_size: int) -> Iterator[torch.Tensor]:
-    """Yield batches of our pipeline without end, (B, 3, image_size, image_size)."""
-    augment = {
+def retinue_data(root: Path, image_size: int, batch_size: int, workers: int, **augment: str | None) -> ImageFolder:
+    """Return our data module with DeiT's recipe; `augment` changes its augmentation."""
+    recipe = {
         "scale": (0.08, 1.0),
         "interpolation": "bicubic",
         "hflip": 0.5,
@@ -63,15 +63,20 @@ def retinue_batches(root: Path, image_size: int, batch_size: int) -> Iterator[to
         "cutmix": 1.0,
         "label_smoothing": 0.1,
     }
-    data = ImageFolder(
+    return ImageFolder(
         root=str(root),
         image_size=image_size,
         mean=MEAN,
         std=STD,
-        augment=augment,
+        augment=recipe | augment,
         batch_size=batch_size,
-        num_workers=0,
+        num_workers=workers,
     )
+
+
+def retinue_batches(root: Path, image_size: int, batch_size: int) -> Iterator[torch.Tensor]:
+    """Yield batches of our pipeline without end, (B, 3, image_size, image_size)."""
+    data = retinue_data(root, image_size, batch_size, workers=0)
     loader, epoch = data.train_dataloader(), 0
     while True:
         loader.set_epoch(epoch)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ops.backend import using
 from ops.functional import routed_attention, window_attention
+from ops.linear import linear_attention
 from ops.neighborhood import neighborhood_attention
 from retinue.benchmarks.formulations import FORMULATIONS
 from retinue.benchmarks.layers import Layer
@@ -17,6 +18,7 @@ PRIMITIVES = {
     "routed_attention": routed_attention,
     "window_attention": window_attention,
     "neighborhood_attention": neighborhood_attention,
+    "linear_attention": linear_attention,
 }
 
 

@@ -138,11 +138,7 @@ def peak_memory_mb(make: Callable[[], Callable[[], object]], device: str | torch
         device: the device on which the function runs.
     """
     if torch.device(device).type == "cuda":
-        gc.collect()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        _run_twice(make)
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+        return used_memory_mb(make, device)[1]
     # All processes forked from a fork server start equal: with the imports done and without threads.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["__main__", "timm"])
@@ -150,8 +146,20 @@ def peak_memory_mb(make: Callable[[], Callable[[], object]], device: str | torch
         return pool.submit(_resident_growth, make, torch.get_num_threads()).result() / 1e6
 
 
-def _run_twice(make: Callable[[], Callable[[], object]]) -> None:
+def used_memory_mb(
+    make: Callable[[], Callable[[], object]], device: str | torch.device
+) -> tuple[Callable[[], object], float]:
+    """Build a function on a GPU and call it twice; return the function and its peak memory as in `peak_memory_mb`."""
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     step = make()
+    run_twice(step)
+    return step, (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+def run_twice(step: Callable[[], object]) -> None:
+    """Run a step twice and wait for the GPU."""
     # The first step allocates gradients and the optimiser's state; the second step runs with them.
     step()
     step()
@@ -161,7 +169,7 @@ def _run_twice(make: Callable[[], Callable[[], object]]) -> None:
 def _resident_growth(make: Callable[[], Callable[[], object]], threads: int) -> int:
     torch.set_num_threads(threads)
     before = _peak_resident()
-    _run_twice(make)
+    run_twice(make())
     return _peak_resident() - before
 
 
@@ -255,9 +263,16 @@ def versions() -> dict[str, str]:
     return numbers
 
 
-def autocast(device: str | torch.device, dtype: str) -> contextlib.AbstractContextManager:
-    """Return the autocast context for a type such as "bfloat16", which does nothing for "float32"."""
-    return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32")
+def autocast(device: str | torch.device, dtype: str, cache_enabled: bool = True) -> contextlib.AbstractContextManager:
+    """Return the autocast context for a type such as "bfloat16", which does nothing for "float32".
+
+    Args:
+        device: device of the computation.
+        dtype: type of the computation.
+        cache_enabled: keep the casts of weights until the context ends.
+    """
+    enabled = dtype != "float32"
+    return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled, cache_enabled)
 
 
 def describe_device(device: str | torch.device) -> str:

@@ -104,7 +104,7 @@ def measure_ops(
     Returns:
         The new columns of each op's row.
     """
-    setting = Setting(image_size, batch_size, device, dtype, channels_last=False, compile=False)
+    setting = Setting(image_size, batch_size, device, dtype, channels_last=False)
     columns: dict[str, Row] = {op: {} for op in nets}
     for row in benchmark(nets, setting, rounds=rounds):
         prefix = PREFIXES[str(row["mode"])]

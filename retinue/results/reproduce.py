@@ -203,7 +203,7 @@ def measure_inference(rows: Sequence[PaperRow], batch_size: int, device: str, dt
     for size in sorted({row.facts["input"] for row in rows}):
         rows_by_label = {row.label: row for row in rows if row.facts["input"] == size}
         nets = {label: {"name": row.facts["net"], **row.facts.get("args", {})} for label, row in rows_by_label.items()}
-        setting = Setting(size, batch_size, device, dtype, channels_last=False, compile=False)
+        setting = Setting(size, batch_size, device, dtype, channels_last=False)
         for measured in benchmark(nets, setting, train=False, rounds=ROUNDS):
             row = rows_by_label[str(measured["what"])]
             row.figures["images_per_s"] = Figure(row.facts.get("throughput"), float(measured["images_per_s"] or 0))

@@ -91,6 +91,11 @@ def check(cfg: DictConfig) -> None:
     on_a_cpu = accelerator == "cpu" or (accelerator == "auto" and not (gpus or torch.backends.mps.is_available()))
     if on_a_cpu and cfg.trainer.precision == "fp16":
         raise ValueError("trainer.precision=fp16 needs a GPU; a CPU takes fp32, or bf16 for mixed precision")
+    if on_a_cpu and cfg.trainer.strategy == "fsdp" and torch.__version__ < "2.11":
+        raise ValueError(
+            f"trainer.strategy=fsdp on CPUs needs torch 2.11 or newer, not {torch.__version__}, since torch 2.8 sums "
+            "the gradients of the processes where FSDP asks for their mean; trainer.strategy=ddp works"
+        )
     per_device_batch(cfg)
 
 

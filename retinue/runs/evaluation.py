@@ -71,6 +71,7 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
         "params": params,
         "macs": macs,
         "precision": cfg.trainer.precision,
+        **datamodule.note,
         **provenance(),
         "config_sha256": fingerprint(cfg),
     }

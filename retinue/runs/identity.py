@@ -7,6 +7,8 @@ The rule, version 2. The identity of a config is the config without
 - `_target_`, which names a class of the code, and `recipe` in `model` and `head`, which only chooses a default;
 - a section or key that another key switches off (`SWITCHES`), such as `task.distillation` without a teacher;
 - `data.own`, since the values of `data` that a config leaves open are filled in before (`retinue.runs.preprocessing`);
+- the value of `task.compile`, which counts as false: like another device, a compiled net differs by rounding and by
+  the numbers that dropout draws;
 - the path of a weights file (`WEIGHTS`), whose content counts: the SHA-256 of the file, which a run's config keeps as
   `weights_sha256`; a file that is not there counts as its path;
 - a batch size that was reduced for a small training set: the recipe's own counts, which is known before the data are;
@@ -77,6 +79,8 @@ def identity(cfg: Mapping) -> dict[str, Any]:
     for section, keys in NOT_RESULT.items():
         if isinstance(config.get(section), dict):
             config[section] = {key: value for key, value in config[section].items() if key not in keys}
+    if _select(config, "task.compile") is not None:
+        config["task"] = config["task"] | {"compile": False}
     for switched, switch in SWITCHES.items():
         if _select(config, switch) is None:
             _remove(config, switched)

@@ -56,6 +56,8 @@ def open_values(cfg: Mapping) -> dict[str, tuple[Any, str]]:
     is_open = [key for key in own if data.get(key) is None]
     if not is_open:
         return {}
+    if data["in_chans"] not in (1, 3) or data.get("bands"):
+        check_bands(data, is_open)
     taken = {key: (own[key], "the data's own") for key in is_open}
     from_weights = _from_weights(cfg, data)
     is_dense = data["task"] != "classification"
@@ -66,6 +68,23 @@ def open_values(cfg: Mapping) -> dict[str, tuple[Any, str]]:
         key: (_fit_channels(value, data["in_chans"]) if key in ("mean", "std") else value, source)
         for key, (value, source) in taken.items()
     }
+
+
+def check_bands(data: Mapping, is_open: Sequence[str]) -> None:
+    """Refuse bands without a mean and a deviation of their own: those of colours mean nothing in the files' units.
+
+    Args:
+        data: Section `data` of a config.
+        is_open: Keys that are null.
+
+    Raises:
+        ValueError: `mean` or `std` is open.
+    """
+    if missing := [f"data.{key}" for key in DENSE_KEYS if key in is_open]:
+        raise ValueError(
+            f"data.in_chans={data['in_chans']} needs {' and '.join(missing)} in the files' units: "
+            f"python scripts/band_statistics.py root={data['root']} in_chans={data['in_chans']} prints them"
+        )
 
 
 def _fit_channels(values: Sequence[float], in_chans: int) -> list[float]:

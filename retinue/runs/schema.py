@@ -113,6 +113,13 @@ class Training(Common):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_graphs_on_one_device(self) -> Self:
+        several = self.trainer.devices * self.trainer.num_nodes > 1
+        if several and self.task.compile == "reduce-overhead":  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError("task.compile=reduce-overhead is for one device: task.compile=true compiles for several")
+        return self
+
 
 class Evaluation(Common):
     """Keys of eval.py alone."""

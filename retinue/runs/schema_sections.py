@@ -183,6 +183,12 @@ class ClassificationAugment(Keys):
     mixup_prob: Share = Field(description="probability that a batch is mixed")
     switch_prob: Share = Field(description="probability of CutMix if both are on")
     label_smoothing: Share = Field(description="share of the target that is spread over all classes")
+    device: Literal["gpu"] | None = Field(
+        None, description="gpu: auto_augment and color_jitter change batches on the device that trains; null: the CPU"
+    )
+    decode: Literal["reduced"] | None = Field(
+        None, description="reduced: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crop permits"
+    )
 
 
 class DenseAugment(Keys):
@@ -217,7 +223,9 @@ class Task(Keys):
     """Keys that the tasks have in common."""
 
     eval_batch: Count = Field(description="images in a batch of eval.py")
-    compile: bool = Field(description="compile the net by torch.compile (under a head: the backbone)")
+    compile: bool | Literal["auto"] = Field(
+        description="compile the backbone by torch.compile; auto: on a GPU, if the training is long enough"
+    )
     channels_last: bool = Field(description="keep images and the weights of convolutions in channels-last memory")
     grad_checkpointing: bool = Field(description="recompute blocks in the backward pass: less memory, more time")
 
@@ -242,6 +250,10 @@ class Distillation(Keys):
 class ClassificationTask(Task):
     """`conf/task/classification.yaml`."""
 
+    compile: bool | Literal["reduce-overhead", "auto"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        description="compile the net by torch.compile; auto: on a GPU, if the training is long enough; "
+        "reduce-overhead: also replay its kernels as CUDA graphs, on one GPU"
+    )
     figure: Literal["top1", "top5"] = Field(description=FIGURE)
     loss_weights: LossWeights = Field(
         {}, description="weights of the net's auxiliary losses by name; those not named are the paper's"
@@ -299,7 +311,9 @@ class ClassificationData(Data):
     """`conf/data/*.yaml` for classification."""
 
     image_size: Sides | None = Field(None, description="side of the images in pixels, or [height, width]")
-    in_chans: Channels = Field(description="number of channels: 3, or 1 for grey")
+    in_chans: Count = Field(
+        description="number of channels: 3, or 1 for grey; data=image_folder takes any number of bands"
+    )
     crop_pct: CropShare | None = Field(None, description="share of the resized image that evaluation's crop keeps")
     crop_mode: Literal["center", "squash", "border"] | None = Field(
         None, description="evaluation's crop as in timm: center, squash or border"

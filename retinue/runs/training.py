@@ -160,6 +160,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
         "images_per_second": training_log.images_per_second,
         "precision": cfg.trainer.precision,
         **statistics.note,
+        **datamodule.note,
         **links(loggers),
         **provenance(),
         "config_sha256": fingerprint(cfg),

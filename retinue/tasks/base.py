@@ -1,5 +1,6 @@
 """Base of the tasks: optimiser, schedule, random seeds by step, running means of training, and a guard against NaN."""
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,13 +9,17 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from models.complexity import complexity
 from models.weights import load_weights
+from retinue.tasks.compilation import compile_net, seconds_gained
 from retinue.tasks.optimization import check_optimizer, create_optimizer, create_schedule
+
+log = logging.getLogger(__name__)
 
 NOT_FINITE_ADVICE = "a lower recipe.optimizer.lr, recipe.clip_grad, or another trainer.precision may help"
 
@@ -29,7 +34,8 @@ class Task(pl.LightningModule):
     Args:
         model: The net, as `build_net` returns it.
         recipe: Epochs, batch_size, optimizer, schedule, ...: a composed `conf/recipe/*.yaml`.
-        compile: Compile the net by `torch.compile`.
+        compile: Compile the net by `torch.compile`: True; "reduce-overhead", which also replays its kernels as CUDA
+            graphs; or "auto", which compiles on a GPU if the training is long enough to pay for it.
         channels_last: Keep the weights of convolutions in channels-last memory.
         grad_checkpointing: Recompute blocks in the backward pass, which takes less memory and more time.
 
@@ -47,7 +53,7 @@ class Task(pl.LightningModule):
         model: nn.Module,
         recipe: Mapping,
         *,
-        compile: bool = False,
+        compile: bool | str = False,
         channels_last: bool = True,
         grad_checkpointing: bool = False,
     ):
@@ -55,12 +61,14 @@ class Task(pl.LightningModule):
         check_optimizer(recipe)
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model  # pyright: ignore[reportCallIssue]
         self.recipe = recipe
-        self.compile_model = compile
+        self.compile_choice, self.cuda_graphs = compile, compile == "reduce-overhead"
         if grad_checkpointing:
             model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
         # Sums since the last row of the log: of figure * images by the figure's name, and the number of `images`.
         self._sums: dict[str, Tensor] = {}
         self._first_bad_step: Tensor | None = None
+        # Whether the current batch is the first one of an optimiser step; set with CUDA graphs only.
+        self._first_of_step = True
         self.val_figures: dict[str, float] = {}
         self.save_images = 0
         self.maps_folder: Path | None = None
@@ -99,9 +107,32 @@ class Task(pl.LightningModule):
         """Return the number of parameters, and the multiply-accumulates for one image of the data's size."""
         return complexity(self.model, datamodule.image_size, datamodule.in_chans)
 
+    @property
+    def compiled_part(self) -> tuple[nn.Module, bool]:
+        """The part of the net that is compiled, and whether all images have one size."""
+        return self.model, True
+
     def setup(self, stage: str) -> None:
-        if self.compile_model:
-            self.model.compile()
+        net, one_size = self.compiled_part
+        if self.compile_choice == "auto":
+            worthwhile = stage == "fit" and self.gains_by_compiling(net)
+        else:
+            worthwhile = bool(self.compile_choice)
+        if worthwhile:
+            compile_net(net, cuda_graphs=self.cuda_graphs, one_size=one_size)
+
+    def gains_by_compiling(self, net: nn.Module) -> bool:
+        """Tell whether training gains by compiling the net, and log the reason."""
+        if self.trainer.strategy.root_device.type != "cuda":
+            choice, reason = "not compiled", "there is no GPU"
+        else:
+            steps = self.steps_per_epoch() * (self.trainer.max_epochs or 0)
+            cost, gain = seconds_gained(net, steps)
+            choice = "compiled" if gain > cost else "not compiled"
+            reason = f"by estimate it takes {cost:.0f} s and saves {gain:.0f} s in {steps} steps"
+        if rank_zero_only.rank == 0:
+            log.warning("task.compile=auto: the net is %s, since %s", choice, reason)
+        return choice == "compiled"
 
     def configure_model(self) -> None:
         """Shard the net over the devices if the strategy asks for it (FSDP2)."""
@@ -140,6 +171,25 @@ class Task(pl.LightningModule):
         # Dropout and drop path follow from (seed, epoch, batch, rank), so a resumed run draws the same numbers as a run
         # without interruption.
         torch.manual_seed(batch["seed"])
+        if self.cuda_graphs:
+            self._first_of_step = batch_idx % self.trainer.accumulate_grad_batches == 0
+            if self._first_of_step:
+                # The gradients lie in memory that the next replay overwrites.
+                self.zero_grad()
+            torch.compiler.cudagraph_mark_step_begin()
+
+    def on_after_backward(self) -> None:
+        if self.cuda_graphs and self._first_of_step and self.trainer.accumulate_grad_batches > 1:
+            # The next batch of the step overwrites the memory of these gradients, and then adds its own.
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.clone()
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+
+    on_test_batch_start = on_validation_batch_start
 
     def observe(self, batch: Any) -> None:
         """Run a training step's forward pass for the layers that keep statistics; nothing is logged."""
@@ -159,11 +209,14 @@ class Task(pl.LightningModule):
         figures = {"loss": loss, **figures}
         for name, value in figures.items():
             value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value * images
-        self._sums["images"] = self._sums.get("images", torch.zeros_like(self._sums["loss"])) + images
+            self._add(name, value * images)
+        self._add("images", torch.full_like(self._sums["loss"], images))
 
         step = torch.where(torch.isfinite(loss.detach()), math.inf, float(self.global_step))
         self._first_bad_step = step if self._first_bad_step is None else torch.minimum(self._first_bad_step, step)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def running_figures(self) -> dict[str, float]:
         """Return the means on this rank since the last row of the log, as `train/loss`, ..."""

@@ -18,6 +18,9 @@ from retinue.tasks.base import Task
 from retinue.tasks.distillation import Teacher
 from retinue.utils.suggestions import nearest
 
+# Label of images that a loss leaves out.
+IGNORED = -100
+
 
 class Classification(Task):
     """Classification by cross-entropy or binary cross-entropy; the figures are top-1 and top-5 accuracy.
@@ -116,15 +119,16 @@ class Classification(Task):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # Images that pad the last batch of a rank have the index -1.
-        valid = batch["index"] >= 0
-        logits, label = self(batch["image"])[valid].float(), batch["label"][valid]
+        # They are masked: selecting the others would wait for the GPU to count them.
+        padding = batch["index"] < 0
+        logits, label = self(batch["image"]).float(), batch["label"]
         # Number of classes that score higher than the true one.
         ranks = (logits > logits.gather(1, label[:, None])).sum(1)
         # Comparisons with NaN are false, so without this line scores that have no order would be right.
-        ranks = ranks.masked_fill((logits.isnan() | logits.isposinf()).any(1), max(5, self.num_classes))
-        sums = torch.stack(
-            [F.cross_entropy(logits, label, reduction="sum"), (ranks < 1).sum(), (ranks < 5).sum(), valid.sum()]
-        )
+        wrong = padding | (logits.isnan() | logits.isposinf()).any(1)
+        ranks = ranks.masked_fill(wrong, max(5, self.num_classes))
+        loss = F.cross_entropy(logits, label.masked_fill(padding, IGNORED), reduction="sum", ignore_index=IGNORED)
+        sums = torch.stack([loss, (ranks < 1).sum(), (ranks < 5).sum(), (~padding).sum()])
         self._val_sums = sums.double() if self._val_sums is None else self._val_sums + sums
 
     def on_validation_epoch_end(self) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from models.openmmlab.build import DensePredictor
@@ -38,10 +38,10 @@ class DensePredictionTask(Task):
         whole = self.model.is_whole(names) and not drop_classifier
         load_weights(self.model if whole else self.model.backbone, weights)
 
-    def setup(self, stage: str) -> None:
-        if self.compile_model:
-            # Shapes in the heads change from image to image, and each new shape would be compiled again.
-            self.model.backbone.compile()
+    @property
+    def compiled_part(self) -> tuple[nn.Module, bool]:
+        # Shapes in the heads change from image to image, and each new shape would be compiled again.
+        return self.model.backbone, False
 
     def configure_model(self) -> None:
         super().configure_model()

@@ -1,5 +1,6 @@
 """Optimiser and learning-rate schedule of a recipe, built by timm."""
 
+import inspect
 import logging
 import math
 from collections.abc import Mapping
@@ -47,7 +48,8 @@ def create_optimizer(model: nn.Module, recipe: Mapping) -> Optimizer:
       classifier (BEiT, arXiv:2106.08254).
     - `optimizer.backbone_factor`: the rates of `model.backbone` are multiplied by this factor.
 
-    The other keys of `optimizer` are arguments of `timm.optim.create_optimizer_v2`; null ones are left out.
+    The other keys of `optimizer` are arguments of `timm.optim.create_optimizer_v2`; null ones are left out. On a GPU,
+    an optimiser with a fused form updates all weights in a few kernels.
 
     Args:
         model: The net.
@@ -59,10 +61,27 @@ def create_optimizer(model: nn.Module, recipe: Mapping) -> Optimizer:
     factor = settings.pop("backbone_factor", None)
     if "betas" in settings:
         settings["betas"] = tuple(settings["betas"])
-    optimizer = timm.optim.create_optimizer_v2(model, opt=settings.pop("name"), **settings)
+    name = settings.pop("name")
+    if on_gpu(model) and has_fused_form(name):
+        settings.setdefault("fused", True)
+    optimizer = timm.optim.create_optimizer_v2(model, opt=name, **settings)
+    # A fused optimiser would scale fp16 gradients back by itself, after they were clipped. Let the scaler do it before.
+    optimizer._step_supports_amp_scaling = False  # pyright: ignore[reportAttributeAccessIssue]
     if factor is not None:
         _scale_backbone_rates(optimizer, model.backbone, factor)  # pyright: ignore[reportArgumentType]
     return optimizer
+
+
+def on_gpu(model: nn.Module) -> bool:
+    """Tell whether all parameters are on CUDA devices."""
+    return all(parameter.is_cuda for parameter in model.parameters())
+
+
+def has_fused_form(name: str) -> bool:
+    """Tell whether the optimiser that timm has under a name takes the argument `fused`."""
+    if name not in timm.optim.list_optimizers():
+        return False
+    return "fused" in inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
 
 
 def _scale_backbone_rates(optimizer: Optimizer, backbone: nn.Module, factor: float) -> None:

@@ -8,7 +8,7 @@ import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
-from datamodules.batch import BatchTransform, normalise
+from datamodules.batch import BatchTransform, Buffers, normalise
 from datamodules.loader import private_rng, seed_rng
 from datamodules.transforms import Augment
 
@@ -100,3 +100,17 @@ def test_result_depends_on_the_seed_alone_and_global_generators_are_restored():
     assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected
     assert torch.equal(first, transform(make_batch(seed=7))["image"])
     assert not torch.equal(first, transform(make_batch(seed=8))["image"])
+
+
+def test_memory_of_large_batches_is_used_again_when_no_tensor_refers_to_it(monkeypatch):
+    monkeypatch.setattr(Buffers, "SMALLEST", 0)
+    expected = [BatchTransform(MEAN, STD, 4, ALL_ON)(make_batch(seed=seed))["image"] for seed in range(3)]
+    transform = BatchTransform(MEAN, STD, 4, ALL_ON)
+    kept = [transform(make_batch(seed=seed))["image"][1:, 0] for seed in range(2)]
+    places = {image.data_ptr() for image in kept}
+    third = transform(make_batch(seed=2))["image"]
+    assert len({*places, third[1:, 0].data_ptr()}) == 3
+    for image, right in zip((*kept, third[1:, 0]), expected, strict=True):
+        torch.testing.assert_close(image, right[1:, 0], atol=0, rtol=0)
+    del kept[0], image
+    assert transform(make_batch())["image"][1:, 0].data_ptr() in places

@@ -2,20 +2,23 @@
 
 import hashlib
 import io
+import json
 import os
 import random
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 
 from datamodules import fetch as fetching
 from datamodules.base import SPLITS
-from datamodules.decode import BrokenImage
+from datamodules.decode import BrokenImage, decode
 from datamodules.fetch import FetchedSet, fetch
 from datamodules.image_folder import ImageFolder
 from datamodules.imagenet import ImageNet
 from datamodules.shards import make_shards
+from datamodules.transforms import resize
 from datamodules.webdataset import ShardImages, WebDataset, index_shards
 from tests.datamodules.test_loader import AUGMENT
 from tests.imagenet_folder import make_imagenet_folder
@@ -86,6 +89,45 @@ def test_shards_of_an_image_folder_with_class_folders_only(tmp_path):
     for split in SPLITS:
         assert folder.names(split) == shards.names(split)
         assert folder.images(split).labels.tolist() == shards.images(split).labels.tolist()
+
+
+def test_larger_training_images_are_resized_once(folders, tmp_path):
+    source, out = folders[0], tmp_path / "out"
+    make_shards(source, out, "imagenet", max_side=40, threads=2)
+    data, folder = WebDataset(root=str(out)), ImageNet(root=str(source))
+    assert data.note == {"training_images": "resized to at most 40 px when they were packed"}
+    assert WebDataset(root=str(folders[1])).note == {}
+    assert data.names("train") == folder.names("train")
+    resized = 0
+    for split in ("train", "val"):
+        for i in range(len(folder.images(split))):
+            content, original = data.images(split).read(i), folder.images(split).read(i)
+            try:
+                before = decode(original)
+            except BrokenImage:
+                assert content == original
+                continue
+            if split == "val" or max(before.shape) <= 40:
+                assert content == original
+                continue
+            resized += 1
+            after, factor = decode(content), 40 / max(before.shape)
+            assert max(after.shape) == 40
+            expected = resize(before, after.shape[:2], "bicubic")
+            assert abs(after.shape[1] - factor * before.shape[1]) < 1
+            assert np.abs(after.astype(int) - expected).mean() < 6
+    assert resized > 3
+    with tarfile.open(out / "train-000000.tar") as tar:
+        about = [json.loads(tar.extractfile(m).read()) for m in tar if m.name.endswith("json")]  # pyright: ignore[reportOptionalMemberAccess]
+    assert sum("resized_from" in entry for entry in about) == resized
+
+
+def test_damaged_facts_about_shards(folders, tmp_path):
+    out = tmp_path / "out"
+    make_shards(folders[0], out, "imagenet", max_side=1000)
+    (out / "shards.json").write_text('{"max_size": 3}')
+    with pytest.raises(ValueError, match=r"shards\.json is damaged, it should say max_side"):
+        _ = WebDataset(root=str(out)).note
 
 
 def test_nothing_remains_of_shards_that_failed(tmp_path):

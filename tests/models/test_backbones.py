@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models import group_parameters, model_entrypoint
+from timm.models import adapt_input_conv, group_parameters, model_entrypoint
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from models import load_weights
@@ -31,10 +31,11 @@ def few_blocks(name: str, first: int = 2) -> dict[str, Any]:
         first: Number of blocks in the first stage; the other stages have one. A net of one stage has four blocks.
     """
     with torch.device("meta"):
-        parameters = inspect.signature(type(timm.create_model(name)).__init__).parameters
+        net: Any = timm.create_model(name)
+    parameters = inspect.signature(type(net).__init__).parameters
     if "depths" not in parameters:
         return {}
-    stages = len(parameters["depths"].default)
+    stages = len(net.stages) if hasattr(net, "stages") else 1
     return {"depths": (first, *[1] * (stages - 1)) if stages > 1 else (4,)}
 
 
@@ -86,9 +87,17 @@ inline_cswin_{tiny,small,base} gc_vit_{xxtiny,xtiny,tiny,tiny2,small,small2,base
 focalnet_{tiny_iso,small_iso,base_iso} astroformer_{0,1,2,3,4,5}
 moat_{0,1,2,3,4} tiny_moat_{0,1,2,3} medvitv2_{tiny,small,base,large}
 vit_resnas_{tiny,small,medium,reftiny,tiny666} bossnet_{t0,t0_nose,t1}
+focalnet_{tiny_iso,small_iso,base_iso} kdgqa_{small,base,large} ninformer_{cifar}
+hyena_deit_{tiny,small,base} terminator_{cifar} lola_{specvit}
 focalnet_{tiny_iso,small_iso,base_iso}
+flowformer_{base} patnet_{t0,t1,t2,s,m,l} tic_{tiny} s2aformer_{tiny} coswin_{tiny} maformer_{tiny}
+spectformer_{tiny,xsmall,small,base} spectformer_h_{small,base,large}
 soft_{tiny,small,medium,large,huge} soft_norm_{tiny,small,medium,large,huge}
 astroformer_{0,1,2,3,4,5} kdgqa_{small,base,large}
+focalnet_{tiny_iso,small_iso,base_iso} moh_transnext_{small_75,small_80,base_50,base_75}
+evit_{small,base} sparsifiner_{small,base}
+fan_{tiny,small,base,large,tiny_hybrid,small_hybrid,base_hybrid,large_hybrid}
+rvt_{tiny,tiny_plus,small,small_plus,base,base_plus}
 """
 
 
@@ -100,9 +109,9 @@ def test_every_published_size_is_registered():
 def test_scores_and_gradients(net):
     # Training does this too; it fails for nets that have weights of five dimensions.
     net = net.to(memory_format=torch.channels_last)
-    scores = net(torch.randn(2, 3, 64, 64))
+    scores, losses = net.forward_with_losses(torch.randn(2, 3, 64, 64))
     assert scores.shape == (2, 3)
-    scores.square().sum().backward()
+    (scores.square().sum() + sum(losses.values())).backward()
     assert [key for key, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
@@ -119,11 +128,12 @@ def test_maps_of_an_odd_size_have_the_shapes_of_feature_info(name):
 def test_pruning_keeps_only_what_the_maps_need(net):
     channels = [info["num_chs"] for info in net.feature_info]
     levels = len(channels)
-    assert net.prune_intermediate_layers([0, -2], prune_norm=True) == [0, levels - 2]
-    maps = net.forward_intermediates(torch.randn(2, 3, 64, 64), [0, levels - 2], intermediates_only=True)
-    assert [m.shape[1] for m in maps] == [channels[0], channels[-2]]
+    indices = sorted({0, max(levels - 2, 0)})
+    assert net.prune_intermediate_layers([i - levels for i in indices], prune_norm=True) == indices
+    maps = net.forward_intermediates(torch.randn(2, 3, 64, 64), indices, intermediates_only=True)
+    assert [m.shape[1] for m in maps] == [channels[i] for i in indices]
     torch.stack([m.sum() for m in maps]).sum().backward()
-    assert len(net.stages if hasattr(net, "stages") else net.blocks) == levels - 1
+    assert len(net.stages if hasattr(net, "stages") else net.blocks) == indices[-1] + 1
     assert all(p.grad is not None for p in net.parameters())
 
 
@@ -134,9 +144,11 @@ def test_intermediates_and_features(net):
         assert torch.equal(features, net.forward_features(x))
         assert torch.equal(net(x), net.forward_head(features))
         last = net.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
-        # The maps of a pyramid with a class token are computed without the token, so they differ from the features.
-        if features.ndim == 4 or not hasattr(net, "stages"):
-            assert torch.equal(tokens(last[0]), tokens(features)[:, -last[0][0, 0].numel() :])
+        # The maps of a pyramid with a class token are computed without the token, those of a net that drops tokens with
+        # all tokens, and those of a net whose class token joins last before that, so they differ from the features.
+        of_the_map = last[0][0, 0].numel()
+        if features.ndim == 4 or (not hasattr(net, "stages") and features.shape[1] == net.extra + of_the_map):
+            assert torch.equal(tokens(last[0]), tokens(features)[:, -of_the_map:])
         assert torch.equal(maps[-1], last[0]) == isinstance(net.norm, torch.nn.Identity)
         first = net.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
         assert torch.equal(first[0], maps[0])
@@ -219,6 +231,19 @@ def test_our_own_weights_load(net, built):
     result = load_weights(net, other.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
     assert len(result.loaded) == len(net.state_dict()) and not any(result[1:])
+
+
+def test_weights_for_three_colours_fit_five_bands(name, built):
+    other, state = build(name, num_classes=3, in_chans=5), built.state_dict()
+    misfits = [key for key, value in other.state_dict().items() if value.shape != state[key].shape]
+    # Terminator's first block has as many channels as the image in all of its layers.
+    if misfits not in ([], [f"{built.pretrained_cfg['first_conv']}.weight"]):
+        assert name.startswith("terminator")
+        return
+    assert load_weights(other, state).resized == misfits
+    for key in misfits:
+        assert torch.equal(other.get_parameter(key), adapt_input_conv(5, state[key]))
+    assert other(torch.randn(2, 5, 64, 64)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", ["biformer_nano", "swin_nano"])

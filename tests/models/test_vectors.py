@@ -8,11 +8,11 @@ import torch
 from models import create_model, load_weights
 from models.reference import load_vector, official_state
 from tests.vectors import VECTOR_FILES
-from tests.vectors.claims import HEADS, NETS, OPS, classes
+from tests.vectors.claims import HEADS, NETS, OPS, PARTS, classes
 from tests.vectors.comparison import assert_reproduces
 
 # Sides of images, in pixels, that are neither those of the vectors nor unfit for the net; 256 by default.
-OTHER_SIZES = {"crossvit": 480, "halonet": 512}
+OTHER_SIZES = {"crossvit": 480, "halonet": 512, "lola_specvit": 31}
 
 # tests/models/heads/ tests the vectors of heads.
 VECTORS = [
@@ -24,13 +24,13 @@ VECTORS = [
 
 @pytest.mark.parametrize("name", VECTORS)
 def test_matches_the_authors_code(name):
-    claims = NETS | OPS
+    claims = NETS | OPS | PARTS
     assert name in claims, "no claim in tests/vectors/claims.py names this vector"
     assert_reproduces(claims[name], load_vector(VECTOR_FILES[name]))
 
 
 def test_every_vector_is_claimed_once():
-    names = [*NETS, *OPS, *HEADS]
+    names = [*NETS, *OPS, *PARTS, *HEADS]
     assert len(names) == len(set(names))
     assert set(VECTOR_FILES) <= set(names)
 
@@ -38,7 +38,7 @@ def test_every_vector_is_claimed_once():
 def test_every_claim_belongs_to_a_system_that_has_vectors():
     """Claims may name vectors that the repository does not hold, but a mistyped system is an error."""
     systems = {name.partition("__")[0] for name in VECTOR_FILES}
-    assert {name.partition("__")[0] for name in [*NETS, *OPS, *HEADS]} <= systems
+    assert {name.partition("__")[0] for name in [*NETS, *OPS, *PARTS, *HEADS]} <= systems
 
 
 def one_classifier_per_system() -> list[Any]:
@@ -55,12 +55,13 @@ def one_classifier_per_system() -> list[Any]:
 @pytest.mark.parametrize("name", one_classifier_per_system())
 def test_the_authors_file_loads_for_another_size(name, tmp_path):
     vector, claim = load_vector(VECTOR_FILES[name]), NETS[name]
+    bands = vector["input_shape"][1]
     torch.save({"model": official_state(vector)}, tmp_path / "authors.pth")
     side = OTHER_SIZES.get(vector["system"], 256)
     arguments = {key: value for key, value in claim.arguments.items() if key != "img_size"}
-    net = create_model({"name": claim.name, **arguments}, classes(vector), 3, side).eval()
+    net = create_model({"name": claim.name, **arguments}, classes(vector), bands, side).eval()
     result = load_weights(net, tmp_path / "authors.pth")
     assert not result.missing and not result.unexpected
     assert set(result.dropped) <= set(getattr(net, "unused_weights", ()))
     with torch.inference_mode():
-        assert net(torch.randn(1, 3, side, side)).isfinite().all()
+        assert net(torch.randn(1, bands, side, side)).isfinite().all()

@@ -307,3 +307,19 @@ def test_checkpoints_need_no_counters_of_batch_norms(source):
     net = timm.create_model("resnet18", num_classes=2)
     state = {key: value for key, value in net.state_dict().items() if "num_batches_tracked" not in key}
     assert not load_weights(net, state).missing
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "crossvit_9_240"])
+@pytest.mark.parametrize("channels", [1, 2, 7])
+def test_weights_for_three_colours_load_into_timms_nets_for_any_number_of_bands(name, channels):
+    net: Any = timm.create_model(name, num_classes=3, in_chans=channels)
+    colours: Any = timm.create_model(name, num_classes=3)
+    layers = net.pretrained_cfg["first_conv"]
+    layers = [layers] if isinstance(layers, str) else list(layers)
+    assert load_weights(net, colours.state_dict()).resized == [f"{layer}.weight" for layer in layers]
+    for layer in layers:
+        weight, original = net.get_submodule(layer).weight, colours.get_submodule(layer).weight
+        # An image of equal bands gives the sums of a grey image, but for bands beyond the last whole set of three.
+        repeated = torch.cat([original] * 3, dim=1)[:, :channels] * 3 / channels
+        expected = original.sum(1, keepdim=True) if channels == 1 else repeated
+        assert torch.allclose(weight, expected)

@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from ops import Place, create_op, list_ops
+from ops.losses import Losses, loss_weights
 from ops.registry import _OPS
 from retinue.utils.arithmetic import ceil_div, round_up
 
 SIZES = ((1, 1), (3, 20), (7, 7), (13, 9), (16, 16))
+# Arguments that change the shape of an op's output
+OUTPUT_ARGUMENTS = ("out_dim", "conv_stride", "conv_padding")
 PLACES = (Place(0, 0, 2, 4), Place(1, 1, 2, 8), Place(3, 1, 2, 32))
 
 
@@ -31,10 +34,12 @@ def test_bare_name_keeps_any_shape_and_trains_every_parameter(name, place):
     op = create_op(name, dim=16, num_heads=2, place=place)
     for size in SIZES:
         x = torch.randn(2, *size, 16, requires_grad=True)
-        out = op(x)
+        losses = Losses()
+        out = op(x, losses=losses) if loss_weights(op) else op(x)
         assert out.shape == x.shape
         assert out.isfinite().all()
-    grads = torch.autograd.grad(out.square().sum(), (x, *op.parameters()), allow_unused=True)
+    total = out.square().sum() + sum(losses.means().values())
+    grads = torch.autograd.grad(total, (x, *op.parameters()), allow_unused=True)
     for key, grad in zip(("input", *(key for key, _ in op.named_parameters())), grads, strict=True):
         assert grad is not None and grad.isfinite().all() and grad.abs().sum() > 0, key
 
@@ -175,7 +180,7 @@ def test_wrong_values_are_refused(spec, message):
 
 def test_negative_zero_and_even_numbers_are_refused_or_work(name):
     for argument, parameter in inspect.signature(_OPS[name]).parameters.items():
-        if parameter.annotation not in (int, int | None) or argument in ("dim", "num_heads", "out_dim"):
+        if parameter.annotation not in (int, int | None) or argument in ("dim", "num_heads", *OUTPUT_ARGUMENTS):
             continue
         for value in (-1, 0, 2):
             with contextlib.suppress(ValueError):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from retinue.tasks import compilation
 from scripts import benchmark_models
 
 SCRIPT = Path(benchmark_models.__file__)
@@ -39,6 +40,22 @@ def test_models_are_compared_in_rows_with_csv_and_plot(tmp_path, capsys):
     assert "torch" in resnet18["versions"]
     assert "resnet10t" in capsys.readouterr().out
     assert len(np.unique(np.asarray(Image.open(tmp_path / "plot.png").convert("L")))) > 10
+
+
+def test_peers_are_compiled_as_our_net(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    arguments = ["models=biformer_nano", "image_size=64", "batch_size=2", "rounds=1", "threads=1", "device=cpu"]
+    arguments += ["peers=true", "forms=[eager,compiled]", "train=false", f"out={tmp_path / 'rows.csv'}"]
+    benchmark_models.main([*arguments, "against=biformer_nano, gather, matmul, softmax"])
+    with open(tmp_path / "rows.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ["biformer_nano", "biformer_nano, gather, matmul, softmax"]
+    assert [(row["what"], row["form"]) for row in rows] == [
+        (name, form) for form in ("eager", "compiled") for name in names
+    ]
+    assert [float(row["ratio"]) for row in rows[1::2]] == [1, 1]
+    with pytest.raises(ValueError, match="the form graph needs a CUDA device, not cpu"):
+        benchmark_models.main([*arguments[:-4], "device=cpu", "forms=graph"])
 
 
 def test_an_unknown_model_is_one_line_with_the_nearest_name_and_exit_code_2():

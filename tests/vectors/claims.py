@@ -13,10 +13,13 @@ import timm
 from torch import Tensor, nn
 
 from models import DenseBackbone
+from models.backbones import lola_specvit
+from models.backbones.hyper_zzw import SlowFastBlock
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import create_op
+from ops.attention.hyena import long_convolution
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Net:
         """Build the net or its dense features."""
         if "stage1" in vector["outputs"] and "logits" not in vector["outputs"]:
             return DenseBackbone(self.name, **self.arguments)
-        return timm.create_model(self.name, num_classes=classes(vector), **self.arguments)
+        bands = vector["input_shape"][1]
+        return timm.create_model(self.name, num_classes=classes(vector), in_chans=bands, **self.arguments)
 
     def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs in the vector's order."""
@@ -49,6 +53,17 @@ class Net:
             return *maps, classifier.forward_head(features)
         outputs = model(x)
         return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+@dataclass(frozen=True)
+class ClassTokenNet(Net):
+    """A net with a class token, whose vector has the logits and the final tokens of the map."""
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits and the tokens (B, H * W, C)."""
+        net: Any = model
+        tokens = net.forward_features(x)
+        return net.forward_head(tokens), tokens[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ class Op:
     def build(self, vector: Mapping[str, Any]) -> nn.Module:
         """Build the op with the vector's arguments."""
         taken = {self.renames[key]: value for key, value in vector["kwargs"].items() if key in self.renames}
-        return create_op(self.name, **taken, **self.arguments)
+        return create_op(self.name, **{**self.arguments, **taken})
 
     def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
         """Return the one output in the vector's layout."""
@@ -82,6 +97,64 @@ class Op:
         if self.layout == "NCHW":
             return (model(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),)
         return (model(x),)
+
+
+@dataclass(frozen=True)
+class Chain(Op):
+    """Several ops in `layers`, each of whose outputs is added to its input; `kwargs` hold a list with an entry each."""
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the ops with the vector's arguments."""
+        lists = {self.renames[key]: value for key, value in vector["kwargs"].items() if key in self.renames}
+        taken = [dict(zip(lists, entries, strict=True)) for entries in zip(*lists.values(), strict=True)]
+        dim = vector["input_shape"][-1]
+        ops = [create_op(self.name, **{"dim": dim, **self.arguments, **entry}) for entry in taken]
+        return nn.ModuleDict({"layers": nn.ModuleList(ops)})
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the last sum in the vector's layout."""
+        for op in model.get_submodule("layers").children():
+            x = x + super().run(op, vector, x)[0]
+        return (x,)
+
+
+@dataclass(frozen=True)
+class HyenaOp(Op):
+    """Op `hyena`, whose vectors also hold its filters and one long convolution without the skip."""
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the output, the filters of each long convolution, and the first of these convolutions."""
+        out, dim = super().run(model, vector, x)[0], x.shape[-1]
+        filters = model.get_submodule("filter")(x.shape[1:3])
+        convolution = long_convolution(x.permute(0, 3, 1, 2), filters[:dim], x.new_zeros(dim))
+        return out, filters.unflatten(0, (-1, dim)), convolution
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the op with the vector's arguments."""
+        kind = "joint" if vector["kwargs"].get("hyena2d_filter") else "product"
+        direction = vector["kwargs"].get("directional_mode", "standard")
+        return Op(self.name, self.renames, {"num_heads": 1, "filter": kind, "direction": direction}).build(vector)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a net, or a net with more outputs than scores.
+
+    Attributes:
+        make: builds the module.
+        call: returns the vector's outputs for the module and the vector's input; by default the module's one output.
+    """
+
+    make: Callable[[], nn.Module]
+    call: Callable[[Any, Tensor], tuple[Tensor, ...]] = lambda module, x: (module(x),)
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the module."""
+        return self.make()
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs in the vector's order."""
+        return self.call(model, x)
 
 
 def classes(vector: Mapping[str, Any]) -> int:
@@ -137,9 +210,16 @@ NETS: dict[str, Net] = {
     # EfficientViT
     **nets({f"efficientvit__m{i}": f"efficientvit_m{i}" for i in range(6)}),
     "efficientvit__det_m4_stages": Net("efficientvit_m4", {"img_size": 512}),
+    # EViT
+    **{
+        f"evit__deit_s_k{keep}": Net("evit_small", {"keep": keep / 100, "fuse": False}) for keep in (50, 60, 70, 80, 90)
+    },
+    **{f"evit__deit_s_k{keep}_fuse": Net("evit_small", {"keep": keep / 100}) for keep in (50, 60, 70, 80, 90)},
     # FaViT
     **nets({f"favit__favit_b{i}": f"favit_b{i}" for i in range(4)}),
     "favit__favit_b1_stages": Net("favit_b1"),
+    # Flowformer
+    "flowformer__vision_19l": Net("flowformer_base"),
     # FocalNet
     **nets({f"focalnet__{size}_srf": f"focalnet_{size}_srf" for size in ("tiny", "small", "base")}),
     **nets({f"focalnet__{size}_lrf": f"focalnet_{size}_lrf" for size in ("tiny", "small", "base")}),
@@ -170,6 +250,8 @@ NETS: dict[str, Net] = {
     **nets({f"litv2__litv2_{size}": f"litv2_{size}" for size in ("small", "medium", "base")}),
     "litv2__litv2_small_seg": Net("litv2_small", {"norms": True, "crop_odd": True}),
     "litv2__litv2_small_seg_pad": Net("litv2_small", {"norms": True, "crop_odd": True}),
+    # LoLA-SpecViT
+    "lola_specvit__net_d32_111": Net("lola_specvit", {"dim": 32, "depths": (1, 1, 1)}),
     # MambaOut
     **nets({f"mambaout__{size}": f"mambaout_{size}" for size in ("femto", "kobe", "tiny", "small", "base")}),
     "mambaout__femto_stages": Net("mambaout_femto"),
@@ -184,10 +266,17 @@ NETS: dict[str, Net] = {
     "moat__tiny0_nope_192x160_pool3": Net(
         "tiny_moat_0", {"positions": False, "pool": 3, "out_indices": (0, 1, 2, 3, 4)}
     ),
+    # MoH
+    **nets({f"moh__vit_{size}": f"moh_transnext_{size}" for size in ("small_75", "small_80", "base_50", "base_75")}),
     # NAT
     **nets({f"nat__nat_{size}": f"nat_{size}" for size in ("mini", "tiny", "small", "base")}),
     "nat__nat_mini_seg": Net("nat_mini", {"norms": True}),
     "nat__nat_mini_seg_odd": Net("nat_mini", {"norms": True}),
+    # PATNet
+    **nets({f"patnet__{size}": f"patnet_{size}" for size in ("t0", "t1", "t2", "s", "m", "l")}),
+    "patnet__t0_stages": Net("patnet_t0", {"norms": True}),
+    # NiNformer
+    "ninformer__cifar": Net("ninformer_cifar"),
     # PPMA
     "ppma__ppmavit_t": Net("ppma_tiny"),
     "ppma__ppmavit_s": Net("ppma_small"),
@@ -198,10 +287,35 @@ NETS: dict[str, Net] = {
     "shvit__det_s4_stages": Net("shvit_s4"),
     # SOFT
     **nets({f"soft__soft_{size}": f"soft_{size}" for size in ("tiny", "norm_tiny", "small", "norm_small")}),
+    # SpectFormer
+    "spectformer__vanilla_t": Net("spectformer_tiny"),
+    "spectformer__vanilla_xs": Net("spectformer_xsmall"),
+    "spectformer__vanilla_s": Net("spectformer_small"),
+    "spectformer__vanilla_b": Net("spectformer_base"),
+    **nets({f"spectformer__h_{size[0]}": f"spectformer_h_{size}" for size in ("small", "base", "large")}),
+    **{
+        f"spectformer__h_{size[0]}_notl": Net(f"spectformer_h_{size}", {"token_label": False})
+        for size in ("small", "base", "large")
+    },
+    # Sparsifiner
+    "sparsifiner__s_k25": ClassTokenNet("sparsifiner_small"),
+    "sparsifiner__s_k25_t70": ClassTokenNet("sparsifiner_small", {"keep_tokens": 0.7}),
     # Swin and Swin V2
     **nets({f"swin__swin_{size}": f"swin_{size}" for size in ("tiny", "small", "base")}),
     "swin__swinv2_tiny_window8_256": Net("swinv2_tiny_window8_256"),
     "swin__swinv2_tiny_window16_256": Net("swinv2_tiny_window16_256"),
+    # FAN and RVT with TAP and ADL
+    "tapadl__fan_tiny_12_p16": Net("fan_tiny", {"scales": 4}),
+    "tapadl__fan_small_12_p16": Net("fan_small", {"scales": 4}),
+    "tapadl__fan_base_18_p16": Net("fan_base", {"scales": 4}),
+    "tapadl__fan_large_24_p16": Net("fan_large", {"scales": 4}),
+    "tapadl__fan_tiny_8_p4_hybrid": Net("fan_tiny_hybrid", {"scales": 4}),
+    "tapadl__fan_small_12_p4_hybrid": Net("fan_small_hybrid", {"scales": 4}),
+    "tapadl__fan_base_16_p4_hybrid": Net("fan_base_hybrid", {"scales": 4}),
+    "tapadl__fan_large_16_p4_hybrid": Net("fan_large_hybrid", {"scales": 4}),
+    "tapadl__rvt_tiny_plus": Net("rvt_tiny_plus", {"scales": 1}),
+    "tapadl__rvt_small_plus": Net("rvt_small_plus", {"scales": 1}),
+    "tapadl__rvt_base_plus": Net("rvt_base_plus", {"scales": 1}),
     # TransNeXt
     **nets({f"transnext__transnext_{size}": f"transnext_{size}" for size in ("micro", "tiny", "small", "base")}),
     "transnext__transnext_micro_aaaa": Net("transnext_micro_aaaa", {"pretrain_size": 224}),
@@ -228,11 +342,27 @@ BILEVEL_ROUTING = Op(
     {"dim": "dim", "num_heads": "num_heads", "n_win": "n_win", "topk": "topk", "side_dwconv": "lepe_kernel"},
 )
 FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
+GAUSSIAN_ADAPTIVE = {"num_heads": "num_heads", "num_gaussians": "gaussians"}
 GROUPED_QUERY = Op(
     "grouped_query",
     {"dim": "dim", "num_heads": "num_heads", "num_kv_heads": "kv_heads", "qkv_bias": "qkv_bias"},
     layout="tokens",
 )
+MSA_CONV = Op(
+    "msa_conv",
+    {
+        "input_channel": "dim",
+        "output_channel": "out_dim",
+        "kernel_size": "kernel",
+        "dilation": "dilation",
+        "stride": "conv_stride",
+        "padding": "conv_padding",
+        "bias": "bias",
+    },
+    {"num_heads": 1, "conv_padding": 1},
+    layout="NCHW",
+)
+HYENA = HyenaOp("hyena", {"d_model": "dim", "l_max": "size", "order": "order", "filter_order": "filter_width"})
 NEIGHBORHOOD = Op(
     "neighborhood",
     {
@@ -259,6 +389,12 @@ OPS: dict[str, Op] = {
     "biformer__bra_op_28_topk4": BILEVEL_ROUTING,
     "biformer__bra_op_56": BILEVEL_ROUTING,
     "biformer__bra_op_pad_27x33": BILEVEL_ROUTING,
+    "gaussian_adaptive_attention__block_axis1": Chain("gaussian_adaptive", GAUSSIAN_ADAPTIVE, layout="tokens"),
+    "gaussian_adaptive_attention__mh_axis_last": Op(
+        "gaussian_adaptive", GAUSSIAN_ADAPTIVE, {"dim": 48, "axis": "channels"}, layout="tokens"
+    ),
+    "hyena_nd__filter2d_seq_c32_14": HYENA,
+    "hyena_nd__product_std_c32_14": HYENA,
     "kdgqa__d96_h6_kv3": replace(GROUPED_QUERY, arguments={"allocation": "batch_key_norm"}),
     "kdgqa__gqa_d96_h6_kv3": GROUPED_QUERY,
     "natten__k4_s2_d3_16x14": NEIGHBORHOOD,
@@ -271,9 +407,28 @@ OPS: dict[str, Op] = {
     "natten__k8_s4_16x14": NEIGHBORHOOD,
     "ppma__ppma_chunk_op_28": replace(POLYLINE_PATH, arguments={"form": "chunk"}),
     "ppma__ppma_whole_op_14x10": replace(POLYLINE_PATH, arguments={"form": "whole"}),
+    "tic__op_k3": MSA_CONV,
+    "tic__op_k3_d2": MSA_CONV,
+    "tic__op_k5_s2": MSA_CONV,
     "vsa__vsa_op_14": VARIED_SIZE_WINDOW,
     "vsa__vsa_op_56": VARIED_SIZE_WINDOW,
     "vsa__vsa_op_pad_30": VARIED_SIZE_WINDOW,
+}
+
+PARTS: dict[str, Part] = {
+    "hyperzzw__sfne_c12_s16": Part(
+        lambda: SlowFastBlock(12, 36, (16, 16)), lambda block, x: (block(x), block.slow_net_g())
+    ),
+    "hyperzzw__terminator_cifar10": Part(
+        lambda: timm.create_model("terminator_cifar", num_classes=10), lambda net, x: (*net.run(x)[::2], net(x))
+    ),
+    "lola_specvit__block_d48_h4_w7": Part(
+        lambda: nn.ModuleDict({"block": lola_specvit.Block(48, create_op("lora_window", 48, 4), 0.0, 16, 32, False)}),
+        lambda net, x: (
+            net["block"].mixer(net["block"].norm1(x)),
+            net["block"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
+        ),
+    ),
 }
 
 # Heads and necks take several maps: tests/models/heads/ builds and compares them.

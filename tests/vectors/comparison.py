@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from models import load_weights
 from models.reference import make_input, official_state, relative_error
 from models.weights import rename_weights
-from tests.vectors.claims import Net, Op
+from tests.vectors.claims import Net, Op, Part
 
 TOLERANCE = 1e-5
 
 
-def assert_reproduces(claim: Net | Op, vector: Mapping[str, Any]) -> None:
+def assert_reproduces(claim: Net | Op | Part, vector: Mapping[str, Any]) -> None:
     """Check that a module of ours has the vector's parameters and, with its weights, its outputs.
 
     The weights are loaded as those of a released checkpoint are.
     """
     model = claim.build(vector).eval()
-    state = official_state(vector)
+    state = _kept_as_built(model, vector) | official_state(vector)
     # Dense features drop the weights of the classifier, which the vector's module may have.
     unused_names = load_weights(model, state).dropped
     our_state = rename_weights(model, state)
@@ -38,12 +38,19 @@ def assert_reproduces(claim: Net | Op, vector: Mapping[str, Any]) -> None:
         assert all(error < bound for error, bound in zip(errors, bounds, strict=True)), (errors, bounds)
 
 
-def _run(claim: Net | Op, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+def _kept_as_built(model: nn.Module, vector: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return our own values of weights that the vector's module kept as its constructor computed them."""
+    as_built = {name: torch.empty(shape) for name, shape, _, is_built in vector["state"] if is_built}
+    names = rename_weights(model, as_built)
+    return {name: value for name, value in model.state_dict().items() if name in names}
+
+
+def _run(claim: Net | Op | Part, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
     with torch.inference_mode():
         return claim.run(model, vector, x)
 
 
-def _sensitivity(claim: Net | Op, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> list[float]:
+def _sensitivity(claim: Net | Op | Part, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> list[float]:
     """Return the largest relative change of each output when the input changes by float32's rounding error.
 
     Args:

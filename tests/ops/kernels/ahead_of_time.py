@@ -2,7 +2,8 @@
 
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ POINTER_TYPES = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint64: "*u64",
 }
 
 # Types in which a kernel receives a Python float: an ordinary launch passes float32, TorchInductor float64.
@@ -142,24 +144,10 @@ def assert_fits(capability: int, launch: Launch) -> None:
         assert resources.shared <= SHARED_MEMORY[capability], description
 
 
-def written_when_compiled(call: Callable[..., Any], *inputs: tuple[Sequence[int], torch.dtype]) -> list[list[str]]:
-    """Return the names of the tensors that each kernel writes when `torch.compile` compiles `call` for a GPU.
-
-    The test fails if `torch.compile` needs more than one graph.
-
-    Args:
-        call: function of tensors.
-        inputs: shape and data type of each argument.
-    """
+@contextmanager
+def stand_in_gpu() -> Iterator[None]:
+    """Let tensors without values be on a GPU that this machine does not have, of compute capability 9.0."""
     driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
-    written = []
-
-    def record(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        written.extend(
-            node.kwargs["tensors_to_clone"] for node in graph.graph.nodes if "tensors_to_clone" in node.kwargs
-        )
-        return graph.forward
-
     # Triton 3.4 has the driver itself in `active`, which is a property in later versions.
     active = "_active" if hasattr(triton.runtime.driver, "_active") else "active"
     with (
@@ -169,6 +157,27 @@ def written_when_compiled(call: Callable[..., Any], *inputs: tuple[Sequence[int]
         mock.patch.object(torch.cuda, "_maybe_exchange_device", lambda device: device),
         FakeTensorMode(),
     ):
+        yield
+
+
+def written_when_compiled(call: Callable[..., Any], *inputs: tuple[Sequence[int], torch.dtype]) -> list[list[str]]:
+    """Return the names of the tensors that each kernel writes when `torch.compile` compiles `call` for a GPU.
+
+    The test fails if `torch.compile` needs more than one graph.
+
+    Args:
+        call: function of tensors.
+        inputs: shape and data type of each argument.
+    """
+    written = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        written.extend(
+            node.kwargs["tensors_to_clone"] for node in graph.graph.nodes if "tensors_to_clone" in node.kwargs
+        )
+        return graph.forward
+
+    with stand_in_gpu():
         tensors = [torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in inputs]
         torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=record))(*tensors)
     return written

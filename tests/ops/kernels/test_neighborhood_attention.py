@@ -1,6 +1,7 @@
 """The kernels of neighbourhood attention against plain PyTorch in float64, and their compilation for several GPUs."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -79,14 +80,37 @@ def test_output_and_gradients(kernels, case, dtype):
 
 
 @interpreted
-def test_tile_sizes_do_not_change_the_results(kernels, monkeypatch):
-    """Check small tiles: some are empty, since the second dilation group has one row less.
+@pytest.mark.parametrize(
+    "case, resident, streamed, programs",
+    [
+        # Some tiles are empty, since the second dilation group has one row less.
+        ("groups of two lengths", 16, 16, 4),
+        ("even size", 32, 64, 1),
+        ("large size", 16, 64, 2),
+    ],
+)
+def test_tiles_and_strips_do_not_change_the_results(kernels, monkeypatch, case, resident, streamed, programs):
+    """Check strips of several tiles, with frames of one part, whose sums stay in registers, and of several parts."""
+    config = launch.TileConfig(resident, streamed, 1, 1)
+    monkeypatch.setattr("ops.kernels.neighborhood_attention.tile_config", lambda *args: config)
+    monkeypatch.setattr("ops.kernels.neighborhood_attention.STRIP_PROGRAMS", programs)
+    assert_exact(case, torch.float32)
 
-    Each program for the bias sums over several tiles.
-    """
-    monkeypatch.setattr("ops.kernels.neighborhood_attention.tile_config", lambda *args: launch.TileConfig(16, 16, 1, 1))
-    monkeypatch.setattr("ops.kernels.neighborhood_attention.BIAS_PROGRAMS", 20)
-    assert_exact("groups of two lengths", torch.float32)
+
+def test_frames_hold_all_keys_of_all_tiles():
+    """Check frames against the definition of a neighbourhood, for groups of one or two lengths."""
+    from ops.kernels.neighborhood_attention import _frame
+
+    for length, size, side in product(range(1, 20), range(1, 14), range(1, 9)):
+        if max(size, side) > length:
+            continue
+        (before,), (frame,) = _frame((side,), (length,), (size,))
+        for group_length in {length, max(length - 1, size)}:
+            for valid in range(0, group_length, side):
+                first = max(min(valid, group_length - side), 0)
+                for query in range(valid, min(valid + side, group_length)):
+                    start = min(max(query - size // 2, 0), group_length - size)
+                    assert first - before <= start and start + size <= first - before + frame
 
 
 @interpreted
@@ -158,11 +182,11 @@ def test_flops_equal_those_of_plain_pytorch(kernels):
 
 
 def launches(side: int, size: int, dilation: int, D: int, dtype: torch.dtype, biased: bool) -> list[Launch]:
-    """Return the launches of all kernels, forward and backward, on maps of side x side tokens."""
+    """Return the launches of all kernels, forward and backward, on so many maps that a strip has several tiles."""
     from ops.kernels import neighborhood_attention as module
 
     new = partial(torch.empty, device="meta", dtype=dtype)
-    qkv, out = new(2, side, side, 3 * 2 * D), new(2, side, side, 2 * D)
+    qkv, out = new(4096, side, side, 3 * 2 * D), new(4096, side, side, 2 * D)
     bias = torch.empty(2, 2 * size - 1, 2 * size - 1, device="meta") if biased else None
     settings = (2, (size, size), (dilation, dilation))
 
@@ -171,8 +195,9 @@ def launches(side: int, size: int, dilation: int, D: int, dtype: torch.dtype, bi
         module.neighborhood_attention_backward._init_fn(qkv, bias, out, lse, out, *settings)
 
     recorded = launches_of(module, call)
-    names = ["forward", "backward_queries", "backward_keys", "backward_bias"]
-    assert [kernel_launch.kernel.fn.__name__ for kernel_launch in recorded] == names[: 4 if biased else 3]
+    names = ["forward", "backward_queries", "backward_keys"]
+    assert [kernel_launch.kernel.fn.__name__ for kernel_launch in recorded] == names
+    assert all(kernel_launch.arguments["strip_tiles"] > 1 for kernel_launch in recorded[:2])
     return recorded
 
 

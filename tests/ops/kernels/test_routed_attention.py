@@ -19,14 +19,24 @@ interpreted = pytest.mark.interpreted
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 # Batch size, (H, W), grid of windows, topk, heads, head dimension.
-CASES = {
-    "windows that are not square": (2, (6, 15), (3, 3), 2, 1, 8),
-    "one token": (1, (4, 3), (4, 3), 5, 1, 24),
-    "one route": (2, (4, 6), (2, 3), 1, 2, 16),
-    "many windows and routes": (1, (6, 10), (6, 5), 20, 1, 4),
+LARGE_WINDOWS = {
+    "windows that are not square": (2, (12, 15), (3, 3), 2, 1, 8),
+    "65 windows": (1, (5, 13), (5, 13), 17, 1, 24),
+    "one route": (2, (8, 8), (2, 2), 1, 2, 16),
     "more than a tile": (1, (21, 10), (3, 1), 2, 1, 33),
-    "one channel": (1, (6, 4), (3, 2), 2, 2, 1),
+    "one channel": (1, (12, 8), (3, 2), 2, 2, 1),
 }
+SMALL_WINDOWS = {
+    "64 windows of one token": (1, (8, 8), (8, 8), 20, 1, 4),
+    "64 windows of 1 x 3": (1, (8, 24), (8, 8), 5, 1, 8),
+    "windows of 2 x 2": (1, (14, 10), (7, 5), 6, 1, 33),
+    "windows of 3 x 3": (1, (15, 12), (5, 4), 3, 2, 24),
+    "windows of 15 tokens": (2, (15, 10), (5, 2), 2, 1, 16),
+    "every window": (2, (6, 9), (3, 3), 9, 1, 8),
+    "one window": (1, (3, 5), (1, 1), 1, 2, 5),
+    "small windows of one channel": (1, (6, 4), (3, 2), 2, 2, 1),
+}
+CASES = LARGE_WINDOWS | SMALL_WINDOWS
 
 
 @pytest.fixture
@@ -55,20 +65,25 @@ def make(case: str, device: str = "cpu", routes: str = "any") -> tuple[Tensor, T
     return qkv.to(device), order.topk(topk).indices.to(device), dout.to(device)
 
 
-def run(attend, case: str, qkv: Tensor, index: Tensor, dout: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def run(
+    attend, case: str, qkv: Tensor, index: Tensor, dout: Tensor, dtype: torch.dtype, scale: float = 0.4
+) -> list[Tensor]:
     """Return the output, and the gradients of the queries, the keys and the values, for inputs cast to `dtype`."""
     _, _, grid, _, heads, _ = CASES[case]
     qkv = qkv.to(dtype).requires_grad_()
-    out = attend(qkv, index, grid, heads, 0.4)
+    out = attend(qkv, index, grid, heads, scale)
     (dqkv,) = torch.autograd.grad(out, qkv, dout.to(dtype))
     return [out.detach(), *dqkv.chunk(3, dim=-1)]
 
 
-def assert_exact(case: str, dtype: torch.dtype, device: str = "cpu", routes: str = "any") -> None:
+def assert_exact(case: str, dtype: torch.dtype, device: str = "cpu", routes: str = "any", scale: float = 0.4) -> None:
+    """Check the kernels, also where all windows are chosen, for which `routed_attention` calls SDPA."""
+    from ops.kernels.routed_attention import routed_attention as kernels
+
     qkv, index, dout = (t.to(dtype) if t.is_floating_point() else t for t in make(case, device, routes))
-    actual = run(routed_attention, case, qkv, index, dout, dtype)
-    plain = run(gathered_attention, case, qkv, index, dout, dtype)
-    assert_within_budget(actual, plain, run(gathered_attention, case, qkv, index, dout, torch.float64))
+    actual = run(kernels, case, qkv, index, dout, dtype, scale)
+    plain = run(gathered_attention, case, qkv, index, dout, dtype, scale)
+    assert_within_budget(actual, plain, run(gathered_attention, case, qkv, index, dout, torch.float64, scale))
 
 
 def launches(shape: tuple, dtype: torch.dtype) -> list[Launch]:
@@ -87,11 +102,9 @@ def launches(shape: tuple, dtype: torch.dtype) -> list[Launch]:
         module.routed_attention_backward._init_fn(qkv, index, out, lse, out, grid, heads, 0.1)
 
     recorded = launches_of(module, call)
-    assert [kernel_launch.kernel.fn.__name__ for kernel_launch in recorded] == [
-        "forward",
-        "backward_queries",
-        "backward_keys",
-    ]
+    small = "small_" if windows <= 64 and H * W // windows < 16 else ""
+    names = [kernel_launch.kernel.fn.__name__ for kernel_launch in recorded]
+    assert names == [small + name for name in ("forward", "backward_queries", "backward_keys")]
     return recorded
 
 
@@ -107,24 +120,48 @@ def test_output_and_gradients(kernels, case, dtype):
 
 
 @interpreted
-def test_windows_chosen_by_no_window_or_by_every_window(kernels):
-    _, index, _ = make("windows that are not square", routes="few")
-    chosen = index.flatten().bincount(minlength=9)
-    assert chosen[0] == 2 * 9 and chosen[-1] == 0
-    assert_exact("windows that are not square", torch.float32, routes="few")
+@pytest.mark.parametrize("case", ["windows that are not square", "windows of 2 x 2", "64 windows of one token"])
+def test_windows_chosen_by_no_window_or_by_every_window(kernels, case):
+    B, _, grid, *_ = CASES[case]
+    windows = grid[0] * grid[1]
+    chosen = make(case, routes="few")[1].flatten().bincount(minlength=windows)
+    assert chosen[0] == B * windows and chosen[-1] == 0
+    assert_exact(case, torch.float32, routes="few")
 
 
 @interpreted
-@pytest.mark.parametrize("resident, streamed", [(16, 16), (32, 64)])
-def test_tile_sizes_do_not_change_the_results(kernels, monkeypatch, resident, streamed):
-    from ops.kernels.routed_attention import BACKWARD_KEYS, BACKWARD_QUERIES, FORWARD
+@pytest.mark.parametrize("case", ["one route", "windows of 15 tokens"])
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_a_negative_scale_and_0(kernels, case, scale):
+    assert_exact(case, torch.float32, scale=scale)
 
+
+@interpreted
+@pytest.mark.parametrize(
+    "case, resident, streamed",
+    [
+        ("windows that are not square", 32, 64),
+        ("more than a tile", 64, 16),
+        ("windows of 3 x 3", 16, 16),
+        ("64 windows of one token", 16, 64),
+    ],
+)
+def test_tile_sizes_do_not_change_the_results(kernels, monkeypatch, case, resident, streamed):
+    """Check tiles of few tokens and of many; the last case's streamed tile has room for more windows than 32 bits."""
     config = launch.TileConfig(resident, streamed, 1, 1)
-    for kernel in (FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS):
-        monkeypatch.setitem(launch.TUNED, (kernel, (0, 0), 4, 16, 10), config)
-    recorded = launches(CASES["windows that are not square"], torch.float32)
+    monkeypatch.setattr("ops.kernels.routed_attention.tile_config", lambda *args: config)
+    recorded = launches(CASES[case], torch.float32)
     assert {(r.arguments["RESIDENT"], r.arguments["STREAMED"]) for r in recorded} == {(resident, streamed)}
-    assert_exact("windows that are not square", torch.float32)
+    assert_exact(case, torch.float32)
+
+
+@interpreted
+def test_tuned_tiles_replace_the_defaults(kernels, monkeypatch):
+    config = launch.TileConfig(16, 16, 1, 1)
+    monkeypatch.setitem(launch.TUNED, ("routed_attention.small_backward_keys", (0, 0), 4, 16, 4), config)
+    recorded = launches((2, (14, 14), (7, 7), 4, 2, 8), torch.float32)
+    sizes = [(r.arguments["RESIDENT"], r.arguments["STREAMED"]) for r in recorded]
+    assert sizes[2] == (16, 16) and sizes[0] == sizes[1] != (16, 16)
 
 
 @interpreted
@@ -183,25 +220,26 @@ def test_kernels_of_biformer_fit_the_gpu(capability, side, topk, heads):
         assert_fits(capability, kernel_launch)
 
 
-def test_torch_compile_sees_the_kernels(monkeypatch):
+@pytest.mark.parametrize("side, tables", [(28, ["choosers", "chooser_counts"]), (14, ["choosers"])])
+def test_torch_compile_sees_the_kernels(monkeypatch, side, tables):
     from ops.kernels.routed_attention import routed_attention_backward
 
     monkeypatch.setitem(backend._state, "backend", "triton")
     settings, half = ((7, 7), 2, 0.1), torch.bfloat16
     qkv, index, out, lse = (
-        ((2, 14, 14, 96), half),
+        ((2, side, side, 96), half),
         ((2, 49, 3), torch.long),
-        ((2, 14, 14, 32), half),
-        ((2, 49, 2, 4), torch.float),
+        ((2, side, side, 32), half),
+        ((2, 49, 2, side**2 // 49), torch.float),
     )
     assert written_when_compiled(lambda q, i: routed_attention(q, i, *settings), qkv, index) == [["out", "lse"]]
     backward = written_when_compiled(
         lambda *args: routed_attention_backward(*args, *settings), qkv, index, out, lse, out
     )
-    assert backward == [["delta", "dqkv", "choosers", "chooser_counts"], ["dqkv"]]
+    assert backward == [["delta", "dqkv", *tables], ["dqkv"]]
 
 
-SIDES_AND_ROUTES = [(14, 4), (14, 16), (28, 4), (35, 3), (56, 1), (224, 4)]
+SIDES_AND_ROUTES = [(7, 16), (14, 4), (14, 16), (21, 16), (28, 4), (35, 3), (56, 1), (224, 4)]
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from ops.functional import gathered_attention
 from retinue.benchmarks.formulations import FORMULATIONS
-from retinue.benchmarks.layers import Layer, NeighborhoodLayer, RoutedLayer, WindowLayer
+from retinue.benchmarks.layers import LINEAR_FORMS, Layer, LinearLayer, NeighborhoodLayer, RoutedLayer, WindowLayer
 
 LAYERS = [
     RoutedLayer("net", 196, (14, 14), 32, 2, 3, (7, 7), 4, True),
@@ -11,6 +11,8 @@ LAYERS = [
     WindowLayer("net", 100, (7, 14), 16, 1, 1, (7, 7), (0, 0)),
     NeighborhoodLayer("net", 90, (9, 10), 32, 2, 2, (7, 7), True),
     NeighborhoodLayer("net", 90, (9, 10), 32, 2, 2, (7, 5), False),
+    *(LinearLayer("net", 30, (5, 6), 32, 2, 1, *form) for form in LINEAR_FORMS),
+    NeighborhoodLayer("net", 90, (9, 10), 32, 2, 2, (3, 5), True, (3, 2)),
 ]
 
 

@@ -8,7 +8,7 @@ from retinue.benchmarks import heads
 def test_a_step_that_computes_something_else_is_not_timed():
     steps = {name: make(1, (16, 16), 3, "cpu") for name, make in heads.candidates("cpu").items()}
     heads.check(steps)
-    wrong = {**steps, heads.STAND_IN: lambda: tuple(2 * t for t in steps[heads.PLAIN_MMCV]())}
+    wrong = {**steps, heads.OURS: lambda: tuple(2 * t for t in steps[heads.PLAIN_MMCV]())}
     with pytest.raises(AssertionError):
         heads.check(wrong)
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
-from tests.retinue.runs.cli import SMALL, SWIN, result, start
+from tests.retinue.runs.cli import SMALL, SWIN, averages_shards, result, start
 
 # The optimiser is SGD, since Adam turns the rounding error of a tiny gradient into a whole step.
 RUN = (
@@ -24,7 +25,7 @@ def single(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("single"))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=averages_shards)])
 def test_two_processes_equal_one(strategy, single, tmp_path):
     state, wrote = trained(tmp_path, "trainer.devices=2", f"trainer.strategy={strategy}")
     assert state["global_step"] == single[0]["global_step"] > 0
@@ -34,3 +35,9 @@ def test_two_processes_equal_one(strategy, single, tmp_path):
             assert error < 1e-4, (key, float(error))
     assert wrote["metrics"]["test/n"] == single[1]["metrics"]["test/n"] == 357
     assert abs(wrote["metrics"]["test/loss"] - single[1]["metrics"]["test/loss"]) < 1e-3
+
+
+def test_sharding_on_cpus_needs_a_torch_that_averages(cli, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0+cu128"))
+    outcome = cli.train("trainer.strategy=fsdp", "trainer.devices=2", "recipe.ema.decay=null")
+    assert "trainer.strategy=fsdp on CPUs needs torch 2.11 or newer, not 2.8.0+cu128" in outcome.error

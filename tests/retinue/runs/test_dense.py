@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datamodules.scenes import write_scenes
-from tests.retinue.runs.cli import SWIN, result, rows, start, stop_when
+from tests.retinue.runs.cli import SWIN, averages_shards, result, rows, start, stop_when
 from tests.retinue.runs.test_resume import assert_same_run
 
 FIGURES = {"detection": ("box_ap", "mask_ap", "box_ar100", "box_ap_small"), "segmentation": ("miou", "pixel_accuracy")}
@@ -90,6 +90,7 @@ def test_two_processes_count_each_image_once(undisturbed, tmp_path):
     assert len(list((tmp_path / "evaluation/images").glob("*.png"))) == 3
 
 
+@averages_shards
 def test_a_sharded_run_leaves_the_weights_of_a_whole_net(undisturbed, scenes, tmp_path):
     task, run = undisturbed
     sharded = start(

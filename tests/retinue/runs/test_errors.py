@@ -13,7 +13,7 @@ from tests.retinue.runs.cli import result
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model=bifromer"], "model=bifromer is not there. Did you mean 'biformer'? There are: agent, biformer,"),
+        (["model=bifromer"], "model=bifromer is not there. Did you mean 'biformer'? There are: agent,"),
         (["data=digit"], "data=digit is not there. Did you mean 'digits'?"),
         (["recipe=diet"], "recipe=diet is not there. Did you mean 'deit'?"),
         (

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from datamodules.shards import make_shards
 from retinue.utils.paths import PROJECT
 from tests.imagenet_folder import make_imagenet_folder
 from tests.retinue.runs.cli import SWIN, result, rows
@@ -50,6 +51,16 @@ def test_folder_and_shards_give_the_same_run(cli, folder, shards):
     assert result(cli.folder / "evaluated")["metrics"]["test/top1"] == from_files["metrics"]["test/top1"]
     names = [row["image"] for row in rows("evaluated/predictions.csv")]
     assert len(names) == len(set(names)) == from_files["metrics"]["test/n"] and all(name.count("/") for name in names)
+
+
+def test_a_run_on_resized_images_says_so(cli, folder):
+    out = cli.folder / "resized"
+    make_shards(folder, out, "imagenet", max_side=40)
+    options = ("recipe.augment.auto_augment=rand-m9-mstd0.5", "recipe.augment.scale=[0.3,1.0]")
+    quick = ("recipe.augment.device=gpu", "recipe.augment.decode=reduced", "hydra.run.dir=run")
+    outcome = cli("train", *NET, *TRAINING, *options, "data=webdataset", f"data.root={out}", *quick)
+    assert outcome.code == 0, outcome.err
+    assert result(cli.folder / "run")["training_images"] == "resized to at most 40 px when they were packed"
 
 
 def test_too_many_broken_images_stop_the_run(cli, folder):

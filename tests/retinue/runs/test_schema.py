@@ -53,7 +53,7 @@ TRAIN = {
     "recipe.augment.hflip must be a number from 0 to 1, not 7": ["recipe.augment.hflip=7"],
     "recipe.ema is missing": ["~recipe.ema"],
     "task.distillation.alpha must be a number from 0 to 1, not 7": ["task.distillation.alpha=7"],
-    "task.compile must be true or false, not 'maybe'": ["task.compile=maybe"],
+    "task.compile must be true or false or reduce-overhead or auto, not 'maybe'": ["task.compile=maybe"],
     "task.figure must be top1 or top5, not 'top2'. Did you mean 'top": ["task.figure=top2"],
     "data.num_workers must be a whole number from 0 to 256 or null, not": [
         f"data.num_workers={value}" for value in ("-1", "abc", "1.5", "5000")

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from retinue.tasks.optimization import check_optimizer, create_optimizer, create_schedule, total_epochs
+from tests.ops.kernels.ahead_of_time import stand_in_gpu
 
 STEPS_PER_EPOCH = 10
 
@@ -98,3 +99,15 @@ def test_backbone_factor_holds_for_the_first_step():
 def test_wrong_schedules_are_refused(schedule, says):
     with pytest.raises(ValueError, match=says):
         check_optimizer(recipe(schedule))
+
+
+@pytest.mark.parametrize(("name", "fused"), [("adamw", True), ("sgd", True), ("lamb", None), ("lookahead_adamw", None)])
+def test_optimisers_with_a_fused_form_are_fused_on_a_gpu(name, fused):
+    settings = recipe({"kind": "cosine"}, name=name)
+    with stand_in_gpu():
+        with torch.device("cuda"):
+            net = Net()
+        optimizer = create_optimizer(net, settings)
+    assert {group.get("fused") for group in optimizer.param_groups} == {fused}
+    assert not optimizer._step_supports_amp_scaling
+    assert not any(group.get("fused") for group in create_optimizer(Net(), settings).param_groups)

@@ -1,0 +1,316 @@
+"""FAN: Understanding the Robustness in Vision Transformers (Zhou et al., ICML 2022, arXiv:2204.12451).
+
+Also FAN with token-aware average pooling and attention diversification: Robustifying Token Attention for Vision
+Transformers (Guo et al., ICCV 2023, arXiv:2303.11126). Written after the papers and the latter's repository,
+guoyongcs/TAPADL (MIT), which has both nets; its checkpoints load. The layout is XCiT's, so timm's layers serve.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm2d, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from timm.models._manipulate import MATCH_PREV_GROUP, named_apply
+from timm.models.convnext import ConvNeXtStage, _init_weights
+from timm.models.xcit import ClassAttentionBlock, PositionalEncodingFourier, conv3x3
+from torch import Tensor, nn
+
+from models.backbones.deit import deit_cfg
+from models.hierarchical import init_weights
+from models.layers.pvt_v2 import init_conv
+from models.layers.token_pooling import TokenAwarePooling
+from models.plain import PlainBackbone, TokenPool
+from models.weights import join_projections
+from ops.functional import split_heads
+from ops.registry import Spec
+
+# Divisors of the final width after each convolution of the stem, by the side of a patch
+STEMS = {16: (8, 4, 2, 1), 8: (4, 2, 1), 4: (4, 1)}
+
+
+class DepthwiseConvs(nn.Module):
+    """Two depthwise 3 x 3 convolutions with GELU and a batch norm between them, (B, C, H, W)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.bn = nn.BatchNorm2d(dim)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.bn(F.gelu(self.conv1(x))))
+
+
+class ConvMlp(nn.Module):
+    """Linear MLP on tokens of a map, with depthwise convolutions added to its hidden map."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = DepthwiseConvs(hidden)
+        self.gamma = nn.Parameter(torch.ones(hidden))
+        self.fc2 = nn.Linear(hidden, dim)
+        self.apply(init_conv)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        x = self.fc1(x)
+        mixed = self.dwconv(x.transpose(1, 2).unflatten(2, tuple(size))).flatten(2).transpose(1, 2)
+        return self.fc2(self.gamma * mixed + x)
+
+
+class ChannelAttention(nn.Module):
+    """FAN's channel processing: an MLP whose output channels are weighted by their agreement with a summary of the map.
+
+    The weight of a channel is a sigmoid of the product, over all tokens, of the channel's query with the head's mean
+    channel, both after a softmax over the tokens.
+    """
+
+    def __init__(self, dim: int, heads: int, hidden: int, eps: float):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.mlp_v = ConvMlp(dim, hidden)
+        self.norm_v = nn.LayerNorm(dim, eps=eps)
+        self.q = nn.Linear(dim, dim)
+
+    def no_weight_decay(self) -> set[str]:
+        # The authors' net does not collect the names of its modules, so all parameters of several dimensions decay.
+        return set()
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        heads = len(self.temperature)
+        q, k = split_heads(self.q(x), heads).softmax(-2), split_heads(x, heads).softmax(-2).mean(-1, keepdim=True)
+        weights = (q.transpose(-2, -1) @ k).sigmoid() * self.temperature  # (B, heads, D, 1)
+        return self.norm_v(self.mlp_v(x, size)) * weights.flatten(1).unsqueeze(1)
+
+
+class Block(nn.Module):
+    """Token mixing and channel attention, each scaled and added to the tokens; with TAP, pooled tokens are mixed."""
+
+    def __init__(
+        self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float, eps: float, heads: int, scales: int
+    ):
+        super().__init__()
+        self.pool = TokenAwarePooling(dim, scales) if scales else None
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = ChannelAttention(dim, heads, int(mlp_ratio * dim), eps)
+        self.gamma1, self.gamma2 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, size: Sequence[int], **context) -> Tensor:
+        mixed = x.unflatten(1, tuple(size))
+        if self.pool is not None:
+            mixed = self.pool(mixed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.gamma1 * self.mixer(self.norm1(mixed), **context).flatten(1, 2))
+        return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x), size))
+
+
+class UnbiasedLayerNorm2d(nn.LayerNorm):
+    """Layer norm of the channels of (B, C, H, W) by the unbiased variance, which the authors use after the stem."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, dim=1, keepdim=True)
+        x = (x - mean) * torch.rsqrt(variance + self.eps)
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class Stem(nn.Module):
+    """Convolutions from images (B, in_chans, h, w) to a map (B, C, ⌈h / patch⌉, ⌈w / patch⌉).
+
+    Args:
+        in_chans: Channels of the images.
+        dim: Channels C.
+        patch: Side of a patch in pixels: 16, 8 or 4.
+        hybrid: Numbers of blocks of two stages of ConvNeXt, of stride 4 and 8, which replace the first convolutions;
+            () has none. Images are padded with zeros to whole patches of 16 pixels.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch: int, hybrid: Sequence[int]):
+        super().__init__()
+        self.backbone = None
+        if not hybrid:
+            layers: list[nn.Module] = []
+            for divisor in STEMS[patch]:
+                layers += [conv3x3(in_chans, dim // divisor, 2), nn.GELU()]
+                in_chans = dim // divisor
+            self.proj = nn.Sequential(*layers[:-1])
+            return
+        norm: Any = partial(UnbiasedLayerNorm2d, eps=1e-6)
+        stages = [
+            ConvNeXtStage(width, out, stride=stride, depth=depth, ls_init_value=1e-6, conv_mlp=True, norm_layer=norm)
+            for width, out, stride, depth in ((128, 128, 1, hybrid[0]), (128, 256, 2, hybrid[1]))
+        ]
+        self.backbone = nn.ModuleDict(
+            {
+                "stem": nn.Sequential(nn.Conv2d(in_chans, 128, 4, 4), LayerNorm2d(128, eps=1e-6)),
+                "stages": nn.Sequential(*stages),
+            }
+        )
+        named_apply(_init_weights, self.backbone)
+        self.proj = nn.Conv2d(256, dim, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.backbone is not None:
+            x = F.pad(x, (0, -x.shape[3] % 16, 0, -x.shape[2] % 16))
+            x = self.backbone["stages"](self.backbone["stem"](x))
+        return self.proj(x)
+
+
+class FAN(PlainBackbone):
+    """XCiT's layout with full attention, channel attention and, on request, token-aware average pooling.
+
+    The class token joins after the blocks and reads the map in two layers of class attention. Maps, as of
+    `features_only`, are those of the blocks.
+
+    Args:
+        dim: As in `PlainBackbone`.
+        depths: As in `PlainBackbone`.
+        heads: As in `PlainBackbone`.
+        patch: Side of a patch in pixels: 16, 8 or 4.
+        hybrid: As in `Stem`; a hybrid net has patches of 16 pixels.
+        scales: Candidates of token-aware average pooling; 0 leaves it out. TAP's nets have 4.
+        diversity: Threshold of attention diversification, as in the op "full"; 0 leaves it out. TAP's nets have 2.
+        head_scale: Factor of the classifier's initial weights.
+        mixers: Token mixers, as `ops.parse_mixers` reads them. Default: full attention.
+        in_chans: Number of channels of the images.
+        drop_path_rate: Drop path rate of all blocks.
+        global_pool: As in `PlainBackbone`; "token" by default.
+        **kwargs: Further arguments of `PlainBackbone`.
+
+    Raises:
+        ValueError: `patch` is another number.
+    """
+
+    positions = False
+    renames = (
+        (r"\.attn_map$", None),
+        (r"^pos_embed\.", "position."),
+        (r"^(blocks\.\d+)\.attn\.", r"\1.mixer."),
+        (r"\.dilation_predictor\.", ".pool."),
+    )
+
+    def __init__(
+        self,
+        dim: int = 384,
+        depths: Sequence[int] = (12,),
+        heads: int = 8,
+        patch: int = 16,
+        hybrid: Sequence[int] = (),
+        scales: int = 0,
+        diversity: float = 0.0,
+        head_scale: float = 1.0,
+        mixers: Spec | Sequence | None = None,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "token",
+        **kwargs,
+    ):
+        if patch not in STEMS or (hybrid and patch != 16):
+            raise ValueError(f"patch must be 16, 8 or 4 pixels, and 16 in a hybrid net, not {patch}")
+        mixers = {"name": "full", "diversity": diversity} if mixers is None else mixers
+        self.block: Any = partial(Block, heads=heads, scales=scales)
+        super().__init__(
+            dim=dim, depths=depths, heads=heads, patch=patch, mixers=mixers, in_chans=in_chans, class_token=False,
+            global_pool=global_pool, **kwargs,
+        )  # fmt: skip
+        for block in self.blocks:
+            block.drop_path = DropPath(drop_path_rate)
+        self.patch_embed = Stem(in_chans, dim, patch, hybrid)
+        self.position = PositionalEncodingFourier(dim=dim)
+        self.cls_token = nn.Parameter(trunc_normal_(torch.empty(1, 1, dim), std=0.02))
+        norm: Any = partial(nn.LayerNorm, eps=self.eps)
+        self.cls_attn_blocks = nn.Sequential(
+            *(ClassAttentionBlock(dim, heads, qkv_bias=True, norm_layer=norm, tokens_norm=True) for _ in range(2))
+        )
+        self.cls_attn_blocks.apply(init_weights)
+        if isinstance(self.head, nn.Linear):
+            self.head.weight.data.mul_(head_scale)
+
+    def reset_pool(self, global_pool: str) -> None:
+        self.global_pool = TokenPool(global_pool, 1)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        groups = super().group_matcher(coarse)
+        after_the_blocks = (r"^(?:cls_token|cls_attn_blocks\.)", MATCH_PREV_GROUP)
+        return {
+            "stem": r"^(?:position|patch_embed|contexts)",
+            "blocks": [groups["blocks"][0], after_the_blocks, *groups["blocks"][1:]],
+        }
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return join_projections(self, super().checkpoint_filter(state))
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = self.patch_embed(x)
+        size = (x.shape[2], x.shape[3])
+        return (x + self.position(1, *size)).flatten(2).transpose(1, 2), size
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head:
+            self.cls_token, self.cls_attn_blocks = None, nn.Sequential()
+        return take
+
+    def finish(self, x: Tensor) -> Tensor:
+        if self.cls_token is not None:
+            x = self.cls_attn_blocks(torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1))
+        return self.norm(x)
+
+
+def fan_cfg(first_conv: str) -> dict:
+    """Return the `default_cfgs` entry of a net."""
+    return deit_cfg("") | {"first_conv": first_conv, "fixed_input_size": False}
+
+
+SIZES = ("tiny", "small", "base", "large")
+default_cfgs = generate_default_cfgs(
+    {f"fan_{size}": fan_cfg("patch_embed.proj.0.0") for size in SIZES}
+    | {f"fan_{size}_hybrid": fan_cfg("patch_embed.backbone.stem.0") for size in SIZES}
+)
+
+
+@register_model
+def fan_tiny(pretrained: bool = False, **kwargs) -> FAN:
+    return FAN.build("fan_tiny", pretrained, **{"dim": 192, "heads": 4} | kwargs)
+
+
+@register_model
+def fan_small(pretrained: bool = False, **kwargs) -> FAN:
+    return FAN.build("fan_small", pretrained, **kwargs)
+
+
+@register_model
+def fan_base(pretrained: bool = False, **kwargs) -> FAN:
+    return FAN.build("fan_base", pretrained, **{"dim": 448, "depths": (18,)} | kwargs)
+
+
+@register_model
+def fan_large(pretrained: bool = False, **kwargs) -> FAN:
+    return FAN.build("fan_large", pretrained, **{"dim": 480, "depths": (24,), "heads": 10} | kwargs)
+
+
+@register_model
+def fan_tiny_hybrid(pretrained: bool = False, **kwargs) -> FAN:
+    return FAN.build("fan_tiny_hybrid", pretrained, **{"dim": 192, "depths": (8,), "hybrid": (3, 3)} | kwargs)
+
+
+@register_model
+def fan_small_hybrid(pretrained: bool = False, **kwargs) -> FAN:
+    return FAN.build("fan_small_hybrid", pretrained, **{"depths": (10,), "hybrid": (3, 3)} | kwargs)
+
+
+@register_model
+def fan_base_hybrid(pretrained: bool = False, **kwargs) -> FAN:
+    return FAN.build("fan_base_hybrid", pretrained, **{"dim": 448, "depths": (16,), "hybrid": (3, 3)} | kwargs)
+
+
+@register_model
+def fan_large_hybrid(pretrained: bool = False, **kwargs) -> FAN:
+    arguments = {"dim": 480, "depths": (22,), "heads": 10, "hybrid": (3, 5), "head_scale": 0.001}
+    return FAN.build("fan_large_hybrid", pretrained, **arguments | kwargs)

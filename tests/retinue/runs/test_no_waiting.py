@@ -1,0 +1,135 @@
+"""A training step never waits for the device: the CPU reads nothing that the device computes.
+
+Tensors on the meta device have no values, so that reading one is an error, as is moving one to the CPU or asking how
+many entries are not zero. A run on this device therefore finds every place that would wait for a GPU.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.strategies import SingleDeviceStrategy
+
+from retinue.runs.checkpoints import Checkpoints
+from retinue.runs.config import register_resolvers
+from retinue.runs.ema import EMA
+from retinue.runs.progress import TrainingLog
+from retinue.runs.training import build_data, build_task, build_trainer
+from retinue.utils.paths import CONF
+
+STEPS = 3
+
+
+class Stop(Exception):
+    """End of a run before anything is read for the log."""
+
+
+class StopAfterSteps(Callback):
+    """Stop when `STEPS` steps have been taken."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == STEPS:
+            raise Stop
+
+
+class StopBeforeTheEnd(Callback):
+    """Stop when all batches have been validated, before the figures are read."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        raise Stop
+
+
+class MetaAccelerator(CPUAccelerator):
+    """The accelerator of the CPU for the meta device."""
+
+    def setup_device(self, device):
+        pass
+
+
+class MetaStrategy(SingleDeviceStrategy):
+    """One meta device, whose net cannot be moved to the CPU when the training ends."""
+
+    def __init__(self):
+        super().__init__(torch.device("meta"), accelerator=MetaAccelerator())
+
+    def teardown(self):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def loaders_have_lengths(monkeypatch):
+    """Skip Lightning's question for the lengths of the loaders, which it asks before the first step."""
+    for loop in ("fit_loop", "evaluation_loop"):
+        monkeypatch.setattr(f"pytorch_lightning.loops.{loop}.has_len_all_ranks", lambda *arguments: True)
+
+
+def prepare(folder, overrides, callbacks, **arguments):
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["data.num_workers=0", "recipe.batch_size=32", f"run_dir={folder}", *overrides])
+    datamodule = build_data(cfg)
+    task = build_task(cfg, datamodule)
+    ema = [EMA(cfg.recipe.ema.decay, cfg.recipe.ema.warmup)] if cfg.recipe.ema.decay is not None else []
+    callbacks = [*ema, TrainingLog(), Checkpoints(folder, "val/top1", every_minutes=10), *callbacks]
+    return task, datamodule, build_trainer(cfg, callbacks=callbacks, logger=False, **arguments)
+
+
+def meta_trainer(folder, overrides, callbacks):
+    return prepare(folder, ["trainer=cpu", *overrides], callbacks, strategy=MetaStrategy(), accelerator="auto")
+
+
+RECIPES = [
+    ["model=timm", "model.name=resnet10t"],
+    ["recipe.clip_grad=1.0", "trainer.accumulate_grad_batches=2"],
+    ["model=timm", "model.name=resnet10t", "recipe=deit", "recipe.augment.device=gpu", "recipe.epochs=5"],
+]
+
+
+@pytest.mark.parametrize("overrides", RECIPES, ids=["small", "biformer", "deit"])
+def test_a_step_reads_nothing_from_the_device(tmp_path, overrides):
+    task, datamodule, trainer = meta_trainer(tmp_path, overrides, [StopAfterSteps()])
+    with pytest.raises(Stop):
+        trainer.fit(task, datamodule=datamodule)
+    assert trainer.global_step == STEPS
+    assert next(task.parameters()).is_meta
+
+
+def test_a_validation_step_reads_nothing_from_the_device(tmp_path):
+    task, datamodule, trainer = meta_trainer(tmp_path, RECIPES[0], [StopBeforeTheEnd()])
+    with pytest.raises(Stop):
+        trainer.validate(task, datamodule=datamodule)
+    assert task._val_sums is not None
+    assert task._val_sums.is_meta
+
+
+def test_reading_a_figure_would_be_noticed(tmp_path):
+    class Reader(Callback):
+        def on_train_batch_end(self, trainer, pl_module: Any, outputs, batch, batch_idx):
+            pl_module.running_figures()
+
+    task, datamodule, trainer = meta_trainer(tmp_path, RECIPES[0], [Reader(), StopAfterSteps()])
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"meta"):
+        trainer.fit(task, datamodule=datamodule)
+
+
+class Strict(Callback):
+    """Make every wait for the GPU an error, from the second step on."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("default" if trainer.global_step == STEPS else "error")
+        if trainer.global_step == STEPS:
+            raise Stop
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("overrides", RECIPES, ids=["small", "biformer", "deit"])
+def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, overrides):
+    task, datamodule, trainer = prepare(tmp_path, ["trainer=gpu", *overrides], [Strict()])
+    try:
+        with pytest.raises(Stop):
+            trainer.fit(task, datamodule=datamodule)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
