@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -159,7 +159,7 @@ class ViTAEv2(HierarchicalBackbone):
         specs = parse_mixers(varied if mixers is None else mixers, depths)
         dims, strides, _ = stage_layout(dim, depths, drop_path_rate)
         # In the authors' code a stage takes its rates after as many as the stage before it has blocks.
-        rates: list[float] = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        rates: Any = calculate_drop_path_rates(drop_path_rate, sum(depths))
         dilations = ((1, 2, 3, 4), (1, 2, 3), (1, 2), (1, 2))
         stages = []
         for i, width in enumerate(dims):

@@ -80,6 +80,8 @@ class GlobalQueryAttention(WindowAttention):
 
     renames = (*WindowAttention.renames, (r"^rel_pos\.", ""))
 
+    make_context: type[GlobalQuery] | None = GlobalQuery
+
     def __init__(
         self,
         dim: int,
@@ -97,9 +99,10 @@ class GlobalQueryAttention(WindowAttention):
             raise ValueError(f"form must be 'local' or 'global', not {form!r}")
         super().__init__(dim, num_heads, place=place, window=default_window(place, window), shift=0, qkv_bias=qkv_bias)
         self.shrink = shrink
-        # None for local blocks, so that a stage without global blocks computes no global queries
-        self.make_context = GlobalQuery if form == "global" else None
-        if form == "global":
+        if form == "local":
+            # A stage without global blocks then computes no global queries.
+            self.make_context = None
+        else:
             # Keys and values only, but under the authors' name
             self.qkv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
 
