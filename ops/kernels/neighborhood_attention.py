@@ -114,8 +114,8 @@ def _launch_arguments(
     The integers are in the order of the kernels' signatures: from `num_heads` to `dilation_x`.
     """
     B, H, W, channels = qkv.shape
-    # Under `torch.compile` with dynamic shapes the sides become constants: SymPy takes minutes to simplify expressions of
-    # tiles and frames in symbols.
+    # Under `torch.compile` with dynamic shapes the sides become constants, since SymPy takes minutes to simplify
+    # expressions of tiles and frames in symbols.
     H, W = int(H), int(W)
     D = channels // (3 * num_heads)
     # Sides of the largest dilation group.
