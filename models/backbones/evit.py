@@ -66,7 +66,8 @@ class EViT(DeiT):
         fuse: Fuse the dropped tokens to one token.
         reduce_at: Indices of the blocks that drop tokens. By default those before a quarter, a half and three quarters
             of the depth, which are 3, 6 and 9 in the paper's nets.
-        **kwargs: Arguments of `DeiT`; the ops of the blocks that drop tokens must be "full".
+        depths: As in `PlainBackbone`.
+        **kwargs: Further arguments of `DeiT`; the ops of the blocks that drop tokens must be "full".
 
     Raises:
         ValueError: `keep` is out of its range, or a block of `reduce_at` does not exist or has another op.
@@ -74,8 +75,15 @@ class EViT(DeiT):
 
     block = Block
 
-    def __init__(self, keep: float = 0.7, fuse: bool = True, reduce_at: Sequence[int] | None = None, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        keep: float = 0.7,
+        fuse: bool = True,
+        reduce_at: Sequence[int] | None = None,
+        depths: Sequence[int] = (12,),
+        **kwargs,
+    ):
+        super().__init__(depths=depths, **kwargs)
         if not 0 < keep <= 1:
             raise ValueError(f"keep must be a share of the tokens above 0 and at most 1, not {keep}")
         depth = len(self.blocks)

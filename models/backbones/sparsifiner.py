@@ -55,6 +55,7 @@ class Sparsifiner(DeiT):
         keep_tokens: Share of the tokens that is left after each block of `prune_at`: this number, its square, ...; 1
             prunes none.
         prune_at: Indices of the blocks that prune tokens.
+        depths: As in `PlainBackbone`.
         img_size: As in `PlainBackbone`.
         patch: As in `PlainBackbone`.
         mixers: Token mixers, as `ops.parse_mixers` reads them. Default: the op "sparsifiner".
@@ -71,6 +72,7 @@ class Sparsifiner(DeiT):
         keep: float = 0.25,
         keep_tokens: float = 1.0,
         prune_at: Sequence[int] = (3, 6, 9),
+        depths: Sequence[int] = (12,),
         img_size: int | tuple[int, int] = 224,
         patch: int = 16,
         mixers: Spec | Sequence | None = None,
@@ -79,7 +81,7 @@ class Sparsifiner(DeiT):
         if mixers is None:
             sides = (img_size, img_size) if isinstance(img_size, int) else img_size
             mixers = {"name": "sparsifiner", "keep": keep, "size": [ceil_div(side, patch) for side in sides]}
-        super().__init__(img_size=img_size, patch=patch, mixers=mixers, **kwargs)
+        super().__init__(img_size=img_size, patch=patch, depths=depths, mixers=mixers, **kwargs)
         if not 0 < keep_tokens <= 1:
             raise ValueError(f"keep_tokens must be a share above 0 and at most 1, not {keep_tokens}")
         if keep_tokens == 1:

@@ -1,0 +1,70 @@
+"""EViT and Sparsifiner: token counts that fall by depth, and their special cases."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from models import load_weights
+from tests.models.test_backbones import build
+
+
+def test_evit_that_keeps_all_tokens_is_deit():
+    deit = build("deit_small", num_classes=3).eval()
+    x = torch.randn(2, 3, 64, 80)
+    for arguments in ({"keep": 1.0}, {"reduce_at": []}):
+        net = build("evit_small", num_classes=3, **arguments).eval()
+        load_weights(net, deit.state_dict())
+        with torch.inference_mode():
+            assert torch.allclose(net(x), deit(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(("fuse", "counts"), [(True, [20, 11, 7, 5]), (False, [20, 10, 5, 3])])
+def test_evits_tokens_become_fewer_and_its_maps_stay_whole(fuse, counts):
+    net = build("evit_small", num_classes=3, keep=0.5, fuse=fuse).eval()
+    deit = build("deit_small", num_classes=3).eval()
+    load_weights(deit, net.state_dict())
+    found, x = [], torch.randn(2, 3, 64, 80)
+    for block in net.blocks:
+        block.register_forward_hook(lambda _, args, out: found.append(out.shape[1] - 1))
+    with torch.inference_mode():
+        net(x)
+        maps, expected = (n.forward_intermediates(x, intermediates_only=True) for n in (net, deit))
+    assert found[:4] == counts
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(maps, expected, strict=True))
+
+
+def test_evit_keeps_the_tokens_that_the_class_token_attends_to():
+    net = build("evit_small", num_classes=3, keep=0.5, reduce_at=[0], depths=(1,)).eval()
+    block, x = net.blocks[0], torch.randn(1, 7, 384)
+    scores = torch.tensor([[0.1, 0.4, 0.05, 0.2, 0.15, 0.1]])
+    out = block.reorganize(x, scores)
+    fused = 0.1 * x[:, 1] + 0.05 * x[:, 3] + 0.1 * x[:, 6]
+    assert torch.equal(out[:, :4], x[:, [0, 2, 4, 5]]) and torch.allclose(out[:, 4], fused)
+
+
+def test_sparsifiners_pruned_tokens_are_zeros_in_all_later_blocks():
+    net = build("sparsifiner_small", num_classes=3, keep_tokens=0.5, prune_at=(1, 2), img_size=64).eval()
+    alive = []
+    for block in net.blocks:
+        block.register_forward_hook(lambda _, args, out: alive.append((out[:, 1:] != 0).any(-1)))
+    with torch.inference_mode():
+        net(torch.randn(2, 3, 64, 64))
+    assert [int(tokens.sum(1).max()) for tokens in alive] == [16, 8, 4, 4]
+    assert all((later <= earlier).all() for earlier, later in pairwise(alive))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("evit_small", {"keep": 0.0}, "keep must be a share of the tokens above 0 and at most 1, not 0.0"),
+        ("evit_small", {"reduce_at": [4]}, "reduce_at must be indices of 4 blocks"),
+        ("evit_small", {"mixers": "agent"}, "block 1 needs full attention and a class token"),
+        ("sparsifiner_small", {"keep_tokens": 1.5}, "keep_tokens must be a share above 0 and at most 1, not 1.5"),
+        ("sparsifiner_small", {"keep_tokens": 0.5, "prune_at": [7]}, "prune_at must be indices of 4 blocks"),
+        ("sparsifiner_small", {"keep_tokens": 0.5, "mixers": "full", "prune_at": [1]}, "needs the op sparsifiner"),
+    ],
+)
+def test_wrong_values_are_refused(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, **arguments)
