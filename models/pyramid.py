@@ -39,9 +39,7 @@ class SimplePyramid(nn.Module):
         super().__init__()
         self.strides = [level for level in STRIDES if level >= min_stride]
         if maps not in (1, len(self.strides)):
-            raise ValueError(
-                f"a feature pyramid is made from 1 map or {len(self.strides)} maps, not {maps}: out_indices"
-            )
+            raise ValueError(f"out_indices must name 1 or {len(self.strides)} maps of a plain net, not {maps}")
         self.channels, levels = [], []
         for level in self.strides:
             width, layers = dim, []
