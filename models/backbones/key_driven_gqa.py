@@ -48,6 +48,10 @@ class KeyDrivenGQA(DeiT):
         """Names of the allocation in use by DGQA, which the authors' checkpoints lack."""
         return {name for name, _ in self.named_buffers() if re.search(r"\.mixer\.(groups|passes)$", name)}
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters without weight decay; the authors decay positions and the class token too."""
+        return super().no_weight_decay() - {"pos_embed", "cls_token"}
+
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights under our names; multi-head keys and values are averaged over each group of heads."""
         result = {}
