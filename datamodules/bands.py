@@ -1,14 +1,13 @@
 """Images of any number of bands and any type of values: arrays (.npy) and TIFF files with a page for each band."""
 
 import io
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from datamodules.decode import BrokenImage, check_pixels, read_file
+from datamodules.decode import BrokenImage, check_pixels
 from datamodules.images import FileImages
 from datamodules.transforms import Augment, EvalTransform, TrainTransform
 
@@ -36,11 +35,7 @@ class BandImages(FileImages):
         return {"image": np.zeros((32, 32, self.in_chans), np.float32), "label": np.int64(0)}
 
     def image(self, index: int) -> np.ndarray:
-        name = self.name(index)
-        try:
-            return read_bands(read_file(PurePath(self.root, name)), name, self.in_chans)
-        except OSError as error:
-            raise BrokenImage(error.strerror or str(error)) from error
+        return read_bands(self._read(index), self.name(index), self.in_chans)
 
 
 def read_bands(data: bytes, name: str, in_chans: int) -> np.ndarray:

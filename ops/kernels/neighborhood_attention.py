@@ -114,6 +114,9 @@ def _launch_arguments(
     The integers are in the order of the kernels' signatures: from `num_heads` to `dilation_x`.
     """
     B, H, W, channels = qkv.shape
+    # Under `torch.compile` with dynamic shapes the sides become constants: SymPy takes minutes to simplify expressions of
+    # tiles and frames in symbols.
+    H, W = int(H), int(W)
     D = channels // (3 * num_heads)
     # Sides of the largest dilation group.
     group = ceil_div(H, dilation[0]), ceil_div(W, dilation[1])

@@ -25,7 +25,7 @@ CASES = {
     "even size": (1, (9, 6), (4, 2), (2, 1), 2, 16, True),
     "groups of two lengths": (1, (25, 5), (3, 2), (2, 1), 1, 4, True),
     "size of the whole map": (1, (7, 7), (7, 7), (1, 1), 2, 33, True),
-    "large size": (1, (12, 11), (11, 10), (1, 1), 1, 8, True),
+    "large size": (1, (11, 11), (11, 10), (1, 1), 1, 8, True),
     "without a bias": (1, (10, 9), (3, 3), (1, 3), 2, 8, False),
     "size of one token": (2, (3, 4), (1, 1), (1, 2), 2, 1, True),
 }

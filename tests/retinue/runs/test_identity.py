@@ -19,7 +19,8 @@ IMAGENET = ("data=imagenet", "data.root=/data/in1k", "model=swin")
     [
         "recipe.epochs=21", "model.size=tiny", "data.image_size=28", "trainer.precision=bf16", "model.mixers=window",
         "data=image_folder", "+model.args.drop_path_rate=0.3", "weights=start.pth", "recipe.clip_grad=5.0",
-        "recipe.ema.decay=null", "task.distillation.teacher=resnet50",
+        "recipe.ema.decay=null", "task.distillation.teacher=resnet50", "recipe.augment.device=gpu",
+        "recipe.augment.decode=reduced",
     ],
 )  # fmt: skip
 def test_the_folder_changes_with_what_changes_the_result(override):
