@@ -4,6 +4,8 @@ Written after the paper and timm (Apache-2.0). The licence of the authors' repos
 use, so none of its code is here.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.models.gcvit import FeatureBlock
@@ -80,6 +82,8 @@ class GlobalQueryAttention(WindowAttention):
 
     renames = (*WindowAttention.renames, (r"^rel_pos\.", ""))
 
+    make_context: Any = GlobalQuery
+
     def __init__(
         self,
         dim: int,
@@ -97,9 +101,10 @@ class GlobalQueryAttention(WindowAttention):
             raise ValueError(f"form must be 'local' or 'global', not {form!r}")
         super().__init__(dim, num_heads, place=place, window=default_window(place, window), shift=0, qkv_bias=qkv_bias)
         self.shrink = shrink
-        # None for local blocks, so that a stage without global blocks computes no global queries
-        self.make_context = GlobalQuery if form == "global" else None
-        if form == "global":
+        if form != "global":
+            # A stage without global blocks computes no global queries.
+            self.make_context = None
+        else:
             # Keys and values only, but under the authors' name
             self.qkv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
 
