@@ -63,12 +63,12 @@ class Block(nn.Module):
         self.act = act()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **context) -> Tensor:
         y = self.act(self.bn1(self.peg(self.conv1(x))))
-        y = self.bn3(self.conv3(self.act(self.bn2(self.middle(y)))))
+        y = self.bn3(self.conv3(self.act(self.bn2(self.middle(y, **context)))))
         return self.act(self.downsample(x) + self.drop_path(self.finish(y)))
 
-    def middle(self, x: Tensor) -> Tensor:
+    def middle(self, x: Tensor, **context) -> Tensor:
         """Apply the choice of the block to a map (B, width, H, W)."""
         raise NotImplementedError
 
@@ -85,7 +85,7 @@ class ConvBlock(Block):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.se = SEModule(dim) if squeeze else nn.Identity()
 
-    def middle(self, x: Tensor) -> Tensor:
+    def middle(self, x: Tensor, **context) -> Tensor:
         return self.conv2(x)
 
     def finish(self, x: Tensor) -> Tensor:
@@ -99,9 +99,10 @@ class AttentionBlock(Block):
         super().__init__(in_dim, dim, width, **kwargs)
         self.mixer, self.context = mixer, context
 
-    def middle(self, x: Tensor) -> Tensor:
+    def middle(self, x: Tensor, **context) -> Tensor:
         x = x.permute(0, 2, 3, 1)
-        context = {} if self.context is None else {"context": self.context(x)}
+        if self.context is not None:
+            context["context"] = self.context(x)
         return self.mixer(x, **context).permute(0, 3, 1, 2)
 
 

@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from models import plain
+from models.backbone import run_block
 from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, to_channels_last
 from models.layers.downsample import PatchConv2d
 from models.layers.position import fit_positions, grid_of, resize_positions
 from ops import create_ops, parse_mixers
 from ops.attention.full import FullAttention
+from ops.losses import Losses
 from ops.registry import Spec, take_extra
 
 # Side of a patch in pixels
@@ -145,13 +146,14 @@ class SpatialReduction(nn.Module):
 class TokenStage(Stage):
     """Stage on tokens (B, E + H * W, C) and (H, W), of which the first E are class tokens; the first takes images."""
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: Any, losses: Losses | None = None) -> Any:
         x, size = self.downsample(x)
         contexts = [module(x[:, -size[0] * size[1] :].unflatten(1, size)) for module in self.contexts]
-        for block, index in zip(self.blocks, self.context_indices, strict=True):
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        for i, (block, index) in enumerate(zip(self.blocks, self.context_indices, strict=True)):
             context = {} if index is None else {"context": contexts[index]}
-            recompute = self.grad_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, size, **context) if recompute else block(x, size, **context)
+            own = losses if self.have_losses[i] else None
+            x = run_block(block, x, size, recompute=recompute, losses=own, **context)
         return x, size
 
 
@@ -263,9 +265,12 @@ class ViTResNAS(HierarchicalBackbone):
                 maps.append(to_channels_last(tokens[:, self.extra :].transpose(1, 2).unflatten(2, state[1])))
         return maps if intermediates_only else (self.norm(state[0]), maps)
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
         """Return the final tokens (B, E + H * W, C)."""
-        return self.norm(self.stages(x)[0])
+        state: Any = x
+        for stage in self.stages:
+            state = stage(state, losses)
+        return self.norm(state[0])
 
 
 def conv_bn_relu(in_dim: int, dim: int, stride: int = 1) -> nn.Sequential:
