@@ -101,7 +101,7 @@ def sum_keys(
     FEATURES: tl.constexpr, SUBTRACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute `states`, `key_sums`, `key_maxima` and `value_sums` of a chunk of keys."""
-    _, image, head, first, end = _chunk_of_program(tokens, chunks, chunk_tokens, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
+    _image_head, image, head, first, end = _chunk_of_program(tokens, chunks, chunk_tokens, num_heads)  # pyright: ignore[reportGeneralTypeIssues]
     state = tl.zeros((P, Q), tl.float32)
     key_sum = tl.zeros((P,), tl.float32)
     key_maximum = tl.full((P,), float("-inf"), tl.float32)
