@@ -55,7 +55,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class NetTarget:
-    """Target of a net relative to a peer, compiled against compiled.
+    """Speed and memory that a net should reach relative to a peer, compiled against compiled.
 
     Attributes:
         peer: formulation of the attention, or TIMM.

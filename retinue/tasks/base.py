@@ -67,7 +67,7 @@ class Task(pl.LightningModule):
         # Sums since the last row of the log: of figure * images by the figure's name, and the number of `images`.
         self._sums: dict[str, Tensor] = {}
         self._first_bad_step: Tensor | None = None
-        # True if the current batch is the first one of an optimiser step; set with CUDA graphs only.
+        # True for the first batch of an optimiser step; updated with CUDA graphs only.
         self._first_of_step = True
         self.val_figures: dict[str, float] = {}
         self.save_images = 0

@@ -24,7 +24,7 @@ def to_gpu(net: nn.Module) -> None:
             setattr(module, name, moved)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", EVERY)
 def test_a_net_is_one_graph(name, dynamic):
     """Compile a net as in training, but without its gradients, for which autograd needs a real GPU."""

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -155,6 +156,8 @@ def stand_in_gpu() -> Iterator[None]:
         mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)),
         mock.patch.object(torch.cuda, "_exchange_device", lambda device: device),
         mock.patch.object(torch.cuda, "_maybe_exchange_device", lambda device: device),
+        # Otherwise a kernel that does not compile is a warning only.
+        mock.patch.object(triton_kernel_wrap.log, "warning", side_effect=AssertionError),
         FakeTensorMode(),
     ):
         yield
