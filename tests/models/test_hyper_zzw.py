@@ -11,7 +11,8 @@ from models import load_weights
 
 def terminator(**arguments: Any) -> Any:
     torch.manual_seed(0)
-    return timm.create_model("terminator_nano", num_classes=2, **{"dims": (12, 12, 24)} | arguments)
+    arguments = {"dims": (12, 12, 24)} | arguments
+    return timm.create_model("terminator_nano", num_classes=2, **arguments)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from ops.attention.hyper_zzw import standardize
 
 def hyper_zzw(**arguments: Any) -> Any:
     torch.manual_seed(0)
-    return create_op("hyper_zzw", dim=3, num_heads=1, hidden=5, **{"size": 4} | arguments).double()
+    arguments = {"size": 4} | arguments
+    return create_op("hyper_zzw", dim=3, num_heads=1, hidden=5, **arguments).double()
 
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (5, 3)], ids=str)

@@ -45,7 +45,8 @@ def test_diversity_is_the_mean_cosine_to_the_mean_attention(name):
     cosines = []
     for image in x:
         q, k, _ = op.qkv(image.view(6, 8)).chunk(3, -1)
-        weights = sum((q[:, h] @ k[:, h].T / sqrt(4)).softmax(-1) for h in (slice(0, 4), slice(4, 8))) / 2
+        heads = (slice(0, 4), slice(4, 8))
+        weights = torch.stack([(q[:, h] @ k[:, h].T / sqrt(4)).softmax(-1) for h in heads]).mean(0)
         mean = torch.stack([weights[:, j].mean() for j in range(6)])
         mean = torch.where(mean > 1 / 6, mean, 0)
         for row in weights:

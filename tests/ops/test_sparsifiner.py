@@ -23,10 +23,12 @@ def test_attends_and_learns_as_defined(extra):
     op, tokens = build(extra, keep=0.4, basis=5, coefficients=2), torch.randn(1, extra + 12, 8, dtype=torch.float64)
     predictor, n = op.mask_predictor, extra + 12
     q, k, v = op.qkv(tokens)[0].chunk(3, -1)
-    out, distance = torch.empty(n, 8, dtype=torch.float64), 0.0
+    out, distance = torch.empty(n, 8, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for h in (slice(0, 4), slice(4, 8)):
         small_q, small_k = predictor.proj_c_q(q[:, h]), predictor.proj_c_k(k[:, h])
-        mixtures = torch.stack([sum(predictor.proj_n[j, m] * small_k[j] for j in range(n)) for m in range(5)])
+        mixtures = torch.stack(
+            [torch.stack([predictor.proj_n[j, m] * small_k[j] for j in range(n)]).sum(0) for m in range(5)]
+        )
         for i in range(n):
             scores = torch.stack([q[i, h] @ k[j, h] / sqrt(4) for j in range(n)])
             keys = list(range(n))
