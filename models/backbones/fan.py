@@ -263,7 +263,7 @@ class FAN(PlainBackbone):
         return self.norm(x)
 
 
-def fan_cfg(first_conv: str) -> dict:
+def fan_cfg(first_conv: str) -> Any:
     """Return the `default_cfgs` entry of a net."""
     return deit_cfg("") | {"first_conv": first_conv, "fixed_input_size": False}
 
