@@ -209,7 +209,8 @@ def _cfg(name: str) -> Any:
     """Return the `default_cfgs` entry of a net, with an address where the authors released its weights."""
     share = _ONEDRIVE_SHARES.get(name)
     url = (f"https://api.onedrive.com/v1.0/shares/{share}/root/content", f"{name}.pth") if share else ""
-    return imagenet_cfg(url, crop_pct=0.9, first_conv="stages.0.downsample.prm.0.0")
+    convs = (*(f"prm.{i}.0" for i in range(4)), "pcm.0")
+    return imagenet_cfg(url, crop_pct=0.9, first_conv=tuple(f"stages.0.downsample.{conv}" for conv in convs))
 
 
 default_cfgs = generate_default_cfgs(
