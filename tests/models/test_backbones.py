@@ -36,9 +36,8 @@ def few_blocks(name: str, first: int = 2) -> dict[str, Any]:
     parameters = inspect.signature(type(net).__init__).parameters
     if "depths" not in parameters:
         return {}
-    default = parameters["depths"].default
-    # Some nets count the stem as a stage, and others have no default.
-    stages = len(default) if isinstance(default, tuple) else len(getattr(net, "stages", [net]))
+    # The stem of some nets is a stage without blocks.
+    stages = sum(len(stage.blocks) > 0 for stage in getattr(net, "stages", [net]))
     return {"depths": (first, *[1] * (stages - 1)) if stages > 1 else (4,)}
 
 
