@@ -78,8 +78,10 @@ def check_bands(data: Mapping, is_open: Sequence[str]) -> None:
         is_open: Keys that are null.
 
     Raises:
-        ValueError: `mean` or `std` is open.
+        ValueError: `mean` or `std` is open, or the data set reads no bands.
     """
+    if "bands" not in data:
+        raise ValueError(f"data.in_chans must be 1 or 3, not {data['in_chans']}; data=image_folder takes bands")
     if missing := [f"data.{key}" for key in DENSE_KEYS if key in is_open]:
         raise ValueError(
             f"data.in_chans={data['in_chans']} needs {' and '.join(missing)} in the files' units: "
@@ -120,9 +122,10 @@ def _from_weights(cfg: Mapping, data: dict[str, Any]) -> dict[str, tuple[Any, st
     pixels = size_pixels(data)
     name, args = resolve(model, pixels)
     published = net_preprocessing(name, args)
-    # Our own sizes for small images have no published weights: they are trained at the size of the data.
-    limit = pick_size(model.get("sizes") or {}, model.get("size"), pixels).get("images_up_to")
-    if limit is not None and limit < max(_sides(published["image_size"])):
+    # The published size of the images must not choose another net than the size of the data does. For example, our own
+    # sizes for small images have no published weights.
+    sizes, size = model.get("sizes") or {}, model.get("size")
+    if pick_size(sizes, size, pixels) != pick_size(sizes, size, max(_sides(published["image_size"]))):
         published.pop("image_size")
     return {key: (value, f"{name}'s own") for key, value in published.items()} | saved
 

@@ -113,12 +113,10 @@ class Task(pl.LightningModule):
         return self.model, True
 
     def setup(self, stage: str) -> None:
+        if not self.compile_choice:
+            return
         net, one_size = self.compiled_part
-        if self.compile_choice == "auto":
-            worthwhile = stage == "fit" and self.gains_by_compiling(net)
-        else:
-            worthwhile = bool(self.compile_choice)
-        if worthwhile:
+        if self.compile_choice != "auto" or (stage == "fit" and self.gains_by_compiling(net)):
             compile_net(net, cuda_graphs=self.cuda_graphs, one_size=one_size)
 
     def gains_by_compiling(self, net: nn.Module) -> bool:
