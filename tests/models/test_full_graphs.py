@@ -8,6 +8,12 @@ from torch import nn
 from tests.models.test_backbones import EVERY, few_blocks
 from tests.ops.kernels.ahead_of_time import stand_in_gpu
 
+# One net for each op with kernels; the other families are slow tests.
+WITH_KERNELS = ("biformer_nano", "cswin_tiny", "inline_deit_tiny", "l2vit_tiny", "litv2_small", "nat_mini", "swin_nano")
+NETS = [
+    pytest.param(*net.values, marks=net.marks if net.values[0] in WITH_KERNELS else pytest.mark.slow) for net in EVERY
+]
+
 
 def is_whole(net: nn.Module) -> bool:
     """Tell whether no op of a net declares that it cannot be one graph."""
@@ -25,7 +31,7 @@ def to_gpu(net: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", NETS)
 def test_a_net_is_one_graph(name, dynamic):
     """Compile a net as in training, but without its gradients, for which autograd needs a real GPU."""
     torch.compiler.reset()
