@@ -142,7 +142,7 @@ def test_pruning_keeps_only_what_the_maps_need(net):
     assert [m.shape[1] for m in maps] == [channels[i] for i in indices]
     torch.stack([m.sum() for m in maps]).sum().backward()
     assert len(net.stages if hasattr(net, "stages") else net.blocks) == indices[-1] + 1
-    # What a loss alone trains, such as a predictor, has no gradient from the maps.
+    # Parameters that a loss alone trains, such as a predictor, have no gradient from the maps.
     assert loss_weights(net) or all(p.grad is not None for p in net.parameters())
 
 

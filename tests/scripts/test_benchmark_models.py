@@ -42,6 +42,7 @@ def test_models_are_compared_in_rows_with_csv_and_plot(tmp_path, capsys):
     assert len(np.unique(np.asarray(Image.open(tmp_path / "plot.png").convert("L")))) > 10
 
 
+@pytest.mark.slow
 def test_peers_are_compiled_as_our_net(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(compilation, "BACKEND", "eager")
     arguments = ["models=biformer_nano", "image_size=64", "batch_size=2", "rounds=1", "threads=1", "device=cpu"]
