@@ -85,6 +85,7 @@ def test_our_names_do_not_replace_timms_names():
 
 
 PUBLISHED = """
+path_ensemble_{tiny,small,base}
 biformer_{tiny,small,base,stl,stl_nchw} swin_{tiny,small,base} cswin_{tiny,small,base,large} litv2_{small,medium,base}
 favit_{b0,b1,b2,b3} l2vit_{tiny,small,base} nat_{mini,tiny,small,base} dinat_{mini,tiny,small,base,large}
 vitaev2_vsa_{s,widepcm_s,widepcm_48m} swin_vsa_{tiny} transnext_{micro,micro_aaaa,tiny,small,base}

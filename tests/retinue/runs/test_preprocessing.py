@@ -214,6 +214,7 @@ def test_the_identity_holds_the_values_of_the_weights():
 
 
 def test_resolving_the_size_of_the_images_does_not_change_the_net():
+    register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         datasets = [compose("train", overrides=["run_dir=run", f"data={name}"]).data for name in ("digits", "imagenet")]
     for name in list_choices("model"):
