@@ -23,6 +23,9 @@ _logged: set[tuple[str, str | None]] = set()
 # Functions that calls of primitives are redirected to, by the primitive's name.
 _redirections: dict[str, Callable[..., Tensor]] = {}
 
+# True if the installed Triton cannot compile all kernels for GPUs of compute capability 10.
+OLD_TRITON = torch.__version__ < "2.11"
+
 
 def set_backend(name: str) -> None:
     """Choose the back end of all primitives.
@@ -139,6 +142,8 @@ def obstacle_to_kernels(x: Tensor, head_dim: int, max_head_dim: int = 64) -> str
         import triton  # noqa: F401
     except ImportError:
         return "triton is not installed"
+    if OLD_TRITON and x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (10, 0):
+        return "on this GPU it needs torch 2.11 or newer, since the Triton of torch 2.8 cannot compile it"
     return None
 
 

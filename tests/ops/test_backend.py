@@ -1,5 +1,8 @@
 """Tests of the choice of a back end for a while, and of the redirection of primitives."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -58,3 +61,14 @@ def test_a_compiled_primitive_follows_a_redirection():
     with backend.redirecting({"routed_attention": lambda primitive, *args: -primitive(*args)}):
         torch.testing.assert_close(compiled(qkv, index, (2, 2), 2, 0.5), -expected)
     torch.testing.assert_close(compiled(qkv, index, (2, 2), 2, 0.5), expected)
+
+
+@pytest.mark.parametrize(
+    ("old", "capability", "runs"), [(True, (9, 0), True), (True, (10, 0), False), (False, (10, 0), True)]
+)
+def test_kernels_are_not_offered_where_the_installed_triton_cannot_compile_them(monkeypatch, old, capability, runs):
+    monkeypatch.setattr(backend, "OLD_TRITON", old)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    obstacle = backend.obstacle_to_kernels(x, 32)
+    assert obstacle is None if runs else obstacle and "needs torch 2.11 or newer" in obstacle

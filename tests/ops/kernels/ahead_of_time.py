@@ -138,6 +138,8 @@ def assert_fits(capability: int, launch: Launch) -> None:
 
     A kernel with a float among its arguments must do so for each of `FLOAT_TYPES`.
     """
+    if capability >= 100 and torch.__version__ < "2.11":
+        pytest.skip("kernels are not offered there: Triton 3.4 cannot compile all of them")
     takes_float = any(isinstance(value, float) for value in launch.arguments.values())
     for float_type in FLOAT_TYPES if takes_float else FLOAT_TYPES[:1]:
         resources = compile_for(capability, launch, float_type)

@@ -12,6 +12,7 @@ from retinue.benchmarks.primitives import PRIMITIVES
 from tests.retinue.benchmarks.examples import LAYERS
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="torch 2.8 refuses masks that scores are read from")
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_masks_and_scores_of_flex_attention():
     layer = RoutedLayer("net", 64, (8, 8), 16, 1, 1, (4, 4), 3, True)

@@ -99,9 +99,9 @@ def test_tensorboard_and_wandb_go_on_with_the_same_run(tmp_path):
     assert [float(row["train/loss"]) for row in figures] == [float(row["train/loss"]) for row in written]
 
 
-def test_the_result_links_to_an_online_run():
+def test_the_result_links_to_an_online_run(tmp_path):
     online, offline = WandbRun(mode="disabled"), WandbRun(mode="disabled")
     url = "https://wandb.ai/me/retinue/runs/1"
     online._experiment, offline._experiment = (SimpleNamespace(url=address) for address in (url, None))  # pyright: ignore
-    assert links([MetricsCSV(Path("metrics.csv"), 0), online]) == {"wandb": url}
+    assert links([MetricsCSV(tmp_path / "metrics.csv", 0), online]) == {"wandb": url}
     assert links([offline]) == {}
