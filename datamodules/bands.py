@@ -55,7 +55,7 @@ def read_bands(data: bytes, name: str, in_chans: int) -> np.ndarray:
             values that are no numbers, infinite or not a number (NaN).
     """
     try:
-        bands = _read_array(data) if name.lower().endswith(".npy") else _read_pages(data)
+        bands = _read_array(data) if name.lower().endswith(".npy") else _read_pages(data, in_chans)
     except BrokenImage:
         raise
     except Exception as error:
@@ -83,11 +83,14 @@ def _read_array(data: bytes) -> np.ndarray:
     return np.load(io.BytesIO(data), allow_pickle=False)
 
 
-def _read_pages(data: bytes) -> np.ndarray:
+def _read_pages(data: bytes, in_chans: int) -> np.ndarray:
     """Read the pages of an image file: (H, W, pages), or (H, W, channels) of a single page."""
     with Image.open(io.BytesIO(data)) as image:
-        pages = []
-        for page in range(getattr(image, "n_frames", 1)):
+        pages, count = [], getattr(image, "n_frames", 1)
+        # A small file may have very many pages, so refuse them before any is decoded.
+        if count > in_chans:
+            raise BrokenImage(f"it has {count} pages, not data.in_chans={in_chans}")
+        for page in range(count):
             image.seek(page)
             check_pixels(*image.size)
             pages.append(np.array(image))

@@ -46,6 +46,7 @@ class Backbone(nn.Module):
         renames: Renames from the weight names in the authors' checkpoints to ours. An op has its own renames.
         map_norms: Whether the authors' detection and segmentation code applies a LayerNorm to each map. A class whose
             authors apply another norm has its class as `map_norm`.
+        decays_tables: Whether the authors apply weight decay to the tables of relative position biases.
         out_indices: Indices of the maps that `features_only=True` returns by default.
         num_features: Number of channels that the classifier reads.
         global_pool: Module that pools the final features.
@@ -55,6 +56,7 @@ class Backbone(nn.Module):
 
     renames: Renames = ()
     map_norms = False
+    decays_tables = False
     out_indices: Any = (0, 1, 2, 3)
     num_features: int
     global_pool: nn.Module
@@ -107,6 +109,7 @@ class Backbone(nn.Module):
             for prefix, module in self.named_modules()
             if prefix and hasattr(module, "no_weight_decay")
             for name in module.no_weight_decay()
+            if not (self.decays_tables and name.endswith("relative_position_bias_table"))
         }
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

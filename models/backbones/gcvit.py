@@ -73,6 +73,7 @@ class GCViT(HierarchicalBackbone):
     """
 
     map_norms = True
+    decays_tables = True
     renames = (
         (r"^levels\.(\d)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample."),
         (r"^levels\.", "stages."),
@@ -128,10 +129,6 @@ class GCViT(HierarchicalBackbone):
             if isinstance(module, SEModule):
                 trunc_normal_(module.fc1.weight, std=0.02)
                 trunc_normal_(module.fc2.weight, std=0.02)
-
-    def no_weight_decay(self) -> set[str]:
-        """Leave out the tables of position biases, to which the authors apply weight decay in this net."""
-        return {name for name in super().no_weight_decay() if not name.endswith("relative_position_bias_table")}
 
 
 _RELEASES = "https://huggingface.co/nvidia/GCViT/resolve/main/gcvit_"

@@ -171,6 +171,7 @@ class LoLASpecViT(HierarchicalBackbone):
     """
 
     out_indices = (0, 1, 2)
+    decays_tables = True
     renames = (
         (r"^levels\.(\d)\.\d+\.(?=conv\.|norm\.|reduction\.)", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
         (r"^levels\.(\d)\.", r"stages.\1.blocks."),

@@ -200,6 +200,7 @@ class MedViTV2(HierarchicalBackbone):
         **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
+    decays_tables = True
     renames = (
         (r"\.rbf\.grid$", None),
         (r"\.(patch_embed|projection)\.conv\.", r".\1.1."),

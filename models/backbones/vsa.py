@@ -134,6 +134,7 @@ class ViTAEv2(HierarchicalBackbone):
         **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
+    decays_tables = True
     renames = (
         (r"^layers\.(\d)\.RC\.", r"stages.\1.downsample."),
         (r"^layers\.(\d)\.NC\.", r"stages.\1.blocks."),
@@ -176,10 +177,6 @@ class ViTAEv2(HierarchicalBackbone):
             cells = [NormalCell(width, op, groups, rates[first + j]) for j, op in enumerate(ops)]
             stages.append(Stage(reduction, cells, contexts))
         super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, **kwargs)
-
-    def no_weight_decay(self) -> set[str]:
-        """Leave out the tables of position biases, to which the authors apply weight decay in this net."""
-        return {name for name in super().no_weight_decay() if not name.endswith("relative_position_bias_table")}
 
 
 class SwinVSABlock(swin.Block):

@@ -41,6 +41,7 @@ from retinue.runs.small_sets import fit_batch
 from retinue.runs.status import attempt, locked, recorded_failure
 from retinue.tasks.base import Task
 from retinue.tasks.optimization import total_epochs
+from retinue.utils.arithmetic import ceil_div
 from retinue.utils.files import link_or_copy, replacing
 from retinue.utils.sizes import model_name, size_pixels
 
@@ -186,15 +187,17 @@ def check_limits(cfg: DictConfig, datamodule: pl.LightningDataModule) -> None:
     Raises:
         ValueError: `trainer.limit_train_batches` or `trainer.limit_val_batches` is such a share.
     """
-    loaders = {"train": datamodule.train_dataloader, "val": datamodule.val_dataloader}
-    for split, loader in loaders.items():
+    # A data module that belongs to no trainer yet has the batches of all devices; validation pads the last ones.
+    batches = {
+        "train": len(datamodule.train_dataloader()) // world_size(cfg),
+        "val": ceil_div(len(datamodule.val_dataloader()), world_size(cfg)),
+    }
+    for split, count in batches.items():
         share = cfg.trainer[f"limit_{split}_batches"]
-        # A data module that belongs to no trainer yet has the batches of all devices.
-        batches = len(loader()) // world_size(cfg)
-        if isinstance(share, float) and int(share * batches) == 0:
+        if isinstance(share, float) and share < 1 and int(share * count) == 0:
             raise ValueError(
-                f"trainer.limit_{split}_batches={share:g} of {batches} batches is less than one; the least is "
-                f"{1 / max(batches, 1):.2g}, or 1 for one batch"
+                f"trainer.limit_{split}_batches={share:g} of {count} batches is less than one; "
+                f"trainer.limit_{split}_batches=1 takes one batch"
             )
 
 

@@ -46,6 +46,7 @@ def test_the_pages_of_a_tiff_file_are_bands(dtype):
         (npy(np.zeros(7)), "a.npy", "its array has 1 dimensions, not 2 or 3"),
         (npy(np.zeros((6, 8, 5)))[:-9], "a.npy", "array"),
         (tiff(np.zeros((4, 6, 8), np.uint16)), "a.tif", "6 x 8 x 4 has no side"),
+        (tiff(np.zeros((6, 6, 8), np.uint16)), "a.tif", "it has 6 pages, not data.in_chans=5"),
         (b"no image", "a.tif", "cannot identify image file"),
     ],
 )

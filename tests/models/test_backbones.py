@@ -222,8 +222,7 @@ def test_tables_are_not_decayed(net):
     not_decayed = net.no_weight_decay()
     assert not_decayed <= {key for key, _ in net.named_parameters()}
     tables = {key for key, _ in net.named_parameters() if key.endswith("relative_position_bias_table")}
-    # The authors of GC ViT and ViTAEv2 apply weight decay to all tables (tests/models/test_initialisation.py).
-    assert tables <= not_decayed or not tables & not_decayed
+    assert tables & not_decayed == (set() if net.decays_tables else tables)
     groups = param_groups_weight_decay(net, 0.05, no_weight_decay_list=not_decayed)
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     assert all((id(p) in decayed) == (p.ndim > 1 and key not in not_decayed) for key, p in net.named_parameters())

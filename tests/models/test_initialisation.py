@@ -13,7 +13,8 @@ from models.initialisation import differences, record_initialisation
 from models.reference import load_vector
 from scripts.record_initialisation import main
 from tests import vectors
-from tests.vectors.claims import NETS, Net
+from tests.vectors.claims import NETS
+from tests.vectors.kinds import Net
 
 RECORDS = {
     path.name.removesuffix(".json.gz"): path

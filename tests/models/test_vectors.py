@@ -8,8 +8,9 @@ import torch
 from models import create_model, load_weights
 from models.reference import load_vector, official_state
 from tests.vectors import VECTOR_FILES
-from tests.vectors.claims import HEADS, NETS, OPS, PARTS, classes
+from tests.vectors.claims import HEADS, NETS, OPS, PARTS
 from tests.vectors.comparison import assert_reproduces
+from tests.vectors.kinds import classes
 
 # Sides of images, in pixels, that are neither those of the vectors nor unfit for the net; 256 by default.
 OTHER_SIZES = {"crossvit": 480, "halonet": 512, "lola_specvit": 31}

@@ -6,8 +6,8 @@ import torch
 from models.reference import load_vector, record_vector
 from scripts.make_vector import main
 from tests.vectors import VECTOR_FILES
-from tests.vectors.claims import Net
 from tests.vectors.comparison import assert_reproduces
+from tests.vectors.kinds import Net
 
 NANO = "module=models.backbones.swin:swin_nano"
 

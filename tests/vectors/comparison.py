@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models import load_weights
 from models.reference import make_input, official_state, relative_error
 from models.weights import rename_weights
-from tests.vectors.claims import Net, Op, Part
+from tests.vectors.kinds import Net, Op, Part
 
 TOLERANCE = 1e-5
 

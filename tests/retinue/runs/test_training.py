@@ -1,12 +1,17 @@
 """Training and evaluating from the command line, on the embedded digits."""
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 
+from retinue.runs.training import check_limits
 from retinue.tasks.classification import Classification
 from retinue.tasks.distillation import Teacher
 from tests.retinue.runs.cli import SMALL, SWIN, result, rows
@@ -157,6 +162,25 @@ def test_distillation_loss(mode, tmp_path):
         teacher.blend(loss, logits, image, (0.3, 0.4, 0.5), (0.1, 0.2, 0.3)), 0.75 * loss + 0.25 * expected
     )
     assert copy.deepcopy(teacher) is teacher
+
+
+@pytest.mark.parametrize(
+    ("share", "batches", "devices", "refused"),
+    [
+        (0.1, 9, 1, True),
+        (0.2, 9, 1, False),
+        (0.2, 9, 2, False),
+        (0.1, 9, 2, True),
+        (1.0, 1, 2, False),
+        (1, 1, 2, False),
+    ],
+)
+def test_a_share_of_less_than_one_batch_is_refused(share, batches, devices, refused):
+    """The batches are those of a device, of which validation pads the last one: all of one batch is one for each."""
+    trainer = {"devices": devices, "num_nodes": 1, "limit_train_batches": 1.0, "limit_val_batches": share}
+    data: Any = SimpleNamespace(train_dataloader=lambda: range(64), val_dataloader=lambda: range(batches))
+    with pytest.raises(ValueError, match="less than one") if refused else nullcontext():
+        check_limits(OmegaConf.create({"trainer": trainer}), data)
 
 
 def test_a_student_learns_from_a_teacher_and_does_not_save_it(cli):
