@@ -219,6 +219,17 @@ MSA_CONV = Op(
     {"num_heads": 1, "conv_padding": 1},
     layout="NCHW",
 )
+DYNAMIC_MASK = Op(
+    "dynamic_mask",
+    {"dim": "dim", "heads": "num_heads", "kv_heads": "kv_heads", "window_size": "keys"},
+    layout="tokens",
+)
+GATED = Op(
+    "gated",
+    {"hidden_size": "dim", "num_attention_heads": "num_heads", "gate": "gate"},
+    {"of": {"name": "grouped_query", "kv_heads": 3, "qkv_bias": False, "proj_bias": False, "qk_norm": True}},
+    layout="tokens",
+)
 HYENA = HyenaOp("hyena", {"d_model": "dim", "l_max": "size", "order": "order", "filter_order": "filter_width"})
 NEIGHBORHOOD = Op(
     "neighborhood",
@@ -246,6 +257,9 @@ OPS: dict[str, Op] = {
     "biformer__bra_op_28_topk4": BILEVEL_ROUTING,
     "biformer__bra_op_56": BILEVEL_ROUTING,
     "biformer__bra_op_pad_27x33": BILEVEL_ROUTING,
+    "dynamic_mask_attention__topk64": DYNAMIC_MASK,
+    "gated_attention__elementwise_d96_h6_kv3": GATED,
+    "gated_attention__headwise_d96_h6_kv3": GATED,
     "gaussian_adaptive_attention__block_axis1": Chain("gaussian_adaptive", GAUSSIAN_ADAPTIVE, layout="tokens"),
     "gaussian_adaptive_attention__mh_axis_last": Op(
         "gaussian_adaptive", GAUSSIAN_ADAPTIVE, {"dim": 48, "axis": "channels"}, layout="tokens"
