@@ -300,6 +300,14 @@ PARTS: dict[str, Part] = {
             net["block"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
         ),
     ),
+    "rcmha__d48_h6_n40_causal_mem8": Part(
+        lambda: create_op("relative_conv", 48, 6, mode="causal1d", reach=64),
+        lambda op, x: (op.attend_sequence(x.transpose(0, 1), memory=8).transpose(0, 1),),
+    ),
+    "rcmha__d48_h6_n49_bidir": Part(
+        lambda: create_op("relative_conv", 48, 6, mode="1d", reach=64),
+        lambda op, x: (op.attend_sequence(x.transpose(0, 1)).transpose(0, 1),),
+    ),
 }
 
 # Heads and necks take several maps: tests/models/heads/ builds and compares them.
