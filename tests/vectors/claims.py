@@ -6,10 +6,12 @@ hold (large nets and a few variants); such a claim is tested as soon as the vect
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import timm
-from torch import nn
+from torch import Tensor, nn
 
+from models import super_resolution
 from models.backbones import lola_specvit
 from models.backbones.hyper_zzw import SlowFastBlock
 from models.heads.rcnet import RCNet
@@ -22,6 +24,12 @@ from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, Net, Op, Part
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
     """Return one claim without arguments for each pair of a vector's name and a net's name."""
     return {vector: Net(name) for vector, name in names.items()}
+
+
+def cfsr_parts(block: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Return the outputs of the mixer, of the MLP and of a block for maps (B, H, W, C), in (B, C, H, W)."""
+    outputs = (block.mixer(block.norm1(x)), block.mlp(block.norm2(x)), block(x))
+    return tuple(out.permute(0, 3, 1, 2) for out in outputs)
 
 
 NETS: dict[str, Net] = {
@@ -287,6 +295,13 @@ OPS: dict[str, Op] = {
 }
 
 PARTS: dict[str, Part] = {
+    "cfsr__block_d48_k9_train": Part(
+        lambda: nn.ModuleDict({"block": super_resolution.Block(48, create_op("large_kernel", 48, 1))}),
+        lambda net, x: cfsr_parts(net["block"], x.permute(0, 2, 3, 1)),
+        # Three fixed filters, which are parameters there
+        constants=3 * 96 * 9,
+    ),
+    **{f"cfsr__x{scale}": Part(lambda scale=scale: super_resolution.CFSR(scale, merged=True)) for scale in (2, 3, 4)},
     "hyperzzw__sfne_c12_s16": Part(
         lambda: SlowFastBlock(12, 36, (16, 16)), lambda block, x: (block(x), block.slow_net_g())
     ),
