@@ -6,10 +6,12 @@ hold (large nets and a few variants); such a claim is tested as soon as the vect
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import timm
-from torch import nn
+from torch import Tensor, nn
 
+from models import super_resolution
 from models.backbones import lola_specvit
 from models.backbones.hyper_zzw import SlowFastBlock
 from models.heads.rcnet import RCNet
@@ -22,6 +24,12 @@ from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, Net, Op, Part
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
     """Return one claim without arguments for each pair of a vector's name and a net's name."""
     return {vector: Net(name) for vector, name in names.items()}
+
+
+def cfsr_parts(block: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Return the outputs of the mixer, of the MLP and of a block for maps (B, H, W, C), in (B, C, H, W)."""
+    outputs = (block.mixer(block.norm1(x)), block.mlp(block.norm2(x)), block(x))
+    return tuple(out.permute(0, 3, 1, 2) for out in outputs)
 
 
 NETS: dict[str, Net] = {
@@ -219,6 +227,17 @@ MSA_CONV = Op(
     {"num_heads": 1, "conv_padding": 1},
     layout="NCHW",
 )
+DYNAMIC_MASK = Op(
+    "dynamic_mask",
+    {"dim": "dim", "heads": "num_heads", "kv_heads": "kv_heads", "window_size": "keys"},
+    layout="tokens",
+)
+GATED = Op(
+    "gated",
+    {"hidden_size": "dim", "num_attention_heads": "num_heads", "gate": "gate"},
+    {"of": {"name": "grouped_query", "kv_heads": 3, "qkv_bias": False, "proj_bias": False, "qk_norm": True}},
+    layout="tokens",
+)
 HYENA = HyenaOp("hyena", {"d_model": "dim", "l_max": "size", "order": "order", "filter_order": "filter_width"})
 NEIGHBORHOOD = Op(
     "neighborhood",
@@ -246,6 +265,9 @@ OPS: dict[str, Op] = {
     "biformer__bra_op_28_topk4": BILEVEL_ROUTING,
     "biformer__bra_op_56": BILEVEL_ROUTING,
     "biformer__bra_op_pad_27x33": BILEVEL_ROUTING,
+    "dynamic_mask_attention__topk64": DYNAMIC_MASK,
+    "gated_attention__elementwise_d96_h6_kv3": GATED,
+    "gated_attention__headwise_d96_h6_kv3": GATED,
     "gaussian_adaptive_attention__block_axis1": Chain("gaussian_adaptive", GAUSSIAN_ADAPTIVE, layout="tokens"),
     "gaussian_adaptive_attention__mh_axis_last": Op(
         "gaussian_adaptive", GAUSSIAN_ADAPTIVE, {"dim": 48, "axis": "channels"}, layout="tokens"
@@ -273,6 +295,13 @@ OPS: dict[str, Op] = {
 }
 
 PARTS: dict[str, Part] = {
+    "cfsr__block_d48_k9_train": Part(
+        lambda: nn.ModuleDict({"block": super_resolution.Block(48, create_op("large_kernel", 48, 1))}),
+        lambda net, x: cfsr_parts(net["block"], x.permute(0, 2, 3, 1)),
+        # Three fixed filters, which are parameters there
+        constants=3 * 96 * 9,
+    ),
+    **{f"cfsr__x{scale}": Part(lambda scale=scale: super_resolution.CFSR(scale, merged=True)) for scale in (2, 3, 4)},
     "hyperzzw__sfne_c12_s16": Part(
         lambda: SlowFastBlock(12, 36, (16, 16)), lambda block, x: (block(x), block.slow_net_g())
     ),
@@ -285,6 +314,14 @@ PARTS: dict[str, Part] = {
             net["block"].mixer(net["block"].norm1(x)),
             net["block"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
         ),
+    ),
+    "rcmha__d48_h6_n40_causal_mem8": Part(
+        lambda: create_op("relative_conv", 48, 6, mode="causal1d", reach=64),
+        lambda op, x: (op.attend_sequence(x.transpose(0, 1), memory=8).transpose(0, 1),),
+    ),
+    "rcmha__d48_h6_n49_bidir": Part(
+        lambda: create_op("relative_conv", 48, 6, mode="1d", reach=64),
+        lambda op, x: (op.attend_sequence(x.transpose(0, 1)).transpose(0, 1),),
     ),
 }
 

@@ -134,10 +134,12 @@ class Part:
     Attributes:
         make: builds the module.
         call: returns the vector's outputs for the module and the vector's input; by default the module's one output.
+        constants: how many of the vector's parameters are buffers here, as they are never trained.
     """
 
     make: Callable[[], nn.Module]
     call: Callable[[Any, Tensor], tuple[Tensor, ...]] = lambda module, x: (module(x),)
+    constants: int = 0
 
     def build(self, vector: Mapping[str, Any]) -> nn.Module:
         """Build the module."""
