@@ -16,7 +16,7 @@ from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import create_op
-from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, Net, Op, Part
+from tests.vectors.kinds import BlockMixtureOp, Chain, ClassTokenNet, HyenaOp, Net, Op, Part
 
 
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
@@ -198,6 +198,18 @@ BILEVEL_ROUTING = Op(
     "bilevel_routing",
     {"dim": "dim", "num_heads": "num_heads", "n_win": "n_win", "topk": "topk", "side_dwconv": "lepe_kernel"},
 )
+BLOCK_MIXTURE = BlockMixtureOp(
+    "block_mixture",
+    {
+        "dim": "dim",
+        "heads": "num_heads",
+        "select_mode": "select",
+        "moba_topk": "topk",
+        "simsum_threshold": "threshold",
+        "threshold_type": "scope",
+    },
+    layout="tokens",
+)
 FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
 GAUSSIAN_ADAPTIVE = {"num_heads": "num_heads", "num_gaussians": "gaussians"}
 GROUPED_QUERY = Op(
@@ -267,6 +279,10 @@ OPS: dict[str, Op] = {
     "tic__op_k3": MSA_CONV,
     "tic__op_k3_d2": MSA_CONV,
     "tic__op_k5_s2": MSA_CONV,
+    "vmoba__thr25_headglobal_chunk4x4": BLOCK_MIXTURE,
+    "vmoba__thr25_qh_chunk4x4": BLOCK_MIXTURE,
+    "vmoba__topk2_chunk4x4": BLOCK_MIXTURE,
+    "vmoba__topk3_rows": BLOCK_MIXTURE,
     "vsa__vsa_op_14": VARIED_SIZE_WINDOW,
     "vsa__vsa_op_56": VARIED_SIZE_WINDOW,
     "vsa__vsa_op_pad_30": VARIED_SIZE_WINDOW,

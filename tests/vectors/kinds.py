@@ -128,6 +128,17 @@ class HyenaOp(Op):
 
 
 @dataclass(frozen=True)
+class BlockMixtureOp(Op):
+    """Op `block_mixture`, whose vectors describe the blocks in words: "4x4 tiles" or "2 rows"."""
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the op with the vector's arguments."""
+        size, order = vector["kwargs"]["chunk"].split()
+        blocks = {"tile": tuple(map(int, size.split("x")))} if order == "tiles" else {"strip": int(size)}
+        return Op(self.name, self.renames, {"order": order, **blocks}).build(vector)
+
+
+@dataclass(frozen=True)
 class Part:
     """A part of a net, or a net with more outputs than scores.
 
