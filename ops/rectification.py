@@ -1,7 +1,8 @@
 """Rectification of attention to chosen blocks by the pooled attention to the blocks that were left out.
 
-Paper: Rectified SpaAttn (repository BienLuky/Rectified-SpaAttn). The formulas are the paper's; blocks are rectangles of
-a map here, and blocks at the map's end weigh by the number of their tokens.
+Paper: Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video Generation (Liu et al., 2025,
+arXiv:2511.19835). Written after the description of the authors' repository, BienLuky/Rectified-SpaAttn. Blocks are
+rectangles of a map here, and blocks at the end of the map weigh by the number of their tokens.
 """
 
 from typing import NamedTuple
@@ -28,7 +29,9 @@ class PooledAttention(NamedTuple):
     extra_mass: Tensor
 
 
-def pooled_attention(q: Tensor, k: Tensor, cut: Blocks, extra_k: Tensor | None = None) -> PooledAttention:
+def pooled_attention(
+    q: Tensor, k: Tensor, cut: Blocks, extra_k: Tensor | None = None, scale: float | None = None
+) -> PooledAttention:
     """Compute attention between the means of blocks, in float32 at least.
 
     A pair of blocks is trusted if the product of its means is larger than the products of each mean with the other
@@ -39,6 +42,7 @@ def pooled_attention(q: Tensor, k: Tensor, cut: Blocks, extra_k: Tensor | None =
         k: Keys (B, heads, M, L, D).
         cut: Blocks; the means are over their tokens that are on the map.
         extra_k: Keys (B, heads, E, D) of extra tokens, which are not pooled; by default none.
+        scale: Factor on the scores before the softmax; by default D^-0.5.
     """
     with without_autocast(q):
         q, k = at_least_float32(q, k)
@@ -46,9 +50,10 @@ def pooled_attention(q: Tensor, k: Tensor, cut: Blocks, extra_k: Tensor | None =
         q_spread, k_spread = (cut.means((x - mean.unsqueeze(-2)).abs()) for x, mean in ((q, q_mean), (k, k_mean)))
         scores = q_mean @ k_mean.transpose(-2, -1)
         error = (q_spread @ k_mean.transpose(-2, -1)).abs() + (q_mean @ k_spread.transpose(-2, -1)).abs()
-        logits = scores * q.shape[-1] ** -0.5 + cut.real(q.device).sum(-1).to(q.dtype).log()
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        logits = scores * factor + cut.real(q.device).sum(-1).to(q.dtype).log()
         if extra_k is not None:
-            extra_logits = q_mean @ extra_k.to(q.dtype).transpose(-2, -1) * q.shape[-1] ** -0.5
+            extra_logits = q_mean @ extra_k.to(q.dtype).transpose(-2, -1) * factor
             logits = torch.cat([logits, extra_logits], dim=-1)
         weights = logits.softmax(-1)
     blocks = k_mean.shape[-2]

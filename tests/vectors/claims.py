@@ -16,7 +16,7 @@ from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import create_op
-from tests.vectors.kinds import BlockMixtureOp, Chain, ClassTokenNet, HyenaOp, Net, Op, Part
+from tests.vectors.kinds import BlockMixtureOp, Chain, ClassTokenNet, HyenaOp, Net, Op, Part, RectifiedSparseOp
 
 
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
@@ -246,6 +246,9 @@ NEIGHBORHOOD = Op(
     layout="tokens",
 )
 POLYLINE_PATH = Op("polyline_path", {"embed_dim": "dim", "num_heads": "num_heads"})
+RECTIFIED_SPARSE = RectifiedSparseOp(
+    "rectified_sparse", {"dim": "dim", "heads": "num_heads", "top_k": "topk", "prob_threshold": "share"}
+)
 VARIED_SIZE_WINDOW = Op(
     "varied_size_window",
     {"dim": "dim", "out_dim": "out_dim", "num_heads": "num_heads", "window_size": "window"},
@@ -276,6 +279,8 @@ OPS: dict[str, Op] = {
     "natten__k8_s4_16x14": NEIGHBORHOOD,
     "ppma__ppma_chunk_op_28": replace(POLYLINE_PATH, arguments={"form": "chunk"}),
     "ppma__ppma_whole_op_14x10": replace(POLYLINE_PATH, arguments={"form": "whole"}),
+    "rectified_spaattn__n250_b16_k2_p20_near": RECTIFIED_SPARSE,
+    "rectified_spaattn__n256_b16_k3_p30": RECTIFIED_SPARSE,
     "tic__op_k3": MSA_CONV,
     "tic__op_k3_d2": MSA_CONV,
     "tic__op_k5_s2": MSA_CONV,
