@@ -18,7 +18,7 @@ from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import create_op
-from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, Net, Op, Part
+from tests.vectors.kinds import BlockMixtureOp, Chain, ClassTokenNet, HyenaOp, Net, Op, Part, RectifiedSparseOp
 
 
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
@@ -206,6 +206,18 @@ BILEVEL_ROUTING = Op(
     "bilevel_routing",
     {"dim": "dim", "num_heads": "num_heads", "n_win": "n_win", "topk": "topk", "side_dwconv": "lepe_kernel"},
 )
+BLOCK_MIXTURE = BlockMixtureOp(
+    "block_mixture",
+    {
+        "dim": "dim",
+        "heads": "num_heads",
+        "select_mode": "select",
+        "moba_topk": "topk",
+        "simsum_threshold": "threshold",
+        "threshold_type": "scope",
+    },
+    layout="tokens",
+)
 FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
 GAUSSIAN_ADAPTIVE = {"num_heads": "num_heads", "num_gaussians": "gaussians"}
 GROUPED_QUERY = Op(
@@ -253,6 +265,9 @@ NEIGHBORHOOD = Op(
     layout="tokens",
 )
 POLYLINE_PATH = Op("polyline_path", {"embed_dim": "dim", "num_heads": "num_heads"})
+RECTIFIED_SPARSE = RectifiedSparseOp(
+    "rectified_sparse", {"dim": "dim", "heads": "num_heads", "top_k": "topk", "prob_threshold": "share"}
+)
 VARIED_SIZE_WINDOW = Op(
     "varied_size_window",
     {"dim": "dim", "out_dim": "out_dim", "num_heads": "num_heads", "window_size": "window"},
@@ -286,9 +301,15 @@ OPS: dict[str, Op] = {
     "natten__k8_s4_16x14": NEIGHBORHOOD,
     "ppma__ppma_chunk_op_28": replace(POLYLINE_PATH, arguments={"form": "chunk"}),
     "ppma__ppma_whole_op_14x10": replace(POLYLINE_PATH, arguments={"form": "whole"}),
+    "rectified_spaattn__n250_b16_k2_p20_near": RECTIFIED_SPARSE,
+    "rectified_spaattn__n256_b16_k3_p30": RECTIFIED_SPARSE,
     "tic__op_k3": MSA_CONV,
     "tic__op_k3_d2": MSA_CONV,
     "tic__op_k5_s2": MSA_CONV,
+    "vmoba__thr25_headglobal_chunk4x4": BLOCK_MIXTURE,
+    "vmoba__thr25_qh_chunk4x4": BLOCK_MIXTURE,
+    "vmoba__topk2_chunk4x4": BLOCK_MIXTURE,
+    "vmoba__topk3_rows": BLOCK_MIXTURE,
     "vsa__vsa_op_14": VARIED_SIZE_WINDOW,
     "vsa__vsa_op_56": VARIED_SIZE_WINDOW,
     "vsa__vsa_op_pad_30": VARIED_SIZE_WINDOW,

@@ -128,6 +128,34 @@ class HyenaOp(Op):
 
 
 @dataclass(frozen=True)
+class BlockMixtureOp(Op):
+    """Op `block_mixture`, whose vectors describe the blocks in words: "4x4 tiles" or "2 rows"."""
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the op with the vector's arguments."""
+        size, order = vector["kwargs"]["chunk"].split()
+        blocks = {"tile": tuple(map(int, size.split("x")))} if order == "tiles" else {"strip": int(size)}
+        return Op(self.name, self.renames, {"order": order, **blocks}).build(vector)
+
+
+@dataclass(frozen=True)
+class RectifiedSparseOp(Op):
+    """Op `rectified_sparse` on a sequence, whose vectors were made of tokens that resemble the first of their block."""
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the op with the vector's arguments."""
+        given = vector["kwargs"]
+        arguments = {"tile": (1, given["block"]), "neighbors": given["neighbours"] is not None, "count_padding": True}
+        return Op(self.name, self.renames, arguments).build(vector)
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the output of the changed tokens."""
+        block = vector["kwargs"]["block"]
+        first = x[:, ::block].repeat_interleave(block, dim=1)[:, : x.shape[1]]
+        return (model((0.3 * x + first).unsqueeze(1)).squeeze(1),)
+
+
+@dataclass(frozen=True)
 class Part:
     """A part of a net, or a net with more outputs than scores.
 
