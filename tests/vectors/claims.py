@@ -16,7 +16,7 @@ from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import Place, create_op
-from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, LaMambaBlock, Net, Op, Part
+from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, LaMambaBlock, Net, Op, Part, ResidualOp
 
 
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
@@ -198,6 +198,12 @@ BILEVEL_ROUTING = Op(
     "bilevel_routing",
     {"dim": "dim", "num_heads": "num_heads", "n_win": "n_win", "topk": "topk", "side_dwconv": "lepe_kernel"},
 )
+CHUNK_RECURRENCE = ResidualOp(
+    "chunk_recurrence",
+    {"d_model": "dim", "num_head": "num_heads", "chunk_size": "length", "ngroups": "groups"},
+    {"causal": True, "norm": True},
+    layout="tokens",
+)
 FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
 GAUSSIAN_ADAPTIVE = {"num_heads": "num_heads", "num_gaussians": "gaussians"}
 GROUPED_QUERY = Op(
@@ -288,6 +294,8 @@ OPS: dict[str, Op] = {
     "natten__k8_s4_16x14": NEIGHBORHOOD,
     "ppma__ppma_chunk_op_28": replace(POLYLINE_PATH, arguments={"form": "chunk"}),
     "ppma__ppma_whole_op_14x10": replace(POLYLINE_PATH, arguments={"form": "whole"}),
+    "rat_rnn__d48_h6_l14_n196": CHUNK_RECURRENCE,
+    "rat_rnn__d64_h4_l8_n64": CHUNK_RECURRENCE,
     "tic__op_k3": MSA_CONV,
     "tic__op_k3_d2": MSA_CONV,
     "tic__op_k5_s2": MSA_CONV,

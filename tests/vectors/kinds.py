@@ -111,6 +111,16 @@ class Chain(Op):
 
 
 @dataclass(frozen=True)
+class ResidualOp(Op):
+    """An op whose vector has the sum of input and output, and the output."""
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the sum and the output in the vector's layout."""
+        (out,) = super().run(model, vector, x)
+        return x + out, out
+
+
+@dataclass(frozen=True)
 class HyenaOp(Op):
     """Op `hyena`, whose vectors also hold its filters and one long convolution without the skip."""
 
