@@ -19,6 +19,8 @@ from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import create_op
 from tests.vectors.kinds import BlockMixtureOp, Chain, ClassTokenNet, HyenaOp, Net, Op, Part, RectifiedSparseOp
+from ops import Place, create_op
+from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, LaMambaBlock, Net, Op, Part, ResidualOp
 
 
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
@@ -216,6 +218,10 @@ BLOCK_MIXTURE = BlockMixtureOp(
         "simsum_threshold": "threshold",
         "threshold_type": "scope",
     },
+CHUNK_RECURRENCE = ResidualOp(
+    "chunk_recurrence",
+    {"d_model": "dim", "num_head": "num_heads", "chunk_size": "length", "ngroups": "groups"},
+    {"causal": True, "norm": True},
     layout="tokens",
 )
 FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
@@ -224,6 +230,16 @@ GROUPED_QUERY = Op(
     "grouped_query",
     {"dim": "dim", "num_heads": "num_heads", "num_kv_heads": "kv_heads", "qkv_bias": "qkv_bias"},
     layout="tokens",
+)
+# The vectors' layer is the first one of 12, on tokens in a row
+LIGHTNING = Op(
+    "lightning",
+    {"embed_dim": "dim", "num_heads": "num_heads", "bias": "bias"},
+    {"place": Place(depth=12), "form": "causal"},
+    layout="tokens",
+)
+LOCAL_SCAN = Op(
+    "local_scan", {"dim": "dim", "d_state": "states", "ssm_ratio": "expansion"}, {"num_heads": 1, "window": 0}
 )
 MSA_CONV = Op(
     "msa_conv",
@@ -249,6 +265,10 @@ GATED = Op(
     {"hidden_size": "dim", "num_attention_heads": "num_heads", "gate": "gate"},
     {"of": {"name": "grouped_query", "kv_heads": 3, "qkv_bias": False, "proj_bias": False, "qk_norm": True}},
     layout="tokens",
+MULTI_HEAD_SCAN = Op(
+    "multi_head_scan",
+    {"d_model": "dim", "d_state": "states", "head_num": "patterns", "gfu_t": "threshold", "with_proj": "project"},
+    {"num_heads": 1},
 )
 HYENA = HyenaOp("hyena", {"d_model": "dim", "l_max": "size", "order": "order", "filter_order": "filter_width"})
 NEIGHBORHOOD = Op(
@@ -291,6 +311,15 @@ OPS: dict[str, Op] = {
     "hyena_nd__product_std_c32_14": HYENA,
     "kdgqa__d96_h6_kv3": replace(GROUPED_QUERY, arguments={"allocation": "batch_key_norm"}),
     "kdgqa__gqa_d96_h6_kv3": GROUPED_QUERY,
+    "lamamba__ss2d_cross_8x8_n1": replace(LOCAL_SCAN, arguments={**LOCAL_SCAN.arguments, "scan": "cross"}),
+    "lamamba__ss2d_snake_8x8_n1": LOCAL_SCAN,
+    "lightning_attention__d128_h4_n196_causal": LIGHTNING,
+    "lightning_attention__d128_h4_n196_causal_nodecay": replace(
+        LIGHTNING, arguments={**LIGHTNING.arguments, "decay": False}
+    ),
+    "lightning_attention__d128_h4_n196_noncausal": replace(LIGHTNING, arguments={"form": "all"}),
+    "mhs_vm__mhsm_d48_h3_12x12": replace(MULTI_HEAD_SCAN, arguments={"num_heads": 1, "form": "plain"}),
+    "mhs_vm__vssgate_d64_h4_8x12_t05": MULTI_HEAD_SCAN,
     "natten__k4_s2_d3_16x14": NEIGHBORHOOD,
     "natten__k5_d3x2_16x14": NEIGHBORHOOD,
     "natten__k7_16x14": NEIGHBORHOOD,
@@ -303,6 +332,8 @@ OPS: dict[str, Op] = {
     "ppma__ppma_whole_op_14x10": replace(POLYLINE_PATH, arguments={"form": "whole"}),
     "rectified_spaattn__n250_b16_k2_p20_near": RECTIFIED_SPARSE,
     "rectified_spaattn__n256_b16_k3_p30": RECTIFIED_SPARSE,
+    "rat_rnn__d48_h6_l14_n196": CHUNK_RECURRENCE,
+    "rat_rnn__d64_h4_l8_n64": CHUNK_RECURRENCE,
     "tic__op_k3": MSA_CONV,
     "tic__op_k3_d2": MSA_CONV,
     "tic__op_k5_s2": MSA_CONV,
@@ -329,6 +360,8 @@ PARTS: dict[str, Part] = {
     "hyperzzw__terminator_cifar10": Part(
         lambda: timm.create_model("terminator_cifar", num_classes=10), lambda net, x: (*net.run(x)[::2], net(x))
     ),
+    "lamamba__block_8x8_ws4": Part(lambda: LaMambaBlock(48, 3, window=4, shift=0)),
+    "lamamba__block_8x8_ws4_shift2": Part(lambda: LaMambaBlock(48, 3, window=4, shift=2)),
     "lola_specvit__block_d48_h4_w7": Part(
         lambda: nn.ModuleDict({"block": lola_specvit.Block(48, create_op("lora_window", 48, 4), 0.0, 16, 32, False)}),
         lambda net, x: (

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from models import DenseBackbone
@@ -110,6 +111,16 @@ class Chain(Op):
 
 
 @dataclass(frozen=True)
+class ResidualOp(Op):
+    """An op whose vector has the sum of input and output, and the output."""
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the sum and the output in the vector's layout."""
+        (out,) = super().run(model, vector, x)
+        return x + out, out
+
+
+@dataclass(frozen=True)
 class HyenaOp(Op):
     """Op `hyena`, whose vectors also hold its filters and one long convolution without the skip."""
 
@@ -176,6 +187,23 @@ class Part:
     def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs in the vector's order."""
         return self.call(model, x)
+
+
+class LaMambaBlock(nn.Module):
+    """The block of LaMamba without a condition: op `local_scan` without its windows, window attention and an MLP."""
+
+    def __init__(self, dim: int, num_heads: int, window: int, shift: int):
+        super().__init__()
+        self.norm, self.norm_swin, self.norm2 = (nn.LayerNorm(dim) for _ in range(3))
+        self.op = create_op("local_scan", dim, num_heads, window=0)
+        self.attn = create_op("window", dim, num_heads, window=window, shift=shift)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix and transform a map (B, H, W, C)."""
+        x = x + self.op(self.norm(x))
+        x = x + self.attn(self.norm_swin(x))
+        return x + self.mlp(self.norm2(x))
 
 
 def classes(vector: Mapping[str, Any]) -> int:
