@@ -198,6 +198,16 @@ BILEVEL_ROUTING = Op(
     "bilevel_routing",
     {"dim": "dim", "num_heads": "num_heads", "n_win": "n_win", "topk": "topk", "side_dwconv": "lepe_kernel"},
 )
+CIRCULAR_LOCAL = Op(
+    "circular_local",
+    {"dim": "dim", "heads": "num_heads", "window_size": "radius", "down_factor": "pool"},
+    layout="tokens",
+)
+DOUBLE_WINDOW = Op(
+    "double_window",
+    {"dim": "dim", "num_heads": "num_heads", "window_size": "window"},
+    layout="tokens",
+)
 FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
 GAUSSIAN_ADAPTIVE = {"num_heads": "num_heads", "num_gaussians": "gaussians"}
 GROUPED_QUERY = Op(
@@ -246,6 +256,9 @@ OPS: dict[str, Op] = {
     "biformer__bra_op_28_topk4": BILEVEL_ROUTING,
     "biformer__bra_op_56": BILEVEL_ROUTING,
     "biformer__bra_op_pad_27x33": BILEVEL_ROUTING,
+    "clear_attention__down4_r4": CIRCULAR_LOCAL,
+    "clear_attention__local_r4": CIRCULAR_LOCAL,
+    "clear_attention__local_r8": CIRCULAR_LOCAL,
     "gaussian_adaptive_attention__block_axis1": Chain("gaussian_adaptive", GAUSSIAN_ADAPTIVE, layout="tokens"),
     "gaussian_adaptive_attention__mh_axis_last": Op(
         "gaussian_adaptive", GAUSSIAN_ADAPTIVE, {"dim": 48, "axis": "channels"}, layout="tokens"
@@ -264,6 +277,9 @@ OPS: dict[str, Op] = {
     "natten__k8_s4_16x14": NEIGHBORHOOD,
     "ppma__ppma_chunk_op_28": replace(POLYLINE_PATH, arguments={"form": "chunk"}),
     "ppma__ppma_whole_op_14x10": replace(POLYLINE_PATH, arguments={"form": "whole"}),
+    "styleswin__double_12x18_ws6": DOUBLE_WINDOW,
+    "styleswin__double_16x16_ws8": DOUBLE_WINDOW,
+    "styleswin__double_8x8_ws8_noshift": DOUBLE_WINDOW,
     "tic__op_k3": MSA_CONV,
     "tic__op_k3_d2": MSA_CONV,
     "tic__op_k5_s2": MSA_CONV,
