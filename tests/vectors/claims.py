@@ -16,7 +16,7 @@ from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import create_op
-from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, Net, Op, Part
+from tests.vectors.kinds import AnchorWindowOp, Chain, ClassTokenNet, HyenaOp, InwardWindowOp, Net, Op, Part
 
 
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
@@ -198,6 +198,13 @@ BILEVEL_ROUTING = Op(
     "bilevel_routing",
     {"dim": "dim", "num_heads": "num_heads", "n_win": "n_win", "topk": "topk", "side_dwconv": "lepe_kernel"},
 )
+# The authors' blocks are always shifted by 1
+ANCHOR_WINDOW = AnchorWindowOp(
+    "anchor_window",
+    {"dim": "dim", "heads": "num_heads", "window": "window"},
+    {"shift": 1, "bias": False},
+    layout="tokens",
+)
 CIRCULAR_LOCAL = Op(
     "circular_local",
     {"dim": "dim", "heads": "num_heads", "window_size": "radius", "down_factor": "pool"},
@@ -259,6 +266,7 @@ OPS: dict[str, Op] = {
     "clear_attention__down4_r4": CIRCULAR_LOCAL,
     "clear_attention__local_r4": CIRCULAR_LOCAL,
     "clear_attention__local_r8": CIRCULAR_LOCAL,
+    "freeswim__window_12x10_d3x2": InwardWindowOp("inward_window", {}, layout="tokens"),
     "gaussian_adaptive_attention__block_axis1": Chain("gaussian_adaptive", GAUSSIAN_ADAPTIVE, layout="tokens"),
     "gaussian_adaptive_attention__mh_axis_last": Op(
         "gaussian_adaptive", GAUSSIAN_ADAPTIVE, {"dim": 48, "axis": "channels"}, layout="tokens"
@@ -277,6 +285,8 @@ OPS: dict[str, Op] = {
     "natten__k8_s4_16x14": NEIGHBORHOOD,
     "ppma__ppma_chunk_op_28": replace(POLYLINE_PATH, arguments={"form": "chunk"}),
     "ppma__ppma_whole_op_14x10": replace(POLYLINE_PATH, arguments={"form": "whole"}),
+    "scale_dit__block_shift1_16x12_w4_low4x3": ANCHOR_WINDOW,
+    "scale_dit__sliding_16x12_w4x6_low4x3": ANCHOR_WINDOW,
     "styleswin__double_12x18_ws6": DOUBLE_WINDOW,
     "styleswin__double_16x16_ws8": DOUBLE_WINDOW,
     "styleswin__double_8x8_ws8_noshift": DOUBLE_WINDOW,
