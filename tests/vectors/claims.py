@@ -16,7 +16,7 @@ from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import create_op
-from tests.vectors.kinds import AnchorWindowOp, Chain, ClassTokenNet, HyenaOp, InwardWindowOp, Net, Op, Part
+from tests.vectors.kinds import AnchorWindowOp, BlockOp, Chain, ClassTokenNet, HyenaOp, InwardWindowOp, Net, Op, Part
 
 
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
@@ -250,6 +250,25 @@ NEIGHBORHOOD = Op(
     {"bias": False},
     layout="tokens",
 )
+OVERLAPPING_CROSS = BlockOp(
+    "overlapping_cross",
+    {"dim": "dim", "num_heads": "num_heads", "window_size": "window", "overlap_ratio": "overlap"},
+    block_renames=((r"^(qkv|proj|relative_position_bias_table)\b", r"mixer.\1"),),
+)
+HYBRID_ATTENTION = BlockOp(
+    "overlapping_cross",
+    {
+        "dim": "dim",
+        "num_heads": "num_heads",
+        "window_size": "window",
+        "shift_size": "shift",
+        "conv_scale": "channel",
+        "compress_ratio": "compress",
+        "squeeze_factor": "squeeze",
+    },
+    {"overlap": 0.0},
+    block_renames=((r"^attn\.", "mixer."), (r"^conv_block\.", "mixer.branch.")),
+)
 POLYLINE_PATH = Op("polyline_path", {"embed_dim": "dim", "num_heads": "num_heads"})
 VARIED_SIZE_WINDOW = Op(
     "varied_size_window",
@@ -271,6 +290,8 @@ OPS: dict[str, Op] = {
     "gaussian_adaptive_attention__mh_axis_last": Op(
         "gaussian_adaptive", GAUSSIAN_ADAPTIVE, {"dim": 48, "axis": "channels"}, layout="tokens"
     ),
+    "hat__hab_d96_w8_shift4": HYBRID_ATTENTION,
+    "hat__ocab_d96_w8": OVERLAPPING_CROSS,
     "hyena_nd__filter2d_seq_c32_14": HYENA,
     "hyena_nd__product_std_c32_14": HYENA,
     "kdgqa__d96_h6_kv3": replace(GROUPED_QUERY, arguments={"allocation": "batch_key_norm"}),

@@ -10,6 +10,7 @@ import timm
 from torch import Tensor, nn
 
 from models import DenseBackbone
+from models.plain import Block
 from models.weights import apply_renames, join_projections
 from ops import create_op
 from ops.attention.hyena import long_convolution
@@ -147,6 +148,28 @@ class AnchorWindowOp(Op):
         means = window_means(x.unflatten(1, (vector["kwargs"]["H"], -1)), (op.pool, op.pool)).unsqueeze(1)
         anchors = op.proj(map_attention(*op.qkv(means).chunk(3, dim=-1), op.num_heads))
         return *super().run(model, vector, x), anchors.squeeze(1)
+
+
+@dataclass(frozen=True)
+class BlockOp(Op):
+    """An op inside a block with norms, MLP and residual connections, whose vectors hold tokens.
+
+    Attributes:
+        block_renames: pairs as in `renames` of nets, from the vector's names to those of `models.plain.Block`.
+    """
+
+    block_renames: tuple[tuple[str, str], ...] = ()
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the block with the vector's arguments."""
+        kwargs = vector["kwargs"]
+        block: Any = Block(kwargs["dim"], super().build(vector), kwargs["mlp_ratio"], eps=1e-5)
+        block.renames = self.block_renames
+        return block
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the block's output."""
+        return (model(x, (vector["kwargs"]["H"], vector["kwargs"]["W"])),)
 
 
 @dataclass(frozen=True)
