@@ -21,6 +21,7 @@ from ops import create_op
 from tests.vectors.kinds import BlockMixtureOp, Chain, ClassTokenNet, HyenaOp, Net, Op, Part, RectifiedSparseOp
 from ops import Place, create_op
 from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, LaMambaBlock, Net, Op, Part, ResidualOp
+from tests.vectors.kinds import AnchorWindowOp, BlockOp, Chain, ClassTokenNet, HyenaOp, InwardWindowOp, Net, Op, Part
 
 
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
@@ -222,6 +223,21 @@ CHUNK_RECURRENCE = ResidualOp(
     "chunk_recurrence",
     {"d_model": "dim", "num_head": "num_heads", "chunk_size": "length", "ngroups": "groups"},
     {"causal": True, "norm": True},
+# The authors' blocks are always shifted by 1
+ANCHOR_WINDOW = AnchorWindowOp(
+    "anchor_window",
+    {"dim": "dim", "heads": "num_heads", "window": "window"},
+    {"shift": 1, "bias": False},
+    layout="tokens",
+)
+CIRCULAR_LOCAL = Op(
+    "circular_local",
+    {"dim": "dim", "heads": "num_heads", "window_size": "radius", "down_factor": "pool"},
+    layout="tokens",
+)
+DOUBLE_WINDOW = Op(
+    "double_window",
+    {"dim": "dim", "num_heads": "num_heads", "window_size": "window"},
     layout="tokens",
 )
 FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
@@ -284,6 +300,25 @@ NEIGHBORHOOD = Op(
     {"bias": False},
     layout="tokens",
 )
+OVERLAPPING_CROSS = BlockOp(
+    "overlapping_cross",
+    {"dim": "dim", "num_heads": "num_heads", "window_size": "window", "overlap_ratio": "overlap"},
+    block_renames=((r"^(qkv|proj|relative_position_bias_table)\b", r"mixer.\1"),),
+)
+HYBRID_ATTENTION = BlockOp(
+    "overlapping_cross",
+    {
+        "dim": "dim",
+        "num_heads": "num_heads",
+        "window_size": "window",
+        "shift_size": "shift",
+        "conv_scale": "channel",
+        "compress_ratio": "compress",
+        "squeeze_factor": "squeeze",
+    },
+    {"overlap": 0.0},
+    block_renames=((r"^attn\.", "mixer."), (r"^conv_block\.", "mixer.branch.")),
+)
 POLYLINE_PATH = Op("polyline_path", {"embed_dim": "dim", "num_heads": "num_heads"})
 RECTIFIED_SPARSE = RectifiedSparseOp(
     "rectified_sparse", {"dim": "dim", "heads": "num_heads", "top_k": "topk", "prob_threshold": "share"}
@@ -303,10 +338,16 @@ OPS: dict[str, Op] = {
     "dynamic_mask_attention__topk64": DYNAMIC_MASK,
     "gated_attention__elementwise_d96_h6_kv3": GATED,
     "gated_attention__headwise_d96_h6_kv3": GATED,
+    "clear_attention__down4_r4": CIRCULAR_LOCAL,
+    "clear_attention__local_r4": CIRCULAR_LOCAL,
+    "clear_attention__local_r8": CIRCULAR_LOCAL,
+    "freeswim__window_12x10_d3x2": InwardWindowOp("inward_window", {}, layout="tokens"),
     "gaussian_adaptive_attention__block_axis1": Chain("gaussian_adaptive", GAUSSIAN_ADAPTIVE, layout="tokens"),
     "gaussian_adaptive_attention__mh_axis_last": Op(
         "gaussian_adaptive", GAUSSIAN_ADAPTIVE, {"dim": 48, "axis": "channels"}, layout="tokens"
     ),
+    "hat__hab_d96_w8_shift4": HYBRID_ATTENTION,
+    "hat__ocab_d96_w8": OVERLAPPING_CROSS,
     "hyena_nd__filter2d_seq_c32_14": HYENA,
     "hyena_nd__product_std_c32_14": HYENA,
     "kdgqa__d96_h6_kv3": replace(GROUPED_QUERY, arguments={"allocation": "batch_key_norm"}),
@@ -334,6 +375,11 @@ OPS: dict[str, Op] = {
     "rectified_spaattn__n256_b16_k3_p30": RECTIFIED_SPARSE,
     "rat_rnn__d48_h6_l14_n196": CHUNK_RECURRENCE,
     "rat_rnn__d64_h4_l8_n64": CHUNK_RECURRENCE,
+    "scale_dit__block_shift1_16x12_w4_low4x3": ANCHOR_WINDOW,
+    "scale_dit__sliding_16x12_w4x6_low4x3": ANCHOR_WINDOW,
+    "styleswin__double_12x18_ws6": DOUBLE_WINDOW,
+    "styleswin__double_16x16_ws8": DOUBLE_WINDOW,
+    "styleswin__double_8x8_ws8_noshift": DOUBLE_WINDOW,
     "tic__op_k3": MSA_CONV,
     "tic__op_k3_d2": MSA_CONV,
     "tic__op_k5_s2": MSA_CONV,
