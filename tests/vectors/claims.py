@@ -16,7 +16,7 @@ from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import create_op
-from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, Net, Op, Part
+from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, Net, Op, Part, RoutingOp
 
 
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
@@ -234,6 +234,17 @@ NEIGHBORHOOD = Op(
     layout="tokens",
 )
 POLYLINE_PATH = Op("polyline_path", {"embed_dim": "dim", "num_heads": "num_heads"})
+ROUTING = RoutingOp(
+    "cluster_routing",
+    {
+        "dim": "dim",
+        "heads": "num_heads",
+        "window_size": "cluster_size",
+        "num_clusters": "clusters",
+        "local_attn_heads": "local_heads",
+        "shared_qk": "shared_qk",
+    },
+)
 VARIED_SIZE_WINDOW = Op(
     "varied_size_window",
     {"dim": "dim", "out_dim": "out_dim", "num_heads": "num_heads", "window_size": "window"},
@@ -264,6 +275,9 @@ OPS: dict[str, Op] = {
     "natten__k8_s4_16x14": NEIGHBORHOOD,
     "ppma__ppma_chunk_op_28": replace(POLYLINE_PATH, arguments={"form": "chunk"}),
     "ppma__ppma_whole_op_14x10": replace(POLYLINE_PATH, arguments={"form": "whole"}),
+    "routing_attention__d128_h4_n256_w64": ROUTING,
+    "routing_attention__d128_h4_n256_w64_sharedqk": ROUTING,
+    "routing_attention__d96_h3_n196_w49": ROUTING,
     "tic__op_k3": MSA_CONV,
     "tic__op_k3_d2": MSA_CONV,
     "tic__op_k5_s2": MSA_CONV,

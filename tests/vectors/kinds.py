@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from models import DenseBackbone
 from ops import create_op
 from ops.attention.hyena import long_convolution
+from ops.losses import Losses
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,18 @@ class HyenaOp(Op):
         kind = "joint" if vector["kwargs"].get("hyena2d_filter") else "product"
         direction = vector["kwargs"].get("directional_mode", "standard")
         return Op(self.name, self.renames, {"num_heads": 1, "filter": kind, "direction": direction}).build(vector)
+
+
+@dataclass(frozen=True)
+class RoutingOp(Op):
+    """Op `cluster_routing`, whose vectors also hold the weighted commitment loss and twice this loss."""
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the output and the two losses."""
+        losses, side = Losses(), math.isqrt(x.shape[1])
+        out = model(x.unflatten(1, (side, side)), losses=losses).flatten(1, 2)
+        loss = losses.means()["commitment"] * vector["kwargs"]["commitment_factor"]
+        return out, torch.stack([loss, 2 * loss])
 
 
 @dataclass(frozen=True)
