@@ -59,6 +59,8 @@ class GaussianAdaptiveAttention(nn.Module):
         gaussians: Number of Gaussians of each head; default 4.
     """
 
+    family = "channel"
+
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, axis: str = "tokens", gaussians: int = 4):
         super().__init__()
         if axis not in AXES:

@@ -49,6 +49,7 @@ class GroupedQueryAttention(nn.Module):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "full"
     takes_extra = True
     cache: Tensor
     groups: Tensor
