@@ -80,17 +80,16 @@ class Centroids(nn.Module):
         if self.known_to_be_initted:
             return
         flat = tokens.movedim(0, -3).flatten(-3, -2)  # (..., B * N, D)
-        own, rank, ranks = flat.shape[-2], 0, 1
-        if dist.is_initialized():
-            rank, ranks = dist.get_rank(), dist.get_world_size()
-        chosen = torch.randperm(ranks * own, device=flat.device)
-        chosen = chosen.repeat(ceil_div(self.means.shape[-2], len(chosen)))[: self.means.shape[-2]]
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        K, N = self.means.shape[-2], tokens.shape[-2]
+        chosen = torch.randperm(ranks * flat.shape[-2], device=flat.device)
+        chosen = chosen.repeat(ceil_div(K, len(chosen)))[:K]
         if ranks > 1:
             dist.broadcast(chosen, 0)
-        # Each process contributes the chosen tokens that it holds
-        place = chosen - rank * own
-        held = ((place >= 0) & (place < own)).unsqueeze(-1)
-        means = sum_over_ranks(flat.index_select(-2, place.clamp(0, own - 1)) * held)
+        # The samplers deal the images to the processes in turn, and each process contributes the tokens that it holds
+        image = chosen // N
+        place = image // ranks * N + chosen % N
+        means = sum_over_ranks(flat.index_select(-2, place) * (image % ranks == rank).unsqueeze(-1))
         for _ in range(START_STEPS):
             means = spherical_step(tokens, means)
         self.means.copy_(means)

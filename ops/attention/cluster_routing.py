@@ -51,6 +51,7 @@ class ClusterRoutingAttention(nn.Module):
         ValueError: A number is out of its range.
     """
 
+    family = "sparse"
     loss_weights = (("commitment", 1e-4),)
     renames = ((r"^global_attn\.kmeans\.", "kmeans."), (r"^global_attn\.mem_(key|value)$", None))
     # A hook of the backward pass moves the centroids
@@ -120,7 +121,8 @@ class ClusterRoutingAttention(nn.Module):
             N = tokens.shape[1]
             size = min(max(self.cluster_size, ceil_div(N, self.clusters)), N)
             scores = (t.detach() @ means.transpose(-2, -1) for t in unit)
-            chosen = [t.topk(size, dim=2).indices.mT.flatten(2).unsqueeze(-1) for t in scores]  # (B, heads, K * size, 1)
+            # Indices of the tokens, (B, heads, K * size, 1)
+            chosen = [t.topk(size, dim=2).indices.mT.flatten(2).unsqueeze(-1) for t in scores]
 
         in_clusters = lambda t, index: t.take_along_dim(index, 2).unflatten(2, (self.clusters, -1))  # noqa: E731
         k = unit[0].to(q.dtype) if k is None else k
