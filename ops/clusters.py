@@ -21,6 +21,11 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return differentiable.all_reduce(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Average a tensor over all processes of the run."""
+    return sum_over_ranks(x) / (dist.get_world_size() if dist.is_initialized() else 1)
+
+
 def nearest_centroids(tokens: Tensor, means: Tensor) -> Tensor:
     """Return the index of the centroid with the largest scalar product with each token: (B, ..., N).
 
@@ -66,7 +71,13 @@ class Centroids(nn.Module):
         # The authors' names
         self.register_buffer("means", torch.randn(shape))
         self.register_buffer("initted", torch.tensor(False))
-        self.known_to_be_initted = False
+        self.known_to_have_started = False
+
+    def have_started(self) -> bool:
+        """Tell whether the centroids have been set."""
+        # Reading the buffer waits for the device, so it is not read again once it is true
+        self.known_to_have_started = self.known_to_have_started or bool(self.initted)
+        return self.known_to_have_started
 
     @torch.no_grad()
     def start(self, tokens: Tensor) -> None:
@@ -75,9 +86,7 @@ class Centroids(nn.Module):
         Args:
             tokens: Unit vectors (B, ..., N, D); each process has equally many.
         """
-        # Reading the buffer waits for the device, so it is not read again once it is true.
-        self.known_to_be_initted = self.known_to_be_initted or bool(self.initted)
-        if self.known_to_be_initted:
+        if self.have_started():
             return
         flat = tokens.movedim(0, -3).flatten(-3, -2)  # (..., B * N, D)
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

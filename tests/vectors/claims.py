@@ -16,6 +16,7 @@ from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import create_op
+from tests.vectors.blocks import Block, TokenAggregationBlock
 from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, Net, Op, Part, RoutingOp
 
 
@@ -286,7 +287,9 @@ OPS: dict[str, Op] = {
     "vsa__vsa_op_pad_30": VARIED_SIZE_WINDOW,
 }
 
-PARTS: dict[str, Part] = {
+PARTS: dict[str, Part | Block] = {
+    "catanet__tab_d40_m16_g64_chunkmeans": Block(TokenAggregationBlock),
+    "catanet__tab_d40_m16_g64_ema": Block(TokenAggregationBlock),
     "hyperzzw__sfne_c12_s16": Part(
         lambda: SlowFastBlock(12, 36, (16, 16)), lambda block, x: (block(x), block.slow_net_g())
     ),
