@@ -44,7 +44,7 @@ class ContentAggregation(nn.Module):
         num_heads: Number of heads.
         place: The block sets the defaults of `centers` and `group`.
         centers: Number of centres; by default 16, 32, 64 and 128 in the blocks of a stage in turn.
-        group: Number of tokens of a group; by default 256, 128, 64 and 32 in turn. A map with fewer tokens is one group.
+        group: Number of tokens of a group; by default 256, 128, 64 and 32 in turn. A smaller map is one group.
         qk_dim: Channels of queries and keys, a multiple of `num_heads`; by default 0.9 * dim, rounded to one.
         steps: Number of steps of k-means in training; default 5.
         decay: Weight of the old centres in the new ones at each step of training; default 0.999.
@@ -102,7 +102,7 @@ class ContentAggregation(nn.Module):
         tokens = x.flatten(1, 2)
         q, k, v = self.q(tokens), self.k(tokens), self.v(tokens)
         with without_autocast(x):
-            unit = F.normalize(*at_least_float32(tokens), dim=-1)
+            unit = F.normalize(at_least_float32(tokens)[0], dim=-1)
             centers = self.locate(tokens, unit, q)
             order = nearest_centroids(unit.detach(), F.normalize(centers.detach(), dim=-1)).argsort(dim=-1, stable=True)
         centers = centers.to(x.dtype)

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ops import create_op
+from ops.functional import window_attention
 
 
 @dataclass(frozen=True)
@@ -68,3 +71,38 @@ class TokenAggregationBlock(nn.Module):
         x = x.permute(0, 2, 3, 1)
         x = x + self.mixer(self.norm(x))
         return (x + self.mlp(self.mlp_norm(x))).permute(0, 3, 1, 2)
+
+
+class RegionLayer(nn.Module):
+    """RAT's layer of region and window attention, with the regions of its vector."""
+
+    renames = ((r"^norm_(ra|wa)_mlp\.", r"mlp_norm_\1."), (r"^wa\.proj_out\.", "wa.proj."))
+
+    def __init__(self, n_feat: int, num_heads: int, window_size: int, mlp_ratio: float):
+        super().__init__()
+        self.num_heads, self.window = num_heads, (window_size, window_size)
+        for name in ("ra", "wa"):
+            self.add_module(f"norm_{name}", LayerNorm2d(n_feat))
+            self.add_module(f"mlp_norm_{name}", LayerNorm2d(n_feat))
+            self.register_parameter(f"lambda_{name}", nn.Parameter(torch.zeros(n_feat, 1, 1)))
+            mlp = nn.ModuleDict({"fc1": nn.Linear(n_feat, int(n_feat * mlp_ratio))})
+            mlp["fc2"] = nn.Linear(int(n_feat * mlp_ratio), n_feat)
+            self.add_module(f"mlp_{name}", mlp)
+        self.ra = create_op("region", n_feat, num_heads)
+        self.wa = nn.ModuleDict({"qkv": nn.Linear(n_feat, 3 * n_feat), "proj": nn.Linear(n_feat, n_feat)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = (torch.arange(side) for side in x.shape[2:])
+        regions = rows[:, None] // 9 * 3 + (columns + 2 * rows[:, None]) // 20
+        windows = lambda x: self.wa["proj"](  # noqa: E731
+            window_attention(
+                self.wa["qkv"](x).unflatten(-1, (3, -1)), None, self.num_heads, self.window, scale=self.num_heads**-0.5
+            )
+        )
+        for name, mix in (("ra", lambda x: self.ra(x, regions)), ("wa", windows)):
+            mixed = mix(self.get_submodule(f"norm_{name}")(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            x = x + self.get_parameter(f"lambda_{name}") * mixed
+            fc1, fc2 = self.get_submodule(f"mlp_{name}").children()
+            mlp_input = self.get_submodule(f"mlp_norm_{name}")(x).permute(0, 2, 3, 1)
+            x = x + fc2(F.gelu(fc1(mlp_input))).permute(0, 3, 1, 2)
+        return x

@@ -16,8 +16,8 @@ from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import create_op
-from tests.vectors.blocks import Block, TokenAggregationBlock
-from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, Net, Op, Part, RoutingOp
+from tests.vectors.blocks import Block, RegionLayer, TokenAggregationBlock
+from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, Net, Op, Part, ProbSparseOp, RoutingOp
 
 
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
@@ -235,6 +235,7 @@ NEIGHBORHOOD = Op(
     layout="tokens",
 )
 POLYLINE_PATH = Op("polyline_path", {"embed_dim": "dim", "num_heads": "num_heads"})
+PROB_SPARSE = ProbSparseOp("prob_sparse", {"dim": "dim", "heads": "num_heads", "factor": "factor"}, {"lepe_kernel": 0})
 ROUTING = RoutingOp(
     "cluster_routing",
     {
@@ -264,6 +265,8 @@ OPS: dict[str, Op] = {
     ),
     "hyena_nd__filter2d_seq_c32_14": HYENA,
     "hyena_nd__product_std_c32_14": HYENA,
+    "informer__probsparse_n144_f5": PROB_SPARSE,
+    "informer__probsparse_n196_f3": PROB_SPARSE,
     "kdgqa__d96_h6_kv3": replace(GROUPED_QUERY, arguments={"allocation": "batch_key_norm"}),
     "kdgqa__gqa_d96_h6_kv3": GROUPED_QUERY,
     "natten__k4_s2_d3_16x14": NEIGHBORHOOD,
@@ -303,6 +306,7 @@ PARTS: dict[str, Part | Block] = {
             net["block"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
         ),
     ),
+    "rat__basic_layer_c64": Block(RegionLayer),
 }
 
 # Heads and necks take several maps: tests/models/heads/ builds and compares them.

@@ -130,6 +130,18 @@ class HyenaOp(Op):
 
 
 @dataclass(frozen=True)
+class ProbSparseOp(Op):
+    """Op `prob_sparse`, whose vectors draw the keys 7 i + 3 s of query i, modulo the number of tokens."""
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the output."""
+        op: Any = model
+        tokens, side = x.shape[1], math.isqrt(x.shape[1])
+        sample = (7 * torch.arange(tokens)[:, None] + 3 * torch.arange(vector["kwargs"]["U"])) % tokens
+        return (op.attend(x.unflatten(1, (side, side)), sample).flatten(1, 2),)
+
+
+@dataclass(frozen=True)
 class RoutingOp(Op):
     """Op `cluster_routing`, whose vectors also hold the weighted commitment loss and twice this loss."""
 
