@@ -61,6 +61,7 @@ class AnchorWindowAttention(nn.Module):
         bias: Learn a bias for each relative position in a window; default True.
     """
 
+    family = "mixed"
     takes_extra = True
 
     def __init__(

@@ -35,6 +35,8 @@ class DynamicMaskAttention(GroupedQueryAttention):
         bias: Give the linear layers a bias; default False.
     """
 
+    family = "sparse"
+
     def __init__(
         self,
         dim: int,
