@@ -45,7 +45,7 @@ to 4 are inherited.
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -169,17 +169,32 @@ class BatchTransform:
         lam = np.random.beta(alpha, alpha)
         if use_cutmix:
             (top, bottom, left, right), lam = cutmix_bbox_and_lam(image.shape, lam)
-            image[..., top:bottom, left:right] = image[..., top:bottom, left:right].flip(0)
+            _replace_by_reversed(image[..., top:bottom, left:right])
         else:
             _blend_with_reversed(image, 1 - lam)
         return float(lam)
 
 
+def _reversed_pairs(image: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return images i and B - 1 - i of a batch for each i below B / 2: one pair at a time stays in a CPU's cache."""
+    return zip(image[: len(image) // 2], reversed(image.unbind()), strict=False)
+
+
+def _replace_by_reversed(image: Tensor) -> None:
+    """Compute image.flip(0) in place."""
+    if image.device.type == "cpu":
+        for first, last in _reversed_pairs(image):
+            kept = first.clone()
+            first.copy_(last)
+            last.copy_(kept)
+    else:
+        image.copy_(image.flip(0))
+
+
 def _blend_with_reversed(image: Tensor, share: float) -> None:
     """Compute image.lerp(image.flip(0), share) in place."""
     if image.device.type == "cpu":
-        # One pair of images at a time stays in the cache.
-        for first, last in zip(image[: len(image) // 2], reversed(image.unbind()), strict=False):
+        for first, last in _reversed_pairs(image):
             change = (last - first).mul_(share)
             first.add_(change)
             last.sub_(change)
