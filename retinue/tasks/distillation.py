@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
+from datamodules.batch import channel_values
 from models.factory import check_name, image_size_argument
 from models.preprocessing import net_preprocessing, read_run, run_config
 from models.weights import load_weights
@@ -94,7 +95,7 @@ class Teacher:
         """
 
         def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=image.device).view(-1, 1, 1)
+            return channel_values(tuple(values), image.device).view(-1, 1, 1)
 
         own = self.preprocessing
         image = image * column(std) + column(mean)
@@ -113,8 +114,11 @@ class Teacher:
             mean: The student's mean of each channel.
             std: The student's standard deviation of each channel.
         """
+        # Moving the net again in each step would take as long as launching its kernels.
+        if next(self.net.parameters()).device != image.device:
+            self.net.to(image.device)
         with torch.no_grad():
-            teacher_logits = self.net.to(image.device)(self.see(image, mean, std))
+            teacher_logits = self.net(self.see(image, mean, std))
         if self.mode == "hard":
             distillation_loss = F.cross_entropy(logits, teacher_logits.argmax(1))
         else:
