@@ -266,25 +266,27 @@ class PlainBackbone(Backbone):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', not {output_fmt!r}")
         take, last = feature_take_indices(len(self.blocks), indices)
-        x, intermediates, size = self.run(x, take, last + 1 if stop_early else None)
+        x, intermediates, sizes = self.run(x, take, last + 1 if stop_early else None)
         if norm:
             intermediates = [self.norm(tokens) for tokens in intermediates]
-        maps = [to_channels_last(t[:, self.extra :].unflatten(1, size).permute(0, 3, 1, 2)) for t in intermediates]
+        maps = [
+            to_channels_last(tokens[:, self.extra :].unflatten(1, size).permute(0, 3, 1, 2))
+            for tokens, size in zip(intermediates, sizes, strict=True)
+        ]
         return maps if intermediates_only else (self.finish(x), maps)
 
     def run(
         self, x: Tensor, take: Sequence[int] = (), blocks: int | None = None, losses: Losses | None = None, **options
-    ) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
+    ) -> tuple[Tensor, list[Tensor], list[tuple[int, int]]]:
         """Run images (B, in_chans, h, w) through the patch embedding and the first `blocks` blocks; None means all.
 
-        A block may drop tokens of the map; those that are left count as a map of one row. Auxiliary losses of the ops
-        are added to `losses`; `options` are arguments of all blocks.
+        Auxiliary losses of the ops are added to `losses`; `options` are arguments of all blocks.
 
         Returns:
-            The tokens (B, E + H * W, C) after the last block, a list of the tokens after each block of `take`, and
-            (H, W).
+            The tokens (B, E + H * W, C) after the last block, a list of the tokens after each block of `take`, and a
+            list of the sizes (H, W) of their maps.
         """
-        intermediates = []
+        intermediates, sizes = [], []
         x, size = self.embed(x)
         contexts = [module(x[:, self.extra :].unflatten(1, size)) for module in self.contexts]
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
@@ -294,10 +296,15 @@ class PlainBackbone(Backbone):
             own = losses if self.have_losses[i] else None
             x = run_block(block, x, size, recompute=recompute, losses=own, **context)
             if x.shape[1] != self.extra + size[0] * size[1]:
-                size = (1, x.shape[1] - self.extra)
+                size = self.reduced_size(size, x.shape[1] - self.extra)
             if i in take:
                 intermediates.append(x)
-        return x, intermediates, size
+                sizes.append(size)
+        return x, intermediates, sizes
+
+    def reduced_size(self, size: tuple[int, int], tokens: int) -> tuple[int, int]:
+        """Return the size of a map of `size` of which a block has left so many tokens: one row."""
+        return 1, tokens
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

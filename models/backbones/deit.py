@@ -26,7 +26,8 @@ class DeiT(PlainBackbone):
 
 def deit_cfg(url: Any, **kwargs) -> Any:
     """Return the `default_cfgs` entry of a net in DeiT's layout, whose positions belong to one image size."""
-    return imagenet_cfg(url, pool_size=None, fixed_input_size=True, **{"first_conv": "patch_embed.proj"} | kwargs)
+    own = {"pool_size": None, "first_conv": "patch_embed.proj", "fixed_input_size": True}
+    return imagenet_cfg(url, **own | kwargs)
 
 
 default_cfgs = generate_default_cfgs(

@@ -105,6 +105,7 @@ spectformer_{tiny,xsmall,small,base} spectformer_h_{small,base,large}
 soft_{tiny,small,medium,large,huge} soft_norm_{tiny,small,medium,large,huge}
 astroformer_{0,1,2,3,4,5} kdgqa_{small,base,large}
 focalnet_{tiny_iso,small_iso,base_iso} moh_transnext_{small_75,small_80,base_50,base_75}
+vitdet_{base,large,huge}
 evit_{small,base,lvvit_small,lvvit_medium} sparsifiner_{small,base,lvvit_small,lvvit_medium}
 fan_{tiny,small,base,large,tiny_hybrid,small_hybrid,base_hybrid,large_hybrid,xlarge_hybrid}
 rvt_{tiny,tiny_plus,small,small_plus,base,base_plus}

@@ -1,4 +1,4 @@
-"""What the task makes of a teacher's scores and tokens."""
+"""Tests of distillation in the task: scores, the distillation token, tokens."""
 
 from types import SimpleNamespace
 from typing import Any, cast
