@@ -23,6 +23,7 @@ from retinue.benchmarks.timing import (
     Timing,
     autocast,
     interleave,
+    kernels_of,
     make_row,
     peak_memory_mb,
     run_twice,
@@ -135,11 +136,13 @@ class Measured:
         timing: its time per batch.
         peak_mb: its peak memory in MB (10^6 bytes).
         ready_s: seconds until it had run twice, with building and compiling.
+        kernels: number of kernels that a batch starts on a GPU, and the seconds that they take together.
     """
 
     timing: Timing
     peak_mb: float
     ready_s: float
+    kernels: tuple[int, float] | None
 
 
 def measure(
@@ -164,7 +167,8 @@ def measure(
             continue
         ready[name] = time.monotonic() - began
     timings = interleave(steps, rounds, min_seconds=0.1)
-    return {name: Measured(timing, memory[name], ready[name]) for name, timing in timings.items()}
+    kernels = {name: kernels_of(step) if setting.is_cuda else None for name, step in steps.items()}
+    return {name: Measured(timing, memory[name], ready[name], kernels[name]) for name, timing in timings.items()}
 
 
 def benchmark(
@@ -224,6 +228,8 @@ def benchmark(
                     form=form,
                     images_per_s=setting.batch_size / figures.timing.median,
                     ready_s=figures.ready_s,
+                    kernels=figures.kernels[0] if figures.kernels else None,
+                    kernels_ms=1e3 * figures.kernels[1] if figures.kernels else None,
                     params_m=params / 1e6,
                     macs_g=macs / 1e9,
                     channels_last=str(setting.channels_last),
