@@ -136,13 +136,11 @@ class Measured:
         timing: its time per batch.
         peak_mb: its peak memory in MB (10^6 bytes).
         ready_s: seconds until it had run twice, with building and compiling.
-        kernels: number of kernels that a batch starts on a GPU, and the seconds that they take together.
     """
 
     timing: Timing
     peak_mb: float
     ready_s: float
-    kernels: tuple[int, float] | None
 
 
 def measure(
@@ -167,8 +165,7 @@ def measure(
             continue
         ready[name] = time.monotonic() - began
     timings = interleave(steps, rounds, min_seconds=0.1)
-    kernels = {name: kernels_of(step) if setting.is_cuda else None for name, step in steps.items()}
-    return {name: Measured(timing, memory[name], ready[name], kernels[name]) for name, timing in timings.items()}
+    return {name: Measured(timing, memory[name], ready[name]) for name, timing in timings.items()}
 
 
 def benchmark(
@@ -228,13 +225,30 @@ def benchmark(
                     form=form,
                     images_per_s=setting.batch_size / figures.timing.median,
                     ready_s=figures.ready_s,
-                    kernels=figures.kernels[0] if figures.kernels else None,
-                    kernels_ms=1e3 * figures.kernels[1] if figures.kernels else None,
                     params_m=params / 1e6,
                     macs_g=macs / 1e9,
                     channels_last=str(setting.channels_last),
                 )
                 rows.append(row)
+    return rows
+
+
+def count_kernels(models: Mapping[str, tuple[str, str]], setting: Setting, forms: Sequence[str]) -> list[Row]:
+    """Count the kernels of a training step on a GPU, and add up their milliseconds, for each model and form.
+
+    Args:
+        models: timm's name and the formulation of the attention for each name in the rows.
+        setting: conditions of the measurement.
+        forms: names of `retinue.benchmarks.forms.FORMS`.
+    """
+    rows: list[Row] = []
+    for what, (name, formulation) in models.items():
+        for form in forms:
+            torch.compiler.reset()
+            step = make_step({"name": name}, setting, True, form, formulation)
+            run_twice(step)
+            count, seconds = kernels_of(step)
+            rows.append({"what": what, "form": form, "mode": "training", "kernels": count, "kernels_ms": 1e3 * seconds})
     return rows
 
 

@@ -171,14 +171,17 @@ def dense_section(scale: Scale) -> tuple[list[Row], list[Row]]:
     return layers + sums, [make_target(name, 3.5, ours, at_most=True)]
 
 
+def net_setting(scale: Scale) -> models.Setting:
+    """Return the conditions under which nets are measured."""
+    device, dtype = str(scale.setting.device), scale.setting.dtype
+    return models.Setting(scale.image_size[0], scale.batch, device, dtype, channels_last=True)
+
+
 def benchmark_nets(scale: Scale, names: dict[str, tuple[str, str]], forms: Sequence[str]) -> list[Row]:
     """Measure nets with their formulations, by name, in several forms; ratios are relative to the last one."""
-    setting = models.Setting(
-        scale.image_size[0], scale.batch, str(scale.setting.device), scale.setting.dtype, channels_last=True
-    )
     return models.benchmark(
         {row: {"name": name} for row, (name, _) in names.items()},
-        setting,
+        net_setting(scale),
         rounds=scale.setting.rounds,
         against=list(names)[-1],
         forms=forms,
@@ -229,6 +232,14 @@ def forms_section(target: str) -> Section:
         return benchmark_nets(scale, kept, scale.more_forms), []
 
     return section
+
+
+def kernels_section(scale: Scale) -> tuple[list[Row], list[Row]]:
+    """Count the kernels of a training step of each net and of its peer; a profiler may slow down what comes later."""
+    rows = []
+    for target in set(NET_TARGETS) & set(scale.nets):
+        rows += models.count_kernels(with_peer(scale, target), net_setting(scale), scale.forms)
+    return rows, []
 
 
 def deformable_section(scale: Scale) -> tuple[list[Row], list[Row]]:
@@ -357,6 +368,7 @@ SECTIONS: dict[str, Section] = {
     "sanitizer": sanitizer_section,
     **{f"{net}_forms": forms_section(net) for net in NET_TARGETS},
     **{f"{primitive}_peers": peers_section(primitive) for primitive in ("neighborhood_attention", "window_attention")},
+    "kernels": kernels_section,
 }
 
 
