@@ -80,6 +80,8 @@ class GlobalQueryAttention(WindowAttention):
 
     renames = (*WindowAttention.renames, (r"^rel_pos\.", ""))
 
+    # The temperature would have to follow the global queries too
+    softmax_options = False
     make_context: type[GlobalQuery] | None = GlobalQuery
 
     def __init__(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ops.functional import window_attention
 from ops.registry import FIRST, Place, register_op
+from ops.softmax import SoftmaxOptions
 from ops.windows import pad_to_multiple
 
 
@@ -30,6 +31,7 @@ class WindowAttention(nn.Module):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    softmax_options = True
     relative_position_bias_table: nn.Parameter
     relative_position_index: Tensor
     renames = ((r"^relative_position_index$", None),)
@@ -49,6 +51,7 @@ class WindowAttention(nn.Module):
         if not 0 <= shift < window:
             raise ValueError(f"window must be at least 1 and shift from 0 to window - 1, not {window} and {shift}")
         self.num_heads, self.window_size, self.shift = num_heads, (window, window), shift
+        self.softmax = SoftmaxOptions(num_heads, None, window, window**2)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
@@ -63,14 +66,15 @@ class WindowAttention(nn.Module):
         window = (min(self.window_size[0], H), min(self.window_size[1], W))
         shift = (self.shift if window[0] < H else 0, self.shift if window[1] < W else 0)
         qkv = self.qkv(pad_to_multiple(x, window)).unflatten(-1, (3, -1))
-        out = window_attention(qkv, self.bias(window), self.num_heads, window, shift)
+        scale = self.softmax.scale(window[0] * window[1], x.shape[-1] // self.num_heads)
+        out = window_attention(qkv, self.bias(window), self.num_heads, window, shift, scale)
         return self.proj(out[:, :H, :W])
 
     def bias(self, window: tuple[int, int]) -> Tensor:
         """Return the bias between the tokens of a window of (h, w) tokens: (heads, h * w, h * w)."""
         (h, w), side = window, self.window_size[0]
         index = self.relative_position_index.view(side, side, side, side)[:h, :w, :h, :w].reshape(h * w, h * w)
-        return self.relative_position_bias_table[index].permute(2, 0, 1)
+        return self.relative_position_bias_table[index].permute(2, 0, 1) + self.softmax.window_bias(window)
 
 
 def relative_position_index(window: int) -> Tensor:
