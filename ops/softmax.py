@@ -3,9 +3,9 @@
 An op that owns a `SoftmaxOptions` under the name `softmax`, and whose class sets `softmax_options = True`, takes the
 options beside its own arguments, since `ops.create_op` hands them over: `{name: full, temperature: entropy}`.
 
-The temperature keeps the entropy of the attention, relative to the logarithm of the number of keys, at resolutions other
-than that of the training: the scale is multiplied by sqrt(log(keys) / log(training keys)) (Jin et al., NeurIPS 2023,
-arXiv:2306.08645). `ops/low_rank.py` has the biases.
+The temperature keeps the entropy of the attention, relative to the logarithm of the number of keys, at resolutions
+other than that of the training: the scale is multiplied by sqrt(log(keys) / log(training keys)) (Jin et al., NeurIPS
+2023, arXiv:2306.08645). `ops/low_rank.py` has the biases.
 """
 
 import math
@@ -96,10 +96,9 @@ class SoftmaxOptions(nn.Module):
         E, size, key_size = q.shape[-2] - size[0] * size[1], size, size if key_size is None else key_size
         return *append_factors(q, k, self.bias(q[..., E:, :], k[..., E:, :], size, key_size), scale), 1.0
 
-    def window_bias(self, window: Sequence[int]) -> Tensor | float:
-        """Return the bias between the tokens of a window (h, w): (heads, h * w, h * w), or 0 if there is none."""
+    def add_window_bias(self, bias: Tensor, window: Sequence[int]) -> Tensor:
+        """Return a bias (heads, N, N) on the scores of the tokens of a window (h, w), with the options' bias added."""
         if self.bias is None:
-            return 0.0
-        empty = next(self.bias.parameters()).new_empty(0)
-        phi_q, phi_k = self.bias(empty, empty, window, window)
-        return phi_q @ phi_k.transpose(-2, -1)
+            return bias
+        phi_q, phi_k = self.bias(bias, bias, window, window)
+        return bias + phi_q @ phi_k.transpose(-2, -1)

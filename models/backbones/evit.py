@@ -95,8 +95,8 @@ class EViT(DeiT):
             block: Any = self.blocks[i]
             if type(block.mixer) is not FullAttention or block.mixer.softmax.bias is not None or not self.extra:
                 raise ValueError(
-                    f"block {i} needs full attention and a class token, and no bias, to drop tokens: reduce_at=[] drops "
-                    "none"
+                    f"block {i} needs full attention and a class token, and no bias, to drop tokens: "
+                    "reduce_at=[] drops none"
                 )
             block.keep, block.fuse = keep, fuse
 

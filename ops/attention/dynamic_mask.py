@@ -37,6 +37,7 @@ class DynamicMaskAttention(GroupedQueryAttention):
         bias: Give the linear layers a bias; default False.
     """
 
+    family = "sparse"
     # A bias of low rank would have to follow the choice of the keys
     softmax_options = False
 

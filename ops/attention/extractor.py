@@ -34,6 +34,8 @@ class Extractor(nn.Module):
             pixels, at most 14.
     """
 
+    family = "convolution"
+
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, kind: str = "he", size: int | None = None):
         super().__init__()
         if kind not in KINDS:

@@ -33,6 +33,7 @@ class GatedAttention(nn.Module):
             op's channels.
     """
 
+    family = "full"
     takes_extra = True
     # From a checkpoint of the op without a gate; its projection has the same name here
     renames = ((r"^(?!gate\.|proj\.|attention\.)", "attention."),)

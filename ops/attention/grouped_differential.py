@@ -40,6 +40,8 @@ class GroupedDifferentialAttention(WindowedOp):
         qkv_bias: Give the query, key and value projections a bias; default False.
     """
 
+    family = "full"
+
     def __init__(
         self,
         dim: int,

@@ -56,6 +56,7 @@ class GroupedQueryAttention(nn.Module):
             channel; default False.
     """
 
+    family = "full"
     takes_extra = True
     softmax_options = True
     # From the names that language models use

@@ -22,6 +22,7 @@ class LargeKernelGate(nn.Module):
         kernel: Side of the convolution, odd; default 9.
     """
 
+    family = "convolution"
     renames = ((r"^a\.0\.", "gate."), (r"^a\.2\.lkb_reparam\.", "conv."), (r"^v\.", "value."))
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, kernel: int = 9):

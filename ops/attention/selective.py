@@ -34,6 +34,8 @@ class SelectiveAttention(WindowedOp):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "full"
+
     def __init__(
         self,
         dim: int,

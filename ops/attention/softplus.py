@@ -38,6 +38,8 @@ class SoftplusAttention(WindowedOp):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "full"
+
     def __init__(
         self,
         dim: int,

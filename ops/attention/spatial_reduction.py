@@ -35,6 +35,7 @@ class SpatialReductionAttention(nn.Module):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "pooled"
     takes_extra = True
     softmax_options = True
 

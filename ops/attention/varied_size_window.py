@@ -33,6 +33,7 @@ class VariedSizeWindowAttention(nn.Module):
         out_dim: Number of channels of the output; by default `dim`.
     """
 
+    family = "local"
     relative_position_index: Tensor
     renames = ((r"^relative_position_index$", None), (r"^(sampling_\w+)\.2\.", r"\1."))
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from models import DenseBackbone
 from ops import create_op
-from ops.attention.hyena import long_convolution
 
 
 @dataclass(frozen=True)
@@ -107,24 +106,6 @@ class Chain(Op):
         for op in model.get_submodule("layers").children():
             x = x + super().run(op, vector, x)[0]
         return (x,)
-
-
-@dataclass(frozen=True)
-class HyenaOp(Op):
-    """Op `hyena`, whose vectors also hold its filters and one long convolution without the skip."""
-
-    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
-        """Return the output, the filters of each long convolution, and the first of these convolutions."""
-        out, dim = super().run(model, vector, x)[0], x.shape[-1]
-        filters = model.get_submodule("filter")(x.shape[1:3])
-        convolution = long_convolution(x.permute(0, 3, 1, 2), filters[:dim], x.new_zeros(dim))
-        return out, filters.unflatten(0, (-1, dim)), convolution
-
-    def build(self, vector: Mapping[str, Any]) -> nn.Module:
-        """Build the op with the vector's arguments."""
-        kind = "joint" if vector["kwargs"].get("hyena2d_filter") else "product"
-        direction = vector["kwargs"].get("directional_mode", "standard")
-        return Op(self.name, self.renames, {"num_heads": 1, "filter": kind, "direction": direction}).build(vector)
 
 
 @dataclass(frozen=True)
