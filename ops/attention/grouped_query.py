@@ -2,7 +2,7 @@
 
 Grouped queries: Ainslie et al., EMNLP 2023, arXiv:2305.13245. Key-driven (KDGQA) and dynamic (DGQA) allocation: Khan et
 al., 2024, arXiv:2408.08454. Written after the papers and the authors' repository, Zohaib-Khan5040/key-driven-gqa (MIT).
-Its PGQA, which subtracts noise from the attention's output in evaluation too, is left out.
+Its PGQA subtracts noise from the attention's output in evaluation too; here evaluation subtracts the noise's mean.
 """
 
 from collections.abc import Sequence
@@ -50,6 +50,8 @@ class GroupedQueryAttention(nn.Module):
         allocation: One of the rules above; default "uniform".
         interval: Number of forward passes in training between two allocations of "key_change" and "key_average". It is
             even, so that gradient checkpointing, which runs each pass twice, repeats a pass with the same allocation.
+        noise: Subtract from each head's output noise of the mean and deviation that the output has over tokens and
+            channels (PGQA); in evaluation its mean. Default False.
         qkv_bias: Give the query, key and value projections a bias; default True.
         proj_bias: Give the output projection a bias; default True.
         qk_norm: Normalise each head's queries and keys by their root mean square, with a learned scale for each
@@ -74,6 +76,7 @@ class GroupedQueryAttention(nn.Module):
         kv_heads: int | None = None,
         allocation: str = "uniform",
         interval: int = 300,
+        noise: bool = False,
         qkv_bias: bool = True,
         proj_bias: bool = True,
         qk_norm: bool = False,
@@ -91,6 +94,7 @@ class GroupedQueryAttention(nn.Module):
         if interval < 2 or interval % 2:
             raise ValueError(f"interval must be positive and even, not {interval}")
         self.num_heads, self.kv_heads, self.allocation, self.interval = num_heads, kv_heads, allocation, interval
+        self.noise = noise
         side = ceil_div(224, place.stride)
         self.softmax = SoftmaxOptions(num_heads, dim // num_heads, side, side**2 + place.extra)
         width = dim // num_heads * kv_heads
@@ -123,7 +127,8 @@ class GroupedQueryAttention(nn.Module):
         # One index for each image and query head, or one for each query head
         index = (torch.arange(len(k), device=k.device)[:, None], groups) if groups.ndim == 2 else (slice(None), groups)
         q, k, scale = self.softmax(q, k[index], size)
-        return F.scaled_dot_product_attention(q, k, v[index], scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v[index], scale=scale)
+        return out - noise_like(out, self.training) if self.noise else out
 
     def allocate(self, k: Tensor) -> Tensor:
         """Return the index of each query head's key head, (heads,) or (B, heads), for keys (B, kv_heads, N, D)."""
@@ -151,6 +156,23 @@ class GroupedQueryAttention(nn.Module):
         self.cache.copy_(torch.where(due, (cache + norms) / self.interval, cache))
         self.passes.add_(1)
         return groups
+
+
+def noise_like(out: Tensor, random: bool) -> Tensor:
+    """Return PGQA's noise for the heads' outputs (B, heads, N, D), which broadcasts to them, or its mean.
+
+    Uniform noise, the same for all images, is scaled to the mean and the deviation of each head's output.
+    """
+    mean = out.mean((2, 3), keepdim=True)
+    if not random:
+        return mean
+    noise = torch.rand(out.shape[1:], device=out.device, dtype=out.dtype)
+    noise = noise - noise.mean((1, 2), keepdim=True)
+    # One token of one channel has no deviation.
+    deviation = noise.square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-6)
+    # The small number keeps the gradient of the root finite where the output has no deviation.
+    scale = out.float().var((2, 3), keepdim=True, correction=0).add(1e-12).sqrt().to(out.dtype)
+    return mean + noise / deviation * scale
 
 
 def share_out(weights: Tensor, heads: int) -> Tensor:

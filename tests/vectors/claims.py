@@ -102,6 +102,8 @@ NETS: dict[str, Net] = {
     **nets({f"litv2__litv2_{size}": f"litv2_{size}" for size in ("small", "medium", "base")}),
     "litv2__litv2_small_seg": Net("litv2_small", {"norms": True, "crop_odd": True}),
     "litv2__litv2_small_seg_pad": Net("litv2_small", {"norms": True, "crop_odd": True}),
+    # LV-ViT
+    "lvvit__lvvit_t": Net("lvvit_tiny"),
     # LoLA-SpecViT
     "lola_specvit__net_d32_111": Net("lola_specvit", {"dim": 32, "depths": (1, 1, 1)}),
     # MambaOut
@@ -151,6 +153,7 @@ NETS: dict[str, Net] = {
     },
     # Sparsifiner
     "sparsifiner__s_k25": ClassTokenNet("sparsifiner_small"),
+    "sparsifiner__lvvit_s_k25": Net("sparsifiner_lvvit_small"),
     "sparsifiner__s_k25_t70": ClassTokenNet("sparsifiner_small", {"keep_tokens": 0.7}),
     # Swin and Swin V2
     **nets({f"swin__swin_{size}": f"swin_{size}" for size in ("tiny", "small", "base")}),
