@@ -96,9 +96,18 @@ class SoftmaxOptions(nn.Module):
         E, size, key_size = q.shape[-2] - size[0] * size[1], size, size if key_size is None else key_size
         return *append_factors(q, k, self.bias(q[..., E:, :], k[..., E:, :], size, key_size), scale), 1.0
 
-    def add_window_bias(self, bias: Tensor, window: Sequence[int]) -> Tensor:
-        """Return a bias (heads, N, N) on the scores of the tokens of a window (h, w), with the options' bias added."""
+    def window_options(self, bias: Tensor | None, window: Sequence[int], head_dim: int) -> tuple[Tensor | None, float]:
+        """Return the bias and the scale for attention in windows (h, w).
+
+        Args:
+            bias: Bias of the op (heads, N, N), or None.
+            window: Size (h, w) of a window of N tokens.
+            head_dim: Channels of the queries and keys of a head.
+        """
+        scale = self.scale(window[0] * window[1], head_dim)
         if self.bias is None:
-            return bias
+            return bias, scale
+        # Factors of positions need neither queries nor keys
         phi_q, phi_k = self.bias(bias, bias, window, window)
-        return bias + phi_q @ phi_k.transpose(-2, -1)
+        low_rank = phi_q @ phi_k.transpose(-2, -1)
+        return low_rank if bias is None else bias + low_rank, scale

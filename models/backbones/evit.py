@@ -45,14 +45,9 @@ class Block(plain.Block):
         """Apply full attention to tokens (B, E + N, C); also return the attention (B, heads, E + N, E + N)."""
         mixer: Any = self.mixer
         q, k, v = split_heads(mixer.qkv(x), 3 * mixer.num_heads).chunk(3, dim=1)
-<<<<<<< HEAD
         scale = mixer.softmax.scale(k.shape[-2], q.shape[-1])
         weights = (q * scale @ k.transpose(-2, -1)).softmax(-1)
-        return mixer.proj(merge_heads(weights @ v)), weights[:, :, 0, 1:].mean(1)
-=======
-        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
         return mixer.proj(merge_heads(weights @ v)), weights
->>>>>>> main
 
     def reorganize(self, x: Tensor, scores: Tensor) -> Tensor:
         """Return the extra tokens, the tokens with the highest scores in descending order, and the fused token.

@@ -69,14 +69,13 @@ class WindowAttention(nn.Module):
         window = (min(self.window_size[0], H), min(self.window_size[1], W))
         shift = (self.shift if window[0] < H else 0, self.shift if window[1] < W else 0)
         qkv = self.qkv(pad_to_multiple(x, window)).unflatten(-1, (3, -1))
-        scale = self.softmax.scale(window[0] * window[1], x.shape[-1] // self.num_heads)
-        out = window_attention(qkv, self.bias(window), self.num_heads, window, shift, scale)
+        bias, scale = self.softmax.window_options(self.bias(window), window, x.shape[-1] // self.num_heads)
+        out = window_attention(qkv, bias, self.num_heads, window, shift, scale)
         return self.proj(out[:, :H, :W])
 
     def bias(self, window: tuple[int, int]) -> Tensor:
         """Return the bias between the tokens of a window of (h, w) tokens: (heads, h * w, h * w)."""
-        bias = window_bias(self.relative_position_bias_table, self.relative_position_index, window)
-        return self.softmax.add_window_bias(bias, window)
+        return window_bias(self.relative_position_bias_table, self.relative_position_index, window)
 
 
 class RelativePositionBias(nn.Module):
