@@ -45,7 +45,7 @@ class Block(plain.Block):
         """Apply full attention to tokens (B, E + N, C); also return the attention (B, heads, E + N, E + N)."""
         mixer: Any = self.mixer
         q, k, v = split_heads(mixer.qkv(x), 3 * mixer.num_heads).chunk(3, dim=1)
-        scale = mixer.softmax.scale(k.shape[-2], q.shape[-1])
+        scale = mixer.softmax.scale(k.shape[-2])
         weights = (q * scale @ k.transpose(-2, -1)).softmax(-1)
         return mixer.proj(merge_heads(weights @ v)), weights
 

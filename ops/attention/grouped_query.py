@@ -16,7 +16,6 @@ from ops.functional import merge_heads, split_heads
 from ops.norm import RMSNorm
 from ops.registry import FIRST, Place, register_op
 from ops.softmax import SoftmaxOptions
-from retinue.utils.arithmetic import ceil_div
 
 ALLOCATIONS = ("uniform", "key_norm", "batch_key_norm", "key_change", "key_average")
 # Share of the current norms in the average that decides with "key_average"
@@ -95,8 +94,7 @@ class GroupedQueryAttention(nn.Module):
             raise ValueError(f"interval must be positive and even, not {interval}")
         self.num_heads, self.kv_heads, self.allocation, self.interval = num_heads, kv_heads, allocation, interval
         self.noise = noise
-        side = ceil_div(224, place.stride)
-        self.softmax = SoftmaxOptions(num_heads, dim // num_heads, side, side**2 + place.extra)
+        self.softmax = SoftmaxOptions(num_heads, dim // num_heads, place)
         width = dim // num_heads * kv_heads
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.k = nn.Linear(dim, width, bias=qkv_bias)

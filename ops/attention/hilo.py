@@ -10,7 +10,6 @@ from ops.functional import map_attention, window_attention
 from ops.registry import FIRST, Place, register_op
 from ops.softmax import SoftmaxOptions
 from ops.windows import pad_to_multiple, window_means
-from retinue.utils.arithmetic import ceil_div
 
 
 @register_op("hilo")
@@ -57,9 +56,8 @@ class HiLoAttention(nn.Module):
         self.low_q = nn.Linear(dim, low, bias=qkv_bias)
         self.low_kv = nn.Linear(dim, 2 * low, bias=qkv_bias)
         self.low_proj = nn.Linear(low, low)
-        side = ceil_div(224, place.stride)
         # The high frequencies have the same number of keys at every size of the map
-        self.softmax = SoftmaxOptions(self.low_heads, dim // num_heads, side, ceil_div(side, window) ** 2)
+        self.softmax = SoftmaxOptions(self.low_heads, dim // num_heads, place, pooling=window)
 
     def forward(self, x: Tensor) -> Tensor:
         padded = pad_to_multiple(x, (self.window, self.window))

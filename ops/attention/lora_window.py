@@ -52,7 +52,7 @@ class LoRAWindowAttention(WindowAttention):
         H, W = x.shape[1:3]
         qkv = self.qkv(pad_to_multiple(x, self.window_size)).unflatten(-1, (3, -1))
         window = self.window_size
-        bias, scale = self.softmax.window_options(self.bias(window), window, x.shape[-1] // self.num_heads)
+        bias, scale = self.softmax.window_options(self.bias(window), window)
         out = window_attention(qkv, bias, self.num_heads, window, scale=scale)
         # The projection acts on each token by itself, so that padded tokens need none.
         return self.proj(out[:, :H, :W])

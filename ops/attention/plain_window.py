@@ -33,13 +33,13 @@ class PlainWindowAttention(nn.Module):
         if window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
         self.num_heads, self.window = num_heads, window
-        self.softmax = SoftmaxOptions(num_heads, None, window, window**2)
+        self.softmax = SoftmaxOptions(num_heads, dim // num_heads, place, window, content=False)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         window = (self.window, self.window)
         qkv = self.qkv(pad_to_multiple(x, window)).unflatten(-1, (3, -1))
-        bias, scale = self.softmax.window_options(None, window, x.shape[-1] // self.num_heads)
+        bias, scale = self.softmax.window_options(None, window)
         out = window_attention(qkv, bias, self.num_heads, window, scale=scale)
         return self.proj(out[:, : x.shape[1], : x.shape[2]])

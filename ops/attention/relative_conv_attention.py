@@ -54,8 +54,7 @@ class RelativeConvAttention(nn.Module):
             raise ValueError(f"size must be at least 0 and window at least 1, not {size} and {window}")
         out_dim = dim if out_dim is None else out_dim
         self.num_heads, self.window = num_heads, window
-        side = ceil_div(224, place.stride) if window is None else window
-        self.softmax = SoftmaxOptions(num_heads, None, side, side**2)
+        self.softmax = SoftmaxOptions(num_heads, out_dim // num_heads, place, window, content=False)
         self.qkv = nn.Linear(dim, 3 * out_dim)
         self.proj = nn.Linear(out_dim, out_dim)
         self.relative_position_bias_table = None
@@ -70,7 +69,7 @@ class RelativeConvAttention(nn.Module):
         H, W = x.shape[1:3]
         window = (H, W) if self.window is None else (min(self.window, H), min(self.window, W))
         qkv = self.qkv(pad_to_multiple(x, window)).unflatten(-1, (3, -1))
-        bias, scale = self.softmax.window_options(self.bias(window), window, qkv.shape[-1] // self.num_heads)
+        bias, scale = self.softmax.window_options(self.bias(window), window)
         out = window_attention(qkv, bias, self.num_heads, window, scale=scale)
         return self.proj(out[:, :H, :W])
 

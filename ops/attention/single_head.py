@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ops.functional import map_attention
 from ops.registry import FIRST, Place, register_op
 from ops.softmax import SoftmaxOptions
-from retinue.utils.arithmetic import ceil_div
 
 
 @register_op("single_head")
@@ -47,8 +46,7 @@ class SingleHeadAttention(nn.Module):
         if not 0 < partial <= dim:
             raise ValueError(f"partial_ratio must take from 1 to all of {dim} channels, which {partial_ratio} does not")
         self.partial, self.widths = (partial, dim - partial), (key_dim, key_dim, partial)
-        side = ceil_div(224, place.stride)
-        self.softmax = SoftmaxOptions(1, key_dim, side, side**2)
+        self.softmax = SoftmaxOptions(1, key_dim, place)
         self.pre_norm = nn.GroupNorm(1, partial)
         self.qkv = nn.Linear(partial, sum(self.widths))
         self.proj = nn.Linear(dim, dim)

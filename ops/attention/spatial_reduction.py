@@ -53,8 +53,7 @@ class SpatialReductionAttention(nn.Module):
         if ratio < 1:
             raise ValueError(f"ratio must be at least 1, not {ratio}")
         self.num_heads, self.ratio = num_heads, ratio
-        side = ceil_div(224, place.stride)
-        self.softmax = SoftmaxOptions(num_heads, dim // num_heads, side, ceil_div(side, ratio) ** 2 + place.extra)
+        self.softmax = SoftmaxOptions(num_heads, dim // num_heads, place, pooling=ratio)
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)

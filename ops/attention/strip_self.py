@@ -11,7 +11,6 @@ from ops.functional import map_attention
 from ops.registry import FIRST, Place, register_op
 from ops.softmax import SoftmaxOptions
 from ops.windows import pad_to_multiple
-from retinue.utils.arithmetic import ceil_div
 
 # Ratio in each stage
 RATIOS = (8, 4, 2, 1)
@@ -41,8 +40,7 @@ class StripSelfAttention(nn.Module):
         if min(ratio, qk_dim) < 1:
             raise ValueError(f"ratio and qk_dim must be at least 1, not {ratio} and {qk_dim}")
         self.num_heads, self.ratio = num_heads, ratio
-        side = ceil_div(224, place.stride)
-        self.softmax = SoftmaxOptions(num_heads, qk_dim, side, ceil_div(side, ratio) ** 2)
+        self.softmax = SoftmaxOptions(num_heads, qk_dim, place, pooling=ratio)
         self.q = nn.Linear(dim, num_heads * qk_dim)
         self.k = nn.Linear(dim, num_heads * qk_dim)
         self.v = nn.Linear(dim, dim)

@@ -13,7 +13,7 @@ from ops.registry import _OPS
 from ops.softmax import SoftmaxOptions
 
 NAMES = [name for name in list_ops() if getattr(_OPS[name], "softmax_options", False)]
-WINDOWED = [name for name in NAMES if create_op(name, 8, 2).softmax.head_dim is None]
+WINDOWED = [name for name in NAMES if not create_op(name, 8, 2).softmax.content]
 # These ops pad maps smaller than a window, so that the number of keys stays
 ALWAYS_PADDED = ("lora_window", "plain_window")
 GLOBAL = [name for name in NAMES if name not in WINDOWED]
@@ -26,9 +26,9 @@ def build(name, **options):
 
 
 def entropy_scale(keys, train_keys, head_dim=64):
-    options = SoftmaxOptions(1, head_dim, 14, 196)
-    options.configure("entropy", train_keys)
-    return options.scale(keys, head_dim) * head_dim**0.5
+    options = SoftmaxOptions(1, head_dim, Place(stride=16))
+    options.configure("entropy", train_keys=train_keys)
+    return options.scale(keys) * head_dim**0.5
 
 
 def test_global_and_windowed_ops_take_the_options():
@@ -47,12 +47,12 @@ def test_factor_of_the_entropy_temperature():
     [("fixed", (0.878, 0.904, 0.925, 0.937)), ("entropy", (0.909, 0.904, 0.905, 0.903))],
 )
 def test_entropy_relative_to_that_of_uniform_weights(temperature, expected):
-    options = SoftmaxOptions(1, 64, 14, 196)
+    options = SoftmaxOptions(1, 64, Place(stride=16))
     options.configure(temperature)
     torch.manual_seed(0)
     for keys, mean in zip((49, 196, 784, 3136), expected, strict=True):
         # Scores have a variance of 1 before the factor
-        scores = torch.randn(200, 64) @ torch.randn(64, keys) * options.scale(keys, 64)
+        scores = torch.randn(200, 64) @ torch.randn(64, keys) * options.scale(keys)
         entropy = torch.distributions.Categorical(logits=scores).entropy().mean() / math.log(keys)
         assert entropy.item() == pytest.approx(mean, abs=0.01)
 
@@ -68,6 +68,8 @@ def test_the_temperature_changes_nothing_but_at_another_number_of_keys(name):
 def test_pooled_keys_are_counted():
     op = create_op("spatial_reduction", 8, 2, place=Place(1, stride=8, extra=1), temperature="entropy")
     assert op.softmax.train_keys == 7 * 7 + 1
+    op.softmax.configure("entropy", train_size=100)
+    assert op.softmax.train_keys == 4 * 4 + 1
 
 
 def test_squared_distances_and_alibi_are_exact():
@@ -158,9 +160,12 @@ def test_wrong_options_are_refused():
             {"name": "full", "low_rank_bias": "svd"},
             "low_rank_bias must be one of distance, learned, content, not 'svd'",
         ),
-        ({"name": "full", "bias_rank": 0}, "bias_rank and train_keys must be at least 1, not 0 and None"),
+        (
+            {"name": "full", "bias_rank": 0},
+            "bias_rank, train_size and train_keys must be at least 1, not 0, 224 and None",
+        ),
         ({"name": "full", "temperatur": "entropy"}, "takes no 'temperatur'. Did you mean 'temperature'"),
-        ({"name": "grid", "low_rank_bias": "content"}, "low_rank_bias must be 'distance' or 'learned' in windows"),
+        ({"name": "grid", "low_rank_bias": "content"}, "low_rank_bias of this op must be 'distance' or 'learned'"),
         ({"name": "agent", "temperature": "entropy"}, "op 'agent' takes no 'temperature'"),
     ):
         with pytest.raises(ValueError, match=message):
