@@ -23,7 +23,8 @@ from models.layers.position import fit_positions, grid_of, resize_positions
 from ops import create_ops, parse_mixers
 from ops.attention.full import FullAttention
 from ops.losses import Losses
-from ops.registry import Spec, take_extra
+from ops.registry import FIRST, Spec, take_extra
+from ops.softmax import SoftmaxOptions
 
 # Side of a patch in pixels
 PATCH = 14
@@ -50,7 +51,7 @@ class Attention(FullAttention):
 
     def __init__(self, dim: int, num_heads: int, head_dim: int):
         super().__init__(dim, 1)
-        self.num_heads = num_heads
+        self.num_heads, self.softmax = num_heads, SoftmaxOptions(num_heads, head_dim, FIRST)
         self.qkv = nn.Linear(dim, 3 * num_heads * head_dim)
         self.proj = nn.Linear(num_heads * head_dim, dim)
 
