@@ -104,13 +104,13 @@ def block_attention(
     """Compute attention of groups of queries to the key blocks that are chosen for each group.
 
     The work and the memory are proportional to the number of chosen pairs of group and block, except on maps of at most
-    `MAX_MASKED_TOKENS` tokens, where masked dense attention is faster.
+    `MAX_MASKED_TOKENS` tokens, where masked dense attention is faster, and where `count` is the number of all blocks.
 
     Args:
         q: Queries (B, heads, G, Q, D): G groups of Q queries, such as blocks, or single tokens with Q = 1.
         k: Keys (B, heads, M, L, D) of M blocks.
         v: Values (B, heads, M, L, D).
-        chosen: True where a group attends to a block; broadcasts to (B, heads, G, M). Each group attends to a block. A
+        chosen: True where a group attends to a block, (..., G, M); broadcasts over B and heads. No row is empty. A
             mask that does not depend on the data is best made on the CPU.
         real: True for keys that are attended to, (M, L), at least one in a block; by default all.
         count: Number of blocks of each group, if it is the same for all. The GPU then need not wait for the number of
@@ -123,20 +123,11 @@ def block_attention(
     """
     B, heads, groups, queries, D = q.shape
     blocks, length = k.shape[2:4]
-    chosen = chosen.expand(B, heads, groups, blocks)
-    if not q.is_meta and max(groups * queries, blocks * length) <= MAX_MASKED_TOKENS:
-        mask = chosen.to(q.device)[..., None, :, None].expand(-1, -1, -1, queries, -1, length)
-        mask = mask.flatten(4).flatten(2, 3)  # (B, heads, G * Q, M * L)
-        if real is not None:
-            mask = mask & real.flatten()
-        if causal:
-            mask = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        k, v = k.flatten(2, 3), v.flatten(2, 3)
-        if extra is not None:
-            k, v = torch.cat([extra[0], k], dim=2), torch.cat([extra[1], v], dim=2)
-            mask = F.pad(mask, (extra[0].shape[2], 0), value=True)
-        return F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=mask).view(q.shape)
+    small = not q.is_meta and max(groups * queries, blocks * length) <= MAX_MASKED_TOKENS
+    if small or count == blocks:
+        return masked_attention(q, k, v, None if count == blocks else chosen, real, causal, extra)
 
+    chosen = chosen.expand(B, heads, groups, blocks)
     tiles = tile_pairs(chosen, max(1, length // queries), count, q.device)
     pack = tiles.group.shape[1]
     q = q.flatten(0, 2) * D**-0.5  # (B * heads * G, Q, D)
@@ -173,6 +164,31 @@ def block_attention(
         extra_values = (weights.to(extra_v.dtype).view(B * heads, -1, weights.shape[-1]) @ extra_v).to(dtype)
         total, values = total + weights.sum(-1, keepdim=True), values + extra_values.view_as(values)
     return (values / total).to(v.dtype).view(B, heads, groups, queries, D)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor | None,
+    real: Tensor | None,
+    causal: bool,
+    extra: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Compute `block_attention` as dense attention with a mask; without `chosen`, to all blocks."""
+    queries, length = q.shape[3], k.shape[3]
+    mask = torch.ones(k.shape[2] * length, dtype=torch.bool, device=q.device) if real is None else real.flatten()
+    if chosen is not None:
+        mask = mask & chosen.to(q.device).repeat_interleave(queries, -2).repeat_interleave(length, -1)
+    if causal:
+        mask = mask & torch.ones(q.shape[2] * queries, k.shape[2] * length, dtype=torch.bool, device=q.device).tril()
+    k, v = k.flatten(2, 3), v.flatten(2, 3)
+    if extra is not None:
+        k, v = torch.cat([extra[0], k], dim=2), torch.cat([extra[1], v], dim=2)
+        mask = F.pad(mask, (extra[0].shape[2], 0), value=True)
+    masked = real is not None or chosen is not None or causal
+    mask = torch.atleast_2d(mask)
+    return F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=mask if masked else None).view(q.shape)
 
 
 def extra_attention(extra_qkv: Tensor, qkv: Tensor, num_heads: int) -> Tensor:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ops.backend import automatic, obstacle_to_kernels, primitive, use_triton
@@ -32,6 +33,7 @@ def neighborhood_attention(
     dilation: Pair = (1, 1),
     stride: Pair = (1, 1),
     causal: tuple[bool, bool] = (False, False),
+    extra: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Compute attention from each token of a map to a neighbourhood of kernel[0] x kernel[1] tokens.
 
@@ -47,7 +49,7 @@ def neighborhood_attention(
       the start of the map, and a query attends to no token after itself.
 
     On a GPU, `ops.backend=auto` calls NATTEN if it is installed and there is no bias, which NATTEN does not support.
-    The Triton kernels support neither strides nor causal sides.
+    The Triton kernels support neither strides nor causal sides, and no kernel supports extra keys.
 
     Args:
         qkv: Queries, keys and values (B, H, W, 3C); each side has at least kernel * dilation tokens.
@@ -58,6 +60,7 @@ def neighborhood_attention(
         dilation: Distance between adjacent tokens of a neighbourhood along H and W.
         stride: Number of consecutive queries along H and W that share a neighbourhood, from 1 to `kernel`.
         causal: Make H, W or both causal.
+        extra: Keys and values (B, heads, E, D) of further tokens, which all tokens attend to without a bias.
 
     Returns:
         Tensor (B, H, W, C).
@@ -65,14 +68,15 @@ def neighborhood_attention(
     Raises:
         ValueError: `ops.backend=triton` was chosen and the kernels cannot run.
     """
-    if bias is None and (na2d := natten_na2d(qkv, num_heads, kernel)):
+    if bias is None and extra is None and (na2d := natten_na2d(qkv, num_heads, kernel)):
         q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)  # (B, H, W, heads, D)
         return na2d(q, k, v, kernel_size=kernel, stride=stride, dilation=dilation, is_causal=causal).flatten(-2)
-    if use_triton("neighborhood_attention", obstacle_to_neighborhood_kernels(qkv, num_heads, stride, causal)):
+    obstacle = obstacle_to_neighborhood_kernels(qkv, num_heads, stride, causal)
+    if use_triton("neighborhood_attention", "it takes no extra keys" if extra is not None else obstacle):
         from ops.kernels.neighborhood_attention import neighborhood_attention as triton_attention
 
         return triton_attention(qkv, bias, num_heads, kernel, dilation)
-    return tiled_attention(qkv, bias, num_heads, kernel, dilation, stride, causal)
+    return tiled_attention(qkv, bias, num_heads, kernel, dilation, stride, causal, extra)
 
 
 def obstacle_to_neighborhood_kernels(
@@ -108,6 +112,7 @@ def tiled_attention(
     dilation: Pair,
     stride: Pair,
     causal: tuple[bool, bool],
+    extra: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Compute `neighborhood_attention` in plain PyTorch; the arguments are the same.
 
@@ -135,6 +140,10 @@ def tiled_attention(
     q, k, v = qkv.chunk(3, dim=-1)
     q = split_heads(gather_tiles(q, rows.queries, columns.queries), num_heads)  # (B, P, heads, T * T, D)
     k, v = (split_heads(gather_tiles(t, rows.keys, columns.keys), num_heads) for t in (k, v))
+    if extra is not None:
+        extra_k, extra_v = (t.unsqueeze(1).expand(-1, k.shape[1], -1, -1, -1) for t in extra)
+        k, v = torch.cat([extra_k, k], dim=3), torch.cat([extra_v, v], dim=3)
+        mask = F.pad(mask, (extra_k.shape[3], 0))
     out = biased_scores_attention(q, k, v, mask, q.shape[-1] ** -0.5)
     grid, size = (len(rows.queries), len(columns.queries)), (rows.queries.numel(), columns.queries.numel())
     return from_windows(merge_heads(out), grid, size).index_select(1, rows.order).index_select(2, columns.order)

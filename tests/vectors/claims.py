@@ -16,7 +16,18 @@ from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import create_op
-from tests.vectors.kinds import BlockMixtureOp, Chain, ClassTokenNet, HyenaOp, Net, Op, Part, RectifiedSparseOp
+from tests.vectors.kinds import (
+    BlockMixtureOp,
+    Chain,
+    ClassTokenNet,
+    HeadShardingOp,
+    HyenaOp,
+    Net,
+    Op,
+    Part,
+    RectifiedSparseOp,
+    SpanMixtureOp,
+)
 
 
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
@@ -231,6 +242,20 @@ MSA_CONV = Op(
     {"num_heads": 1, "conv_padding": 1},
     layout="NCHW",
 )
+HEAD_SHARDING = HeadShardingOp(
+    "head_sharding",
+    {
+        "num_heads": "num_heads",
+        "block_size": "block",
+        "local_blocks": "local",
+        "vert_stride": "stride",
+        "num_kv_heads": "kv_heads",
+        "num_dense_heads": "dense_heads",
+        "homo_head": "homogeneous",
+        "head_sliding_step": "step",
+        "head_sliding_offset": "offset",
+    },
+)
 HYENA = HyenaOp("hyena", {"d_model": "dim", "l_max": "size", "order": "order", "filter_order": "filter_width"})
 NEIGHBORHOOD = Op(
     "neighborhood",
@@ -269,6 +294,9 @@ OPS: dict[str, Op] = {
     "hyena_nd__product_std_c32_14": HYENA,
     "kdgqa__d96_h6_kv3": replace(GROUPED_QUERY, arguments={"allocation": "batch_key_norm"}),
     "kdgqa__gqa_d96_h6_kv3": GROUPED_QUERY,
+    "moa__bands_n192_b16": SpanMixtureOp(
+        "span_mixture", {"dim": "dim", "heads": "num_heads", "block": "block", "causal": "causal"}
+    ),
     "natten__k4_s2_d3_16x14": NEIGHBORHOOD,
     "natten__k5_d3x2_16x14": NEIGHBORHOOD,
     "natten__k7_16x14": NEIGHBORHOOD,
@@ -281,6 +309,8 @@ OPS: dict[str, Op] = {
     "ppma__ppma_whole_op_14x10": replace(POLYLINE_PATH, arguments={"form": "whole"}),
     "rectified_spaattn__n250_b16_k2_p20_near": RECTIFIED_SPARSE,
     "rectified_spaattn__n256_b16_k3_p30": RECTIFIED_SPARSE,
+    "s2_attention__bidir_abs_h4_b7_l1_s4_n196": HEAD_SHARDING,
+    "s2_attention__causal_h4_b16_l2_s4": HEAD_SHARDING,
     "tic__op_k3": MSA_CONV,
     "tic__op_k3_d2": MSA_CONV,
     "tic__op_k5_s2": MSA_CONV,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models import DenseBackbone
 from ops import create_op
 from ops.attention.hyena import long_convolution
+from ops.blocks import Blocks
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,44 @@ class RectifiedSparseOp(Op):
         block = vector["kwargs"]["block"]
         first = x[:, ::block].repeat_interleave(block, dim=1)[:, : x.shape[1]]
         return (model((0.3 * x + first).unsqueeze(1)).squeeze(1),)
+
+
+@dataclass(frozen=True)
+class HeadShardingOp(Op):
+    """Op `head_sharding` on a sequence, whose vectors have no projections and hold its pattern too."""
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the op with the vector's arguments, and with the defaults of the authors' function."""
+        causal = vector["kwargs"].get("causal", True)
+        position = vector["kwargs"].get("vert_position_type") or ("absolute" if causal else "relative")
+        arguments = {"dim": vector["outputs"]["out"]["shape"][-1], "order": "runs", "causal": causal}
+        op: Any = Op(self.name, self.renames, {**arguments, "position": position}).build(vector)
+        op.qkv, op.proj = nn.Identity(), nn.Identity()
+        return op
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the output, the mask of blocks, and the number of keys of each query."""
+        op: Any = model
+        block = op.block[1]
+        pattern = op.pattern(Blocks((1, x.shape[1]), op.block))[: vector["outputs"]["block_mask"]["shape"][0]]
+        keys = pattern.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : x.shape[1], : x.shape[1]]
+        if op.causal:
+            keys = keys.tril()
+        return op(x.unsqueeze(1)).squeeze(1), pattern.float(), keys.sum(-1).float()
+
+
+@dataclass(frozen=True)
+class SpanMixtureOp(Op):
+    """Op `span_mixture` in bands, whose vectors list the alpha and the beta of each head."""
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the op with the vector's arguments."""
+        plan = list(zip(vector["kwargs"]["alpha"], vector["kwargs"]["beta"], strict=True))
+        return Op(self.name, self.renames, {"mode": "band", "plan": plan}).build(vector)
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the output of the sequence, which need not be a square map."""
+        return (model(x.unsqueeze(1)).squeeze(1),)
 
 
 @dataclass(frozen=True)
