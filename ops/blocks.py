@@ -86,8 +86,11 @@ def fit_block(block: Pair, size: Pair) -> Blocks:
 
 
 def top_blocks(scores: Tensor, count: int) -> Tensor:
-    """Return the mask of the `count` blocks with the largest scores (..., M) of each row, or of all if M is less."""
-    index = scores.topk(min(count, scores.shape[-1]), dim=-1).indices
+    """Return the mask of the `count` blocks with the largest scores (..., M) of each row, or of all if M is less.
+
+    The first of several blocks with equal scores are taken, so that the choice is the same on all devices.
+    """
+    index = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True)
 
 
