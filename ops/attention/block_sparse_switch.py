@@ -36,7 +36,6 @@ class BlockSparseSwitchAttention(nn.Module):
     Args:
         dim: Number of channels.
         num_heads: Number of query heads.
-        place: Not used.
         tile: Side of a tile in tokens; default 8.
         stride: Distance between patches in tokens; their side is twice that. Default 4.
         topk: Number of tiles that a query attends to, the near ones included; default 12.

@@ -30,7 +30,7 @@ class HeadShardingAttention(nn.Module):
     Args:
         dim: Number of channels.
         num_heads: Number of heads.
-        place: Not used.
+        place: The block sets the default of `offset`.
         order: "tiles" (default), or "runs" of consecutive tokens, row by row.
         block: Side of a tile in tokens, or its sides along H and W, or the number of tokens of a run. By default 7, or
             49 for runs.
@@ -38,7 +38,7 @@ class HeadShardingAttention(nn.Module):
             Between tiles the larger of the distances along H and W counts. For runs also a pair: before and after the
             query's block.
         stride: Distance between the blocks of a head's stripes; a divisor of the number of heads serves best. By
-            default 4, 3 or 2, the first that divides the number of heads, else the number of heads up to 4.
+            default 4, 3 or 2, the first that divides the number of heads, else 4, or 2 for a single head.
         stripes: "raster" (default): blocks are counted row by row. "alternating": columns of tiles, rows of tiles and
             diagonals in turn over the heads.
         position: "absolute" (default): a head's blocks are the same for all queries. "relative": every `stride`-th
@@ -48,7 +48,8 @@ class HeadShardingAttention(nn.Module):
         dense_heads: Number of key heads, the last ones, that attend to all blocks; default 0.
         homogeneous: Give all heads the pattern of the first one; default False.
         step: Number of blocks between the stripes of adjacent key heads; by default stride // num_heads, at least 1.
-        offset: Number of blocks by which all stripes are moved to earlier blocks; default 0.
+        offset: Number of blocks by which all stripes are moved to earlier blocks. By default 0; with fewer sparse key
+            heads than `stride` the index of the op's block in its stage, so that the stage attends to all blocks.
     """
 
     family = "sparse"
@@ -72,7 +73,7 @@ class HeadShardingAttention(nn.Module):
         dense_heads: int = 0,
         homogeneous: bool = False,
         step: int | None = None,
-        offset: int = 0,
+        offset: int | None = None,
     ):
         super().__init__()
         for name, value, known in (
@@ -83,7 +84,7 @@ class HeadShardingAttention(nn.Module):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         if stride is None:
-            stride = next((v for v in (4, 3, 2) if num_heads % v == 0), min(num_heads, 4))
+            stride = next((v for v in (4, 3, 2) if num_heads % v == 0), 4 if num_heads > 1 else 2)
         kv_heads = num_heads if kv_heads is None else kv_heads
         block = (7 if order == "tiles" else 49) if block is None else block
         # Any, because the annotation of to_2tuple does not say that it returns a pair
@@ -104,6 +105,8 @@ class HeadShardingAttention(nn.Module):
             )
         if homogeneous and dense_heads:
             raise ValueError("homogeneous heads cannot include dense_heads")
+        if offset is None:
+            offset = place.block if kv_heads - dense_heads < stride else 0
         self.num_heads, self.kv_heads, self.dense_heads, self.homogeneous = (
             num_heads,
             kv_heads,

@@ -31,7 +31,6 @@ class HierarchicalSelfAttention(nn.Module):
     Args:
         dim: Number of channels.
         num_heads: Number of heads.
-        place: Not used.
         window: Side of a window in tokens; default 7.
         branch: Number of blocks along each side of the next larger block, at least 2, until one block holds the map. By
             default there is one level: all windows attend to each other.

@@ -29,7 +29,6 @@ class RadialAttention(nn.Module):
     Args:
         dim: Number of channels.
         num_heads: Number of heads.
-        place: Not used.
         min_width: Minimum reach of a window in tokens; default 1.
         decay: Factor on the reach of the windows; default 1.
         symmetric: Also attend to the tokens that the same rule gives with rows and columns exchanged; default False.

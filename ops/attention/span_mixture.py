@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.blocks import Blocks, block_attention, extra_attention, fit_block
-from ops.functional import split_heads
-from ops.neighborhood import neighborhood_attention
+from ops.functional import merge_heads, split_heads
+from ops.neighborhood import neighborhood_attention, tiled_attention
 from ops.registry import FIRST, Place, register_op
 
 MODES = ("neighborhood", "band")
@@ -36,7 +36,6 @@ class SpanMixtureAttention(nn.Module):
     Args:
         dim: Number of channels.
         num_heads: Number of heads.
-        place: Not used.
         plan: Pairs (alpha, beta) in tokens and as a share, one for each head or for each of several equal groups of
             heads. Default: (3, 0), (7, 0), (0, 1/4) and (0, 1), for a quarter of the heads each.
         mode: "neighborhood" (default) or "band".
@@ -123,8 +122,11 @@ class SpanMixtureAttention(nn.Module):
                 q, k, v = (cut.split(t, len(heads)) for t in part.chunk(3, dim=-1))
                 whole = torch.ones(1, 1, dtype=torch.bool, device="cpu")
                 out = cut.join(block_attention(q, k, v, whole, count=1, extra=own_sinks))
+            elif own_sinks is None:
+                out = neighborhood_attention(part, None, len(heads), kernel)
             else:
-                out = neighborhood_attention(part, None, len(heads), kernel, extra=own_sinks)
+                shared = torch.cat([merge_heads(t) for t in own_sinks], dim=-1).unsqueeze(1)
+                out = tiled_attention(part, None, len(heads), kernel, (1, 1), (1, 1), (False, False), shared)
             outputs.update(zip(heads, out.chunk(len(heads), dim=-1), strict=True))
         return torch.cat([outputs[head] for head in range(self.num_heads)], dim=-1)
 

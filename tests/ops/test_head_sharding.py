@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ops import create_op
+from ops import Place, create_op
 from ops.blocks import Blocks
 
 X = torch.randn(2, 5, 6, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -86,6 +86,15 @@ def test_heads_together_attend_to_everything_if_there_are_as_many_as_the_stride(
     assert bool(pattern.any(0).all()) == covers
     assert pattern.any(2).all() and not pattern.all(2).any()
     assert all(torch.equal(pattern[h], pattern[h * kv_heads // 4 * (4 // kv_heads)]) for h in range(4))
+
+
+def test_blocks_of_a_stage_together_attend_to_everything_with_few_heads():
+    for heads, stride in ((1, 2), (1, 4), (2, 4), (5, 4)):
+        stage = [
+            create_op("head_sharding", dim=10 * heads, num_heads=heads, stride=stride, place=Place(block=block))
+            for block in range(stride)
+        ]
+        assert torch.cat([op.pattern(GRID) for op in stage]).any(0).all()
 
 
 @pytest.mark.parametrize("arguments", [{"stride": 1}, {"local": 9}, {"dense_heads": 4}, {"block": 6}])

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from models import DenseBackbone
 from ops import create_op
-from ops.attention.hyena import long_convolution
-from ops.blocks import Blocks
 
 
 @dataclass(frozen=True)
@@ -111,100 +109,18 @@ class Chain(Op):
 
 
 @dataclass(frozen=True)
-class HyenaOp(Op):
-    """Op `hyena`, whose vectors also hold its filters and one long convolution without the skip."""
-
-    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
-        """Return the output, the filters of each long convolution, and the first of these convolutions."""
-        out, dim = super().run(model, vector, x)[0], x.shape[-1]
-        filters = model.get_submodule("filter")(x.shape[1:3])
-        convolution = long_convolution(x.permute(0, 3, 1, 2), filters[:dim], x.new_zeros(dim))
-        return out, filters.unflatten(0, (-1, dim)), convolution
-
-    def build(self, vector: Mapping[str, Any]) -> nn.Module:
-        """Build the op with the vector's arguments."""
-        kind = "joint" if vector["kwargs"].get("hyena2d_filter") else "product"
-        direction = vector["kwargs"].get("directional_mode", "standard")
-        return Op(self.name, self.renames, {"num_heads": 1, "filter": kind, "direction": direction}).build(vector)
-
-
-@dataclass(frozen=True)
-class BlockMixtureOp(Op):
-    """Op `block_mixture`, whose vectors describe the blocks in words: "4x4 tiles" or "2 rows"."""
-
-    def build(self, vector: Mapping[str, Any]) -> nn.Module:
-        """Build the op with the vector's arguments."""
-        size, order = vector["kwargs"]["chunk"].split()
-        blocks = {"tile": tuple(map(int, size.split("x")))} if order == "tiles" else {"strip": int(size)}
-        return Op(self.name, self.renames, {"order": order, **blocks}).build(vector)
-
-
-@dataclass(frozen=True)
-class RectifiedSparseOp(Op):
-    """Op `rectified_sparse` on a sequence, whose vectors were made of tokens that resemble the first of their block."""
-
-    def build(self, vector: Mapping[str, Any]) -> nn.Module:
-        """Build the op with the vector's arguments."""
-        given = vector["kwargs"]
-        arguments = {"tile": (1, given["block"]), "neighbors": given["neighbours"] is not None, "count_padding": True}
-        return Op(self.name, self.renames, arguments).build(vector)
-
-    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
-        """Return the output of the changed tokens."""
-        block = vector["kwargs"]["block"]
-        first = x[:, ::block].repeat_interleave(block, dim=1)[:, : x.shape[1]]
-        return (model((0.3 * x + first).unsqueeze(1)).squeeze(1),)
-
-
-@dataclass(frozen=True)
-class HeadShardingOp(Op):
-    """Op `head_sharding` on a sequence, whose vectors have no projections and hold its pattern too."""
-
-    def build(self, vector: Mapping[str, Any]) -> nn.Module:
-        """Build the op with the vector's arguments, and with the defaults of the authors' function."""
-        causal = vector["kwargs"].get("causal", True)
-        position = vector["kwargs"].get("vert_position_type") or ("absolute" if causal else "relative")
-        arguments = {"dim": vector["outputs"]["out"]["shape"][-1], "order": "runs", "causal": causal}
-        op: Any = Op(self.name, self.renames, {**arguments, "position": position}).build(vector)
-        op.qkv, op.proj = nn.Identity(), nn.Identity()
-        return op
-
-    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
-        """Return the output, the mask of blocks, and the number of keys of each query."""
-        op: Any = model
-        block = op.block[1]
-        pattern = op.pattern(Blocks((1, x.shape[1]), op.block))[: vector["outputs"]["block_mask"]["shape"][0]]
-        keys = pattern.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : x.shape[1], : x.shape[1]]
-        if op.causal:
-            keys = keys.tril()
-        return op(x.unsqueeze(1)).squeeze(1), pattern.float(), keys.sum(-1).float()
-
-
-@dataclass(frozen=True)
-class SpanMixtureOp(Op):
-    """Op `span_mixture` in bands, whose vectors list the alpha and the beta of each head."""
-
-    def build(self, vector: Mapping[str, Any]) -> nn.Module:
-        """Build the op with the vector's arguments."""
-        plan = list(zip(vector["kwargs"]["alpha"], vector["kwargs"]["beta"], strict=True))
-        return Op(self.name, self.renames, {"mode": "band", "plan": plan}).build(vector)
-
-    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
-        """Return the output of the sequence, which need not be a square map."""
-        return (model(x.unsqueeze(1)).squeeze(1),)
-
-
-@dataclass(frozen=True)
 class Part:
     """A part of a net, or a net with more outputs than scores.
 
     Attributes:
         make: builds the module.
         call: returns the vector's outputs for the module and the vector's input; by default the module's one output.
+        constants: how many of the vector's parameters are buffers here, as they are never trained.
     """
 
     make: Callable[[], nn.Module]
     call: Callable[[Any, Tensor], tuple[Tensor, ...]] = lambda module, x: (module(x),)
+    constants: int = 0
 
     def build(self, vector: Mapping[str, Any]) -> nn.Module:
         """Build the module."""
