@@ -153,14 +153,13 @@ def block_attention(
     peak, total, values = (
         t.reshape(-1, queries, t.shape[-1]).index_select(0, tiles.slot) for t in (peak, weights.sum(-1, True), values)
     )  # (pairs, Q, 1 or D)
-    top = torch.full((len(q), queries, 1), -torch.inf, dtype=dtype, device=q.device)
+    top = tiles.reduce(peak, "max")
     if extra is not None:
         extra_scores = (q.view(B * heads, -1, D) @ extra[0].flatten(0, 1).transpose(1, 2)).to(dtype)
         extra_scores = extra_scores.view(len(q), queries, -1)
-        top = extra_scores.detach().amax(-1, keepdim=True)
-    top = top.scatter_reduce(0, tiles.owner.view(-1, 1, 1).expand_as(peak), peak, "amax")
+        top = torch.maximum(top, extra_scores.detach().amax(-1, keepdim=True))
     factor = (peak - top.index_select(0, tiles.owner)).exp()
-    total, values = (t.new_zeros(len(q), *t.shape[1:]).index_add(0, tiles.owner, factor * t) for t in (total, values))
+    total, values = (tiles.reduce(factor * t, "sum") for t in (total, values))
     if extra is not None:
         weights = (extra_scores - top).exp()
         extra_v = extra[1].flatten(0, 1)
@@ -213,19 +212,29 @@ def extra_attention(extra_qkv: Tensor, qkv: Tensor, num_heads: int) -> Tensor:
 
 
 class Tiles(NamedTuple):
-    """Pairs of group and block, sorted into tiles of one block and up to `pack` groups that attend to it.
+    """Pairs of group and block, and tiles of one block and up to `pack` groups that attend to it.
 
     Attributes:
         block: Block of each tile among those of all images and heads: (tiles,).
         group: Groups of each tile among those of all images and heads, 0 in unused slots: (tiles, pack).
-        slot: Index of each pair in the flattened `group`: (pairs,).
+        slot: Index of each pair in the flattened `group`: (pairs,). The pairs are sorted by their group.
         owner: Group of each pair: (pairs,).
+        lengths: Number of pairs of each group, (B * heads * G,), or one number if it is the same for all.
     """
 
     block: Tensor
     group: Tensor
     slot: Tensor
     owner: Tensor
+    lengths: Tensor | int
+
+    def reduce(self, x: Tensor, kind: str) -> Tensor:
+        """Return the sum or the maximum ("sum", "max") of (pairs, ...) over the pairs of each group."""
+        if isinstance(self.lengths, int):
+            x = x.unflatten(0, (-1, self.lengths))
+            return x.sum(1) if kind == "sum" else x.amax(1)
+        # Unlike index_add, this adds in the same order each time, on a GPU too
+        return torch.segment_reduce(x, kind, lengths=self.lengths, axis=0, unsafe=True)
 
 
 def tile_pairs(chosen: Tensor, pack: int, count: int | None, device: torch.device) -> Tiles:
@@ -233,21 +242,22 @@ def tile_pairs(chosen: Tensor, pack: int, count: int | None, device: torch.devic
     B, heads, groups, blocks = chosen.shape
     number = B * heads * blocks
     if count is None and not chosen.is_meta:
-        block, owner = chosen.transpose(2, 3).reshape(number, groups).nonzero().to(device).unbind(1)
-        owner = owner + block // blocks * groups
+        lengths = chosen.sum(-1).flatten().to(device)
+        owner, block = chosen.reshape(-1, blocks).nonzero().to(device).unbind(1)
     else:
-        count = blocks if count is None else count
-        index = chosen.to(device, torch.uint8).topk(count, dim=-1).indices.flatten(0, 1)  # (B * heads, G, count)
-        block = (index + blocks * torch.arange(B * heads, device=device).view(-1, 1, 1)).flatten()
-        block, order = block.sort(stable=True)
-        owner = order // count
+        lengths = blocks if count is None else count
+        block = chosen.to(device, torch.uint8).topk(lengths, dim=-1).indices.flatten()
+        owner = torch.arange(len(block), device=device) // lengths
+    block = block + owner // groups * blocks
+    # Number the groups of each block, and give each block as many tiles as its groups fill
+    by_block, order = block.sort(stable=True)
     per_block = torch.zeros(number, dtype=torch.long, device=device).scatter_add(0, block, torch.ones_like(block))
     tiles = (per_block + pack - 1) // pack
     ends = tiles.cumsum(0)
-    rank = torch.arange(len(block), device=device) - (per_block.cumsum(0) - per_block)[block]
-    slot = ((ends - tiles)[block] + rank // pack) * pack + rank % pack
+    rank = torch.arange(len(block), device=device) - (per_block.cumsum(0) - per_block)[by_block]
+    slot = torch.empty_like(order).scatter(0, order, ((ends - tiles)[by_block] + rank // pack) * pack + rank % pack)
     # At most one tile of each block is not full
     total = min(len(block), len(block) // pack + number)
     tile_block = torch.searchsorted(ends, torch.arange(total, device=device), right=True).clamp(max=number - 1)
     group = torch.zeros(total * pack, dtype=torch.long, device=device).scatter(0, slot, owner)
-    return Tiles(tile_block, group.view(total, pack), slot, owner)
+    return Tiles(tile_block, group.view(total, pack), slot, owner, lengths)

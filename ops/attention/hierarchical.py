@@ -70,11 +70,11 @@ class HierarchicalSelfAttention(nn.Module):
             # Logarithm of the sum of each token's weights before they are normalised
             total, out = scores.logsumexp(-1, keepdim=True), scores.softmax(-1) @ v
             level = Level(cut.means(q), cut.means(k), cut.means(v), real.sum(-1).to(q.dtype), cut.grid)
-            windows = (1, 1)
+            members = Blocks(cut.grid, (1, 1))
             while level.grid != (1, 1):
-                index = block_of_window(cut.grid, windows, level.grid, x.device)
+                index = block_of_window(members, x.device)
                 if self.normalize == "block":
-                    total = block_mean(total, real, index, level.count)
+                    total = block_mean(total, real, members, level.count).index_select(2, index).unsqueeze(3)
                 side = level.grid if self.branch is None else (self.branch, self.branch)
                 parents = fit_block(side, level.grid)
                 peak, weight, values = (t.index_select(2, index).unsqueeze(3) for t in siblings(level, parents, scale))
@@ -83,7 +83,8 @@ class HierarchicalSelfAttention(nn.Module):
                 weights = far * weight + near
                 out, total = (far * values + near * out) / weights, top + weights.log()
                 level = merge(level, parents)
-                windows = (windows[0] * parents.block[0], windows[1] * parents.block[1])
+                rows, columns = members.block
+                members = Blocks(cut.grid, (rows * parents.block[0], columns * parents.block[1]))
         return self.proj(cut.join(out).to(x.dtype))
 
 
@@ -141,30 +142,22 @@ def merge(level: Level, parents: Blocks) -> Level:
     return Level(q, k, v, total.flatten(), parents.grid)
 
 
-def block_of_window(
-    grid: tuple[int, int], windows: tuple[int, int], blocks: tuple[int, int], device: torch.device
-) -> Tensor:
-    """Return the index of the block that holds each window, (M,).
+def block_of_window(members: Blocks, device: torch.device) -> Tensor:
+    """Return the index of the block that holds each of the M windows, (M,), for the cut of windows into blocks."""
+    rows, columns = (torch.arange(n, device=device) // b for n, b in zip(members.size, members.block, strict=True))
+    return (rows[:, None] * members.grid[1] + columns).flatten()
+
+
+def block_mean(total: Tensor, real: Tensor, members: Blocks, count: Tensor) -> Tensor:
+    """Return the average over the tokens of each block, (B, heads, G, 1).
 
     Args:
-        grid: Number of windows along H and W.
-        windows: Number of windows of a block along H and W.
-        blocks: Number of blocks along H and W.
-        device: Device of the result.
-    """
-    rows, columns = (torch.arange(n, device=device) // size for n, size in zip(grid, windows, strict=True))
-    return (rows[:, None] * blocks[1] + columns).flatten()
-
-
-def block_mean(total: Tensor, real: Tensor, index: Tensor, count: Tensor) -> Tensor:
-    """Return `total` (B, heads, M, L, 1) averaged over the tokens of each block, (B, heads, M, 1, 1).
-
-    Args:
-        total: A value for each token of the M windows.
+        total: A value for each token of the M windows, (B, heads, M, L or 1, 1).
         real: True for tokens on the map, (M, L).
-        index: Block of each window, (M,).
+        members: Cut of the windows into G blocks.
         count: Number of tokens of each block, (G,).
     """
-    sums = (total.squeeze(-1) * real).sum(-1)
-    means = sums.new_zeros(*sums.shape[:2], len(count)).index_add(2, index, sums) / count
-    return means.index_select(2, index)[..., None, None]
+    sums = (total.squeeze(-1) * real).sum(-1)  # (B, heads, M)
+    maps = sums.flatten(0, 1).unflatten(1, members.size).unsqueeze(-1)
+    sums = members.split(maps, 1).sum(-2).view(*sums.shape[:2], -1, 1)
+    return sums / count.unsqueeze(-1)
