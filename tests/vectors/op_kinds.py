@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,13 +41,18 @@ class HyenaOp(Op):
 
 @dataclass(frozen=True)
 class BlockMixtureOp(Op):
-    """Op `block_mixture`, whose vectors describe the blocks in words: "4x4 tiles" or "2 rows"."""
+    """Op `block_mixture`, whose vectors describe the blocks in words: "4x4 tiles", "2 rows", "32 tokens in rows"."""
 
     def build(self, vector: Mapping[str, Any]) -> nn.Module:
         """Build the op with the vector's arguments."""
-        size, order = vector["kwargs"]["chunk"].split()
-        blocks = {"tile": tuple(map(int, size.split("x")))} if order == "tiles" else {"strip": int(size)}
-        return Op(self.name, self.renames, {"order": order, **blocks}).build(vector)
+        chunk = str(vector["kwargs"]["chunk"])
+        sizes = tuple(int(number) for number in re.findall(r"\d+", chunk))
+        if "tile" in chunk:
+            blocks = {"order": "tiles", "tile": sizes}
+        else:
+            strip = (sizes[0] if sizes else 1) // (vector["kwargs"]["W"] if "token" in chunk else 1)
+            blocks = {"order": "columns" if "column" in chunk else "rows", "strip": strip}
+        return Op(self.name, self.renames, blocks).build(vector)
 
 
 @dataclass(frozen=True)
