@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.functional import merge_heads, split_heads
 from ops.windows import from_windows, pad_to_multiple, to_windows
 from retinue.utils.arithmetic import ceil_div
 
@@ -191,24 +190,6 @@ def masked_attention(
     masked = real is not None or chosen is not None or causal
     mask = torch.atleast_2d(mask)
     return F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=mask if masked else None).view(q.shape)
-
-
-def extra_attention(extra_qkv: Tensor, qkv: Tensor, num_heads: int) -> Tensor:
-    """Compute attention of extra tokens to themselves and to all tokens of a map.
-
-    Args:
-        extra_qkv: Queries, keys and values (B, E, 3C) of the extra tokens.
-        qkv: Queries, keys and values (B, H, W, 3C) of the map, of which the queries are not used.
-        num_heads: Number of heads.
-
-    Returns:
-        Tensor (B, E, C).
-    """
-    q, extra_k, extra_v = (split_heads(t, num_heads) for t in extra_qkv.chunk(3, dim=-1))
-    k, v = (split_heads(t.flatten(1, 2), num_heads) for t in qkv.chunk(3, dim=-1)[1:])
-    return merge_heads(
-        F.scaled_dot_product_attention(q, torch.cat([extra_k, k], dim=2), torch.cat([extra_v, v], dim=2))
-    )
 
 
 class Tiles(NamedTuple):

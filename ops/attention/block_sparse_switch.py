@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops.blocks import Blocks, block_attention, extra_attention, fit_block, top_blocks
+from ops.blocks import Blocks, block_attention, fit_block, top_blocks
+from ops.extra import extra_attention, keys_and_values
 from ops.functional import split_heads
 from ops.precision import at_least_float32, without_autocast
 from ops.rectification import pooled_attention, rectify
@@ -88,10 +89,7 @@ class BlockSparseSwitchAttention(nn.Module):
         dense = size[0] * size[1] < self.dense_below
         cut = Blocks(size, size) if dense else fit_block((self.tile, self.tile), size)
         q, k, v = (cut.split(t, self.num_heads) for t in qkv.chunk(3, dim=-1))
-        sinks = None
-        if extra_qkv is not None:
-            sink_k, sink_v = (split_heads(t, self.num_heads) for t in extra_qkv.chunk(3, dim=-1)[1:])
-            sinks = (sink_k, sink_v)
+        sinks = None if extra_qkv is None else keys_and_values(extra_qkv, self.num_heads)
         if dense:
             chosen = torch.ones(1, 1, dtype=torch.bool, device="cpu")
             out = block_attention(q, k, v, chosen, count=1, extra=sinks)

@@ -12,8 +12,8 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ops.blocks import Blocks, block_attention, extra_attention, fit_block
-from ops.functional import split_heads
+from ops.blocks import Blocks, block_attention, fit_block
+from ops.extra import extra_attention, keys_and_values
 from ops.offsets import offset_attention
 from ops.registry import FIRST, Place, register_op
 from retinue.utils.arithmetic import ceil_div
@@ -82,10 +82,7 @@ class PowerAttention(nn.Module):
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Any:
         qkv = self.qkv(x)
         extra_qkv = None if extra is None else self.qkv(extra)
-        sinks = None
-        if extra_qkv is not None:
-            sink_k, sink_v = (split_heads(t, self.num_heads) for t in extra_qkv.chunk(3, dim=-1)[1:])
-            sinks = (sink_k, sink_v)
+        sinks = None if extra_qkv is None else keys_and_values(extra_qkv, self.num_heads)
         size = (x.shape[1], x.shape[2])
         if self.block == 1:
             offsets = self.offsets(size)

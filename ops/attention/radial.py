@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ops.blocks import extra_attention
-from ops.functional import split_heads
+from ops.extra import extra_attention, keys_and_values
 from ops.offsets import band_attention
 from ops.registry import FIRST, Place, register_op
 
@@ -64,10 +63,7 @@ class RadialAttention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).movedim(3, 1) for t in qkv.chunk(3, dim=-1))
         # With a sink, the first row is attended to as further tokens, and not as a row
         sinks = [t for t in (extra_qkv, qkv[:, 0] if self.sink else None) if t is not None]
-        further = None
-        if sinks:
-            sink_k, sink_v = (split_heads(t, self.num_heads) for t in torch.cat(sinks, dim=1).chunk(3, dim=-1)[1:])
-            further = (sink_k, sink_v)
+        further = keys_and_values(torch.cat(sinks, dim=1), self.num_heads) if sinks else None
         out = band_attention(q, k, v, *self.pattern(H, W, x.device), further, int(self.sink))
         out = self.proj(out.movedim(1, 3).flatten(3))
         if extra_qkv is None:

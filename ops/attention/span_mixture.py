@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops.blocks import Blocks, block_attention, extra_attention, fit_block
-from ops.functional import merge_heads, split_heads
+from ops.blocks import Blocks, block_attention, fit_block
+from ops.extra import extra_attention, keys_and_values
+from ops.functional import merge_heads
 from ops.neighborhood import neighborhood_attention, tiled_attention
 from ops.registry import FIRST, Place, register_op
 
@@ -95,10 +96,7 @@ class SpanMixtureAttention(nn.Module):
         if self.anchors:
             size = (min(self.anchors, qkv.shape[1]), min(self.anchors, qkv.shape[2]))
             tokens.append(F.adaptive_avg_pool2d(qkv.permute(0, 3, 1, 2), size).flatten(2).transpose(1, 2))
-        if not tokens:
-            return None
-        _, k, v = (split_heads(t, self.num_heads) for t in torch.cat(tokens, dim=1).chunk(3, dim=-1))
-        return k, v
+        return keys_and_values(torch.cat(tokens, dim=1), self.num_heads) if tokens else None
 
     def kernel(self, rule: Sequence[float], size: Sequence[int]) -> tuple[int, int]:
         """Return the size of the neighbourhood of a rule (alpha, beta) on a map of `size` = (H, W)."""
