@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.functional import merge_heads, split_heads
 from ops.windows import from_windows, pad_to_multiple, to_windows
 from retinue.utils.arithmetic import ceil_div
 
@@ -86,8 +85,11 @@ def fit_block(block: Pair, size: Pair) -> Blocks:
 
 
 def top_blocks(scores: Tensor, count: int) -> Tensor:
-    """Return the mask of the `count` blocks with the largest scores (..., M) of each row, or of all if M is less."""
-    index = scores.topk(min(count, scores.shape[-1]), dim=-1).indices
+    """Return the mask of the `count` blocks with the largest scores (..., M) of each row, or of all if M is less.
+
+    The first of several blocks with equal scores are taken, so that the choice is the same on all devices.
+    """
+    index = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True)
 
 
@@ -104,13 +106,13 @@ def block_attention(
     """Compute attention of groups of queries to the key blocks that are chosen for each group.
 
     The work and the memory are proportional to the number of chosen pairs of group and block, except on maps of at most
-    `MAX_MASKED_TOKENS` tokens, where masked dense attention is faster.
+    `MAX_MASKED_TOKENS` tokens, where masked dense attention is faster, and where `count` is the number of all blocks.
 
     Args:
         q: Queries (B, heads, G, Q, D): G groups of Q queries, such as blocks, or single tokens with Q = 1.
         k: Keys (B, heads, M, L, D) of M blocks.
         v: Values (B, heads, M, L, D).
-        chosen: True where a group attends to a block; broadcasts to (B, heads, G, M). Each group attends to a block. A
+        chosen: True where a group attends to a block, (..., G, M); broadcasts over B and heads. No row is empty. A
             mask that does not depend on the data is best made on the CPU.
         real: True for keys that are attended to, (M, L), at least one in a block; by default all.
         count: Number of blocks of each group, if it is the same for all. The GPU then need not wait for the number of
@@ -123,20 +125,11 @@ def block_attention(
     """
     B, heads, groups, queries, D = q.shape
     blocks, length = k.shape[2:4]
-    chosen = chosen.expand(B, heads, groups, blocks)
-    if not q.is_meta and max(groups * queries, blocks * length) <= MAX_MASKED_TOKENS:
-        mask = chosen.to(q.device)[..., None, :, None].expand(-1, -1, -1, queries, -1, length)
-        mask = mask.flatten(4).flatten(2, 3)  # (B, heads, G * Q, M * L)
-        if real is not None:
-            mask = mask & real.flatten()
-        if causal:
-            mask = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        k, v = k.flatten(2, 3), v.flatten(2, 3)
-        if extra is not None:
-            k, v = torch.cat([extra[0], k], dim=2), torch.cat([extra[1], v], dim=2)
-            mask = F.pad(mask, (extra[0].shape[2], 0), value=True)
-        return F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=mask).view(q.shape)
+    small = not q.is_meta and max(groups * queries, blocks * length) <= MAX_MASKED_TOKENS
+    if small or count == blocks:
+        return masked_attention(q, k, v, None if count == blocks else chosen, real, causal, extra)
 
+    chosen = chosen.expand(B, heads, groups, blocks)
     tiles = tile_pairs(chosen, max(1, length // queries), count, q.device)
     pack = tiles.group.shape[1]
     q = q.flatten(0, 2) * D**-0.5  # (B * heads * G, Q, D)
@@ -159,14 +152,13 @@ def block_attention(
     peak, total, values = (
         t.reshape(-1, queries, t.shape[-1]).index_select(0, tiles.slot) for t in (peak, weights.sum(-1, True), values)
     )  # (pairs, Q, 1 or D)
-    top = torch.full((len(q), queries, 1), -torch.inf, dtype=dtype, device=q.device)
+    top = tiles.reduce(peak, "max")
     if extra is not None:
         extra_scores = (q.view(B * heads, -1, D) @ extra[0].flatten(0, 1).transpose(1, 2)).to(dtype)
         extra_scores = extra_scores.view(len(q), queries, -1)
-        top = extra_scores.detach().amax(-1, keepdim=True)
-    top = top.scatter_reduce(0, tiles.owner.view(-1, 1, 1).expand_as(peak), peak, "amax")
+        top = torch.maximum(top, extra_scores.detach().amax(-1, keepdim=True))
     factor = (peak - top.index_select(0, tiles.owner)).exp()
-    total, values = (t.new_zeros(len(q), *t.shape[1:]).index_add(0, tiles.owner, factor * t) for t in (total, values))
+    total, values = (tiles.reduce(factor * t, "sum") for t in (total, values))
     if extra is not None:
         weights = (extra_scores - top).exp()
         extra_v = extra[1].flatten(0, 1)
@@ -175,38 +167,55 @@ def block_attention(
     return (values / total).to(v.dtype).view(B, heads, groups, queries, D)
 
 
-def extra_attention(extra_qkv: Tensor, qkv: Tensor, num_heads: int) -> Tensor:
-    """Compute attention of extra tokens to themselves and to all tokens of a map.
-
-    Args:
-        extra_qkv: Queries, keys and values (B, E, 3C) of the extra tokens.
-        qkv: Queries, keys and values (B, H, W, 3C) of the map, of which the queries are not used.
-        num_heads: Number of heads.
-
-    Returns:
-        Tensor (B, E, C).
-    """
-    q, extra_k, extra_v = (split_heads(t, num_heads) for t in extra_qkv.chunk(3, dim=-1))
-    k, v = (split_heads(t.flatten(1, 2), num_heads) for t in qkv.chunk(3, dim=-1)[1:])
-    return merge_heads(
-        F.scaled_dot_product_attention(q, torch.cat([extra_k, k], dim=2), torch.cat([extra_v, v], dim=2))
-    )
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor | None,
+    real: Tensor | None,
+    causal: bool,
+    extra: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Compute `block_attention` as dense attention with a mask; without `chosen`, to all blocks."""
+    queries, length = q.shape[3], k.shape[3]
+    mask = torch.ones(k.shape[2] * length, dtype=torch.bool, device=q.device) if real is None else real.flatten()
+    if chosen is not None:
+        mask = mask & chosen.to(q.device).repeat_interleave(queries, -2).repeat_interleave(length, -1)
+    if causal:
+        mask = mask & torch.ones(q.shape[2] * queries, k.shape[2] * length, dtype=torch.bool, device=q.device).tril()
+    k, v = k.flatten(2, 3), v.flatten(2, 3)
+    if extra is not None:
+        k, v = torch.cat([extra[0], k], dim=2), torch.cat([extra[1], v], dim=2)
+        mask = F.pad(mask, (extra[0].shape[2], 0), value=True)
+    masked = real is not None or chosen is not None or causal
+    mask = torch.atleast_2d(mask)
+    return F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=mask if masked else None).view(q.shape)
 
 
 class Tiles(NamedTuple):
-    """Pairs of group and block, sorted into tiles of one block and up to `pack` groups that attend to it.
+    """Pairs of group and block, and tiles of one block and up to `pack` groups that attend to it.
 
     Attributes:
         block: Block of each tile among those of all images and heads: (tiles,).
         group: Groups of each tile among those of all images and heads, 0 in unused slots: (tiles, pack).
-        slot: Index of each pair in the flattened `group`: (pairs,).
+        slot: Index of each pair in the flattened `group`: (pairs,). The pairs are sorted by their group.
         owner: Group of each pair: (pairs,).
+        lengths: Number of pairs of each group, (B * heads * G,), or one number if it is the same for all.
     """
 
     block: Tensor
     group: Tensor
     slot: Tensor
     owner: Tensor
+    lengths: Tensor | int
+
+    def reduce(self, x: Tensor, kind: str) -> Tensor:
+        """Return the sum or the maximum ("sum", "max") of (pairs, ...) over the pairs of each group."""
+        if isinstance(self.lengths, int):
+            x = x.unflatten(0, (-1, self.lengths))
+            return x.sum(1) if kind == "sum" else x.amax(1)
+        # Unlike index_add, this adds in the same order each time, on a GPU too
+        return torch.segment_reduce(x, kind, lengths=self.lengths, axis=0, unsafe=True)
 
 
 def tile_pairs(chosen: Tensor, pack: int, count: int | None, device: torch.device) -> Tiles:
@@ -214,21 +223,22 @@ def tile_pairs(chosen: Tensor, pack: int, count: int | None, device: torch.devic
     B, heads, groups, blocks = chosen.shape
     number = B * heads * blocks
     if count is None and not chosen.is_meta:
-        block, owner = chosen.transpose(2, 3).reshape(number, groups).nonzero().to(device).unbind(1)
-        owner = owner + block // blocks * groups
+        lengths = chosen.sum(-1).flatten().to(device)
+        owner, block = chosen.reshape(-1, blocks).nonzero().to(device).unbind(1)
     else:
-        count = blocks if count is None else count
-        index = chosen.to(device, torch.uint8).topk(count, dim=-1).indices.flatten(0, 1)  # (B * heads, G, count)
-        block = (index + blocks * torch.arange(B * heads, device=device).view(-1, 1, 1)).flatten()
-        block, order = block.sort(stable=True)
-        owner = order // count
+        lengths = blocks if count is None else count
+        block = chosen.to(device, torch.uint8).topk(lengths, dim=-1).indices.flatten()
+        owner = torch.arange(len(block), device=device) // lengths
+    block = block + owner // groups * blocks
+    # Number the groups of each block, and give each block as many tiles as its groups fill
+    by_block, order = block.sort(stable=True)
     per_block = torch.zeros(number, dtype=torch.long, device=device).scatter_add(0, block, torch.ones_like(block))
     tiles = (per_block + pack - 1) // pack
     ends = tiles.cumsum(0)
-    rank = torch.arange(len(block), device=device) - (per_block.cumsum(0) - per_block)[block]
-    slot = ((ends - tiles)[block] + rank // pack) * pack + rank % pack
+    rank = torch.arange(len(block), device=device) - (per_block.cumsum(0) - per_block)[by_block]
+    slot = torch.empty_like(order).scatter(0, order, ((ends - tiles)[by_block] + rank // pack) * pack + rank % pack)
     # At most one tile of each block is not full
     total = min(len(block), len(block) // pack + number)
     tile_block = torch.searchsorted(ends, torch.arange(total, device=device), right=True).clamp(max=number - 1)
     group = torch.zeros(total * pack, dtype=torch.long, device=device).scatter(0, slot, owner)
-    return Tiles(tile_block, group.view(total, pack), slot, owner)
+    return Tiles(tile_block, group.view(total, pack), slot, owner, lengths)

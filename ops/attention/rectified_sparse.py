@@ -12,8 +12,8 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from ops.blocks import Blocks, block_attention, extra_attention, fit_block
-from ops.functional import split_heads
+from ops.blocks import Blocks, block_attention, fit_block
+from ops.extra import extra_attention, keys_and_values
 from ops.rectification import PooledAttention, pooled_attention, rectify
 from ops.registry import FIRST, Place, register_op
 
@@ -74,10 +74,7 @@ class RectifiedSparseAttention(nn.Module):
         q, k, v = (cut.split(t, self.num_heads) for t in qkv.chunk(3, dim=-1))
         real = cut.real(x.device) if cut.padded else None
         extra_qkv = None if extra is None else self.qkv(extra)
-        extra_kv = None
-        if extra_qkv is not None:
-            extra_k, extra_v = (split_heads(t, self.num_heads) for t in extra_qkv.chunk(3, dim=-1)[1:])
-            extra_kv = (extra_k, extra_v)
+        extra_kv = None if extra_qkv is None else keys_and_values(extra_qkv, self.num_heads)
 
         # With zeros in the means, the blocks are those of the padded map
         counted = cut.whole() if self.count_padding else cut

@@ -28,6 +28,7 @@ def test_top_blocks_are_those_with_the_largest_scores():
     scores = torch.tensor([[0.1, 3.0, 2.0], [5.0, 4.0, 6.0]])
     assert top_blocks(scores, 2).tolist() == [[False, True, True], [True, False, True]]
     assert top_blocks(scores, 9).all()
+    assert top_blocks(torch.zeros(40), 3).nonzero().flatten().tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("queries", [1, 3, 8])

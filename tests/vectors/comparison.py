@@ -23,7 +23,7 @@ def assert_reproduces(claim: Net | Op | Part | Block, vector: Mapping[str, Any])
     model = claim.build(vector).eval()
     state = _kept_as_built(model, vector) | official_state(vector)
     # Dense features drop the weights of the classifier, which the vector's module may have.
-    unused_names = load_weights(model, state).dropped
+    unused_names = load_weights(model, state).dropped if state else ()
     our_state = rename_weights(model, state)
     num_params = getattr(claim, "constants", 0) + sum(parameter.numel() for parameter in model.parameters())
     assert num_params + sum(our_state[name].numel() for name in unused_names) == vector["num_params"]

@@ -19,12 +19,14 @@ from tests.vectors.op_kinds import (
     AnchorWindowOp,
     BlockMixtureOp,
     BlockOp,
+    HeadShardingOp,
     HyenaOp,
     InwardWindowOp,
     ProbSparseOp,
     RectifiedSparseOp,
     ResidualOp,
     RoutingOp,
+    SpanMixtureOp,
 )
 
 
@@ -104,6 +106,21 @@ HYBRID_ATTENTION = BlockOp(
     },
     {"overlap": 0.0},
     block_renames=((r"^attn\.", "mixer."), (r"^conv_block\.", "mixer.branch.")),
+)
+HEAD_SHARDING = HeadShardingOp(
+    "head_sharding",
+    {
+        "num_heads": "num_heads",
+        "block_size": "block",
+        "local_blocks": "local",
+        "vert_stride": "stride",
+        "num_kv_heads": "kv_heads",
+        "num_dense_heads": "dense_heads",
+        "homo_head": "homogeneous",
+        "head_sliding_step": "step",
+        "head_sliding_offset": "offset",
+    },
+    {"offset": 0},
 )
 HYENA = HyenaOp("hyena", {"d_model": "dim", "l_max": "size", "order": "order", "filter_order": "filter_width"})
 # The vectors' layer is the first one of 12, on tokens in a row
@@ -209,6 +226,9 @@ OPS: dict[str, Op] = {
     "lightning_attention__d128_h4_n196_noncausal": replace(LIGHTNING, arguments={"form": "all"}),
     "mhs_vm__mhsm_d48_h3_12x12": replace(MULTI_HEAD_SCAN, arguments={"num_heads": 1, "form": "plain"}),
     "mhs_vm__vssgate_d64_h4_8x12_t05": MULTI_HEAD_SCAN,
+    "moa__bands_n192_b16": SpanMixtureOp(
+        "span_mixture", {"dim": "dim", "heads": "num_heads", "block": "block", "causal": "causal"}
+    ),
     "natten__k4_s2_d3_16x14": NEIGHBORHOOD,
     "natten__k5_d3x2_16x14": NEIGHBORHOOD,
     "natten__k7_16x14": NEIGHBORHOOD,
@@ -231,6 +251,8 @@ OPS: dict[str, Op] = {
     "styleswin__double_12x18_ws6": DOUBLE_WINDOW,
     "styleswin__double_16x16_ws8": DOUBLE_WINDOW,
     "styleswin__double_8x8_ws8_noshift": DOUBLE_WINDOW,
+    "s2_attention__bidir_abs_h4_b7_l1_s4_n196": HEAD_SHARDING,
+    "s2_attention__causal_h4_b16_l2_s4": HEAD_SHARDING,
     "tic__op_k3": MSA_CONV,
     "tic__op_k3_d2": MSA_CONV,
     "tic__op_k5_s2": MSA_CONV,

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from models.plain import Block
 from models.weights import apply_renames, join_projections
 from ops import create_op
 from ops.attention.hyena import long_convolution
+from ops.blocks import Blocks
 from ops.functional import map_attention
 from ops.losses import Losses
 from ops.windows import window_means
@@ -39,13 +41,18 @@ class HyenaOp(Op):
 
 @dataclass(frozen=True)
 class BlockMixtureOp(Op):
-    """Op `block_mixture`, whose vectors describe the blocks in words: "4x4 tiles" or "2 rows"."""
+    """Op `block_mixture`, whose vectors describe the blocks in words: "4x4 tiles", "2 rows", "32 tokens in rows"."""
 
     def build(self, vector: Mapping[str, Any]) -> nn.Module:
         """Build the op with the vector's arguments."""
-        size, order = vector["kwargs"]["chunk"].split()
-        blocks = {"tile": tuple(map(int, size.split("x")))} if order == "tiles" else {"strip": int(size)}
-        return Op(self.name, self.renames, {"order": order, **blocks}).build(vector)
+        chunk = str(vector["kwargs"]["chunk"])
+        sizes = tuple(int(number) for number in re.findall(r"\d+", chunk))
+        if "tile" in chunk:
+            blocks = {"order": "tiles", "tile": sizes}
+        else:
+            strip = (sizes[0] if sizes else 1) // (vector["kwargs"]["W"] if "token" in chunk else 1)
+            blocks = {"order": "columns" if "column" in chunk else "rows", "strip": strip}
+        return Op(self.name, self.renames, blocks).build(vector)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,45 @@ class RectifiedSparseOp(Op):
         block = vector["kwargs"]["block"]
         first = x[:, ::block].repeat_interleave(block, dim=1)[:, : x.shape[1]]
         return (model((0.3 * x + first).unsqueeze(1)).squeeze(1),)
+
+
+@dataclass(frozen=True)
+class HeadShardingOp(Op):
+    """Op `head_sharding` on a sequence, whose vectors have no projections and hold its pattern too."""
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the op with the vector's arguments, and with the defaults of the authors' function."""
+        causal = vector["kwargs"].get("causal", True)
+        position = vector["kwargs"].get("vert_position_type") or ("absolute" if causal else "relative")
+        dim = vector["outputs"]["out"]["shape"][-1]
+        arguments = {"dim": dim, "order": "runs", "causal": causal, "position": position}
+        op: Any = Op(self.name, self.renames, {**self.arguments, **arguments}).build(vector)
+        op.qkv, op.proj = nn.Identity(), nn.Identity()
+        return op
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the output, the mask of blocks, and the number of keys of each query."""
+        op: Any = model
+        block = op.block[1]
+        pattern = op.pattern(Blocks((1, x.shape[1]), op.block))[: vector["outputs"]["block_mask"]["shape"][0]]
+        keys = pattern.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : x.shape[1], : x.shape[1]]
+        if op.causal:
+            keys = keys.tril()
+        return op(x.unsqueeze(1)).squeeze(1), pattern.float(), keys.sum(-1).float()
+
+
+@dataclass(frozen=True)
+class SpanMixtureOp(Op):
+    """Op `span_mixture` in bands, whose vectors list the alpha and the beta of each head."""
+
+    def build(self, vector: Mapping[str, Any]) -> nn.Module:
+        """Build the op with the vector's arguments."""
+        plan = list(zip(vector["kwargs"]["alpha"], vector["kwargs"]["beta"], strict=True))
+        return Op(self.name, self.renames, {"mode": "band", "plan": plan}).build(vector)
+
+    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the output of the sequence, which need not be a square map."""
+        return (model(x.unsqueeze(1)).squeeze(1),)
 
 
 @dataclass(frozen=True)
