@@ -40,6 +40,8 @@ class AtrousScan(nn.Module):
         kernel: Side of the depthwise convolution before the scan, odd; default 3. 1 leaves it out.
     """
 
+    family = "recurrent"
+
     def __init__(
         self,
         dim: int,

@@ -43,6 +43,7 @@ class ChunkRecurrence(nn.Module):
         norm: Apply an RMSNorm to the input, as the authors' layer does, which has no norm before it; default False.
     """
 
+    family = "recurrent"
     renames = (
         (r"^rat\.", ""),
         (r"^input_norm\.", "norm."),

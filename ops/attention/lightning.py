@@ -37,6 +37,7 @@ class LightningAttention(nn.Module):
         bias: Give the projections a bias; default False.
     """
 
+    family = "linear"
     renames = ((r"^o_proj\.", "proj."),)
 
     log_decay: Tensor

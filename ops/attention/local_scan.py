@@ -37,6 +37,7 @@ class LocalScan(nn.Module):
         shift: Number of tokens by which the windows are shifted, as in `WindowAttention`.
     """
 
+    family = "mixed"
     renames = ((r"^(?!scan\.|norm\.|attn\.)", "scan."),)
 
     def __init__(

@@ -44,6 +44,7 @@ class MultiHeadScan(nn.Module):
             `dim`.
     """
 
+    family = "recurrent"
     renames = (
         (r"^(?:m\.)?(?:mhs\.)?", ""),
         (r"^x_ssproj(?:_W|\.weight)$", "x_proj.weight"),

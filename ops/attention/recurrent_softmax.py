@@ -39,6 +39,8 @@ class RecurrentSoftmax(nn.Module):
         scale: Factor on the scores; by default (dim / num_heads)^-0.5.
     """
 
+    family = "recurrent"
+
     def __init__(
         self,
         dim: int,

@@ -129,6 +129,7 @@ class SparsifinerAttention(nn.Module):
         ValueError: A value is out of its range.
     """
 
+    family = "sparse"
     takes_extra = True
     loss_weights = (("connectivity", 0.01),)
 

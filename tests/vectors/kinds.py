@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from models import DenseBackbone
 from ops import create_op
-from ops.attention.hyena import long_convolution
 
 
 @dataclass(frozen=True)
@@ -111,44 +109,18 @@ class Chain(Op):
 
 
 @dataclass(frozen=True)
-class ResidualOp(Op):
-    """An op whose vector has the sum of input and output, and the output."""
-
-    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
-        """Return the sum and the output in the vector's layout."""
-        (out,) = super().run(model, vector, x)
-        return x + out, out
-
-
-@dataclass(frozen=True)
-class HyenaOp(Op):
-    """Op `hyena`, whose vectors also hold its filters and one long convolution without the skip."""
-
-    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
-        """Return the output, the filters of each long convolution, and the first of these convolutions."""
-        out, dim = super().run(model, vector, x)[0], x.shape[-1]
-        filters = model.get_submodule("filter")(x.shape[1:3])
-        convolution = long_convolution(x.permute(0, 3, 1, 2), filters[:dim], x.new_zeros(dim))
-        return out, filters.unflatten(0, (-1, dim)), convolution
-
-    def build(self, vector: Mapping[str, Any]) -> nn.Module:
-        """Build the op with the vector's arguments."""
-        kind = "joint" if vector["kwargs"].get("hyena2d_filter") else "product"
-        direction = vector["kwargs"].get("directional_mode", "standard")
-        return Op(self.name, self.renames, {"num_heads": 1, "filter": kind, "direction": direction}).build(vector)
-
-
-@dataclass(frozen=True)
 class Part:
     """A part of a net, or a net with more outputs than scores.
 
     Attributes:
         make: builds the module.
         call: returns the vector's outputs for the module and the vector's input; by default the module's one output.
+        constants: how many of the vector's parameters are buffers here, as they are never trained.
     """
 
     make: Callable[[], nn.Module]
     call: Callable[[Any, Tensor], tuple[Tensor, ...]] = lambda module, x: (module(x),)
+    constants: int = 0
 
     def build(self, vector: Mapping[str, Any]) -> nn.Module:
         """Build the module."""
@@ -157,23 +129,6 @@ class Part:
     def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs in the vector's order."""
         return self.call(model, x)
-
-
-class LaMambaBlock(nn.Module):
-    """The block of LaMamba without a condition: op `local_scan` without its windows, window attention and an MLP."""
-
-    def __init__(self, dim: int, num_heads: int, window: int, shift: int):
-        super().__init__()
-        self.norm, self.norm_swin, self.norm2 = (nn.LayerNorm(dim) for _ in range(3))
-        self.op = create_op("local_scan", dim, num_heads, window=0)
-        self.attn = create_op("window", dim, num_heads, window=window, shift=shift)
-        self.mlp = Mlp(dim, 4 * dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix and transform a map (B, H, W, C)."""
-        x = x + self.op(self.norm(x))
-        x = x + self.attn(self.norm_swin(x))
-        return x + self.mlp(self.norm2(x))
 
 
 def classes(vector: Mapping[str, Any]) -> int:
