@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.backend import primitive
+from ops.backend import obstacle_to_kernels, primitive, use_triton
 from ops.precision import at_least_float32, without_autocast
 
 # Tokens of a chunk in `gated_linear_attention`: inside a chunk the weights of all pairs are multiplied.
 CHUNK = 64
+# Maximum number of states of a channel in the kernels of `selective_scan`
+MAX_STATES = 64
 
 
 def linear_recurrence(decay: Tensor, x: Tensor) -> Tensor:
@@ -30,7 +32,8 @@ def linear_recurrence(decay: Tensor, x: Tensor) -> Tensor:
     """
     n = x.shape[-2]
     if n == 1:
-        return x
+        # The decay has no effect, but a gradient, so that its parameters are not unused on a map of one token
+        return x + 0.0 * decay
     if n % 2:
         decay, x = F.pad(decay, (0, 0, 0, 1)), F.pad(x, (0, 0, 0, 1))
     decay_even, decay_odd = decay.unflatten(-2, (-1, 2)).unbind(-2)
@@ -57,7 +60,14 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, fi
 
     Returns:
         Outputs (B, K, N, E), in float32 at least.
+
+    Raises:
+        ValueError: `ops.backend=triton` was chosen and the kernels cannot run.
     """
+    if use_triton("selective_scan", obstacle_to_scan_kernels(u, A)):
+        from ops.kernels.selective_scan import selective_scan as kernel
+
+        return kernel(u, delta, A, B, C, first)
     with without_autocast(u):
         u, delta, A, B, C = at_least_float32(u, delta, A, B, C)
         decay = (delta.unsqueeze(-1) * A.unsqueeze(1)).exp()  # (B, K, N, E, S)
@@ -66,6 +76,13 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, fi
         inputs = (delta * u).unsqueeze(-1) * B.unsqueeze(-2)
         states = linear_recurrence(decay.flatten(-2), inputs.flatten(-2)).view_as(inputs)
         return (states @ C.unsqueeze(-1)).squeeze(-1)
+
+
+def obstacle_to_scan_kernels(u: Tensor, A: Tensor) -> str | None:
+    """Return the reason why the Triton kernels cannot run, or None if they can."""
+    if reason := obstacle_to_kernels(u, head_dim=1):
+        return reason
+    return None if A.shape[-1] <= MAX_STATES else f"it takes at most {MAX_STATES} states, not {A.shape[-1]}"
 
 
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, both_ways: bool = False) -> Tensor:

@@ -43,6 +43,8 @@ class GatedLinearWindow(nn.Module):
         gated: Use the linear attention; default True.
     """
 
+    family = "mixed"
+
     def __init__(
         self,
         dim: int,
