@@ -40,7 +40,7 @@ class GroupedDifferentialAttention(WindowedOp):
         qkv_bias: Give the query, key and value projections a bias; default False.
     """
 
-    family = "full"
+    family = "local"
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ class LocalLinearAttention(WindowedOp):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
-    family = "full"
+    family = "local"
     takes_extra = False
 
     def __init__(

@@ -41,7 +41,7 @@ class RelativeConvolutionalAttention(nn.Module):
             4096, as in the authors' code. Greater distances share the last row.
     """
 
-    family = "full"
+    family = "local"
     renames = ((r"^attn\.", ""), (r"^(query|key|value)\.0\.linear\.", r"\1."), (r"\.1\.conv\.", "_conv."))
 
     def __init__(

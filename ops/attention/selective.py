@@ -34,7 +34,7 @@ class SelectiveAttention(WindowedOp):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
-    family = "full"
+    family = "local"
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ class SoftplusAttention(WindowedOp):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
-    family = "full"
+    family = "local"
 
     def __init__(
         self,
