@@ -25,13 +25,14 @@ from ops.kernels.launch import forbid_second_derivative, kernel_op, wrap_triton
 from ops.kernels.scan_kernels import backward, forward
 from retinue.utils.arithmetic import ceil_div
 
-# Tokens of a chunk, and channels of a program with one warp
+# Tokens of a chunk, and channels of a program, which has a warp for each 16 states
 CHUNK, BLOCK = 64, 32
 
 
 def _arguments(u: Tensor, A: Tensor, first: Tensor | None) -> tuple[int, dict[str, Any]]:
     """Return the number of programs, and the arguments of a kernel for sizes."""
     (images, K, N, E), S = u.shape, A.shape[-1]
+    P = 1 << (S - 1).bit_length()
     return images * K * ceil_div(E, BLOCK), {
         "tokens": N,
         "chunks": ceil_div(N, CHUNK),
@@ -40,9 +41,9 @@ def _arguments(u: Tensor, A: Tensor, first: Tensor | None) -> tuple[int, dict[st
         "S": S,
         "CHUNK": CHUNK,
         "BLOCK": BLOCK,
-        "P": 1 << (S - 1).bit_length(),
+        "P": P,
         "RESET": first is not None,
-        "num_warps": 1,
+        "num_warps": max(1, P // 16),
     }
 
 

@@ -209,7 +209,9 @@ def test_torch_compile_sees_the_kernels(monkeypatch):
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize(("tokens", "channels", "states"), [(49, 16, 3), (3136, 192, 1), (784, 32, 16), (196, 384, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "channels", "states"), [(49, 16, 3), (3136, 192, 1), (784, 32, 16), (49, 16, 32), (196, 384, 64)]
+)
 def test_kernels_of_every_size_fit_the_gpu(tokens, channels, states, capability, dtype, resets):
     for kernel_launch in launches(tokens, channels, states, dtype, resets):
         assert_fits(capability, kernel_launch)
