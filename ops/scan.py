@@ -7,6 +7,7 @@ States and sums are in float32 at least.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
 from ops.backend import obstacle_to_kernels, primitive, use_triton
 from ops.precision import at_least_float32, without_autocast
@@ -17,30 +18,59 @@ CHUNK = 64
 MAX_STATES = 64
 
 
+@custom_op("retinue::linear_recurrence", mutates_args=())
 def linear_recurrence(decay: Tensor, x: Tensor) -> Tensor:
     """Compute h_t = decay_t * h_(t-1) + x_t from h_(-1) = 0, as an associative scan.
 
-    Two adjacent steps make one step of a recurrence that is half as long: its states are those of every second
-    position, and the states between them follow. So there are 2 * log2(N) operations, of about 3 * N steps in all.
+    For `torch.compile` it is one operator, since a graph for maps of any size cannot unroll the scan.
 
     Args:
-        decay: Factors on the state (..., N, C), from 0 to 1; broadcasts with `x`.
+        decay: Factors on the state (..., N, C), from 0 to 1; broadcasts to `x`.
         x: Inputs (..., N, C).
 
     Returns:
         States h (..., N, C).
     """
+    return scan_in_pairs(decay, x).contiguous()
+
+
+def scan_in_pairs(decay: Tensor, x: Tensor) -> Tensor:
+    """Compute `linear_recurrence` in 2 * log2(N) operations, of about 3 * N steps in all.
+
+    Two adjacent steps make one step of a recurrence that is half as long: its states are those of every second
+    position, and the states between them follow.
+    """
     n = x.shape[-2]
     if n == 1:
-        # The decay has no effect, but a gradient, so that its parameters are not unused on a map of one token
-        return x + 0.0 * decay
+        return x.clone()
     if n % 2:
         decay, x = F.pad(decay, (0, 0, 0, 1)), F.pad(x, (0, 0, 0, 1))
     decay_even, decay_odd = decay.unflatten(-2, (-1, 2)).unbind(-2)
     x_even, x_odd = x.unflatten(-2, (-1, 2)).unbind(-2)
-    odd = linear_recurrence(decay_odd * decay_even, decay_odd * x_even + x_odd)
+    odd = scan_in_pairs(decay_odd * decay_even, decay_odd * x_even + x_odd)
     even = decay_even * F.pad(odd[..., :-1, :], (0, 0, 1, 0)) + x_even
     return torch.stack([even, odd], dim=-2).flatten(-3, -2)[..., :n, :]
+
+
+@linear_recurrence.register_fake
+def _empty_states(decay: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _backward(ctx, dh: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the gradients by a recurrence from the end."""
+    decay, h = ctx.saved_tensors
+    next_decay = F.pad(decay[..., 1:, :], (0, 0, 0, 1))
+    dx = linear_recurrence(next_decay.flip(-2), dh.flip(-2)).flip(-2)
+    previous = F.pad(h[..., :-1, :], (0, 0, 1, 0))
+    return (dx * previous).sum_to_size(decay.shape), dx
+
+
+linear_recurrence.register_autograd(_backward, setup_context=_setup_context)
 
 
 @primitive

@@ -138,3 +138,14 @@ def test_maps_come_back_from_their_orders():
     tokens = gather_orders(x, orders)
     assert torch.equal(tokens[:, 0, 6], x[:, 1, 3])
     assert torch.equal(scatter_orders(tokens, orders, (3, 5)), x.unsqueeze(1).expand(-1, 2, -1, -1, -1))
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_linear_recurrence_is_a_sound_operator(n):
+    torch.manual_seed(0)
+    decay = torch.rand(2, n, 1, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, n, 3, dtype=torch.float64, requires_grad=True)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(linear_recurrence, (decay, x), test_utils=checks)
+    assert torch.autograd.gradcheck(linear_recurrence, (decay, x), fast_mode=True)
+    assert torch.autograd.gradgradcheck(linear_recurrence, (decay, x), fast_mode=True)
