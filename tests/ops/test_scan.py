@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from ops import create_op
 from ops.scan import CHUNK, gated_linear_attention, linear_recurrence, selective_scan
 from ops.scan_orders import (
     atrous_windows,
@@ -101,6 +103,29 @@ def test_linear_recurrence_broadcasts_its_decay(n):
     for t in range(n):
         state = decay[:, t] * state + x[:, t]
         assert torch.allclose(h[:, t], state)
+
+
+# Ops with windows and chunks that fit maps of 16 x 16 and 32 x 32 tokens
+LINEAR = (
+    "atrous_scan",
+    {"name": "gated_linear_window", "window": 8},
+    {"name": "lightning", "form": "four_ways"},
+    "local_scan",
+    "multi_head_scan",
+    "recurrent_softmax",
+)
+
+
+@pytest.mark.parametrize("spec", LINEAR, ids=str)
+def test_cost_of_the_ops_is_linear(spec):
+    counts = []
+    with torch.device("meta"):
+        op = create_op(spec, 8, 2)
+        for side in (16, 32):
+            with FlopCounterMode(display=False) as counter:
+                op(torch.empty(1, side, side, 8))
+            counts.append(counter.get_total_flops())
+    assert counts[1] == 4 * counts[0]
 
 
 ORDERS = {
