@@ -146,7 +146,8 @@ class AnchorWindowOp(Op):
         """Return the output for the map and for the anchors."""
         op: Any = model
         means = window_means(x.unflatten(1, (vector["kwargs"]["H"], -1)), (op.pool, op.pool)).unsqueeze(1)
-        anchors = op.proj(map_attention(*op.qkv(means).chunk(3, dim=-1), op.num_heads))
+        q, k, v = op.qkv(means).chunk(3, dim=-1)
+        anchors = op.proj(map_attention(q, k, v, op.num_heads))
         return *super().run(model, vector, x), anchors.squeeze(1)
 
 
