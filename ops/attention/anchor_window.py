@@ -131,10 +131,13 @@ class AnchorWindowAttention(nn.Module):
         return out.unflatten(1, (ceil_div(x.shape[1], self.pool), -1))
 
     def tiles(self, x: Tensor, axis: int) -> QueryTiles:
-        """Return the tiles of the map's side `axis`; one is as long as a window, or 1 where operations are counted."""
+        """Return the tiles of the map's side `axis`, whose length divides the window's."""
         n, window = x.shape[1 + axis], self.window[axis]
         if self.sliding:
-            return sliding_tiles(n, window // 2, 1 if x.is_meta else window, x.device)
+            # Tiles of about 8 x 8 queries are fastest on the CPU; operations are counted for each query alone
+            tile = window // 2 if window > 8 and window % 2 == 0 else window
+            tile = 1 if x.is_meta else tile
+            return sliding_tiles(n, window // 2, tile, x.device)
         return window_tiles(n, min(window, n), -self.shift % n, True, x.device)
 
     def local_anchors(self, anchors: Tensor, rows: QueryTiles, columns: QueryTiles) -> tuple[Tensor, Tensor]:
