@@ -60,6 +60,8 @@ class AnchorWindowAttention(nn.Module):
         bias: Learn a bias for each relative position in a window; default True.
     """
 
+    family = "mixed"
+
     def __init__(
         self,
         dim: int,

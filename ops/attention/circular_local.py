@@ -32,6 +32,7 @@ class CircularLocalAttention(nn.Module):
         pool: Side of a cell in tokens, 4 in the paper; by default there are no cells.
     """
 
+    family = "local"
     takes_extra = True
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, radius: int = 8, pool: int | None = None):

@@ -29,6 +29,7 @@ class DoubleWindowAttention(nn.Module):
             window // 2.
     """
 
+    family = "local"
     renames = ((r"^attn_mask2$", None),)
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, window: int = 8, shift: int | None = None):

@@ -81,6 +81,8 @@ class DualBranchAttention(nn.Module):
         gate: "learned" (default) for gates that are weights, or "pooled" for gates computed from the mean of the map.
     """
 
+    family = "mixed"
+
     def __init__(
         self,
         dim: int,

@@ -40,6 +40,7 @@ class InwardWindowAttention(nn.Module):
         qk_norm: Normalise queries and keys over all channels (RMSNorm), as the authors' host net does; default False.
     """
 
+    family = "local"
     takes_extra = True
     renames = ((r"^to_([qkv])\.", r"\1."), (r"^to_out\.0\.", "proj."))
 

@@ -32,6 +32,8 @@ class MultiShiftWindowAttention(nn.Module):
         wrap: Let tokens from opposite sides of the map attend to each other; default True.
     """
 
+    family = "local"
+
     def __init__(
         self,
         dim: int,

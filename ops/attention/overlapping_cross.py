@@ -70,6 +70,7 @@ class OverlappingCrossAttention(nn.Module):
         squeeze: Number of channels divided by the hidden units of the branch's gate; default 30.
     """
 
+    family = "local"
     renames = ((r"^relative_position_index$", None), (r"^conv_block\.", "branch."))
 
     def __init__(

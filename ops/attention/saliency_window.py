@@ -44,6 +44,8 @@ class SaliencyWindowAttention(nn.Module):
         bias: Learn a bias for each relative position; default True.
     """
 
+    family = "mixed"
+
     def __init__(
         self,
         dim: int,

@@ -40,6 +40,8 @@ class VaryingWindowAttention(nn.Module):
             the three in turn.
     """
 
+    family = "local"
+
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, ratio: int | None = None):
         super().__init__()
         ratio = RATIOS[place.block % len(RATIOS)] if ratio is None else ratio

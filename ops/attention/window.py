@@ -32,6 +32,7 @@ class WindowAttention(nn.Module):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "local"
     relative_position_bias_table: nn.Parameter
     relative_position_index: Tensor
     renames = ((r"^relative_position_index$", None),)

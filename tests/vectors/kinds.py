@@ -1,6 +1,5 @@
 """Kinds of claims: how a net, an op or a part of ours is built and run for a reference vector."""
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,12 +9,7 @@ import timm
 from torch import Tensor, nn
 
 from models import DenseBackbone
-from models.plain import Block
-from models.weights import apply_renames, join_projections
 from ops import create_op
-from ops.attention.hyena import long_convolution
-from ops.functional import map_attention
-from ops.windows import window_means
 
 
 @dataclass(frozen=True)
@@ -115,98 +109,18 @@ class Chain(Op):
 
 
 @dataclass(frozen=True)
-class HyenaOp(Op):
-    """Op `hyena`, whose vectors also hold its filters and one long convolution without the skip."""
-
-    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
-        """Return the output, the filters of each long convolution, and the first of these convolutions."""
-        out, dim = super().run(model, vector, x)[0], x.shape[-1]
-        filters = model.get_submodule("filter")(x.shape[1:3])
-        convolution = long_convolution(x.permute(0, 3, 1, 2), filters[:dim], x.new_zeros(dim))
-        return out, filters.unflatten(0, (-1, dim)), convolution
-
-    def build(self, vector: Mapping[str, Any]) -> nn.Module:
-        """Build the op with the vector's arguments."""
-        kind = "joint" if vector["kwargs"].get("hyena2d_filter") else "product"
-        direction = vector["kwargs"].get("directional_mode", "standard")
-        return Op(self.name, self.renames, {"num_heads": 1, "filter": kind, "direction": direction}).build(vector)
-
-
-@dataclass(frozen=True)
-class AnchorWindowOp(Op):
-    """Op `anchor_window`, whose vectors also hold the output for the anchors, which attend to each other."""
-
-    def build(self, vector: Mapping[str, Any]) -> nn.Module:
-        """Build the op with the vector's arguments."""
-        kwargs = vector["kwargs"]
-        form, pool = "sliding" if kwargs["sliding"] else "block", kwargs["H"] // kwargs["low"][0]
-        return Op(self.name, self.renames, {**self.arguments, "form": form, "pool": pool}).build(vector)
-
-    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
-        """Return the output for the map and for the anchors."""
-        op: Any = model
-        means = window_means(x.unflatten(1, (vector["kwargs"]["H"], -1)), (op.pool, op.pool)).unsqueeze(1)
-        q, k, v = op.qkv(means).chunk(3, dim=-1)
-        anchors = op.proj(map_attention(q, k, v, op.num_heads))
-        return *super().run(model, vector, x), anchors.squeeze(1)
-
-
-@dataclass(frozen=True)
-class BlockOp(Op):
-    """An op inside a block with norms, MLP and residual connections, whose vectors hold tokens.
-
-    Attributes:
-        block_renames: pairs as in `renames` of nets, from the vector's names to those of `models.plain.Block`.
-    """
-
-    block_renames: tuple[tuple[str, str], ...] = ()
-
-    def build(self, vector: Mapping[str, Any]) -> nn.Module:
-        """Build the block with the vector's arguments."""
-        kwargs = vector["kwargs"]
-        block: Any = Block(kwargs["dim"], super().build(vector), kwargs["mlp_ratio"], eps=1e-5)
-        block.renames = self.block_renames
-        return block
-
-    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
-        """Return the block's output."""
-        return (model(x, (vector["kwargs"]["H"], vector["kwargs"]["W"])),)
-
-
-@dataclass(frozen=True)
-class InwardWindowOp(Op):
-    """Op `inward_window`, whose vectors hold the outputs with the vector's windows and with dense attention."""
-
-    def build(self, vector: Mapping[str, Any]) -> nn.Module:
-        """Build the op below the name `op`; the vector's separate projections are joined when it is loaded."""
-        kwargs = vector["kwargs"]
-        window = (2 * kwargs["d_h"] + 1, 2 * kwargs["d_w"] + 1)
-        temperature = math.sqrt(math.log(2 * kwargs["N0"]) / math.log(kwargs["N0"]))
-        arguments = {"window": window, "temperature": temperature, "qk_norm": True}
-        net: Any = nn.ModuleDict({"op": create_op(self.name, kwargs["dim"], kwargs["heads"], **arguments)})
-        net.renames = ((r"^", "op."),)
-        net.checkpoint_filter = lambda state: join_projections(net, apply_renames(net, state))
-        return net
-
-    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs with windows and with dense attention."""
-        op: Any = model.get_submodule("op")
-        dense = copy.copy(op)
-        dense.window = (vector["kwargs"]["H"], vector["kwargs"]["W"])
-        return *super().run(op, vector, x), *super().run(dense, vector, x)
-
-
-@dataclass(frozen=True)
 class Part:
     """A part of a net, or a net with more outputs than scores.
 
     Attributes:
         make: builds the module.
         call: returns the vector's outputs for the module and the vector's input; by default the module's one output.
+        constants: how many of the vector's parameters are buffers here, as they are never trained.
     """
 
     make: Callable[[], nn.Module]
     call: Callable[[Any, Tensor], tuple[Tensor, ...]] = lambda module, x: (module(x),)
+    constants: int = 0
 
     def build(self, vector: Mapping[str, Any]) -> nn.Module:
         """Build the module."""
