@@ -1,7 +1,7 @@
 """Windows with low-resolution anchors, of Scale-DiT.
 
-Paper: Scale-DiT: Ultra-High-Resolution Image Generation with Hierarchical Local Attention (Zhang and Wu,
-arXiv:2510.16325). Written after the paper and what the authors' repository, PeterYYZhang/Scale-DiT (no licence),
+Paper: Scale-DiT: Ultra-High-Resolution Image Generation with Hierarchical Local Attention (Zhang and Tai,
+arXiv:2510.16325). Written after the paper and what the authors' repository, PeterYYZhang/Scale-DiT (no licence file),
 computes. The authors' anchors are a second, smaller image. Here they are means of the map, the anchors of a large map
 are tiles instead of a run in raster order, and the position bias is learned: these three are ours.
 """
@@ -115,8 +115,8 @@ class AnchorWindowAttention(nn.Module):
             shared, mask = self.local_anchors(anchors, rows, columns)
         scale = (x.shape[3] // self.num_heads) ** -0.5
         if self.train_keys is not None:
-            keys = self.window[0] * self.window[1] + shared.shape[2]
-            scale *= math.sqrt(math.log(keys) / math.log(self.train_keys))
+            keys = min(self.window[0], x.shape[1]) * min(self.window[1], x.shape[2]) + shared.shape[2]
+            scale *= math.sqrt(math.log(max(keys, 2)) / math.log(self.train_keys))
         table = self.relative_position_bias_table
         bias = None if table is None else relative_bias(table, rows, columns)
         out = attend_in_tiles(
