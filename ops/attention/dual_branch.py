@@ -144,10 +144,10 @@ class DualBranchAttention(nn.Module):
 
     def gates(self, x: Tensor) -> list[Tensor]:
         """Return the gates of the global and the coarse branch for a map (B, H, W, C), which broadcast to it."""
-        if isinstance(self.gate, nn.Parameter):
-            return list(self.gate.sigmoid())
-        pooled = self.gate(x.mean((1, 2), keepdim=True)).sigmoid()
-        return list(pooled.split(x.shape[3], dim=-1))
+        if isinstance(self.gate, nn.Linear):
+            pooled = self.gate(x.mean((1, 2), keepdim=True)).sigmoid()
+            return list(pooled.split(x.shape[3], dim=-1))
+        return list(self.gate.sigmoid())
 
     def attend_to_all(self, qkv: Tensor) -> Tensor:
         """Compute attention between all tokens for queries, keys and values (B, h, w, 3C)."""
