@@ -16,7 +16,7 @@ from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import create_op
-from tests.vectors.blocks import Block, RegionLayer, TokenAggregationBlock
+from tests.vectors.blocks import Block, LocalRegionBlock, RegionLayer, TokenAggregationBlock
 from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, Net, Op, Part, ProbSparseOp, RoutingOp
 
 
@@ -291,6 +291,7 @@ OPS: dict[str, Op] = {
 }
 
 PARTS: dict[str, Part | Block] = {
+    "catanet__lrsa_d40_ps16": Block(LocalRegionBlock),
     "catanet__tab_d40_m16_g64_chunkmeans": Block(TokenAggregationBlock),
     "catanet__tab_d40_m16_g64_ema": Block(TokenAggregationBlock),
     "hyperzzw__sfne_c12_s16": Part(
