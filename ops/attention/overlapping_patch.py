@@ -70,9 +70,9 @@ class OverlappingPatchAttention(nn.Module):
             for t in (self.q(tokens), self.k(tokens), self.v(tokens))
         )
         out = merge_heads(F.scaled_dot_product_attention(q, k, v)).unflatten(0, (len(x), -1))
-        counts = index.flatten().bincount(minlength=tokens.shape[1]).unsqueeze(1)
-        out = torch.zeros_like(tokens, dtype=out.dtype).index_add(1, index.flatten(), out.flatten(1, 2)) / counts
-        return self.proj(out.to(q.dtype)).view(x.shape)
+        sums = torch.zeros_like(tokens, dtype=out.dtype).index_add(1, index.flatten(), out.flatten(1, 2))
+        counts = out.new_zeros(tokens.shape[1]).index_add(0, index.flatten(), out.new_ones(index.numel()))
+        return self.proj(sums / counts.unsqueeze(1)).view(x.shape)
 
     def tokens(self, H: int, W: int, device: torch.device) -> Tensor:
         """Return the tokens of each of P patches of L tokens: (P, L)."""
