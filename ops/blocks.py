@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.functional import merge_heads, split_heads
 from ops.windows import from_windows, pad_to_multiple, to_windows
 from retinue.utils.arithmetic import ceil_div
 
@@ -45,7 +46,7 @@ class Blocks(NamedTuple):
     @property
     def padded(self) -> bool:
         """True if the blocks do not fit the map."""
-        return self.size != (self.grid[0] * self.block[0], self.grid[1] * self.block[1])
+        return self.size != self.whole().size
 
     def split(self, x: Tensor, num_heads: int) -> Tensor:
         """Cut a map (B, H, W, heads * D) into blocks and heads: (B, heads, M, L, D)."""
@@ -53,13 +54,23 @@ class Blocks(NamedTuple):
 
     def join(self, x: Tensor) -> Tensor:
         """Undo `split`: (B, heads, M, L, D) back to (B, H, W, heads * D), without the padding."""
-        padded_size = (self.grid[0] * self.block[0], self.grid[1] * self.block[1])
-        return from_windows(x.movedim(1, 3).flatten(3), self.grid, padded_size)[:, : self.size[0], : self.size[1]]
+        x = from_windows(x.movedim(1, 3).flatten(3), self.grid, self.whole().size)
+        return x[:, : self.size[0], : self.size[1]]
 
     def real(self, device: torch.device | str) -> Tensor:
         """Return the mask of the tokens that are on the map: (M, L)."""
         on_map = torch.ones(1, *self.size, 1, dtype=torch.bool, device=device)
         return to_windows(pad_to_multiple(on_map, self.block), self.grid)[0, ..., 0]
+
+    def whole(self) -> "Blocks":
+        """Return the same blocks of the padded map, whose tokens all count."""
+        return Blocks((self.grid[0] * self.block[0], self.grid[1] * self.block[1]), self.block)
+
+    def distances(self, device: torch.device | str) -> Tensor:
+        """Return the larger of the distances along H and W between blocks, in blocks: (M, M)."""
+        rows = torch.arange(self.grid[0], device=device).repeat_interleave(self.grid[1])
+        columns = torch.arange(self.grid[1], device=device).repeat(self.grid[0])
+        return torch.maximum((rows[:, None] - rows).abs(), (columns[:, None] - columns).abs())
 
     def means(self, x: Tensor) -> Tensor:
         """Average (..., M, L, D) over the tokens of each block that are on the map: (..., M, D)."""
@@ -162,6 +173,24 @@ def block_attention(
         extra_values = (weights.to(extra_v.dtype).view(B * heads, -1, weights.shape[-1]) @ extra_v).to(dtype)
         total, values = total + weights.sum(-1, keepdim=True), values + extra_values.view_as(values)
     return (values / total).to(v.dtype).view(B, heads, groups, queries, D)
+
+
+def extra_attention(extra_qkv: Tensor, qkv: Tensor, num_heads: int) -> Tensor:
+    """Compute attention of extra tokens to themselves and to all tokens of a map.
+
+    Args:
+        extra_qkv: Queries, keys and values (B, E, 3C) of the extra tokens.
+        qkv: Queries, keys and values (B, H, W, 3C) of the map, of which the queries are not used.
+        num_heads: Number of heads.
+
+    Returns:
+        Tensor (B, E, C).
+    """
+    q, extra_k, extra_v = (split_heads(t, num_heads) for t in extra_qkv.chunk(3, dim=-1))
+    k, v = (split_heads(t.flatten(1, 2), num_heads) for t in qkv.chunk(3, dim=-1)[1:])
+    return merge_heads(
+        F.scaled_dot_product_attention(q, torch.cat([extra_k, k], dim=2), torch.cat([extra_v, v], dim=2))
+    )
 
 
 class Tiles(NamedTuple):

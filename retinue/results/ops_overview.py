@@ -31,10 +31,11 @@ arguments. [models.md](models.md) says how ops are compared with each other.
   in the first block of the second stage, and the rectangle around them.
 - **MACs**, **time**: relative to `window`, as a layer of Swin-T's first stage (56 x 56 tokens) and third stage (14 x
   14). Time is that of the forward and backward pass in float32 on a CPU ({device}); – means not measured.
-- **source and mechanism**: in italics what is ours, where the source has no maps.
+- **mechanism**: the op's name and source, and in italics how it mixes tokens. **origin**: what it is written after, and
+  what of it is ours, such as its form for maps.
 
-| op | family | growth | reach | MACs, 56² | MACs, 14² | time, 56² | time, 14² | source and mechanism |
-|---|---|---|---|---|---|---|---|---|
+| op | family | growth | reach | MACs, 56² | MACs, 14² | time, 56² | time, 14² | mechanism | origin |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -56,7 +57,7 @@ def overview() -> str:
             "all" if count == REACH_SIDE**2 else f"{count} ({height} x {width})",
             *(f"{count_macs(name, side, *layer) / baseline[side]:.2f}" for side, layer in LAYERS.items()),
             *(f"{times[name, side]:.2f}" if (name, side) in times else "–" for side in LAYERS),
-            _describe(docstring, cls.summary),
+            *_describe(docstring, cls.summary),
         ]
         lines.append(f"| {' | '.join(cells)} |\n")
     families = "".join(f"| {family} | {meaning} |\n" for family, meaning in FAMILIES.items())
@@ -64,13 +65,14 @@ def overview() -> str:
     return head + "".join(lines) + f"\n| family | |\n|---|---|\n{families}"
 
 
-def _describe(docstring: str, summary: str) -> str:
-    """Return an op's source and mechanism from the docstrings of its file and of its class."""
-    source, _, rest = docstring.partition("\n")
-    source = re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", source)
-    on_maps = re.search(r"^On maps: (.*?)(?:\n\n|\Z)", rest, flags=re.MULTILINE | re.DOTALL)
-    adapted = f" *{' '.join(on_maps[1].split())}*" if on_maps else ""
-    return f"{source} {summary}{adapted}".replace("|", "\\|")
+def _describe(docstring: str, summary: str) -> list[str]:
+    """Return an op's source and mechanism, and its origin with what is adapted, from the docstrings."""
+    title, _, origin = docstring.partition("\n")
+    cells = (f"{title} *{summary}*", " ".join(origin.split()))
+    return [
+        re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", cell).replace("|", "\\|")
+        for cell in cells
+    ]
 
 
 def _power(exponent: float) -> str:

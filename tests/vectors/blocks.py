@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, Mlp
 from torch import Tensor, nn
 
 from ops import create_op
@@ -33,6 +33,23 @@ class Block:
     def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
         """Return the block's output."""
         return (model(x),)
+
+
+class LaMambaBlock(nn.Module):
+    """The block of LaMamba without a condition: op `local_scan` without its windows, window attention and an MLP."""
+
+    def __init__(self, dim: int, num_heads: int, window: int, shift: int):
+        super().__init__()
+        self.norm, self.norm_swin, self.norm2 = (nn.LayerNorm(dim) for _ in range(3))
+        self.op = create_op("local_scan", dim, num_heads, window=0)
+        self.attn = create_op("window", dim, num_heads, window=window, shift=shift)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix and transform a map (B, H, W, C)."""
+        x = x + self.op(self.norm(x))
+        x = x + self.attn(self.norm_swin(x))
+        return x + self.mlp(self.norm2(x))
 
 
 class ConvFFN(nn.Module):

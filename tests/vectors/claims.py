@@ -1,23 +1,20 @@
-"""Claims: which net, op or head of ours must reproduce each reference vector.
+"""Claims: which net or head of ours must reproduce each reference vector; `op_claims.py` has those of ops.
 
 A new backbone's author adds a line for each of its vectors here. Some claims name vectors that the repository does not
 hold (large nets and a few variants); such a claim is tested as soon as the vector's file is put beside the others.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
-import timm
 from torch import nn
 
-from models.backbones import lola_specvit
-from models.backbones.hyper_zzw import SlowFastBlock
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
 from ops import create_op
 from tests.vectors.blocks import Block, LocalRegionBlock, RegionLayer, TokenAggregationBlock
 from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, Net, Op, Part, ProbSparseOp, RoutingOp
+from tests.vectors.kinds import ClassTokenNet, Net
 
 
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
@@ -108,6 +105,8 @@ NETS: dict[str, Net] = {
     **nets({f"litv2__litv2_{size}": f"litv2_{size}" for size in ("small", "medium", "base")}),
     "litv2__litv2_small_seg": Net("litv2_small", {"norms": True, "crop_odd": True}),
     "litv2__litv2_small_seg_pad": Net("litv2_small", {"norms": True, "crop_odd": True}),
+    # LV-ViT
+    "lvvit__lvvit_t": Net("lvvit_tiny"),
     # LoLA-SpecViT
     "lola_specvit__net_d32_111": Net("lola_specvit", {"dim": 32, "depths": (1, 1, 1)}),
     # MambaOut
@@ -157,6 +156,7 @@ NETS: dict[str, Net] = {
     },
     # Sparsifiner
     "sparsifiner__s_k25": ClassTokenNet("sparsifiner_small"),
+    "sparsifiner__lvvit_s_k25": Net("sparsifiner_lvvit_small"),
     "sparsifiner__s_k25_t70": ClassTokenNet("sparsifiner_small", {"keep_tokens": 0.7}),
     # Swin and Swin V2
     **nets({f"swin__swin_{size}": f"swin_{size}" for size in ("tiny", "small", "base")}),
