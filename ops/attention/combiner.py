@@ -1,8 +1,9 @@
-"""Combiner: full attention through summaries that are attention outputs themselves (Ren et al., NeurIPS 2021).
+"""Combiner: full attention through summaries of segments (Ren et al., NeurIPS 2021, arXiv:2107.05768).
 
-Paper: Combiner: Full Attention Transformer with Sparse Computation Cost, arXiv:2107.05768. Written after the paper and
-the authors' repository, google-research/google-research, combiner/ (Apache-2.0). For maps, the segments may be windows,
-and tokens do not attend to the summary of their own segment, where the authors' bidirectional form counts it too.
+Paper: Combiner: Full Attention Transformer with Sparse Computation Cost. Written after the paper and the authors'
+repository, google-research/google-research, combiner/ (Apache-2.0), without its axial mixture. Windows as segments are
+ours, and so is that a token does not attend to the summary of its own segment, which the authors' bidirectional form
+counts too. For the axial form, one projection replaces the authors' two layers with a norm.
 """
 
 import torch

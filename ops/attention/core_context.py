@@ -1,8 +1,8 @@
 """Core context aware attention, CCA (Chen et al., ICML 2025, arXiv:2412.12465).
 
 Paper: Core Context Aware Transformers for Long Context Language Modeling. Written after the paper; the repository
-chenyaofo/CCA-Attention holds no code of the attention. For maps, the groups are tiles and every token attends to tokens
-on all sides; with `causal` the op is the paper's.
+chenyaofo/CCA-Attention holds no code of the attention. With `causal` the op is the paper's. The form for maps, in which
+groups are tiles, every token attends to tokens on all sides, and a mean query weights a tile's tokens, is ours.
 """
 
 import torch
@@ -126,8 +126,7 @@ class CoreContextAttention(nn.Module):
         exists = ((near_row >= 0) & (near_row < rows) & (near_column >= 0) & (near_column < columns)).flatten(1)
         near = (near_row.clamp(0, rows - 1) * columns + near_column.clamp(0, columns - 1)).flatten(1)
         tokens = (exists.unsqueeze(2) & real[near]).flatten(1)
-        distances = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs())
-        return near, torch.cat([tokens, distances > self.reach], dim=1).unsqueeze(1)
+        return near, torch.cat([tokens, blocks.distances(device) > self.reach], dim=1).unsqueeze(1)
 
     def causal_plan(self, groups: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Return the result of `plan` with `causal` for the M groups `groups` and their `real` tokens (M, L)."""

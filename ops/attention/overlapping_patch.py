@@ -3,6 +3,7 @@
 Paper: CATANet: Efficient Content-Aware Token Aggregation for Lightweight Image Super-Resolution. Written after the
 paper and the authors' repository, EquationWalker/CATANet (Apache-2.0). A token's output is the mean over all patches
 that hold it; where more than two patches overlap along a side, the authors' code divides by a power of two instead.
+Patches that shrink to a smaller map are ours.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """ProbSparse attention of Informer (Zhou et al., AAAI 2021, arXiv:2012.07436).
 
 Paper: Informer: Beyond Efficient Transformer for Long Sequence Time-Series Forecasting. Written after the paper and the
-authors' repository, zhouhaoyi/Informer2020 (Apache-2.0). For maps, a depthwise convolution of the values is added, and
-evaluation uses a fixed sample of keys, where the authors draw anew.
+authors' repository, zhouhaoyi/Informer2020 (Apache-2.0). The depthwise convolution of the values is ours, and so is the
+fixed sample of keys in evaluation, where the authors draw anew.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""Region attention of the Region Attention Transformer, RAT (Yang et al., MICCAI 2024).
+"""Region attention of the Region Attention Transformer, RAT (Yang et al., MICCAI 2024, arXiv:2407.09268).
 
-Paper: Region Attention Transformer for Medical Image Restoration, arXiv:2407.09268. Written after the paper and the
-authors' repository, Yaziwel/Region-Attention-Transformer-for-Medical-Image-Restoration (Apache-2.0). The authors take
-the regions from a segmentation model; here superpixels or clusters of the features stand in where none are given.
+Paper: Region Attention Transformer for Medical Image Restoration. Written after the paper and the authors' repository,
+Yaziwel/Region-Attention-Transformer-for-Medical-Image-Restoration (Apache-2.0). The authors take the regions from a
+segmentation model; superpixels and clusters of the features, which stand in where no regions are given, are ours.
 """
 
 import torch

@@ -11,9 +11,6 @@ from torch import nn
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
-from ops import create_op
-from tests.vectors.blocks import Block, LocalRegionBlock, RegionLayer, TokenAggregationBlock
-from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, Net, Op, Part, ProbSparseOp, RoutingOp
 from tests.vectors.kinds import ClassTokenNet, Net
 
 
@@ -193,121 +190,6 @@ NETS: dict[str, Net] = {
     "vit_resnas__tiny_666": Net("vit_resnas_tiny666"),
     # ViTAEv2 with VSA
     **nets({f"vsa__vitaev2_vsa_{size}": f"vitaev2_vsa_{size}" for size in ("s", "widepcm_s", "widepcm_48m")}),
-}
-
-BILEVEL_ROUTING = Op(
-    "bilevel_routing",
-    {"dim": "dim", "num_heads": "num_heads", "n_win": "n_win", "topk": "topk", "side_dwconv": "lepe_kernel"},
-)
-FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
-GAUSSIAN_ADAPTIVE = {"num_heads": "num_heads", "num_gaussians": "gaussians"}
-GROUPED_QUERY = Op(
-    "grouped_query",
-    {"dim": "dim", "num_heads": "num_heads", "num_kv_heads": "kv_heads", "qkv_bias": "qkv_bias"},
-    layout="tokens",
-)
-MSA_CONV = Op(
-    "msa_conv",
-    {
-        "input_channel": "dim",
-        "output_channel": "out_dim",
-        "kernel_size": "kernel",
-        "dilation": "dilation",
-        "stride": "conv_stride",
-        "padding": "conv_padding",
-        "bias": "bias",
-    },
-    {"num_heads": 1, "conv_padding": 1},
-    layout="NCHW",
-)
-HYENA = HyenaOp("hyena", {"d_model": "dim", "l_max": "size", "order": "order", "filter_order": "filter_width"})
-NEIGHBORHOOD = Op(
-    "neighborhood",
-    {
-        "dim": "dim",
-        "heads": "num_heads",
-        "kernel_size": "kernel",
-        "dilation": "dilation",
-        "stride": "stride",
-        "is_causal": "causal",
-    },
-    {"bias": False},
-    layout="tokens",
-)
-POLYLINE_PATH = Op("polyline_path", {"embed_dim": "dim", "num_heads": "num_heads"})
-PROB_SPARSE = ProbSparseOp("prob_sparse", {"dim": "dim", "heads": "num_heads", "factor": "factor"}, {"lepe_kernel": 0})
-ROUTING = RoutingOp(
-    "cluster_routing",
-    {
-        "dim": "dim",
-        "heads": "num_heads",
-        "window_size": "cluster_size",
-        "num_clusters": "clusters",
-        "local_attn_heads": "local_heads",
-        "shared_qk": "shared_qk",
-    },
-)
-VARIED_SIZE_WINDOW = Op(
-    "varied_size_window",
-    {"dim": "dim", "out_dim": "out_dim", "num_heads": "num_heads", "window_size": "window"},
-    layout="NCHW",
-)
-
-OPS: dict[str, Op] = {
-    "biformer__attnlepe_op_7": FULL,
-    "biformer__bra_op_14": BILEVEL_ROUTING,
-    "biformer__bra_op_28_topk4": BILEVEL_ROUTING,
-    "biformer__bra_op_56": BILEVEL_ROUTING,
-    "biformer__bra_op_pad_27x33": BILEVEL_ROUTING,
-    "gaussian_adaptive_attention__block_axis1": Chain("gaussian_adaptive", GAUSSIAN_ADAPTIVE, layout="tokens"),
-    "gaussian_adaptive_attention__mh_axis_last": Op(
-        "gaussian_adaptive", GAUSSIAN_ADAPTIVE, {"dim": 48, "axis": "channels"}, layout="tokens"
-    ),
-    "hyena_nd__filter2d_seq_c32_14": HYENA,
-    "hyena_nd__product_std_c32_14": HYENA,
-    "informer__probsparse_n144_f5": PROB_SPARSE,
-    "informer__probsparse_n196_f3": PROB_SPARSE,
-    "kdgqa__d96_h6_kv3": replace(GROUPED_QUERY, arguments={"allocation": "batch_key_norm"}),
-    "kdgqa__gqa_d96_h6_kv3": GROUPED_QUERY,
-    "natten__k4_s2_d3_16x14": NEIGHBORHOOD,
-    "natten__k5_d3x2_16x14": NEIGHBORHOOD,
-    "natten__k7_16x14": NEIGHBORHOOD,
-    "natten__k7_causal_16x14": NEIGHBORHOOD,
-    "natten__k7_causal_y_16x14": NEIGHBORHOOD,
-    "natten__k7_d2_16x14": NEIGHBORHOOD,
-    "natten__k7_s2_16x14": NEIGHBORHOOD,
-    "natten__k8_s4_16x14": NEIGHBORHOOD,
-    "ppma__ppma_chunk_op_28": replace(POLYLINE_PATH, arguments={"form": "chunk"}),
-    "ppma__ppma_whole_op_14x10": replace(POLYLINE_PATH, arguments={"form": "whole"}),
-    "routing_attention__d128_h4_n256_w64": ROUTING,
-    "routing_attention__d128_h4_n256_w64_sharedqk": ROUTING,
-    "routing_attention__d96_h3_n196_w49": ROUTING,
-    "tic__op_k3": MSA_CONV,
-    "tic__op_k3_d2": MSA_CONV,
-    "tic__op_k5_s2": MSA_CONV,
-    "vsa__vsa_op_14": VARIED_SIZE_WINDOW,
-    "vsa__vsa_op_56": VARIED_SIZE_WINDOW,
-    "vsa__vsa_op_pad_30": VARIED_SIZE_WINDOW,
-}
-
-PARTS: dict[str, Part | Block] = {
-    "catanet__lrsa_d40_ps16": Block(LocalRegionBlock),
-    "catanet__tab_d40_m16_g64_chunkmeans": Block(TokenAggregationBlock),
-    "catanet__tab_d40_m16_g64_ema": Block(TokenAggregationBlock),
-    "hyperzzw__sfne_c12_s16": Part(
-        lambda: SlowFastBlock(12, 36, (16, 16)), lambda block, x: (block(x), block.slow_net_g())
-    ),
-    "hyperzzw__terminator_cifar10": Part(
-        lambda: timm.create_model("terminator_cifar", num_classes=10), lambda net, x: (*net.run(x)[::2], net(x))
-    ),
-    "lola_specvit__block_d48_h4_w7": Part(
-        lambda: nn.ModuleDict({"block": lola_specvit.Block(48, create_op("lora_window", 48, 4), 0.0, 16, 32, False)}),
-        lambda net, x: (
-            net["block"].mixer(net["block"].norm1(x)),
-            net["block"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
-        ),
-    ),
-    "rat__basic_layer_c64": Block(RegionLayer),
 }
 
 # Heads and necks take several maps: tests/models/heads/ builds and compares them.
