@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ops.functional import merge_heads, split_heads
 from ops.registry import FIRST, Place, register_op
+from retinue.utils.arithmetic import ceil_div
 
 # Sides of the patches in each of four blocks in turn, as in the paper
 PATCHES = (16, 20, 24, 28)
@@ -83,5 +84,6 @@ class OverlappingPatchAttention(nn.Module):
     def places(self, side: int, device: torch.device) -> Tensor:
         """Return the places of each patch along a side of the map: (patches, tokens)."""
         patch = min(self.patch, side)
-        starts = [*range(0, side - patch, self.patch - self.overlap), side - patch]
-        return torch.tensor(starts, device=device)[:, None] + torch.arange(patch, device=device)
+        step = self.patch - self.overlap
+        starts = torch.arange(ceil_div(side - patch, step) + 1, device=device) * step
+        return starts.clamp(max=side - patch)[:, None] + torch.arange(patch, device=device)
