@@ -13,7 +13,7 @@ from models import super_resolution
 from models.backbones import lola_specvit
 from models.backbones.hyper_zzw import SlowFastBlock
 from ops import Place, create_op
-from tests.vectors.blocks import Block, LaMambaBlock, RegionLayer, TokenAggregationBlock
+from tests.vectors.blocks import Block, LaMambaBlock, LocalRegionBlock, RegionLayer, TokenAggregationBlock
 from tests.vectors.kinds import Chain, Op, Part
 from tests.vectors.op_kinds import (
     AnchorWindowOp,
@@ -266,6 +266,7 @@ OPS: dict[str, Op] = {
 }
 
 PARTS: dict[str, Part | Block] = {
+    "catanet__lrsa_d40_ps16": Block(LocalRegionBlock),
     "catanet__tab_d40_m16_g64_chunkmeans": Block(TokenAggregationBlock),
     "catanet__tab_d40_m16_g64_ema": Block(TokenAggregationBlock),
     "cfsr__block_d48_k9_train": Part(
