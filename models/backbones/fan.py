@@ -265,7 +265,7 @@ class FAN(PlainBackbone):
         """Replace the last blocks by blocks of `dim` channels on maps of half the resolution."""
         before, stride = list(self.blocks)[:-number], 2 * self.feature_info[0]["reduction"]
         ops, contexts = create_ops(specs, dim, heads, stage=round(math.log2(stride / 4)), stride=stride)
-        if not before or any(contexts):
+        if not before or any(module is not None for module in contexts):
             raise ValueError("the tail must be fewer blocks than the net has, of ops that need no context")
         last: Any = before[-1]
         last.downsample = Downsample(self.embed_dim, dim)
