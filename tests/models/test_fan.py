@@ -23,7 +23,7 @@ def test_the_tail_reads_a_map_of_half_the_resolution():
     assert torch.allclose(second, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("tail", "mixers"), [((3, 64, 4), None), ((1, 64, 4), "global_query")])
+@pytest.mark.parametrize(("tail", "mixers"), [((3, 64, 4), None), ((1, 64, 4), "aggregated")])
 def test_a_tail_of_all_blocks_or_with_a_context_is_refused(tail, mixers):
     with pytest.raises(ValueError, match="the tail must be fewer blocks than the net has, of ops that need no context"):
         build("fan_tiny", **TAIL | {"tail": tail, "mixers": mixers})
