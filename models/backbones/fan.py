@@ -307,6 +307,10 @@ class FAN(PlainBackbone):
             self.cls_token, self.cls_attn_blocks = None, nn.Sequential()
         return take
 
+    def distillation_tokens(self, features: Tensor) -> Tensor:
+        """Return the tokens of the map, without the class token that joins last."""
+        return features[:, int(self.cls_token is not None) :]
+
     def finish(self, x: Tensor) -> Tensor:
         if self.cls_token is not None:
             x = self.cls_attn_blocks(torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1))
