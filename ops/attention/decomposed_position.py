@@ -42,6 +42,8 @@ class DecomposedPositionAttention(nn.Module):
         ValueError: `window` is negative, or `size` is less than 1.
     """
 
+    family = "full"
+
     def __init__(
         self,
         dim: int,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.functional import merge_heads, split_heads
+from ops.norm import RMSNorm
 from ops.registry import FIRST, Place, register_op
 
 ALLOCATIONS = ("uniform", "key_norm", "batch_key_norm", "key_change", "key_average")
@@ -49,9 +50,15 @@ class GroupedQueryAttention(nn.Module):
         noise: Subtract from each head's output noise of the mean and deviation that the output has over tokens and
             channels (PGQA); in evaluation its mean. Default False.
         qkv_bias: Give the query, key and value projections a bias; default True.
+        proj_bias: Give the output projection a bias; default True.
+        qk_norm: Normalise each head's queries and keys by their root mean square, with a learned scale for each
+            channel; default False.
     """
 
+    family = "full"
     takes_extra = True
+    # From the names that language models use
+    renames = ((r"^([qkv])_proj\.", r"\1."), (r"^o_proj\.", "proj."))
     cache: Tensor
     groups: Tensor
     passes: Tensor
@@ -67,6 +74,8 @@ class GroupedQueryAttention(nn.Module):
         interval: int = 300,
         noise: bool = False,
         qkv_bias: bool = True,
+        proj_bias: bool = True,
+        qk_norm: bool = False,
     ):
         super().__init__()
         if kv_heads is None:
@@ -86,7 +95,8 @@ class GroupedQueryAttention(nn.Module):
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.k = nn.Linear(dim, width, bias=qkv_bias)
         self.v = nn.Linear(dim, width, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.q_norm, self.k_norm = (RMSNorm(dim // num_heads, 1e-6) if qk_norm else nn.Identity() for _ in range(2))
         self.dynamic = allocation in ("key_change", "key_average")
         if self.dynamic:
             self.register_buffer("cache", torch.zeros(kv_heads))
@@ -96,17 +106,19 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Any:
         size, E = x.shape[1:3], 0 if extra is None else extra.shape[1]
         tokens = x.flatten(1, 2) if extra is None else torch.cat([extra, x.flatten(1, 2)], dim=1)
-        q = split_heads(self.q(tokens), self.num_heads)
+        q = self.q_norm(split_heads(self.q(tokens), self.num_heads))
         k, v = (split_heads(t, self.kv_heads) for t in (self.k(tokens), self.v(tokens)))
+        out = self.proj(merge_heads(self.attend_heads(q, self.k_norm(k), v)))
+        x = out[:, E:].unflatten(1, size)
+        return x if extra is None else (x, out[:, :E])
+
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the heads' outputs (B, heads, N, D) for q (B, heads, N, D) and k, v (B, kv_heads, N, D)."""
         groups = self.allocate(k.detach())
         # One index for each image and query head, or one for each query head
         index = (torch.arange(len(k), device=k.device)[:, None], groups) if groups.ndim == 2 else (slice(None), groups)
         out = F.scaled_dot_product_attention(q, k[index], v[index])
-        if self.noise:
-            out = out - noise_like(out, self.training)
-        out = self.proj(merge_heads(out))
-        x = out[:, E:].unflatten(1, size)
-        return x if extra is None else (x, out[:, :E])
+        return out - noise_like(out, self.training) if self.noise else out
 
     def allocate(self, k: Tensor) -> Tensor:
         """Return the index of each query head's key head, (heads,) or (B, heads), for keys (B, kv_heads, N, D)."""

@@ -130,6 +130,7 @@ class SparsifinerAttention(nn.Module):
         ValueError: A value is out of its range.
     """
 
+    family = "sparse"
     takes_extra = True
     loss_weights: tuple[tuple[str, float], ...] = (("connectivity", 0.01),)
 

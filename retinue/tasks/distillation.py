@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
+from datamodules.batch import channel_values
 from models.factory import check_name, image_size_argument
 from models.plain import PlainBackbone
 from models.preprocessing import net_preprocessing, read_run, run_config
@@ -109,7 +110,7 @@ class Teacher:
         """
 
         def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=image.device).view(-1, 1, 1)
+            return channel_values(tuple(values), image.device).view(-1, 1, 1)
 
         own = self.preprocessing
         image = image * column(std) + column(mean)
@@ -127,7 +128,10 @@ class Teacher:
             mean: The student's mean of each channel.
             std: The student's standard deviation of each channel.
         """
-        net: Any = self.net.to(image.device)
+        net: Any = self.net
+        # Moving the net again in each step would take as long as launching its kernels.
+        if next(net.parameters()).device != image.device:
+            net.to(image.device)
         image = self.see(image, mean, std)
         if not self.tokens:
             return net(image), None
