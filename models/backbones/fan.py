@@ -265,7 +265,7 @@ class FAN(PlainBackbone):
         """Replace the last blocks by blocks of `dim` channels on maps of half the resolution."""
         before, stride = list(self.blocks)[:-number], 2 * self.feature_info[0]["reduction"]
         ops, contexts = create_ops(specs, dim, heads, stage=round(math.log2(stride / 4)), stride=stride)
-        if not before or any(contexts):
+        if not before or any(module is not None for module in contexts):
             raise ValueError("the tail must be fewer blocks than the net has, of ops that need no context")
         last: Any = before[-1]
         last.downsample = Downsample(self.embed_dim, dim)
@@ -306,6 +306,10 @@ class FAN(PlainBackbone):
         if prune_head:
             self.cls_token, self.cls_attn_blocks = None, nn.Sequential()
         return take
+
+    def distillation_tokens(self, features: Tensor) -> Tensor:
+        """Return the tokens of the map, without the class token that joins last."""
+        return features[:, int(self.cls_token is not None) :]
 
     def finish(self, x: Tensor) -> Tensor:
         if self.cls_token is not None:

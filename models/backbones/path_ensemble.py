@@ -115,7 +115,9 @@ class PathEnsemble(DeiT):
         if losses is None or not self.early_heads:
             return super().forward(x, losses)
         x, intermediates, _ = super().run(x, self.taught, losses=losses)
-        logits = self.forward_head(self.finish(x))
+        features = self.finish(x)
+        self.compare_tokens(x, features, losses)
+        logits = self.forward_head(features)
         target = logits.detach().log_softmax(-1)
         divergences = []
         for head, tokens in zip(self.early_heads, intermediates, strict=True):
