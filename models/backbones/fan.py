@@ -10,38 +10,21 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models._manipulate import MATCH_PREV_GROUP, named_apply
-from timm.models.convnext import ConvNeXtStage, _init_weights
-from timm.models.xcit import ClassAttentionBlock, PositionalEncodingFourier, conv3x3
+from timm.models._manipulate import MATCH_PREV_GROUP
+from timm.models.xcit import LPI, ClassAttentionBlock, PositionalEncodingFourier
 from torch import Tensor, nn
 
 from models.backbones.deit import deit_cfg
 from models.hierarchical import init_weights
+from models.layers.conv_stem import STRIDES, ConvStem, HybridStem
 from models.layers.pvt_v2 import init_conv
 from models.layers.token_pooling import TokenAwarePooling
 from models.plain import PlainBackbone, TokenPool
 from models.weights import join_projections
 from ops.functional import split_heads
 from ops.registry import Spec
-
-# Divisors of the final width after each convolution of the stem, by the side of a patch
-STEMS = {16: (8, 4, 2, 1), 8: (4, 2, 1), 4: (4, 1)}
-
-
-class DepthwiseConvs(nn.Module):
-    """Two depthwise 3 x 3 convolutions with GELU and a batch norm between them, (B, C, H, W)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.bn = nn.BatchNorm2d(dim)
-        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.bn(F.gelu(self.conv1(x))))
 
 
 class ConvMlp(nn.Module):
@@ -50,15 +33,14 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = DepthwiseConvs(hidden)
+        self.dwconv = LPI(hidden)
         self.gamma = nn.Parameter(torch.ones(hidden))
         self.fc2 = nn.Linear(hidden, dim)
         self.apply(init_conv)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         x = self.fc1(x)
-        mixed = self.dwconv(x.transpose(1, 2).unflatten(2, tuple(size))).flatten(2).transpose(1, 2)
-        return self.fc2(self.gamma * mixed + x)
+        return self.fc2(self.gamma * self.dwconv(x, *size) + x)
 
 
 class ChannelAttention(nn.Module):
@@ -74,10 +56,6 @@ class ChannelAttention(nn.Module):
         self.mlp_v = ConvMlp(dim, hidden)
         self.norm_v = nn.LayerNorm(dim, eps=eps)
         self.q = nn.Linear(dim, dim)
-
-    def no_weight_decay(self) -> set[str]:
-        # The authors' net does not collect the names of its modules, so all parameters of several dimensions decay.
-        return set()
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         heads = len(self.temperature)
@@ -109,57 +87,6 @@ class Block(nn.Module):
         return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x), size))
 
 
-class UnbiasedLayerNorm2d(nn.LayerNorm):
-    """Layer norm of the channels of (B, C, H, W) by the unbiased variance, which the authors use after the stem."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(x, dim=1, keepdim=True)
-        x = (x - mean) * torch.rsqrt(variance + self.eps)
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
-
-
-class Stem(nn.Module):
-    """Convolutions from images (B, in_chans, h, w) to a map (B, C, ⌈h / patch⌉, ⌈w / patch⌉).
-
-    Args:
-        in_chans: Channels of the images.
-        dim: Channels C.
-        patch: Side of a patch in pixels: 16, 8 or 4.
-        hybrid: Numbers of blocks of two stages of ConvNeXt, of stride 4 and 8, which replace the first convolutions;
-            () has none. Images are padded with zeros to whole patches of 16 pixels.
-    """
-
-    def __init__(self, in_chans: int, dim: int, patch: int, hybrid: Sequence[int]):
-        super().__init__()
-        self.backbone = None
-        if not hybrid:
-            layers: list[nn.Module] = []
-            for divisor in STEMS[patch]:
-                layers += [conv3x3(in_chans, dim // divisor, 2), nn.GELU()]
-                in_chans = dim // divisor
-            self.proj = nn.Sequential(*layers[:-1])
-            return
-        norm: Any = partial(UnbiasedLayerNorm2d, eps=1e-6)
-        stages = [
-            ConvNeXtStage(width, out, stride=stride, depth=depth, ls_init_value=1e-6, conv_mlp=True, norm_layer=norm)
-            for width, out, stride, depth in ((128, 128, 1, hybrid[0]), (128, 256, 2, hybrid[1]))
-        ]
-        self.backbone = nn.ModuleDict(
-            {
-                "stem": nn.Sequential(nn.Conv2d(in_chans, 128, 4, 4), LayerNorm2d(128, eps=1e-6)),
-                "stages": nn.Sequential(*stages),
-            }
-        )
-        named_apply(_init_weights, self.backbone)
-        self.proj = nn.Conv2d(256, dim, 2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.backbone is not None:
-            x = F.pad(x, (0, -x.shape[3] % 16, 0, -x.shape[2] % 16))
-            x = self.backbone["stages"](self.backbone["stem"](x))
-        return self.proj(x)
-
-
 class FAN(PlainBackbone):
     """XCiT's layout with full attention, channel attention and, on request, token-aware average pooling.
 
@@ -171,7 +98,8 @@ class FAN(PlainBackbone):
         depths: As in `PlainBackbone`.
         heads: As in `PlainBackbone`.
         patch: Side of a patch in pixels: 16, 8 or 4.
-        hybrid: As in `Stem`; a hybrid net has patches of 16 pixels.
+        hybrid: Numbers of blocks of two stages of ConvNeXt, of strides 4 and 8, which replace the first convolutions;
+            () has none. A hybrid net has patches of 16 pixels.
         scales: Candidates of token-aware average pooling; 0 leaves it out. TAP's nets have 4.
         diversity: Threshold of attention diversification, as in the op "full"; 0 leaves it out. TAP's nets have 2.
         head_scale: Factor of the classifier's initial weights.
@@ -209,7 +137,7 @@ class FAN(PlainBackbone):
         global_pool: str = "token",
         **kwargs,
     ):
-        if patch not in STEMS or (hybrid and patch != 16):
+        if patch not in STRIDES or (hybrid and patch != 16):
             raise ValueError(f"patch must be 16, 8 or 4 pixels, and 16 in a hybrid net, not {patch}")
         mixers = {"name": "full", "diversity": diversity} if mixers is None else mixers
         self.block: Any = partial(Block, heads=heads, scales=scales)
@@ -219,7 +147,7 @@ class FAN(PlainBackbone):
         )  # fmt: skip
         for block in self.blocks:
             block.drop_path = DropPath(drop_path_rate)
-        self.patch_embed = Stem(in_chans, dim, patch, hybrid)
+        self.patch_embed = HybridStem(in_chans, dim, hybrid) if hybrid else ConvStem(in_chans, dim, patch)
         self.position = PositionalEncodingFourier(dim=dim)
         self.cls_token = nn.Parameter(trunc_normal_(torch.empty(1, 1, dim), std=0.02))
         norm: Any = partial(nn.LayerNorm, eps=self.eps)

@@ -277,7 +277,7 @@ PARTS: dict[str, Part] = {
         lambda: SlowFastBlock(12, 36, (16, 16)), lambda block, x: (block(x), block.slow_net_g())
     ),
     "hyperzzw__terminator_cifar10": Part(
-        lambda: timm.create_model("terminator_cifar", num_classes=10), lambda net, x: (*net.run(x)[::2], net(x))
+        lambda: timm.create_model("terminator_cifar", num_classes=10), lambda net, x: (*net.stages(x)[::2], net(x))
     ),
     "lola_specvit__block_d48_h4_w7": Part(
         lambda: nn.ModuleDict({"block": lola_specvit.Block(48, create_op("lora_window", 48, 4), 0.0, 16, 32, False)}),
