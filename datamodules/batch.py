@@ -45,7 +45,8 @@ to 4 are inherited.
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -79,6 +80,12 @@ def normalise(image: Tensor, mean: Tensor, std: Tensor, out: Tensor | None = Non
     rows = rows.to(torch.float32, copy=True) if out is None else out.view(b * h, w * c).copy_(rows)
     rows.sub_((white * mean).repeat(w)).div_((white * std).repeat(w))
     return rows.view(b, h, w, c).permute(0, 3, 1, 2)
+
+
+@lru_cache
+def channel_values(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return one value for each channel, float32 (C,), on a device: sending it for each batch would wait for a GPU."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class Buffers:
@@ -129,23 +136,21 @@ class BatchTransform:
         augment: Augment,
         fill: tuple[int, ...] = (0, 0, 0),
     ):
-        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+        self.mean, self.std = tuple(mean), tuple(std)
         self.num_classes, self.augment, self.fill = num_classes, augment, fill
         self._buffers = Buffers()
 
     def __call__(self, batch: dict) -> dict:
         image = batch["image"]
         device = image.device
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        mean, std = (channel_values(values, device) for values in (self.mean, self.std))
         if "ops" in batch:
             image = apply_batch_ops(image, batch["ops"], self.fill)
             batch = {key: value for key, value in batch.items() if key != "ops"}
         if image.shape[1] > len(self.mean):
             image = to_grey(image)
         b, c, h, w = image.shape
-        image = normalise(
-            image, self.mean, self.std, self._buffers.take((b, h, w, c)) if device.type == "cpu" else None
-        )
+        image = normalise(image, mean, std, self._buffers.take((b, h, w, c)) if device.type == "cpu" else None)
         augment = self.augment
         if "seed" not in batch or not (augment.erasing or augment.mixup or augment.cutmix):
             return batch | {"image": image}
@@ -169,17 +174,32 @@ class BatchTransform:
         lam = np.random.beta(alpha, alpha)
         if use_cutmix:
             (top, bottom, left, right), lam = cutmix_bbox_and_lam(image.shape, lam)
-            image[..., top:bottom, left:right] = image[..., top:bottom, left:right].flip(0)
+            _replace_by_reversed(image[..., top:bottom, left:right])
         else:
             _blend_with_reversed(image, 1 - lam)
         return float(lam)
 
 
+def _reversed_pairs(image: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return images i and B - 1 - i of a batch for each i below B / 2: one pair at a time stays in a CPU's cache."""
+    return zip(image[: len(image) // 2], reversed(image.unbind()), strict=False)
+
+
+def _replace_by_reversed(image: Tensor) -> None:
+    """Compute image.flip(0) in place."""
+    if image.device.type == "cpu":
+        for first, last in _reversed_pairs(image):
+            kept = first.clone()
+            first.copy_(last)
+            last.copy_(kept)
+    else:
+        image.copy_(image.flip(0))
+
+
 def _blend_with_reversed(image: Tensor, share: float) -> None:
     """Compute image.lerp(image.flip(0), share) in place."""
     if image.device.type == "cpu":
-        # One pair of images at a time stays in the cache.
-        for first, last in zip(image[: len(image) // 2], reversed(image.unbind()), strict=False):
+        for first, last in _reversed_pairs(image):
             change = (last - first).mul_(share)
             first.add_(change)
             last.sub_(change)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.batch import normalise
+from datamodules.batch import channel_values, normalise
 from datamodules.transforms import known_fields, resize
 from retinue.utils.masks import IGNORED
 
@@ -356,7 +356,7 @@ def normalise_padded(image: Tensor, sizes: Tensor, mean: Sequence[float], std: S
         float32 (B, C, H, W) in channels-last memory.
     """
     device, (height, width) = image.device, image.shape[2:]
-    image = normalise(image, torch.tensor(mean, device=device), torch.tensor(std, device=device))
+    image = normalise(image, channel_values(tuple(mean), device), channel_values(tuple(std), device))
     rows = torch.arange(height, device=device) < sizes[:, :1]  # (B, H)
     columns = torch.arange(width, device=device) < sizes[:, 1:]  # (B, W)
     return image.mul_(rows[:, None, :, None] & columns[:, None, None, :])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datamodules.batch import normalise
+from datamodules.batch import channel_values, normalise
 from datamodules.decode import BrokenImage, check_pixels, read_file
 from datamodules.dense_prediction import DensePredictionData
 from datamodules.dense_transforms import Size, normalise_padded, pad_images
@@ -175,7 +175,7 @@ class SegmentationData(DensePredictionData):
             image = normalise_padded(batch["image"], batch.pop("sizes"), self.mean, self.std)
             return batch | {"image": image, "mask": batch["mask"].long()}
         device = batch["index"].device
-        mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
+        mean, std = channel_values(self.mean, device), channel_values(self.std, device)
         images = [normalise(image[None], mean, std)[0] for image in batch["image"]]
         return batch | {"image": images, "mask": [mask.long() for mask in batch["mask"]]}
 

@@ -52,6 +52,7 @@ class Backbone(nn.Module):
         global_pool: Module that pools the final features.
         head_drop: Dropout before the classifier.
         head: Classifier, or `nn.Identity` if there is none.
+        classifiers: Names of the classifier and of further ones of the same width, whose scores count too.
     """
 
     renames: Renames = ()
@@ -62,6 +63,7 @@ class Backbone(nn.Module):
     global_pool: nn.Module
     head_drop: nn.Module
     head: nn.Module
+    classifiers: tuple[str, ...] = ("head",)
 
     @classmethod
     def build(cls, name: str, pretrained: bool = False, **kwargs) -> Any:
@@ -88,12 +90,14 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.reset_pool(global_pool)
-        self.head = nn.Identity()
-        if num_classes:
-            weight = next(self.parameters())
-            self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+        for name in self.classifiers:
+            head = nn.Identity()
+            if num_classes:
+                weight = next(self.parameters())
+                head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+                trunc_normal_(head.weight, std=0.02)
+                nn.init.zeros_(head.bias)
+            setattr(self, name, head)
 
     def reset_pool(self, global_pool: str) -> None:
         """Set `global_pool` to a module of that kind; "" pools nothing."""
@@ -132,11 +136,12 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor, losses: Losses | None = None) -> Tensor:
         return self.forward_head(self.forward_features(x) if losses is None else self.forward_features(x, losses))
 
-    def forward_with_losses(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward_with_losses(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what `forward` returns, and the auxiliary losses of this forward pass by name, scalars.
 
-        `ops.losses.loss_weights` names the losses that a net has.
+        `ops.losses.loss_weights` names the losses that a net has. ViT-shaped nets compare their final tokens with those
+        of a teacher, `target`, and return the loss `tokens`.
         """
-        losses = Losses()
+        losses = Losses(target)
         # A call of the module, since compilation and sharding change what a call of a module does.
         return self(x, losses), losses.means()

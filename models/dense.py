@@ -194,6 +194,7 @@ class DenseBackbone(nn.Module):
         Args:
             state: Our own weights, those of the authors' detection or segmentation backbone, or a classifier's.
         """
+        state = state if self.pyramid is None else self.pyramid.rename(state)
         norms = {key: value for key, value in state.items() if key.startswith(OWN)}
         authors_norms = {key: match for key in state if (match := MAP_NORM.fullmatch(key))} if self.norms else {}
         numbers = {int(match[1]) for match in authors_norms.values()}

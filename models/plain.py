@@ -30,7 +30,12 @@ class Block(nn.Module):
         mlp_ratio: Hidden channels of the MLP relative to `dim`.
         drop_path: Drop path rate.
         eps: Epsilon of the norms.
+
+    Attributes:
+        branch_scale: Factor of what the mixer and the MLP add.
     """
+
+    branch_scale = 1.0
 
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float = 4.0, drop_path: float = 0.0, eps: float = 1e-6):
         super().__init__()
@@ -41,8 +46,12 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, size: Sequence[int], **context) -> Tensor:
-        x = x + self.drop_path(self.mix(self.norm1(x), size, **context))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.add(x, self.mix(self.norm1(x), size, **context))
+        return self.add(x, self.mlp(self.norm2(x)))
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Add what the mixer or the MLP returned to the tokens."""
+        return torch.add(x, self.drop_path(branch), alpha=self.branch_scale)
 
     def mix(self, x: Tensor, size: Sequence[int], **context) -> Tensor:
         """Apply the mixer to tokens (B, E + H * W, C), of which the last are a map of `size` (H, W)."""
@@ -83,7 +92,9 @@ class PlainBackbone(Backbone):
     A paper's class inherits from this one and sets the attributes in which its net differs.
 
     If all ops take a class token, there is one and the classifier reads it; else the classifier reads the mean of the
-    map. Images are zero-padded on the right and at the bottom to whole patches, and positions are interpolated.
+    map. A distillation token (DeiT, arXiv:2012.12877) has a classifier of its own, and the scores are the mean of both
+    classifiers'. Images are zero-padded on the right and at the bottom to whole patches, and positions are
+    interpolated.
 
     Args:
         img_size: Size, in pixels, of the images that the positions are learned for.
@@ -95,6 +106,7 @@ class PlainBackbone(Backbone):
         mixers: Token mixers, as `ops.parse_mixers` reads them for one stage. A nested list has mixers that the blocks
             take in turn: [[agent, full]].
         class_token: False leaves out the class token.
+        distilled: Add a distillation token to the class token.
         num_classes: Number of classes; 0 leaves out the classifier.
         in_chans: Number of image channels.
         global_pool: "token", "avg" or "", as `TokenPool` reads it. By default "token" if there is a class token, else
@@ -107,18 +119,22 @@ class PlainBackbone(Backbone):
         positions: Whether the net learns positions.
         patch_norm: Whether a norm follows the patch embedding.
         eps: Epsilon of all norms.
+        distilled_training: In training mode, return the scores of both classifiers as (class, distillation).
 
     Raises:
-        ValueError: `depths` has not exactly one entry, or `global_pool` is unknown.
+        ValueError: `depths` has not exactly one entry, `global_pool` is unknown, or there is a distillation token but
+            no class token.
     """
 
     block: type[nn.Module] = Block
     positions = True
     patch_norm = False
     eps = 1e-6
+    distilled_training = False
 
     blocks: nn.Sequential
     pos_embed: nn.Parameter | None
+    head_dist: nn.Module
     # `features_only=True` returns the maps after the last three blocks, as in timm's ViTs.
     out_indices = 3
 
@@ -132,6 +148,7 @@ class PlainBackbone(Backbone):
         mlp_ratio: float = 4.0,
         mixers: Spec | Sequence = "full",
         class_token: bool = True,
+        distilled: bool = False,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str | None = None,
@@ -141,9 +158,11 @@ class PlainBackbone(Backbone):
         super().__init__()
         if len(depths) != 1:
             raise ValueError(f"depths must be one number of blocks, as in (12,), not {depths}")
+        if distilled and not class_token:
+            raise ValueError("distilled needs a class token")
         (specs,) = parse_mixers(mixers, depths)
         # Number of tokens that are not part of the map.
-        self.extra = int(class_token and take_extra(specs))
+        self.extra = (class_token + distilled) * take_extra(specs)
         self.in_chans, self.grad_checkpointing = in_chans, False
         self.num_features = self.head_hidden_size = self.embed_dim = dim
         norm: Any = partial(nn.LayerNorm, eps=self.eps)
@@ -158,8 +177,11 @@ class PlainBackbone(Backbone):
             dynamic_img_pad=True,
         )
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if self.extra else None
+        self.dist_token = nn.Parameter(torch.empty(1, 1, dim)) if self.extra == 2 else None
         # Weights of a net with a class token load into a net without one.
-        self.unused_weights = set() if self.extra else {"cls_token"}
+        self.unused_weights = set() if self.extra else {"cls_token", "dist_token", "head_dist.weight", "head_dist.bias"}
+        if self.dist_token is not None:
+            self.classifiers = (*self.classifiers, "head_dist")
         tokens = self.extra + self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim)) if self.positions else None
 
@@ -180,12 +202,16 @@ class PlainBackbone(Backbone):
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, ("token" if self.extra else "avg") if global_pool is None else global_pool)
         self.apply(init_weights)
-        for table in (self.pos_embed, self.cls_token):
+        for table in (self.pos_embed, self.cls_token, self.dist_token):
             if table is not None:
                 trunc_normal_(table, std=0.02)
 
     def reset_pool(self, global_pool: str) -> None:
         self.global_pool = TokenPool(global_pool, self.extra)
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Return the scores of both classifiers in training mode; without a distillation token nothing changes."""
+        self.distilled_training = enable
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -193,12 +219,12 @@ class PlainBackbone(Backbone):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters by depth for layer decay: the stem, each block, the rest (timm's interface)."""
         return {
-            "stem": r"^(?:cls_token|pos_embed|patch_embed|contexts)",
+            "stem": r"^(?:cls_token|dist_token|pos_embed|patch_embed|contexts)",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm\.", MATCH_PREV_GROUP)],
         }
 
     def no_weight_decay(self) -> set[str]:
-        tables = {"pos_embed": self.pos_embed, "cls_token": self.cls_token}
+        tables = {"pos_embed": self.pos_embed, "cls_token": self.cls_token, "dist_token": self.dist_token}
         return super().no_weight_decay() | {name for name, table in tables.items() if table is not None}
 
     def resize_table(self, name: str, value: Tensor) -> Tensor:
@@ -209,8 +235,8 @@ class PlainBackbone(Backbone):
         """Return the tokens (B, E + H * W, C) of images (B, in_chans, h, w) with positions added, and (H, W)."""
         x = self.patch_embed(x)
         size, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        extra = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
+        x = torch.cat([*extra, x], dim=1)
         if self.pos_embed is None:
             return x, size
         return x + resize_positions(self.pos_embed, self.patch_embed.grid_size, size, self.extra), size
@@ -240,25 +266,27 @@ class PlainBackbone(Backbone):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', not {output_fmt!r}")
         take, last = feature_take_indices(len(self.blocks), indices)
-        x, intermediates, size = self.run(x, take, last + 1 if stop_early else None)
+        x, intermediates, sizes = self.run(x, take, last + 1 if stop_early else None)
         if norm:
             intermediates = [self.norm(tokens) for tokens in intermediates]
-        maps = [to_channels_last(t[:, self.extra :].unflatten(1, size).permute(0, 3, 1, 2)) for t in intermediates]
+        maps = [
+            to_channels_last(tokens[:, self.extra :].unflatten(1, size).permute(0, 3, 1, 2))
+            for tokens, size in zip(intermediates, sizes, strict=True)
+        ]
         return maps if intermediates_only else (self.finish(x), maps)
 
     def run(
         self, x: Tensor, take: Sequence[int] = (), blocks: int | None = None, losses: Losses | None = None, **options
-    ) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
+    ) -> tuple[Tensor, list[Tensor], list[tuple[int, int]]]:
         """Run images (B, in_chans, h, w) through the patch embedding and the first `blocks` blocks; None means all.
 
-        A block may drop tokens of the map; those that are left count as a map of one row. Auxiliary losses of the ops
-        are added to `losses`; `options` are arguments of all blocks.
+        Auxiliary losses of the ops are added to `losses`; `options` are arguments of all blocks.
 
         Returns:
-            The tokens (B, E + H * W, C) after the last block, a list of the tokens after each block of `take`, and
-            (H, W).
+            The tokens (B, E + H * W, C) after the last block, a list of the tokens after each block of `take`, and a
+            list of the sizes (H, W) of their maps.
         """
-        intermediates = []
+        intermediates, sizes = [], []
         x, size = self.embed(x)
         contexts = [module(x[:, self.extra :].unflatten(1, size)) for module in self.contexts]
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
@@ -268,10 +296,15 @@ class PlainBackbone(Backbone):
             own = losses if self.have_losses[i] else None
             x = run_block(block, x, size, recompute=recompute, losses=own, **context)
             if x.shape[1] != self.extra + size[0] * size[1]:
-                size = (1, x.shape[1] - self.extra)
+                size = self.reduced_size(size, x.shape[1] - self.extra)
             if i in take:
                 intermediates.append(x)
-        return x, intermediates, size
+                sizes.append(size)
+        return x, intermediates, sizes
+
+    def reduced_size(self, size: tuple[int, int], tokens: int) -> tuple[int, int]:
+        """Return the size of a map of `size` of which a block has left so many tokens: one row."""
+        return 1, tokens
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -290,8 +323,42 @@ class PlainBackbone(Backbone):
         return take
 
     def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
-        """Compute the final tokens (B, E + H * W, C)."""
-        return self.finish(self.run(x, losses=losses)[0])
+        """Compute the final tokens (B, E + H * W, C).
+
+        If `losses` has a teacher's tokens, the loss `tokens` is the mean squared distance of the map's final tokens
+        from them. Pruned tokens, which are vectors of zeros before the final norm, do not count.
+
+        Raises:
+            ValueError: The teacher's tokens have another shape.
+        """
+        x = self.run(x, losses=losses)[0]
+        features = self.finish(x)
+        if losses is not None and losses.target is not None:
+            tokens, target = self.distillation_tokens(features), losses.target
+            if tokens.shape != target.shape:
+                shapes = " and ".join(str(tuple(t.shape)) for t in (tokens, target))
+                raise ValueError(f"student and teacher must have tokens of one shape (B, N, C), not {shapes}")
+            alive = (x[:, self.extra :] != 0).any(-1)
+            losses.add("tokens", ((tokens - target).square().mean(-1) * alive).sum() / alive.sum())
+        return features
+
+    def distillation_tokens(self, features: Tensor) -> Tensor:
+        """Return what token distillation compares, of the final tokens: those of the map (B, N, C)."""
+        return features[:, self.extra :]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+        """Pool the tokens and classify them, (B, num_classes); `pre_logits` returns what the classifier reads.
+
+        With `distilled_training` and in training mode the scores of both classifiers are returned.
+        """
+        pooled = self.global_pool(x)
+        if self.dist_token is None or pooled.ndim == 3:
+            return super().forward_head(x, pre_logits)
+        pooled, token = self.head_drop(pooled), self.head_drop(x[:, 1])
+        if pre_logits:
+            return (pooled + token) / 2
+        scores, distilled = self.head(pooled), self.head_dist(token)
+        return (scores, distilled) if self.training and self.distilled_training else (scores + distilled) / 2
 
     def finish(self, x: Tensor) -> Tensor:
         """Return the final tokens; `x` are those after the last block."""

@@ -1,11 +1,13 @@
 """Simple feature pyramid: maps of several strides from the maps of a plain net, which all have one stride.
 
 Paper: Exploring Plain Vision Transformer Backbones for Object Detection (ViTDet; Li et al., ECCV 2022,
-arXiv:2203.16527), written after its text. Segmentors such as BEiT's (Bao et al., ICLR 2022, arXiv:2106.08254) resize
+arXiv:2203.16527), written after its text; weights of the authors' repository, facebookresearch/detectron2 (Apache-2.0),
+load. Segmentors such as BEiT's (Bao et al., ICLR 2022, arXiv:2106.08254) resize
 the maps of four blocks instead of the last map four times.
 """
 
 import math
+import re
 from collections.abc import Sequence
 
 from timm.layers import LayerNorm2d
@@ -57,3 +59,17 @@ class SimplePyramid(nn.Module):
         """Return one map for each level, (B, channels[i], H * stride / strides[i], W * stride / strides[i])."""
         sources = maps if len(maps) > 1 else list(maps) * len(self.levels)
         return [level(source) for level, source in zip(self.levels, sources, strict=True)]
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a backbone's weights with detectron2's names of a pyramid, `simfp_2.0.weight`, as `pyramid.<name>`.
+
+        The convolutions that detectron2 applies to the levels afterwards are left out.
+        """
+        own, result = set(self.state_dict()), {}
+        levels = {str(round(math.log2(stride))): i for i, stride in enumerate(self.strides)}
+        for key, value in state.items():
+            match = re.match(r"simfp_(\d)\.", key)
+            name = f"levels.{levels.get(match[1])}.{key[match.end() :]}" if match else None
+            if name is None or name in own:
+                result[key if name is None else f"pyramid.{name}"] = value
+        return result

@@ -318,8 +318,8 @@ def fit_table(model: nn.Module, key: str, value: Tensor, model_state: Mapping[st
 
 
 def classifier_of(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Return the names of the classifier's parameters among `names`."""
-    layers = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    """Return the names of the parameters of the classifier, or of all classifiers, among `names`."""
+    layers = getattr(model, "classifiers", None) or getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{layer}." for layer in ((layers,) if isinstance(layers, str) else layers))
     return {name for name in names if name.startswith(prefixes)}
 

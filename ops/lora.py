@@ -1,4 +1,4 @@
-"""Linear layers with a low-rank adapter that is gated, as in LoLA-SpecViT."""
+"""Low-rank changes of linear layers, with a gate as in LoLA-SpecViT or without."""
 
 import math
 
@@ -58,3 +58,19 @@ class LoRALinear(nn.Linear):
         if not self.gated:
             return out + adapted
         return out + torch.sigmoid(self.lora_gate(input)) * adapted + self.lora_residual(input)
+
+
+def low_rank(in_features: int, out_features: int, rank: int) -> nn.Sequential:
+    """Return a linear map of rank `rank` without a bias, to be added to the output of another layer.
+
+    Both of its factors start at random, so that both are trained from the first step.
+
+    Raises:
+        ValueError: `rank` is less than 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
+    down, up = nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features, bias=False)
+    nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+    trunc_normal_(up.weight, std=0.02)
+    return nn.Sequential(down, up)

@@ -10,9 +10,13 @@ class Losses:
     A net creates one object for each forward pass and passes it down as the argument `losses`, so nothing stays on a
     module. This class is not a mapping: sharding (FSDP) copies the mappings among a module's inputs, and what is added
     to a copy would be lost.
+
+    Attributes:
+        target: Final tokens of a teacher, (B, N, C), that the net's own are compared with; None for no such loss.
     """
 
-    def __init__(self):
+    def __init__(self, target: Tensor | None = None):
+        self.target = target
         self.values: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, *values: Tensor) -> None:

@@ -7,14 +7,12 @@ documentation of the authors' library, SHI-Labs/NATTEN (MIT).
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ops.backend import automatic, obstacle_to_kernels, primitive, use_triton
-from ops.functional import biased_scores_attention, merge_heads, split_heads
-from ops.windows import from_windows, to_windows
+from ops.tiles import QueryTiles, attend_in_tiles, relative_bias
 from retinue.utils.arithmetic import ceil_div, round_up
 
 # One number along H and one along W
@@ -108,8 +106,11 @@ def tiled_attention(
     dilation: Pair,
     stride: Pair,
     causal: tuple[bool, bool],
+    shared: Tensor | None = None,
 ) -> Tensor:
     """Compute `neighborhood_attention` in plain PyTorch; the arguments are the same.
+
+    All queries also attend to `shared` keys and values (B, 1, M, 2C), in the same softmax.
 
     The map is cut into tiles of queries. The queries of a tile attend together to the box that holds all of their
     neighbourhoods, with a mask on the keys outside each query's neighbourhood. This multiplies up to four times as many
@@ -122,42 +123,8 @@ def tiled_attention(
         tiles_of_side(n, kernel[i], dilation[i], stride[i], causal[i], tile[i], qkv.device)
         for i, n in enumerate(qkv.shape[1:3])
     )
-    # (row tiles, column tiles, T, T, K, K)
-    attended = rows.attended[:, None, :, None, :, None] & columns.attended[:, None, :, None]
-    mask = torch.zeros_like(attended, dtype=qkv.dtype).masked_fill_(~attended, -torch.inf)
-    mask = mask.flatten(4).flatten(2, 3).flatten(0, 1).unsqueeze(1)  # (P, 1, T * T, K * K)
-    if bias is not None:
-        table = bias.index_select(2, columns.offsets.flatten() + kernel[1] - 1)
-        table = table.index_select(1, rows.offsets.flatten() + kernel[0] - 1)
-        table = table.unflatten(2, columns.offsets.shape).unflatten(1, rows.offsets.shape)
-        mask = mask + table.permute(1, 4, 0, 2, 5, 3, 6).flatten(5).flatten(3, 4).flatten(0, 1)
-
-    q, k, v = qkv.chunk(3, dim=-1)
-    q = split_heads(gather_tiles(q, rows.queries, columns.queries), num_heads)  # (B, P, heads, T * T, D)
-    k, v = (split_heads(gather_tiles(t, rows.keys, columns.keys), num_heads) for t in (k, v))
-    out = biased_scores_attention(q, k, v, mask, q.shape[-1] ** -0.5)
-    grid, size = (len(rows.queries), len(columns.queries)), (rows.queries.numel(), columns.queries.numel())
-    return from_windows(merge_heads(out), grid, size).index_select(1, rows.order).index_select(2, columns.order)
-
-
-class QueryTiles(NamedTuple):
-    """Tiles of the queries along one side of n tokens, each with T queries of one dilation group and K keys.
-
-    Attributes:
-        queries: Position on the side of each query: (tiles, T).
-        keys: Position on the side of each key of the tile's box, which holds the neighbourhoods of all of the tile's
-            queries: (tiles, K).
-        attended: True where a query attends to a key: (tiles, T, K).
-        offsets: Offset from query to key within their dilation group, correct where `attended`, else clamped to the
-            bias table: (tiles, T, K).
-        order: Index of each position of the side among the queries of all tiles: (n,).
-    """
-
-    queries: Tensor
-    keys: Tensor
-    attended: Tensor
-    offsets: Tensor
-    order: Tensor
+    table = None if bias is None else relative_bias(bias, rows, columns)
+    return attend_in_tiles(qkv, num_heads, rows, columns, bias=table, shared=shared)
 
 
 def tiles_of_side(
@@ -208,15 +175,3 @@ def tiles_of_side(
         offsets.clamp(1 - kernel, kernel - 1),
         position % dilation * tiles_per_group * queries_per_tile + position // dilation,
     )
-
-
-def gather_tiles(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Gather the tokens of each tile from a map (B, H, W, C): (B, P, T * T, C).
-
-    Args:
-        x: Map (B, H, W, C).
-        rows: Row of each token of each row of tiles: (row tiles, T).
-        columns: Column of each token of each column of tiles: (column tiles, T).
-    """
-    x = x.index_select(1, rows.flatten()).index_select(2, columns.flatten())
-    return to_windows(x, (len(rows), len(columns)))

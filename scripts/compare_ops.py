@@ -1,8 +1,9 @@
 """Compare attention ops in one backbone, with the same recipe and seeds: accuracy, size, speed and memory.
 
-    python scripts/compare_ops.py small=true                       # all ops on the digits, in a quarter of an hour
+    python scripts/compare_ops.py small=true                       # all ops on the digits, in half an hour
     python scripts/compare_ops.py ops=[window,agent] seeds=[0,1,2] data=cifar10 recipe.epochs=50
-    python scripts/compare_ops.py image_sizes=[224,512] model.size=tiny data=imagenet data.root=/data/in1k
+    python scripts/compare_ops.py ops=[window,agent] match=macs tune=8 data=cifar10 recipe.epochs=50
+    python scripts/compare_ops.py launcher=slurm image_sizes=[224,512] data=imagenet data.root=/data/in1k
 
 All other keys are for train.py. The runs are those of `train.py model=swin model.mixers=<op> seed=<seed> ...`, in the
 same folders: a finished run is not repeated, a stopped run is resumed, and the runs of a sweep (`train.py -m ...`) are
@@ -20,10 +21,21 @@ from timm.layers import to_2tuple
 from models import model_name
 from ops import list_ops
 from retinue.benchmarks.timing import describe_device, pick_device, print_rows, write_csv
-from retinue.results.compare_ops import SMALL, check_ops, measure_ops, plot_ops, train_ops
+from retinue.results.compare_ops import (
+    SMALL,
+    Comparison,
+    check_ops,
+    compare,
+    config_of,
+    make_comparison_page,
+    measure,
+    plot_ops,
+    summarise_row,
+)
 from retinue.runs.config import register_resolvers
 from retinue.utils import command_line
 from retinue.utils.errors import user_errors
+from retinue.utils.files import write_text
 from retinue.utils.paths import CONF
 
 
@@ -32,6 +44,14 @@ class Options(command_line.Options):
     backbone: str = Field("swin", description="backbone in conf/model that takes mixers")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of the runs")
     small: bool = Field(False, description=f"short runs: {' '.join(SMALL)}")
+    baseline: str | None = Field(
+        None, description="op with which the others are compared; null: window, or the first of ops"
+    )
+    match: Literal["macs", "params"] | None = Field(None, description="what all nets have as much of as the baseline's")
+    adjust: Literal["width", "depth"] = Field("width", description="what match changes")
+    tune: int = Field(0, ge=0, description="trials to tune each op, the same for all ops, judged by validation")
+    space: str = Field("lr_wd", description="search space of the trials, in conf/search, or FILE.yaml")
+    test_sizes: list[int] = Field([], description="further image sizes at which each run is tested, px")
     image_sizes: list[int] | None = Field(
         None, min_length=1, description="image sizes of the measurement, px; null: the data's own"
     )
@@ -39,35 +59,44 @@ class Options(command_line.Options):
     rounds: int = Field(5, ge=1, description="how often each net is timed")
     device: str = Field("auto", description="device of the measurement: auto, cpu, cuda or cuda:N")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of the measurement")
+    launcher: str | None = Field(None, description="launcher of the runs, such as slurm; null: this process")
     folder: Path = Field(Path("outputs"), description="folder of the runs")
-    out: Path = Field(Path("compare_ops"), description="folder of the table and the plot")
+    out: Path = Field(Path("compare_ops"), description="folder of the table, the plot and the page")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options, overrides = Options.parse_some(arguments)
     ops = list_ops() if options.ops is None else options.ops
-    check_ops(ops)
+    baseline = options.baseline or ("window" if "window" in ops else ops[0])
+    check_ops([*ops, baseline])
     device = pick_device(options.device)
     if options.small:
         overrides = [*SMALL, *overrides]
 
     register_resolvers()
-    rows, nets, cfg = train_ops(options.backbone, ops, options.seeds, overrides, options.folder)
-    image_sizes = options.image_sizes
-    if image_sizes is None:
-        image_sizes = [int(max(to_2tuple(cfg.data.image_size)))]
+    shared = ("backbone", "seeds", "folder", "launcher", "match", "adjust", "tune", "space", "test_sizes")
+    comparison = Comparison(
+        ops=list(dict.fromkeys([*ops, baseline])),
+        baseline=baseline,
+        overrides=overrides,
+        **{name: getattr(options, name) for name in shared},
+    )
+    cfg = config_of(comparison)
+    entries = compare(comparison)
+    image_sizes = options.image_sizes or [int(max(to_2tuple(cfg.data.image_size)))]
     for size in image_sizes:
-        columns = measure_ops(nets, size, options.batch_size, str(device), options.dtype, options.rounds)
-        rows = [{**row, **columns.get(str(row["what"]), {})} for row in rows]
-    rows.sort(key=lambda row: -1 if row["top1"] is None else row["top1"], reverse=True)
+        measure(comparison, entries, size, options.batch_size, str(device), options.dtype, options.rounds)
+    figure = str(cfg.task.figure)
+    rows = sorted((entry.columns for entry in entries.values()), key=lambda row: row.get(figure) or -1, reverse=True)
     net = model_name(cfg.model, cfg.data.image_size)
     run = f"{net} on {cfg.data.name}, {cfg.recipe.epochs} epochs, {len(options.seeds)} seeds"
     title = f"{run}; {describe_device(device)}"
-    print_rows(rows, title)
-    table, plot = options.out / "ops.csv", options.out / "ops.png"
+    print_rows([summarise_row(row) for row in rows], title)
+    table, plot, page = (options.out / name for name in ("ops.csv", "ops.png", "ops.html"))
     write_csv(table, rows)
-    plot_ops(plot, rows, image_sizes[0], title)
-    print(table, plot)
+    plot_ops(plot, rows, figure, image_sizes[0], title)
+    write_text(page, make_comparison_page(comparison, entries, run))
+    print(table, plot, page)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """EViT: Expediting Vision Transformers via Token Reorganizations (Liang et al., ICLR 2022, arXiv:2202.07800).
 
 Paper: Not All Patches Are What You Need. Written after the paper and the authors' repository, youweiliang/evit
-(Apache-2.0); its checkpoints load. Training begins with all tokens in the paper; here a net keeps its share from the
-start.
+(Apache-2.0); its checkpoints load. The repository lacks the paper's nets in LV-ViT's layout: these drop tokens before a
+quarter, a half and three quarters of their depth, as the others do. Training begins with all tokens in the paper; here
+a net keeps its share from the start.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from models import plain
 from models.backbones.deit import DeiT, deit_cfg
+from models.backbones.lvvit import MEDIUM, SMALL, LVViT, lvvit_cfg
 from ops.attention.full import FullAttention
 from ops.functional import merge_heads, split_heads
 
@@ -31,29 +33,35 @@ class Block(plain.Block):
     fuse = True
 
     def forward(self, x: Tensor, size: Sequence[int], whole: bool = False, **context) -> Tensor:
-        """Return (B, 1 + N', C); `whole` keeps all tokens."""
+        """Return (B, E + N', C); `whole` keeps all tokens."""
         if whole or self.keep == 1:
             return super().forward(x, size, **context)
-        mixed, scores = self.attend(self.norm1(x))
-        x = self.reorganize(x + self.drop_path(mixed), scores)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        N = size[0] * size[1]
+        mixed, weights = self.attend(self.norm1(x))
+        x = self.reorganize(self.add(x, mixed), weights[:, :, 0, -N:].mean(1))
+        return self.add(x, self.mlp(self.norm2(x)))
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply full attention to tokens (B, 1 + N, C); also return the class token's attention (B, N)."""
+        """Apply full attention to tokens (B, E + N, C); also return the attention (B, heads, E + N, E + N)."""
         mixer: Any = self.mixer
         q, k, v = split_heads(mixer.qkv(x), 3 * mixer.num_heads).chunk(3, dim=1)
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
-        return mixer.proj(merge_heads(weights @ v)), weights[:, :, 0, 1:].mean(1)
+        return mixer.proj(merge_heads(weights @ v)), weights
 
     def reorganize(self, x: Tensor, scores: Tensor) -> Tensor:
-        """Return the class token, the tokens with the highest scores in descending order, and the fused token."""
-        token, others = x[:, :1], x[:, 1:]
+        """Return the extra tokens, the tokens with the highest scores in descending order, and the fused token.
+
+        Args:
+            x: Tokens (B, E + N, C).
+            scores: Attention of the class token to the last N, (B, N).
+        """
+        extra, others = x[:, : -scores.shape[1]], x[:, -scores.shape[1] :]
         indices = scores.topk(ceil(self.keep * scores.shape[1]), dim=1).indices
         kept = others.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         if not self.fuse or kept.shape[1] == others.shape[1]:
-            return torch.cat([token, kept], dim=1)
+            return torch.cat([extra, kept], dim=1)
         dropped = scores.scatter(1, indices, 0).to(x.dtype)
-        return torch.cat([token, kept, dropped.unsqueeze(1) @ others], dim=1)
+        return torch.cat([extra, kept, dropped.unsqueeze(1) @ others], dim=1)
 
 
 class EViT(DeiT):
@@ -106,7 +114,14 @@ class EViT(DeiT):
         return super().run(x, take, *args, **({"whole": True} if take else {}), **kwargs)
 
 
-default_cfgs = generate_default_cfgs({f"evit_{size}": deit_cfg("") for size in ("small", "base")})
+class EViTLVViT(EViT, LVViT):
+    """LV-ViT whose tokens become fewer with depth."""
+
+
+default_cfgs = generate_default_cfgs(
+    {f"evit_{size}": deit_cfg("") for size in ("small", "base")}
+    | {f"evit_lvvit_{size}": lvvit_cfg() for size in ("small", "medium")}
+)
 
 
 @register_model
@@ -117,3 +132,13 @@ def evit_small(pretrained: bool = False, **kwargs) -> EViT:
 @register_model
 def evit_base(pretrained: bool = False, **kwargs) -> EViT:
     return EViT.build("evit_base", pretrained, **kwargs)
+
+
+@register_model
+def evit_lvvit_small(pretrained: bool = False, **kwargs) -> EViTLVViT:
+    return EViTLVViT.build("evit_lvvit_small", pretrained, **SMALL | kwargs)
+
+
+@register_model
+def evit_lvvit_medium(pretrained: bool = False, **kwargs) -> EViTLVViT:
+    return EViTLVViT.build("evit_lvvit_medium", pretrained, **MEDIUM | kwargs)

@@ -24,6 +24,7 @@ class KeyDrivenGQA(DeiT):
         kv_heads: Number of key and value heads; as many as `heads` give multi-head attention.
         allocation: How query heads are shared out, as in op `grouped_query`: by default "batch_key_norm", the authors'
             KDGQA; "uniform" is GQA, "key_average" and "key_change" are DGQA.
+        noise: Subtract noise from the heads' outputs, as in op `grouped_query`; with "uniform" this is PGQA.
         mixers: Token mixers in place of grouped-query attention, as `ops.parse_mixers` reads them.
         **kwargs: Further arguments of `PlainBackbone`.
     """
@@ -32,10 +33,11 @@ class KeyDrivenGQA(DeiT):
         self,
         kv_heads: int = 3,
         allocation: str = "batch_key_norm",
+        noise: bool = False,
         mixers: Spec | Sequence | None = None,
         **kwargs,
     ):
-        op = {"name": "grouped_query", "kv_heads": kv_heads, "allocation": allocation}
+        op = {"name": "grouped_query", "kv_heads": kv_heads, "allocation": allocation, "noise": noise}
         super().__init__(mixers=op if mixers is None else mixers, **kwargs)
         self.apply(init_as_pytorch)
         if self.pos_embed is not None:

@@ -103,10 +103,10 @@ class PathEnsemble(DeiT):
         heads = [nn.Linear(self.num_features, num_classes, device=device) for _ in self.taught if num_classes]
         self.early_heads = nn.ModuleList(heads)
 
-    def run(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
+    def run(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor], list[tuple[int, int]]]:
         """Run as `PlainBackbone.run`; the tokens after each block of `take` are the sums of the paths so far."""
-        x, intermediates, size = super().run(*args, **kwargs)
-        return x, [tokens.chunk(2, -1)[1] for tokens in intermediates], size
+        x, intermediates, sizes = super().run(*args, **kwargs)
+        return x, [tokens.chunk(2, -1)[1] for tokens in intermediates], sizes
 
     def finish(self, x: Tensor) -> Tensor:
         return self.norm(x.chunk(2, -1)[1])

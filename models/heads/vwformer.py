@@ -11,13 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops.functional import merge_heads, split_heads
-from ops.windows import from_windows, to_windows
-
-# Number of windows of a map by height and width, for any size of the map.
-GRID = (8, 8)
-# Side of the context relative to the side of the window, for each of the three attentions.
-RATIOS = (2, 4, 8)
+from ops.attention.varying_window import GRID, RATIOS, CrossAttention, attend_to_contexts
 
 
 def conv_bn_relu(in_dim: int, dim: int, kernel: int = 1) -> nn.Sequential:
@@ -26,30 +20,11 @@ def conv_bn_relu(in_dim: int, dim: int, kernel: int = 1) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(dim), nn.ReLU())
 
 
-class CrossAttention(nn.Module):
-    """Attention whose queries are tokens (N, T, D) and whose keys and values are a context (N, T, D)."""
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))
-        self.proj = nn.Linear(dim, dim, bias=False)
-        for layer in (self.q, self.k, self.v):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (split_heads(t, self.num_heads) for t in (self.q(x), self.k(context), self.v(context)))
-        return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
-
-
 class VaryingWindowAttention(nn.Module):
-    """Attention of each window of a map to a context around the window that is `ratio` times as wide and high.
+    """Attention of each window of a map to a context around it, as in the op `varying_window`, with batch norms.
 
     Takes a map (B, D, h, w) and returns a map of the same shape; h and w are multiples of 8, since a map has 8 x 8
-    windows. A context has as many tokens as a window: a convolution reduces each position to D / ratio² channels, and
-    ratio x ratio positions are concatenated into one token. Beyond its borders, the map is continued with copies of its
-    own positions (the paper's copy-shift padding, see `extend`).
+    windows.
 
     Args:
         dim: Number D of channels, a multiple of ratio² and of `num_heads`.
@@ -66,55 +41,17 @@ class VaryingWindowAttention(nn.Module):
             self.attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
             self.norm = nn.Identity()
         else:
-            self.attn = CrossAttention(dim, num_heads)
+            self.attn = CrossAttention(dim, num_heads, dim)
             self.norm = nn.BatchNorm2d(dim)
             nn.init.zeros_(self.norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        size = x.shape[2:]
-        before, after = self.ratio // 2 - 1, self.ratio // 2
-        scaled = self.scale(F.pad(x, (before, after, before, after)))
-        windows = to_windows(x.permute(0, 2, 3, 1), GRID)  # (B, 64, T, D)
-        query, context = windows.flatten(0, 1), contexts(scaled, self.ratio).flatten(0, 1)
+        return self.norm(attend_to_contexts(x, self.ratio, self.scale, self.attend).permute(0, 3, 1, 2))
+
+    def attend(self, x: Tensor, context: Tensor) -> Tensor:
         if isinstance(self.attn, nn.MultiheadAttention):
-            out, _ = self.attn(query, context, context, need_weights=False)
-        else:
-            out = self.attn(query, context)
-        return self.norm(from_windows(out.view_as(windows), GRID, size).permute(0, 3, 1, 2))
-
-
-def contexts(x: Tensor, ratio: int) -> Tensor:
-    """Gather the contexts of the 8 x 8 windows of a map.
-
-    Args:
-        x: Map (B, C, h, w); h and w are multiples of 8.
-        ratio: Side of a context relative to the side of a window.
-
-    Returns:
-        (B, 64, tokens of a window, ratio² C).
-    """
-    for dim, windows in zip((2, 3), GRID, strict=True):
-        x = extend(x, ratio, dim)
-        window = x.shape[dim] // (windows + ratio - 1)
-        # This replaces the dimension by the windows, and appends a dimension with the positions of each context.
-        x = x.unfold(dim, ratio * window, window)
-    x = x.unflatten(5, (-1, ratio)).unflatten(4, (-1, ratio))  # (B, C, 8, 8, rows, ratio, columns, ratio)
-    x = x.permute(0, 2, 3, 4, 6, 5, 7, 1)
-    return x.flatten(5).flatten(3, 4).flatten(1, 2)
-
-
-def extend(x: Tensor, ratio: int, dim: int) -> Tensor:
-    """Extend dimension `dim` (2 or 3) of a map by the ratio - 1 windows by which contexts reach beyond its two ends.
-
-    Half of these windows are added at each end. They are copies of positions inside the map, the farthest of which lies
-    `ratio` windows from that end; for ratio 8, they are the opposite half of the map.
-    """
-    length = x.shape[dim]
-    window = length // GRID[dim - 2]
-    added, reach = (ratio - 1) * window, ratio * window
-    before, after = added - added // 2, added // 2
-    first, last = x.narrow(dim, reach - before, before), x.narrow(dim, length - reach, after)
-    return torch.cat((first, x, last), dim)
+            return self.attn(x, context, context, need_weights=False)[0]
+        return self.attn(x, context)
 
 
 class VWHead(nn.Module):

@@ -42,17 +42,18 @@ def resize_positions(
 def fit_positions(table: Tensor, grid: Sequence[int], extra: int, mode: str = "bicubic") -> Tensor:
     """Fit a checkpoint's positions to a net's grid.
 
-    The positions were learned for a square grid, with or without a class token. The position of a class token that
-    the net lacks is left out. A table that does not fit in this way is returned unchanged.
+    The positions were learned for a square grid, with or without extra tokens. For a net without extra tokens, the
+    positions of a class token and of a distillation token are left out. A table that does not fit in this way is
+    returned unchanged.
 
     Args:
         table: Positions (1, N, C) of the checkpoint.
         grid: Rows and columns of the net's positions.
-        extra: Number of the net's first positions that belong to no grid: 1 with a class token, else 0.
+        extra: Number of the net's first positions that belong to no grid, such as a class token's.
         mode: Mode of `torch.nn.functional.interpolate`.
     """
     side = math.isqrt(table.shape[1])
     superfluous = table.shape[1] - side**2 - extra
-    if superfluous not in (0, 1):
+    if superfluous and (extra or superfluous not in (1, 2)):
         return table
     return resize_positions(table[:, superfluous:], (side, side), grid, extra, mode)

@@ -41,6 +41,7 @@ class AgentAttention(nn.Module):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "pooled"
     takes_extra = True
     # From the authors' nets in CSWin's layout
     renames = ((r"^attns\.0\.get_v\.", "dwc."), (r"^attns\.0\.", ""))

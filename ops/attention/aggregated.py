@@ -35,6 +35,8 @@ class AggregatedAttention(PixelFocusedAttention):
             another size; by default biases are computed for each map itself.
     """
 
+    family = "mixed"
+
     def __init__(
         self,
         dim: int,

@@ -32,6 +32,8 @@ class CascadedGroupAttention(nn.Module):
             Default (7, 5, 3).
     """
 
+    family = "local"
+
     def __init__(
         self,
         dim: int,

@@ -22,6 +22,8 @@ class ChannelAttention(nn.Module):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "channel"
+
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, qkv_bias: bool = True):
         super().__init__()
         self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5

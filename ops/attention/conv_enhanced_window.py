@@ -29,6 +29,8 @@ class ConvEnhancedWindowAttention(WindowAttention):
             convolution has a bias by default.
     """
 
+    family = "local"
+
     def __init__(
         self,
         dim: int,

@@ -29,6 +29,7 @@ class CrossShapedWindowAttention(nn.Module):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "local"
     renames = ((r"^attns\.(\d)\.get_v\.", r"lepe.\1."),)
 
     def __init__(

@@ -26,6 +26,8 @@ class DFCAttention(nn.Module):
         kernel: Length of the convolutions in tokens at half resolution, odd; default 5.
     """
 
+    family = "convolution"
+
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, kernel: int = 5):
         super().__init__()
         if kernel < 1 or kernel % 2 == 0:

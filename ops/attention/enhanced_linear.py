@@ -27,6 +27,8 @@ class EnhancedLinearAttention(nn.Module):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "linear"
+
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, qkv_bias: bool = True):
         super().__init__()
         self.num_heads = num_heads

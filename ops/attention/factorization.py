@@ -121,6 +121,7 @@ class FactorizationAttention(nn.Module):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "mixed"
     renames = (
         (r"^kv_g\.", "coarse.kv."),
         (r"^sr\.", "coarse.reduce."),

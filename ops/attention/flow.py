@@ -29,6 +29,7 @@ class FlowAttention(nn.Module):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "linear"
     takes_extra = True
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, qkv_bias: bool = True):

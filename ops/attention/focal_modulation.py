@@ -25,6 +25,8 @@ class FocalModulation(nn.Module):
             field.
     """
 
+    family = "convolution"
+
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, kernels: Sequence[int] = (3, 5, 7)):
         super().__init__()
         if not kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):

@@ -25,6 +25,8 @@ class GatedConv(nn.Module):
         conv_ratio: Number of convolved channels as a multiple of `dim`, at most `expansion`; default 1.
     """
 
+    family = "convolution"
+
     def __init__(
         self,
         dim: int,

@@ -32,8 +32,8 @@ class GaussianHead(nn.Module):
 
     def forward(self, x: Tensor, axis: int) -> Tensor:
         if x.shape[axis] == 1:
-            # One value has no variance, and a weight of 1.
-            return x
+            # One value has no variance, and a weight of 1; the parameters still need a gradient, for DDP.
+            return x + 0 * (self.mean_offsets.sum() + self.c.sum()).to(x.dtype)
         precise = x.to(torch.promote_types(x.dtype, torch.float32))
         variance, mean = torch.var_mean(precise, axis, keepdim=True)
         distances = (precise - mean)[..., None] - self.mean_offsets
@@ -58,6 +58,8 @@ class GaussianAdaptiveAttention(nn.Module):
         axis: "tokens" (default) or "channels".
         gaussians: Number of Gaussians of each head; default 4.
     """
+
+    family = "channel"
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, axis: str = "tokens", gaussians: int = 4):
         super().__init__()

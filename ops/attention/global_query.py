@@ -78,6 +78,7 @@ class GlobalQueryAttention(WindowAttention):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "local"
     renames = (*WindowAttention.renames, (r"^rel_pos\.", ""))
 
     make_context: type[GlobalQuery] | None = GlobalQuery

@@ -28,6 +28,7 @@ class GridAttention(WindowAttention):
         grid: Maximum number of tokens of a group along each side; default 7.
     """
 
+    family = "sparse"
     renames = (*WindowAttention.renames, (r"^rel_pos\.", ""))
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, grid: int = 7):

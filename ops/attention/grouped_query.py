@@ -2,7 +2,7 @@
 
 Grouped queries: Ainslie et al., EMNLP 2023, arXiv:2305.13245. Key-driven (KDGQA) and dynamic (DGQA) allocation: Khan et
 al., 2024, arXiv:2408.08454. Written after the papers and the authors' repository, Zohaib-Khan5040/key-driven-gqa (MIT).
-Its PGQA, which subtracts noise from the attention's output in evaluation too, is left out.
+Its PGQA subtracts noise from the attention's output in evaluation too; here evaluation subtracts the noise's mean.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.functional import merge_heads, split_heads
+from ops.norm import RMSNorm
 from ops.registry import FIRST, Place, register_op
 
 ALLOCATIONS = ("uniform", "key_norm", "batch_key_norm", "key_change", "key_average")
@@ -46,10 +47,18 @@ class GroupedQueryAttention(nn.Module):
         allocation: One of the rules above; default "uniform".
         interval: Number of forward passes in training between two allocations of "key_change" and "key_average". It is
             even, so that gradient checkpointing, which runs each pass twice, repeats a pass with the same allocation.
+        noise: Subtract from each head's output noise of the mean and deviation that the output has over tokens and
+            channels (PGQA); in evaluation its mean. Default False.
         qkv_bias: Give the query, key and value projections a bias; default True.
+        proj_bias: Give the output projection a bias; default True.
+        qk_norm: Normalise each head's queries and keys by their root mean square, with a learned scale for each
+            channel; default False.
     """
 
+    family = "full"
     takes_extra = True
+    # From the names that language models use
+    renames = ((r"^([qkv])_proj\.", r"\1."), (r"^o_proj\.", "proj."))
     cache: Tensor
     groups: Tensor
     passes: Tensor
@@ -63,7 +72,10 @@ class GroupedQueryAttention(nn.Module):
         kv_heads: int | None = None,
         allocation: str = "uniform",
         interval: int = 300,
+        noise: bool = False,
         qkv_bias: bool = True,
+        proj_bias: bool = True,
+        qk_norm: bool = False,
     ):
         super().__init__()
         if kv_heads is None:
@@ -78,11 +90,13 @@ class GroupedQueryAttention(nn.Module):
         if interval < 2 or interval % 2:
             raise ValueError(f"interval must be positive and even, not {interval}")
         self.num_heads, self.kv_heads, self.allocation, self.interval = num_heads, kv_heads, allocation, interval
+        self.noise = noise
         width = dim // num_heads * kv_heads
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.k = nn.Linear(dim, width, bias=qkv_bias)
         self.v = nn.Linear(dim, width, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.q_norm, self.k_norm = (RMSNorm(dim // num_heads, 1e-6) if qk_norm else nn.Identity() for _ in range(2))
         self.dynamic = allocation in ("key_change", "key_average")
         if self.dynamic:
             self.register_buffer("cache", torch.zeros(kv_heads))
@@ -92,14 +106,19 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Any:
         size, E = x.shape[1:3], 0 if extra is None else extra.shape[1]
         tokens = x.flatten(1, 2) if extra is None else torch.cat([extra, x.flatten(1, 2)], dim=1)
-        q = split_heads(self.q(tokens), self.num_heads)
+        q = self.q_norm(split_heads(self.q(tokens), self.num_heads))
         k, v = (split_heads(t, self.kv_heads) for t in (self.k(tokens), self.v(tokens)))
+        out = self.proj(merge_heads(self.attend_heads(q, self.k_norm(k), v)))
+        x = out[:, E:].unflatten(1, size)
+        return x if extra is None else (x, out[:, :E])
+
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the heads' outputs (B, heads, N, D) for q (B, heads, N, D) and k, v (B, kv_heads, N, D)."""
         groups = self.allocate(k.detach())
         # One index for each image and query head, or one for each query head
         index = (torch.arange(len(k), device=k.device)[:, None], groups) if groups.ndim == 2 else (slice(None), groups)
-        out = self.proj(merge_heads(F.scaled_dot_product_attention(q, k[index], v[index])))
-        x = out[:, E:].unflatten(1, size)
-        return x if extra is None else (x, out[:, :E])
+        out = F.scaled_dot_product_attention(q, k[index], v[index])
+        return out - noise_like(out, self.training) if self.noise else out
 
     def allocate(self, k: Tensor) -> Tensor:
         """Return the index of each query head's key head, (heads,) or (B, heads), for keys (B, kv_heads, N, D)."""
@@ -127,6 +146,23 @@ class GroupedQueryAttention(nn.Module):
         self.cache.copy_(torch.where(due, (cache + norms) / self.interval, cache))
         self.passes.add_(1)
         return groups
+
+
+def noise_like(out: Tensor, random: bool) -> Tensor:
+    """Return PGQA's noise for the heads' outputs (B, heads, N, D), which broadcasts to them, or its mean.
+
+    Uniform noise, the same for all images, is scaled to the mean and the deviation of each head's output.
+    """
+    mean = out.mean((2, 3), keepdim=True)
+    if not random:
+        return mean
+    noise = torch.rand(out.shape[1:], device=out.device, dtype=out.dtype)
+    noise = noise - noise.mean((1, 2), keepdim=True)
+    # One token of one channel has no deviation.
+    deviation = noise.square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-6)
+    # The small number keeps the gradient of the root finite where the output has no deviation.
+    scale = out.float().var((2, 3), keepdim=True, correction=0).add(1e-12).sqrt().to(out.dtype)
+    return mean + noise / deviation * scale
 
 
 def share_out(weights: Tensor, heads: int) -> Tensor:

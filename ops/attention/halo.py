@@ -29,6 +29,7 @@ class HaloAttention(nn.Module):
         halo: Number of tokens on each side of a block that its queries attend to as well; default 3.
     """
 
+    family = "local"
     renames = ((r"^pos_embed\.", ""),)
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, block: int = 8, halo: int = 3):

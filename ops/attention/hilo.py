@@ -27,6 +27,7 @@ class HiLoAttention(nn.Module):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "mixed"
     renames = ((r"^h_", "high_"), (r"^l_", "low_"))
 
     def __init__(

@@ -146,6 +146,7 @@ class Hyena(nn.Module):
             and a learned constant; only with "joint". "no": nothing.
     """
 
+    family = "convolution"
     renames = ((r"^filter_fn\.bias$", "skip"), (r"^filter_fn\.", "filter."))
 
     def __init__(

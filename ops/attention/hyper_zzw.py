@@ -124,6 +124,8 @@ class HyperZZW(nn.Module):
             author's nets have 2000, with which neighbouring places are independent.
     """
 
+    family = "convolution"
+
     def __init__(
         self,
         dim: int,

@@ -30,6 +30,7 @@ class InLineAttention(nn.Module):
             as well, as in the paper's CSWin layout; odd, or 0 (default) for none.
     """
 
+    family = "linear"
     takes_extra = True
     # From the authors' nets in CSWin's layout
     renames = ((r"^attns\.0\.get_v\.", "lepe."), (r"^attns\.0\.", ""))

@@ -33,6 +33,7 @@ class LengthScaledCosineAttention(nn.Module):
             another size; by default biases are computed for each map itself.
     """
 
+    family = "full"
     renames = ((r"^cpb_fc(\d)\.", r"cpb.fc\1."),)
 
     def __init__(

@@ -30,6 +30,8 @@ class LoRAWindowAttention(WindowAttention):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "local"
+
     def __init__(
         self,
         dim: int,

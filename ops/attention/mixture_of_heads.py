@@ -39,6 +39,7 @@ class MixtureOfHeads(nn.Module):
             out of its range.
     """
 
+    family = "full"
     takes_extra = True
     # From the authors' names, where the gates stand beside the attention's own weights
     renames = ((r"^(?!wg|attention\.)", "attention."),)

@@ -29,6 +29,7 @@ class MSAConv(nn.Module):
         bias: Give the convolution a bias; default False.
     """
 
+    family = "local"
     renames = ((r"^qkv_conv\.", "qkv."), (r"^mlp\.", "conv."))
 
     def __init__(

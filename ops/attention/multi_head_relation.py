@@ -27,6 +27,8 @@ class MultiHeadRelation(nn.Module):
         window: Side of the global form's windows in tokens, or 0 (default) for the whole map.
     """
 
+    family = "mixed"
+
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, form: str | None = None, window: int = 0):
         super().__init__()
         form = ("local" if place.stage < 2 else "global") if form is None else form

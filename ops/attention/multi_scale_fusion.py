@@ -36,6 +36,8 @@ class MultiScaleFusion(nn.Module):
         separable: Sum over rows, then over columns (default). False has a weight for each pair of tokens.
     """
 
+    family = "mixed"
+
     def __init__(
         self,
         dim: int,

@@ -36,6 +36,7 @@ class NeighborhoodAttention(nn.Module):
         bias: Learn a bias for each relative position, as NAT and DiNAT do; default True.
     """
 
+    family = "local"
     renames = ((r"^rpb$", "relative_position_bias_table"),)
 
     def __init__(

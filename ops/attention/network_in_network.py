@@ -34,6 +34,7 @@ class NetworkInNetwork(nn.Module):
         dropout: Dropout rate after each layer of both MLPs; default 0.
     """
 
+    family = "convolution"
     renames = (
         (r"^Mixer\.(token|channel)_mix\.0\.", r"\1_norm."),
         (r"^Mixer\.(token|channel)_mix\.\d\.net\.0\.", r"\1_mlp.fc1."),

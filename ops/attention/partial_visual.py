@@ -39,6 +39,7 @@ class PartialVisualAttention(nn.Module):
         dropout: Dropout rate of the self-attention's weights and output; default 0.
     """
 
+    family = "mixed"
     renames = (
         (r"^partial_conv3\.", "conv."),
         (r"^attn\.cfc1\.", "gate."),

@@ -76,6 +76,7 @@ class PixelFocusedAttention(nn.Module):
             another size; by default biases are computed for each map itself.
     """
 
+    family = "mixed"
     renames = ((r"^cpb_fc(\d)\.", r"cpb.fc\1."),)
 
     def __init__(

@@ -24,6 +24,8 @@ class PlainWindowAttention(nn.Module):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "local"
+
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, window: int = 7, qkv_bias: bool = True):
         super().__init__()
         if window < 1:

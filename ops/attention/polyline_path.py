@@ -31,6 +31,7 @@ class PolylinePathAttention(nn.Module):
         form: "chunk" or "whole"; by default chunk in the first two stages, as in the paper's smallest net.
     """
 
+    family = "full"
     renames = (
         (r"^attn\.", ""),
         (r"^relpos\.", None),

@@ -39,6 +39,7 @@ class PositionAwareAttention(nn.Module):
         ValueError: `size` or `diversity` is out of its range.
     """
 
+    family = "full"
     loss_weights = (("diversity", 1.0),)
 
     def __init__(

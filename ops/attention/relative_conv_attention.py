@@ -34,6 +34,8 @@ class RelativeConvAttention(nn.Module):
         out_dim: Number of channels of the output; by default `dim`.
     """
 
+    family = "full"
+
     def __init__(
         self,
         dim: int,

@@ -26,6 +26,8 @@ class SingleHeadAttention(nn.Module):
         key_dim: Number of channels of queries and keys; default 16.
     """
 
+    family = "full"
+
     def __init__(
         self,
         dim: int,

@@ -41,6 +41,7 @@ class SoftmaxFreeAttention(nn.Module):
             all images of the batch. Default False.
     """
 
+    family = "pooled"
     renames = (
         (r"^W_q\.", "q."),
         (r"^W_v\.", "v."),

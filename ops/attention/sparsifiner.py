@@ -124,13 +124,15 @@ class SparsifinerAttention(nn.Module):
         threshold: Entries of the basis up to this magnitude count as zero; default 0.02.
         size: Size (H, W) of the map for which the tables are learned, or one number for both; by default the size at an
             image of 224 pixels.
+        qkv_bias: Give the query, key and value projections a bias; default True.
 
     Raises:
         ValueError: A value is out of its range.
     """
 
+    family = "sparse"
     takes_extra = True
-    loss_weights = (("connectivity", 0.01),)
+    loss_weights: tuple[tuple[str, float], ...] = (("connectivity", 0.01),)
 
     def __init__(
         self,
@@ -143,6 +145,7 @@ class SparsifinerAttention(nn.Module):
         coefficients: int = 8,
         threshold: float = 0.02,
         size: int | tuple[int, int] | None = None,
+        qkv_bias: bool = True,
     ):
         super().__init__()
         H, W = map(int, to_2tuple(ceil_div(224, place.stride) if size is None else size))
@@ -152,7 +155,7 @@ class SparsifinerAttention(nn.Module):
                 f"not {keep}, {basis}, {coefficients} and {size}"
             )
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.mask_predictor = MaskPredictor(
             dim // num_heads, num_heads, (H, W), place.extra, keep, basis, coefficients, threshold

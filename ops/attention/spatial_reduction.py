@@ -33,6 +33,7 @@ class SpatialReductionAttention(nn.Module):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "pooled"
     takes_extra = True
 
     def __init__(

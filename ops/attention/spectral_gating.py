@@ -28,6 +28,8 @@ class SpectralGating(nn.Module):
             image of 224 pixels.
     """
 
+    family = "convolution"
+
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, size: int | tuple[int, int] | None = None):
         super().__init__()
         H, W = map(int, to_2tuple(ceil_div(224, place.stride) if size is None else size))

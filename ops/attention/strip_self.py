@@ -30,6 +30,8 @@ class StripSelfAttention(nn.Module):
         qk_dim: Number of channels of each head's queries and keys; default 1.
     """
 
+    family = "pooled"
+
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, ratio: int | None = None, qk_dim: int = 1):
         super().__init__()
         ratio = RATIOS[min(place.stage, 3)] if ratio is None else ratio

@@ -33,6 +33,7 @@ class VariedSizeWindowAttention(nn.Module):
         out_dim: Number of channels of the output; by default `dim`.
     """
 
+    family = "local"
     relative_position_index: Tensor
     renames = ((r"^relative_position_index$", None), (r"^(sampling_\w+)\.2\.", r"\1."))
 
@@ -61,7 +62,7 @@ class VariedSizeWindowAttention(nn.Module):
         size = padded.shape[1:3]
         grid = (size[0] // self.window_size[0], size[1] // self.window_size[1])
 
-        q, kv = self.qkv(x).tensor_split([self.proj.in_features], dim=-1)
+        q, kv = self.qkv(x).tensor_split([self.qkv.out_features // 3], dim=-1)
         q = to_windows(pad_to_multiple(self.q_scale * q, self.window_size), grid)
         kv = self.sample(kv, self.points(window_means(padded, self.window_size), grid, (H, W)))
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).unsqueeze(0)

@@ -3,6 +3,8 @@
 Written after the paper and the authors' repository, microsoft/Swin-Transformer (MIT).
 """
 
+import math
+
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ class WindowAttention(nn.Module):
         qkv_bias: Give the query, key and value projections a bias; default True.
     """
 
+    family = "local"
     relative_position_bias_table: nn.Parameter
     relative_position_index: Tensor
     renames = ((r"^relative_position_index$", None),)
@@ -68,9 +71,45 @@ class WindowAttention(nn.Module):
 
     def bias(self, window: tuple[int, int]) -> Tensor:
         """Return the bias between the tokens of a window of (h, w) tokens: (heads, h * w, h * w)."""
-        (h, w), side = window, self.window_size[0]
-        index = self.relative_position_index.view(side, side, side, side)[:h, :w, :h, :w].reshape(h * w, h * w)
-        return self.relative_position_bias_table[index].permute(2, 0, 1)
+        return window_bias(self.relative_position_bias_table, self.relative_position_index, window)
+
+
+class RelativePositionBias(nn.Module):
+    """Learned bias for each relative position in a window, for ops that hold it in a module of its own.
+
+    Args:
+        num_heads: Number of heads.
+        window: Side of the largest window in tokens.
+    """
+
+    relative_position_index: Tensor
+    renames = ((r"^relative_position_index$", None),)
+
+    def __init__(self, num_heads: int, window: int):
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"relative_position_bias_table"}
+
+    def forward(self, window: tuple[int, int]) -> Tensor:
+        """Return the bias between the tokens of a window of (h, w) tokens: (heads, h * w, h * w)."""
+        return window_bias(self.relative_position_bias_table, self.relative_position_index, window)
+
+
+def window_bias(table: Tensor, index: Tensor, window: tuple[int, int]) -> Tensor:
+    """Return the bias between the tokens of a window of (h, w) tokens: (heads, h * w, h * w).
+
+    Args:
+        table: Bias of each relative position in a window of `side` tokens, ((2 * side - 1)², heads).
+        index: Row of the table for each pair of tokens of such a window, (side², side²).
+        window: Size (h, w) of the window, at most `side`.
+    """
+    (h, w), side = window, math.isqrt(len(index))
+    index = index.view(side, side, side, side)[:h, :w, :h, :w].reshape(h * w, h * w)
+    return table[index].permute(2, 0, 1)
 
 
 def relative_position_index(window: int) -> Tensor:

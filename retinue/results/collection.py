@@ -52,9 +52,14 @@ class Run:
         """The resolved config of the run, or of the run that an evaluation evaluates; {} if there is none."""
         return self._config[0] | self._config[3]
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
-        """The run's identity with dotted names such as `recipe.optimizer.lr`, without the seed."""
+        """The run's identity with dotted names such as `recipe.optimizer.lr`, without the seed.
+
+        An evaluation has its own image size.
+        """
+        if self.result and self.kind == "evaluation" and "image_size" in self.result:
+            return self._config[1] | {"data.image_size": self.result["image_size"]}
         return self._config[1]
 
     @cached_property
@@ -140,6 +145,11 @@ def find_runs(folder: str | Path) -> list[Run]:
     if not runs:
         raise ValueError(f"no run lies below {folder}: a run's folder holds {CONFIG} or {RESULT}")
     return runs
+
+
+def read_run(folder: Path) -> Run:
+    """Return the run or evaluation of a folder."""
+    return _read(folder, {name for name in (CONFIG, RESULT, FAILED) if (folder / name).exists()})
 
 
 def _read(folder: Path, run_files: set[str]) -> Run:

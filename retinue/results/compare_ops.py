@@ -1,29 +1,36 @@
-"""Ops compared in one backbone: train a run for each op and seed, measure speed and memory, plot."""
+"""Ops compared in one backbone: equal budgets, equal tuning, runs over seeds, paired statistics, speed and memory."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+import optuna
+from omegaconf import DictConfig, OmegaConf
+from timm.layers import to_2tuple
 
-from models import model_name
 from ops import list_ops
+from ops.registry import _OPS
 from retinue.benchmarks.models import Setting, benchmark
+from retinue.benchmarks.op_properties import cost_exponent
 from retinue.benchmarks.timing import Row
-from retinue.evaluation.statistics import mean_ci95
+from retinue.evaluation.statistics import holm, paired_difference, rate_interval
+from retinue.results import budgets
+from retinue.results.collection import read_run
+from retinue.results.report import make_data, make_page, read_curves
+from retinue.results.search import read_space, to_overrides
+from retinue.runs.many import compose_runs, evaluate_run, one_line, train_all
 from retinue.runs.preprocessing import resolve_preprocessing
 from retinue.runs.result_file import read_result
-from retinue.runs.training import train
 from retinue.utils.files import replacing
-from retinue.utils.paths import CONF
+from retinue.utils.sizes import resolve, size_pixels
 from retinue.utils.suggestions import nearest
 
-# Overrides for runs that take a quarter of an hour together.
+# Overrides for runs that take half an hour together.
 SMALL = ("data.image_size=16", "recipe.epochs=3")
-# Maximum length of an error message in the table, in characters.
-MAX_MESSAGE_LENGTH = 200
+# Seed of the trials of the tuning, which no compared run may have, and of the points of the space.
+TUNING_SEED = 1000
 # Mode of a benchmark -> prefix of the table's columns.
 PREFIXES = {"inference": "infer", "training": "train"}
 
@@ -35,120 +42,335 @@ def check_ops(names: Sequence[str]) -> None:
             raise ValueError(f"no op is called {name!r}.{nearest(name, list_ops())} There are: {', '.join(list_ops())}")
 
 
-def train_ops(
-    backbone: str, ops: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], folder: Path
-) -> tuple[list[Row], dict[str, dict[str, Any]], DictConfig]:
-    """Train each op in the backbone with each seed, except for the runs that are finished.
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison of ops in one backbone.
 
-    Args:
+    Attributes:
         backbone: Name in conf/model of a backbone that takes mixers.
         ops: Names of ops.
+        baseline: The op whose net is the budget, and with which the others are compared.
         seeds: Seeds of the runs.
         overrides: Further overrides of train.py.
         folder: Folder of the runs, as of train.py.
-
-    Returns:
-        A row for each op, with its accuracy or the reason for which it failed; the arguments of `models.create_model`
-        for each op that could be trained; the config of one run.
+        launcher: Name in conf/hydra/launcher; None trains in this process.
+        match: `macs` or `params` that all nets are to have, or None for nets as they are.
+        adjust: `width` or `depth`, which is changed for `match`.
+        tune: Number of trials in which each op is tuned; 0 for the recipe as it is.
+        space: Search space of the trials, as of `retinue.results.search.read_space`.
+        test_sizes: Further image sizes, in pixels, at which each run is tested.
     """
-    run_dir = f"run_dir={folder}/${{run_folder:}}"
-    # Compose all configs first, so that a mistake in the overrides is an error before anything runs.
-    configs: dict[str, list[DictConfig]] = {}
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for op in ops:
-            choice = [f"model={backbone}", f"model.mixers={op}", *overrides]
-            configs[op] = [compose("train", [*choice, f"seed={seed}", run_dir]) for seed in seeds]
-    rows: list[Row] = []
-    nets: dict[str, dict[str, Any]] = {}
-    for op in ops:
-        results: list[dict[str, Any]] = []
-        row: Row = {"what": op}
-        try:
-            for cfg in configs[op]:
-                train(cfg)
-                results.append(read_result(Path(cfg.run_dir)) or {})
-        except Exception as error:
-            # Whatever is wrong with one op must not stop the others.
-            row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_MESSAGE_LENGTH]
+
+    backbone: str
+    ops: Sequence[str]
+    baseline: str
+    seeds: Sequence[int]
+    overrides: Sequence[str]
+    folder: Path
+    launcher: str | None = None
+    match: str | None = None
+    adjust: str = "width"
+    tune: int = 0
+    space: str = "lr_wd"
+    test_sizes: Sequence[int] = ()
+
+    def choices(self, op: str) -> list[str]:
+        """Return the overrides of train.py that choose an op in the backbone."""
+        return [f"model={self.backbone}", f"model.mixers={op}", *self.overrides]
+
+
+@dataclass
+class Entry:
+    """One op of a comparison.
+
+    Attributes:
+        choices: Overrides of train.py for the op's runs, without the seed.
+        columns: Columns of the table so far; `failed` is why the op has no result.
+        runs: Folders of the finished runs by seed.
+        evaluations: Folders of the tests at other image sizes.
+    """
+
+    choices: list[str]
+    columns: Row
+    runs: dict[int, Path] = field(default_factory=dict)
+    evaluations: list[Path] = field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        return "failed" in self.columns
+
+
+def compare(comparison: Comparison) -> dict[str, Entry]:
+    """Match, tune, train and test all ops; what has been done is not repeated, and an op that fails has its reason.
+
+    Raises:
+        ValueError: An override or a setting is wrong.
+    """
+    if comparison.tune and TUNING_SEED in comparison.seeds:
+        raise ValueError(f"seed {TUNING_SEED} is that of the trials: choose other seeds for the comparison")
+    entries = {op: Entry(comparison.choices(op), describe(op)) for op in comparison.ops}
+    figure = str(config_of(comparison).task.figure)
+    if comparison.match:
+        match_budgets(comparison, entries)
+    if comparison.tune:
+        tune(comparison, entries, figure)
+    runs = {
+        (op, seed): [*entry.choices, f"seed={seed}"]
+        for op, entry in entries.items()
+        for seed in comparison.seeds
+        if not entry.failed
+    }
+    for (op, seed), ended in train_all(runs, comparison.folder, comparison.launcher).items():
+        if isinstance(ended, str):
+            entries[op].columns["failed"] = ended
         else:
-            row |= {"params_m": results[0]["params"] / 1e6, "macs_g": results[0]["macs"] / 1e9}
-            cfg = configs[op][0]
-            nets[op] = {"name": model_name(cfg.model, cfg.data.image_size), "mixers": op}
-        rows.append({**row, **summarise_accuracy(results)})
-    cfg = configs[ops[0]][0]
+            entries[op].runs[seed] = ended
+    for entry in entries.values():
+        if entry.runs:
+            add_results(entry, figure)
+    for size in comparison.test_sizes:
+        test_at(comparison, entries, size, figure)
+    add_differences(comparison, entries, figure)
+    return entries
+
+
+def describe(op: str) -> Row:
+    """Return the columns that do not depend on a run, or the reason why the op cannot be run."""
+    columns: Row = {"what": op, "family": getattr(_OPS[op], "family", None)}
+    try:
+        exponent = cost_exponent(op)
+    except Exception as error:
+        return columns | {"failed": one_line(error)}
+    return columns | {"growth": None if exponent is None else f"N^{exponent:.1f}"}
+
+
+def config_of(comparison: Comparison) -> DictConfig:
+    """Return the config of the baseline's runs, with its preprocessing filled in."""
+    runs = {None: [*comparison.choices(comparison.baseline), f"seed={comparison.seeds[0]}"]}
+    [cfg] = compose_runs(runs, comparison.folder).values()
     resolve_preprocessing(cfg)
-    return rows, nets, cfg
+    return cfg
 
 
-def summarise_accuracy(results: Sequence[Mapping[str, Any]]) -> Row:
-    """Return the mean of test top-1 over seeds, half the width of its 95 % interval (Student's t), and the seeds."""
-    if not results:
-        return {"top1": None, "ci95": None, "seeds": 0}
-    mean, half_width = mean_ci95([result["metrics"]["test/top1"] for result in results])
-    return {"top1": mean, "ci95": None if math.isnan(half_width) else half_width, "seeds": len(results)}
+def match_budgets(comparison: Comparison, entries: Mapping[str, Entry]) -> None:
+    """Give each op's net the width or depth at which it comes closest to the baseline's net as it is."""
+    cfg = config_of(comparison)
+    model: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    height, width = to_2tuple(cfg.data.image_size)
+    setting = budgets.Setting(str(comparison.match), (int(height), int(width)), cfg.data.in_chans)
+    budget = budgets.cost(model, setting)
+    for op, entry in entries.items():
+        if op == comparison.baseline:
+            continue
+        try:
+            arguments = budgets.match({**model, "mixers": op}, setting, budget, comparison.adjust)
+        except Exception as error:
+            # The op cannot be built, which must not stop the others.
+            entry.columns["failed"] = one_line(error)
+        else:
+            overrides = budgets.to_overrides(arguments)
+            entry.choices += overrides
+            entry.columns[comparison.adjust] = short(overrides)
 
 
-def measure_ops(
-    nets: Mapping[str, Mapping[str, Any]], image_size: int, batch_size: int, device: str, dtype: str, rounds: int
-) -> dict[str, Row]:
-    """Measure the speed (images/s) and peak memory (MB) of each net, all nets in turn in one process.
+def tune(comparison: Comparison, entries: Mapping[str, Entry], figure: str) -> None:
+    """Choose for each op the best of the same trials by validation, and add its values to the op's overrides."""
+    points = draw_points(comparison.space, comparison.tune)
+    trials = {
+        (op, i): [*entry.choices, *point, f"seed={TUNING_SEED}"]
+        for op, entry in entries.items()
+        for i, point in enumerate(points)
+        if not entry.failed
+    }
+    ended = train_all(trials, comparison.folder, comparison.launcher)
+    for op, entry in entries.items():
+        if entry.failed:
+            continue
+        scores = {i: best_validation(run, figure) for i in range(len(points)) if isinstance(run := ended[op, i], Path)}
+        if not scores:
+            entry.columns["failed"] = str(ended[op, 0])
+            continue
+        best = points[max(scores, key=lambda i: scores[i])]
+        entry.choices += best
+        entry.columns["tuned"] = short(best)
+
+
+def draw_points(space: str, count: int) -> list[list[str]]:
+    """Return overrides of train.py at random points of a search space, the same ones at every call.
+
+    Numbers have three digits.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=TUNING_SEED))
+    distributions = read_space(space)
+    points = [study.ask({**distributions}).params for _ in range(count)]
+    return [to_overrides({key: _rounded(value) for key, value in point.items()}) for point in points]
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def short(overrides: Sequence[str]) -> str:
+    """Return overrides without the sections of their keys, such as `dim=40`."""
+    pairs = [override.partition("=") for override in overrides]
+    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
+
+
+def best_validation(run: Path, figure: str) -> float:
+    """Return the best value of a figure over the epochs of a run."""
+    return max((value for _, value in read_curves(run / "metrics.csv").get(f"val/{figure}", [])), default=-math.inf)
+
+
+def add_results(entry: Entry, figure: str) -> None:
+    """Add parameters, MACs, and the mean test figure over seeds with its 95 % interval to an op's columns."""
+    results = [read_result(run) or {} for run in entry.runs.values()]
+    entry.columns |= {"params_m": results[0]["params"] / 1e6, "macs_g": results[0]["macs"] / 1e9, "seeds": len(results)}
+    entry.columns |= summarise_rates(figure, [result["metrics"][f"test/{figure}"] for result in results])
+
+
+def summarise_rates(name: str, rates: Sequence[float]) -> Row:
+    """Return the columns of a figure: mean over seeds, and the ends of its 95 % interval (None for one seed)."""
+    low, high = rate_interval(rates) if len(rates) > 1 else (None, None)
+    return {name: sum(rates) / len(rates), f"{name}_low": low, f"{name}_high": high}
+
+
+def test_at(comparison: Comparison, entries: Mapping[str, Entry], size: int, figure: str) -> None:
+    """Test the best weights of all runs with images of another size, and add the columns `<figure>@<size>`."""
+    settings = [text for text in comparison.overrides if text.startswith(("trainer=", "trainer.accelerator="))]
+    for entry in entries.values():
+        try:
+            tests = [evaluate_run(run, [f"data.image_size={size}", *settings]) for run in entry.runs.values()]
+        except Exception as error:
+            # A net may not take images of this size.
+            entry.columns[f"failed@{size}"] = one_line(error)
+            continue
+        entry.evaluations += tests
+        rates = [(read_result(folder) or {})["metrics"][f"test/{figure}"] for folder in tests]
+        if rates:
+            entry.columns |= summarise_rates(f"{figure}@{size}", rates)
+
+
+def add_differences(comparison: Comparison, entries: Mapping[str, Entry], figure: str) -> None:
+    """Add each op's difference to the baseline over seeds: mean, 95 % interval, and p by a paired t-test after Holm."""
+    base = figures(entries[comparison.baseline], figure)
+    tested: dict[str, float] = {}
+    for op, entry in entries.items():
+        own = figures(entry, figure)
+        seeds = sorted(own.keys() & base.keys())
+        if op == comparison.baseline or len(seeds) < 2:
+            continue
+        difference = paired_difference([own[seed] for seed in seeds], [base[seed] for seed in seeds])
+        entry.columns |= {"diff": difference.mean, "diff_low": difference.low, "diff_high": difference.high}
+        tested[op] = difference.p
+    for op, p in zip(tested, holm(list(tested.values())), strict=True):
+        entries[op].columns["p"] = None if math.isnan(p) else p
+
+
+def figures(entry: Entry, figure: str) -> dict[int, float]:
+    """Return the test figure of each seed."""
+    return {seed: (read_result(run) or {})["metrics"][f"test/{figure}"] for seed, run in entry.runs.items()}
+
+
+def summarise_row(row: Row) -> Row:
+    """Return the columns for the terminal: a mean and its interval in one, and of the costs only training speed."""
+    shown: Row = {}
+    for name, value in row.items():
+        low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+        if "@" not in name and low is not None and high is not None:
+            shown[name] = f"{value:.3f} ({low:.3f} to {high:.3f})"
+        elif (
+            name != "seeds" and not name.endswith(("_low", "_high")) and not name.startswith(("infer_", "train_peak_"))
+        ):
+            shown[name] = value
+    return shown
+
+
+def make_comparison_page(comparison: Comparison, entries: Mapping[str, Entry], title: str) -> str:
+    """Return the HTML page of the compared runs and their tests at other sizes: quality against cost, and curves."""
+    folders = [folder for entry in entries.values() for folder in (*entry.runs.values(), *entry.evaluations)]
+    return make_page(make_data([read_run(folder) for folder in folders], comparison.folder), title)
+
+
+def measure(
+    comparison: Comparison,
+    entries: Mapping[str, Entry],
+    image_size: int,
+    batch_size: int,
+    device: str,
+    dtype: str,
+    rounds: int,
+) -> None:
+    """Add the speed (images/s) and peak memory (MB) of each op's net, all measured in turn in one process.
 
     Args:
-        nets: Arguments of `models.create_model` by op.
+        comparison: The comparison.
+        entries: Its entries; those that have failed are left out.
         image_size: Side of the images in pixels; it stands in the columns' names.
         batch_size: Images in a batch.
         device: `cpu`, `cuda` or `cuda:N`.
         dtype: `float32`, or the type of autocast.
         rounds: How often each net is timed.
-
-    Returns:
-        The new columns of each op's row.
     """
+    nets = {}
+    choices = {op: entry.choices for op, entry in entries.items() if not entry.failed}
+    for op, cfg in compose_runs(choices, comparison.folder).items():
+        # The size of the net is that of the runs, whatever the size of the measured images.
+        name, arguments = resolve(cfg.model, size_pixels(cfg.data))
+        nets[op] = {"name": name, **arguments}
     setting = Setting(image_size, batch_size, device, dtype, channels_last=False)
-    columns: dict[str, Row] = {op: {} for op in nets}
     for row in benchmark(nets, setting, rounds=rounds):
         prefix = PREFIXES[str(row["mode"])]
-        columns[str(row["what"])] |= {
+        entries[str(row["what"])].columns |= {
             f"{prefix}_images_per_s@{image_size}": row["images_per_s"],
             f"{prefix}_peak_mb@{image_size}": row["peak_mb"],
         }
-    return columns
 
 
-def plot_ops(path: str | Path, rows: Sequence[Mapping[str, Any]], image_size: int, title: str) -> None:
-    """Plot the top-1 of each op with its interval, the best on top, and the top-1 against the training speed.
+def plot_ops(path: str | Path, rows: Sequence[Mapping[str, Any]], figure: str, image_size: int, title: str) -> None:
+    """Plot the test figure of each op with its interval, the best on top, and the figure against the training speed.
 
     Args:
         path: The picture to write.
-        rows: Rows of `train_ops`, with the columns of `measure_ops`.
+        rows: Columns of the entries.
+        figure: Name of the figure, such as `top1`.
         image_size: Image size of the speed, in pixels.
         title: Title of the picture.
     """
     from matplotlib.figure import Figure
 
-    rows = sorted((row for row in rows if row["top1"] is not None), key=lambda row: row["top1"])
+    rows = sorted((row for row in rows if row.get(figure) is not None), key=lambda row: row[figure])
     speed = f"train_images_per_s@{image_size}"
-    figure = Figure((11, max(3.5, 0.3 * len(rows) + 1.5)), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    picture = Figure((11, max(3.5, 0.3 * len(rows) + 1.5)), dpi=150, layout="constrained")
+    left, right = picture.subplots(1, 2)
     left.errorbar(
-        [row["top1"] for row in rows],
+        [row[figure] for row in rows],
         [row["what"] for row in rows],
-        xerr=[row["ci95"] or 0 for row in rows],
+        xerr=_error_bars(rows, figure),
         fmt="o",
         color="#0072b2",
         capsize=3,
     )
-    left.set(xlabel="test top-1 (bar: 95 % confidence interval over seeds)")
+    left.set(xlabel=f"test {figure} (bar: 95 % confidence interval over seeds)")
     measured = [row for row in rows if speed in row]
-    right.scatter([row[speed] for row in measured], [row["top1"] for row in measured], color="#0072b2")
+    right.scatter([row[speed] for row in measured], [row[figure] for row in measured], color="#0072b2")
     for row in measured:
-        point = (row[speed], row["top1"])
+        point = (row[speed], row[figure])
         right.annotate(row["what"], point, textcoords="offset points", xytext=(4, 4), fontsize="x-small")
-    right.set(xlabel=f"training images/s at {image_size} pixels", ylabel="test top-1")
+    right.set(xlabel=f"training images/s at {image_size} pixels", ylabel=f"test {figure}")
     if measured:
         right.set_xscale("log")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.suptitle(title, fontsize="small")
+    picture.suptitle(title, fontsize="small")
     with replacing(path) as temporary:
-        figure.savefig(temporary)
+        picture.savefig(temporary)
+
+
+def _error_bars(rows: Sequence[Mapping[str, Any]], figure: str) -> list[list[float]]:
+    """Return the lengths of the bars below and above each mean; 0 where there is no interval."""
+    ends = [(row[f"{figure}_low"], row[figure], row[f"{figure}_high"]) for row in rows]
+    return [
+        [0 if low is None else mean - low for low, mean, _ in ends],
+        [0 if high is None else high - mean for _, mean, high in ends],
+    ]

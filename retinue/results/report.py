@@ -110,7 +110,10 @@ def _data_set(group: Group) -> str:
     if "data" not in values:
         return "unknown"
     task = values.get("task", "unknown task")
-    return f"{values['data']} ({task}, evaluated)" if values["kind"] == "evaluation" else f"{values['data']} ({task})"
+    if values["kind"] != "evaluation":
+        return f"{values['data']} ({task})"
+    at_size = f" at {values['image_size']} px" if values.get("image_size") else ""
+    return f"{values['data']} ({task}, evaluated{at_size})"
 
 
 def _name(group: Group) -> str:

@@ -12,6 +12,7 @@ from retinue.runs.config import check
 from retinue.runs.folders import no_empty_folder, refuse_inside_a_run, refuse_over_a_run
 from retinue.runs.identity import fingerprint
 from retinue.runs.launch import launch, needs_launch, rank
+from retinue.runs.preprocessing import resolved_data
 from retinue.runs.result_file import provenance, read_result, show_result, write_result
 from retinue.runs.training import build_data, build_task, quiet_libraries, result_labels, test
 
@@ -67,6 +68,7 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
         "status": "finished",
         **result_labels(cfg),
         "weights": cfg.weights,
+        "image_size": resolved_data(cfg)["image_size"],
         "metrics": metrics,
         "params": params,
         "macs": macs,

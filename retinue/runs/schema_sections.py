@@ -245,6 +245,9 @@ class Distillation(Keys):
     )
     alpha: Share = Field(description="share of the teacher's part in the loss")
     temperature: Positive = Field(description="divisor of the logits in mode soft")
+    tokens: NonNegative = Field(
+        description="weight of the squared distance of the final tokens from those of the teacher, for ViT-shaped nets"
+    )
 
 
 class ClassificationTask(Task):

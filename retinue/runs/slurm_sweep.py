@@ -56,11 +56,16 @@ class Run:
         return _time_of_result(self.folder) not in (None, self.old_result)
 
 
+class NotFinishedError(ValueError):
+    """Some runs of a sweep did not finish; each has its reason in its folder."""
+
+
 class SlurmSweep(SlurmLauncher):
     """Submit the runs that need a job as one array, or one array for each kind of resources, and wait for all runs.
 
     Raises:
-        ValueError: Slurm is not installed, Slurm refuses a job, or some runs did not finish.
+        ValueError: Slurm is not installed, or Slurm refuses a job.
+        NotFinishedError: Some runs did not finish.
     """
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -89,7 +94,7 @@ class SlurmSweep(SlurmLauncher):
                 "the jobs go on; the same command waits for them again, scripts/sweep_status.py shows them",
             ) from None
         if not_finished:
-            raise ValueError(
+            raise NotFinishedError(
                 f"{not_finished} of {len(by_folder)} runs did not finish; the same command tries them again"
             )
         return [_job_return(run) for run in runs]

@@ -10,6 +10,7 @@ from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
 from models.factory import create_model
+from models.plain import PlainBackbone
 from ops.losses import loss_weights
 from retinue.evaluation.classification import Predictions, summarize, topk_predictions
 from retinue.evaluation.plots import plot_confusion, plot_reliability
@@ -25,7 +26,8 @@ IGNORED = -100
 class Classification(Task):
     """Classification by cross-entropy or binary cross-entropy; the figures are top-1 and top-5 accuracy.
 
-    Targets are labels or soft targets, which mixing and smoothing make.
+    Targets are labels or soft targets, which mixing and smoothing make. From a teacher a net with a distillation token
+    learns by the scores of that token alone, other nets by their scores.
 
     Args:
         model: Net from images (B, C, H, W) to logits (B, num_classes).
@@ -40,8 +42,8 @@ class Classification(Task):
         predictions: Predictions of all ranks for the test split, after a test.
 
     Raises:
-        ValueError: `recipe.loss` is unknown, the net has no loss of a name in `loss_weights`, or an argument of `Task`
-            or `Teacher` is wrong.
+        ValueError: `recipe.loss` is unknown, the net has no loss of a name in `loss_weights`, it has no tokens for
+            token distillation, or an argument of `Task` or `Teacher` is wrong.
     """
 
     def __init__(
@@ -58,6 +60,11 @@ class Classification(Task):
         self.loss_weights = weights_of_losses(model, loss_weights or {})
         self.num_classes = num_classes
         self.teacher = Teacher(num_classes=num_classes, **distillation) if distillation["teacher"] else None
+        if self.teacher is not None:
+            if self.teacher.tokens and not isinstance(model, PlainBackbone):
+                raise ValueError("task.distillation.tokens needs a ViT-shaped net of Retinue's, such as model=deit")
+            if isinstance(model, PlainBackbone):
+                model.set_distilled_training()
         if recipe["loss"] not in ("ce", "bce"):
             raise ValueError(f"recipe.loss must be ce or bce, not {recipe['loss']!r}")
         self.smoothing = recipe["augment"]["label_smoothing"]
@@ -85,7 +92,7 @@ class Classification(Task):
         plot_confusion(folder / "confusion.png", self.predictions, classes)
         plot_reliability(folder / "reliability.png", self.predictions)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Any:
         return self.model(image)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -101,18 +108,23 @@ class Classification(Task):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         image, label, losses = batch["image"], batch["label"], {}
-        if self.loss_weights:
-            model: Any = self.model
-            logits, losses = model.forward_with_losses(image)
-        else:
-            logits = self(image)
-        target = batch.get("target", label)
-        loss = self.loss(logits, target)
+        weights, teacher_logits, tokens = self.loss_weights, None, None
         if self.teacher is not None:
             datamodule: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            loss = self.teacher.blend(loss, logits, image, datamodule.mean, datamodule.std)
+            teacher_logits, tokens = self.teacher.answer(image, datamodule.mean, datamodule.std)
+            weights = {**weights, "tokens": self.teacher.tokens}
+        if self.loss_weights or tokens is not None:
+            model: Any = self.model
+            logits, losses = model.forward_with_losses(image, tokens)
+        else:
+            logits = self(image)
+        logits, distilled = logits if isinstance(logits, tuple) else (logits, logits)
+        target = batch.get("target", label)
+        loss = self.loss(logits, target)
+        if self.teacher is not None and teacher_logits is not None:
+            loss = self.teacher.blend(loss, distilled, teacher_logits)
         for name, value in losses.items():
-            loss = loss + self.loss_weights[name] * value
+            loss = loss + weights[name] * value
         hit = logits.argmax(1) == (target.argmax(1) if target.ndim == 2 else target)
         self.track(loss, len(label), top1=hit.float().mean(), **losses)
         return loss

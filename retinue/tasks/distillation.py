@@ -1,4 +1,8 @@
-"""Distillation from a teacher in timm's registry (Hinton et al., arXiv:1503.02531; hard labels: arXiv:2012.12877)."""
+"""Distillation from a teacher in timm's registry.
+
+Scores: Hinton et al., arXiv:1503.02531; hard labels and the distillation token: DeiT, arXiv:2012.12877. Tokens: as in
+Sparsifiner, arXiv:2303.13755.
+"""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,13 +14,15 @@ import torch.nn.functional as F
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
+from datamodules.batch import channel_values
 from models.factory import check_name, image_size_argument
+from models.plain import PlainBackbone
 from models.preprocessing import net_preprocessing, read_run, run_config
 from models.weights import load_weights
 
 
 class Teacher:
-    """A frozen net from whose scores a student learns.
+    """A frozen net from whose scores, and on request from whose final tokens, a student learns.
 
     The teacher sees the student's images with the mean and deviation that the teacher's weights were trained with. The
     images have the student's size, unless the teacher takes images of one size only: then they are resized to it.
@@ -30,6 +36,8 @@ class Teacher:
         mode: "soft" (KL divergence at `temperature`) or "hard" (cross-entropy with the teacher's most likely class).
         alpha: Share of the teacher's part in the loss, from 0 to 1.
         temperature: Divisor of the logits in mode "soft".
+        tokens: Weight of the loss `tokens`, the mean squared distance of the student's final tokens from the teacher's;
+            0 leaves it out. Both nets are ViT-shaped and have the same tokens.
         num_classes: Number of classes.
 
     Raises:
@@ -38,13 +46,21 @@ class Teacher:
     """
 
     def __init__(
-        self, *, teacher: str, weights: str | None, mode: str, alpha: float, temperature: float, num_classes: int
+        self,
+        *,
+        teacher: str,
+        weights: str | None,
+        mode: str,
+        alpha: float,
+        temperature: float,
+        num_classes: int,
+        tokens: float = 0.0,
     ):
         if mode not in ("soft", "hard"):
             raise ValueError(f"task.distillation.mode must be soft or hard, not {mode!r}")
         check_name(teacher)
         self.teacher, self.weights, self.num_classes = teacher, weights, num_classes
-        self.mode, self.alpha, self.temperature = mode, alpha, temperature
+        self.mode, self.alpha, self.temperature, self.tokens = mode, alpha, temperature, tokens
 
     @cached_property
     def preprocessing(self) -> dict[str, Any]:
@@ -94,7 +110,7 @@ class Teacher:
         """
 
         def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=image.device).view(-1, 1, 1)
+            return channel_values(tuple(values), image.device).view(-1, 1, 1)
 
         own = self.preprocessing
         image = image * column(std) + column(mean)
@@ -103,18 +119,35 @@ class Teacher:
             image = F.interpolate(image, self.size, mode="bicubic", antialias=True)
         return (image - column(own["mean"])) / column(own["std"])
 
-    def blend(self, loss: Tensor, logits: Tensor, image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    @torch.no_grad()
+    def answer(self, image: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor | None]:
+        """Return the teacher's logits (B, K), and its final tokens (B, N, C) if they are wanted, else None.
+
+        Args:
+            image: The student's images (B, C, H, W), normalised with `mean` and `std`.
+            mean: The student's mean of each channel.
+            std: The student's standard deviation of each channel.
+        """
+        net: Any = self.net
+        # Moving the net again in each step would take as long as launching its kernels.
+        if next(net.parameters()).device != image.device:
+            net.to(image.device)
+        image = self.see(image, mean, std)
+        if not self.tokens:
+            return net(image), None
+        features = net.forward_features(image)
+        if isinstance(net, PlainBackbone):
+            return net.forward_head(features), net.distillation_tokens(features)
+        return net.forward_head(features), features[:, getattr(net, "num_prefix_tokens", 0) :]
+
+    def blend(self, loss: Tensor, logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """Return (1 - alpha) * loss + alpha * distillation loss, a scalar.
 
         Args:
             loss: The student's loss on the targets, a scalar.
             logits: The student's logits (B, K).
-            image: The student's images (B, C, H, W), normalised with `mean` and `std`.
-            mean: The student's mean of each channel.
-            std: The student's standard deviation of each channel.
+            teacher_logits: The teacher's logits (B, K).
         """
-        with torch.no_grad():
-            teacher_logits = self.net.to(image.device)(self.see(image, mean, std))
         if self.mode == "hard":
             distillation_loss = F.cross_entropy(logits, teacher_logits.argmax(1))
         else:

@@ -81,6 +81,9 @@ def test_batches_of_any_size_are_mixed(size):
         assert 0 < lam < 1
         torch.testing.assert_close(out["image"], lam * normalised + (1 - lam) * normalised.flip(0), atol=1e-5, rtol=0)
     torch.testing.assert_close(out["target"].sum(1), torch.ones(size))
+    pasted = BatchTransform(MEAN, STD, 40, Augment(cutmix=1.0))(batch)["image"]
+    own, other = pasted == normalised, pasted == normalised.flip(0)
+    assert (own | other).all() and (size == 1 or not own.all())
 
 
 def test_no_target_without_mixing():

@@ -12,7 +12,7 @@ from timm.data import auto_augment
 from timm.data import create_transform as typed_create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from datamodules.auto_augment import Op, OpSampler, apply_ops, shift_rows
+from datamodules.auto_augment import Op, OpSampler, apply_ops, shift_rows, translate
 from datamodules.batch import normalise
 from datamodules.loader import private_rng, seed_rng
 from datamodules.transforms import Augment, EvalTransform, TrainTransform
@@ -85,14 +85,15 @@ def test_shears_and_translations_agree_with_pillow(name, resample):
 
 
 def test_pixels_from_outside_the_image_have_the_fill_colour():
-    image = photo((20, 30))
+    image, fill = photo((20, 30)), (9, 8, 7)
     for shift in (-45.5, 29.7, 200.0):
-        expected = Image.fromarray(image).transform(
-            (30, 20), Image.Transform.AFFINE, (1, 0, shift, 0, 1, 0), Image.Resampling.BICUBIC, fillcolor=(9, 8, 7)
-        )
-        assert (
-            max_difference(shift_rows(image, torch.full((20,), shift, dtype=torch.float64), (9, 8, 7)), expected) <= 1
-        )
+        for axis, matrix in enumerate(((1, 0, 0, 0, 1, shift), (1, 0, shift, 0, 1, 0))):
+            expected = Image.fromarray(image).transform(
+                (30, 20), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill
+            )
+            assert max_difference(translate(image, shift, axis, fill), expected) <= 1
+        shifts = torch.full((20,), shift, dtype=torch.float64)
+        assert np.array_equal(shift_rows(image, shifts, fill), translate(image, shift, 1, fill))
 
 
 @pytest.mark.parametrize(

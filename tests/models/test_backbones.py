@@ -89,7 +89,8 @@ path_ensemble_{tiny,small,base}
 biformer_{tiny,small,base,stl,stl_nchw} swin_{tiny,small,base} cswin_{tiny,small,base,large} litv2_{small,medium,base}
 favit_{b0,b1,b2,b3} l2vit_{tiny,small,base} nat_{mini,tiny,small,base} dinat_{mini,tiny,small,base,large}
 vitaev2_vsa_{s,widepcm_s,widepcm_48m} swin_vsa_{tiny} transnext_{micro,micro_aaaa,tiny,small,base}
-uniformer_{small,small_plus,base} ppma_{tiny,small,base} pvt_{tiny,small,medium,large} deit_{tiny,small,base}
+uniformer_{small,small_plus,base} ppma_{tiny,small,base} pvt_{tiny,small,medium,large}
+deit_{tiny,small,base,tiny_distilled,small_distilled,base_distilled} lvvit_{tiny,small,medium,large}
 agent_deit_{tiny,small} agent_pvt_{tiny,small,medium,large} agent_swin_{tiny,small,base} agent_cswin_{tiny,small,base}
 inline_deit_{tiny,small} inline_pvt_{tiny,small,medium,large} inline_swin_{tiny,small,base}
 inline_cswin_{tiny,small,base} gc_vit_{xxtiny,xtiny,tiny,tiny2,small,small2,base,large}
@@ -104,8 +105,9 @@ spectformer_{tiny,xsmall,small,base} spectformer_h_{small,base,large}
 soft_{tiny,small,medium,large,huge} soft_norm_{tiny,small,medium,large,huge}
 astroformer_{0,1,2,3,4,5} kdgqa_{small,base,large}
 focalnet_{tiny_iso,small_iso,base_iso} moh_transnext_{small_75,small_80,base_50,base_75}
-evit_{small,base} sparsifiner_{small,base}
-fan_{tiny,small,base,large,tiny_hybrid,small_hybrid,base_hybrid,large_hybrid}
+vitdet_{base,large,huge}
+evit_{small,base,lvvit_small,lvvit_medium} sparsifiner_{small,base,lvvit_small,lvvit_medium}
+fan_{tiny,small,base,large,tiny_hybrid,small_hybrid,base_hybrid,large_hybrid,xlarge_hybrid}
 rvt_{tiny,tiny_plus,small,small_plus,base,base_plus}
 """
 
@@ -231,7 +233,9 @@ def test_tables_are_not_decayed(net):
 def test_pretrained_cfg_names_existing_modules(net):
     cfg = net.pretrained_cfg
     assert all(isinstance(net.get_submodule(name), torch.nn.Conv2d) for name in first_convs(net))
-    assert net.get_submodule(cfg["classifier"]) is net.get_classifier()
+    first, *further = (cfg["classifier"],) if isinstance(cfg["classifier"], str) else cfg["classifier"]
+    assert net.get_submodule(first) is net.get_classifier() and (first, *further) == net.classifiers
+    assert all(net.get_submodule(name).out_features == net.num_classes for name in further)
     assert cfg["num_classes"] == 1000 and cfg["custom_load"]
 
 

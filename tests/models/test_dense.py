@@ -170,3 +170,22 @@ def test_weights_of_a_classifier_with_a_class_token_load_into_windowed_blocks():
     done = load_weights(net, classifier.state_dict())
     assert "net.cls_token" in done.dropped and all(key.startswith("pyramid.") for key in done.missing)
     assert torch.equal(net.net.blocks[0].mixer.qkv.weight, classifier.blocks[0].mixer.qkv.weight)
+
+
+def test_detectron2s_names_of_a_plain_net_and_its_pyramid_load():
+    net = build("vitdet_base", simple_pyramid=True, dim=48, heads=3, map_size=8)
+    authors = {}
+    for key, value in net.state_dict().items():
+        key = key.replace(".mixer.", ".attn.").replace("pyramid.levels.0.", "simfp_2.").replace("levels.1.", "simfp_3.")
+        authors["backbone." + key.removeprefix("pyramid.")] = value + 1
+    # The position of a class token, the convolutions after the pyramid, and the rest of a detector
+    authors["backbone.net.pos_embed"] = torch.randn(1, 197, 48)
+    authors["backbone.simfp_2.4.weight"] = authors["backbone.simfp_5.1.norm.weight"] = torch.ones(3)
+    authors["proposal_generator.rpn_head.conv.weight"] = torch.ones(3)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    done = load_weights(net, {"model": authors})
+    assert not done.missing and not done.unexpected and done.resized == ["net.pos_embed"]
+    assert all(torch.equal(net.state_dict()[key], before[key] + 1) for key in before if key != "net.pos_embed")
+    assert [block.mixer.window for block in net.net.blocks] == [0, 0, 0, 0]
+    windows = [block.mixer.window for block in DenseBackbone("vitdet_base", dim=48, heads=3).net.blocks]
+    assert windows == [14, 14, 0] * 4

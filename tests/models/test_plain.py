@@ -24,6 +24,42 @@ def test_deit_computes_what_timms_deit_computes():
             assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_a_distillation_token_computes_what_timms_does():
+    torch.manual_seed(0)
+    timm_net: Any = timm.create_model("deit_tiny_distilled_patch16_224", depth=2, num_classes=5).eval()
+    net = build("deit_tiny_distilled", depths=(2,), num_classes=5).eval()
+    result = load_weights(net, {"model": timm_net.state_dict()})
+    assert len(result.loaded) == len(timm_net.state_dict()) and not any(result[1:])
+    x = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        assert torch.allclose(net(x), timm_net(x), atol=1e-6)
+        assert torch.allclose(
+            net.forward_head(net.forward_features(x), pre_logits=True),
+            timm_net.forward_head(timm_net.forward_features(x), pre_logits=True),
+            atol=1e-5,
+        )
+    for each in (net, timm_net):
+        each.train().set_distilled_training()
+    for ours, theirs in zip(net(x), timm_net(x), strict=True):
+        assert ours.shape == (2, 5) and torch.allclose(ours, theirs, atol=1e-5)
+    assert net.no_weight_decay() >= {"pos_embed", "cls_token", "dist_token"}
+
+
+def test_weights_with_a_distillation_token_load_elsewhere():
+    state = build("deit_tiny_distilled", num_classes=3).state_dict()
+    windows = build("deit_tiny", mixers="window", num_classes=3)
+    assert "dist_token" in load_weights(windows, state, strict=False).dropped
+    assert torch.equal(windows.pos_embed, state["pos_embed"][:, 2:])
+    with pytest.raises(ValueError, match="dist_token"):
+        load_weights(build("deit_tiny", num_classes=3), state)
+    other = build("deit_tiny_distilled", num_classes=7, img_size=64)
+    result = load_weights(other, state, drop_classifier=True)
+    assert result.resized == ["pos_embed"]
+    assert set(result.dropped) == {f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")}
+    with pytest.raises(ValueError, match="distilled needs a class token"):
+        build("deit_tiny", distilled=True, class_token=False)
+
+
 def test_a_class_token_needs_ops_that_take_extra_tokens():
     x = torch.randn(2, 3, 40, 50)
     net = build("deit_tiny", mixers=[["full", "agent"]], num_classes=3)

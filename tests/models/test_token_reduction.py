@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models import load_weights
+from ops.losses import loss_weights
 from tests.models.test_backbones import build
 
 
@@ -54,10 +55,49 @@ def test_sparsifiners_pruned_tokens_are_zeros_in_all_later_blocks():
     assert all((later <= earlier).all() for earlier, later in pairwise(alive))
 
 
+def test_sparsifiners_phases_train_the_predictors_then_the_rest():
+    x, deit = torch.randn(2, 3, 64, 64), build("deit_small", num_classes=3, img_size=64).eval()
+    first = build("sparsifiner_small", num_classes=3, img_size=64, phase="predictors").eval()
+    missing = load_weights(first, deit.state_dict()).missing
+    assert missing and {name for name, p in first.named_parameters() if p.requires_grad} == set(missing)
+    scores, losses = first.forward_with_losses(x)
+    assert torch.allclose(scores, deit(x), atol=1e-5) and loss_weights(first) == {"connectivity": 0.01}
+    losses["connectivity"].backward()
+    assert all((p.grad is not None and p.grad.any()) == p.requires_grad for p in first.parameters())
+
+    second = build("sparsifiner_small", num_classes=3, img_size=64, phase="net")
+    with pytest.raises(ValueError, match="mask_predictor"):
+        load_weights(second, deit.state_dict())
+    load_weights(second, first.state_dict())
+    second(x).sum().backward()
+    assert loss_weights(second) == {} and second.forward_with_losses(x)[1] == {}
+    assert {name for name, p in second.named_parameters() if p.grad is None} == set(missing)
+
+
+def test_token_distillation_leaves_out_pruned_tokens():
+    arguments = {"num_classes": 3, "img_size": 64, "keep_tokens": 0.5, "prune_at": (1,)}
+    net, x = build("sparsifiner_small", **arguments).eval(), torch.randn(2, 3, 64, 64)
+    target = torch.randn(2, 16, 384)
+    before = []
+    net.norm.register_forward_hook(lambda _, args, out: before.append((args[0][:, 1:], out[:, 1:])))
+    _, losses = net.forward_with_losses(x, target)
+    squares = [
+        (tokens[b, i] - target[b, i]).square().mean()
+        for raw, tokens in before
+        for b in range(2)
+        for i in range(16)
+        if raw[b, i].any()
+    ]
+    assert len(squares) == 16 and torch.allclose(losses["tokens"], torch.stack(squares).mean())
+    with pytest.raises(ValueError, match=r"tokens of one shape .B, N, C., not .2, 16, 384. and .2, 15, 384."):
+        net.forward_with_losses(x, target[:, 1:])
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
         ("evit_small", {"keep": 0.0}, "keep must be a share of the tokens above 0 and at most 1, not 0.0"),
+        ("sparsifiner_small", {"phase": "joint"}, "phase must be predictors, net or null, not 'joint'"),
         ("evit_small", {"reduce_at": [4]}, "reduce_at must be indices of 4 blocks"),
         ("evit_small", {"mixers": "agent"}, "block 1 needs full attention and a class token"),
         ("sparsifiner_small", {"keep_tokens": 1.5}, "keep_tokens must be a share above 0 and at most 1, not 1.5"),

@@ -8,9 +8,10 @@ import torch
 from models import create_model, load_weights
 from models.reference import load_vector, official_state
 from tests.vectors import VECTOR_FILES
-from tests.vectors.claims import HEADS, NETS, OPS, PARTS
+from tests.vectors.claims import HEADS, NETS
 from tests.vectors.comparison import assert_reproduces
 from tests.vectors.kinds import classes
+from tests.vectors.op_claims import OPS, PARTS
 
 # Sides of images, in pixels, that are neither those of the vectors nor unfit for the net; 256 by default.
 OTHER_SIZES = {"crossvit": 480, "halonet": 512, "lola_specvit": 31}
@@ -26,7 +27,7 @@ VECTORS = [
 @pytest.mark.parametrize("name", VECTORS)
 def test_matches_the_authors_code(name):
     claims = NETS | OPS | PARTS
-    assert name in claims, "no claim in tests/vectors/claims.py names this vector"
+    assert name in claims, "no claim in tests/vectors/claims.py or op_claims.py names this vector"
     assert_reproduces(claims[name], load_vector(VECTOR_FILES[name]))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ops import create_op
-from ops.attention.grouped_query import share_out
+from ops.attention.grouped_query import noise_like, share_out
 
 X = torch.randn(2, 4, 5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -99,3 +99,24 @@ def test_a_dynamic_allocation_is_renewed_at_intervals_and_kept_in_evaluation(all
 def test_wrong_values_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         grouped_query(**arguments)
+
+
+def test_noise_has_the_outputs_mean_and_deviation_and_is_the_same_for_all_images():
+    out = torch.randn(3, 4, 50, 8, dtype=torch.float64) * torch.rand(3, 4, 1, 1) + 2
+    noise, mean = noise_like(out, True), noise_like(out, False)
+    assert torch.allclose(noise.mean((2, 3)), out.mean((2, 3))) and torch.equal(mean, out.mean((2, 3), keepdim=True))
+    assert torch.allclose(noise.std((2, 3)), out.std((2, 3)))
+    scaled = (noise - mean) / noise.std((2, 3), keepdim=True)
+    assert torch.allclose(scaled[0], scaled[2]) and not torch.allclose(scaled[0, 0], scaled[0, 1])
+
+
+def test_evaluation_subtracts_the_mean_of_the_noise():
+    op, plain = grouped_query(kv_heads=3, noise=True), grouped_query(kv_heads=3)
+    plain.load_state_dict(op.state_dict())
+    op.proj, plain.proj = torch.nn.Identity(), torch.nn.Identity()
+    heads = plain(X).unflatten(-1, (6, 2))
+    expected = heads - heads.mean((1, 2, 4), keepdim=True)
+    assert torch.allclose(op.eval()(X), expected.flatten(3), atol=1e-12)
+    torch.manual_seed(0)
+    first = op.train()(X)
+    assert not torch.allclose(first, op(X))

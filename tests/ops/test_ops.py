@@ -14,7 +14,7 @@ import torch
 
 from ops import Place, create_op, list_ops
 from ops.losses import Losses, loss_weights
-from ops.registry import _OPS
+from ops.registry import _OPS, FAMILIES
 from retinue.utils.arithmetic import ceil_div, round_up
 
 SIZES = ((1, 1), (3, 20), (7, 7), (13, 9), (16, 16))
@@ -26,6 +26,20 @@ PLACES = (Place(0, 0, 2, 4), Place(1, 1, 2, 8), Place(3, 1, 2, 32))
 @pytest.fixture(params=list_ops())
 def name(request):
     return request.param
+
+
+def run(op, x):
+    """Return the op's output; random choices are the same in every call."""
+    torch.manual_seed(1)
+    return op(x)
+
+
+def settled(op, x):
+    """Return an op that uses statistics of the batch in training in evaluation, after a step; others as they are."""
+    if not getattr(op, "batch_statistics", False):
+        return op
+    op(x).sum().backward()
+    return op.eval()
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
@@ -49,8 +63,8 @@ def test_float32_and_bfloat16_follow_float64(name, place):
     torch.manual_seed(0)
     op = create_op(name, dim=16, num_heads=2, place=place)
     x = torch.randn(1, 13, 9, 16)
-    expected = copy.deepcopy(op).double()(x.double())
-    assert (op(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+    expected = run(copy.deepcopy(op).double(), x.double())
+    assert (run(op, x) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert op.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert op.float()(x).isfinite().all()
@@ -60,18 +74,24 @@ def test_gradients_equal_finite_differences(name):
     torch.manual_seed(0)
     op = create_op(name, dim=12, num_heads=2, place=PLACES[1]).double()
     x = torch.randn(1, 9, 6, 12, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(op, x, fast_mode=True)
+    op = settled(op, x)
+    assert torch.autograd.gradcheck(lambda x: run(op, x), x, fast_mode=True)
 
 
 def test_does_not_mix_images(name):
     torch.manual_seed(0)
     op = create_op(name, dim=16, num_heads=2, place=PLACES[1])
     x = torch.randn(2, 13, 9, 16)
-    assert torch.allclose(op(x)[1:], op(x[1:]), atol=1e-6)
+    op = settled(op, x)
+    assert torch.allclose(run(op, x)[1:], run(op, x[1:]), atol=1e-6)
 
 
 def test_the_file_has_the_name_of_its_op(name):
     assert _OPS[name] is getattr(importlib.import_module(f"ops.attention.{name}"), _OPS[name].__name__)
+
+
+def test_every_op_has_a_family(name):
+    assert getattr(_OPS[name], "family", None) in FAMILIES
 
 
 @pytest.mark.parametrize("block", [0, 1])
@@ -193,4 +213,4 @@ def test_compiles_as_one_graph_unless_declared_otherwise(name):
     op = create_op(name, dim=16, num_heads=2, place=PLACES[1])
     x = torch.randn(2, 13, 9, 16)
     compiled = torch.compile(op, backend="eager", fullgraph=getattr(op, "fullgraph", True))
-    assert torch.allclose(compiled(x), op(x), atol=1e-6)
+    assert torch.allclose(run(compiled, x), run(op, x), atol=1e-6)

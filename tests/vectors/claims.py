@@ -1,22 +1,17 @@
-"""Claims: which net, op or head of ours must reproduce each reference vector.
+"""Claims: which net or head of ours must reproduce each reference vector; `op_claims.py` has those of ops.
 
 A new backbone's author adds a line for each of its vectors here. Some claims name vectors that the repository does not
 hold (large nets and a few variants); such a claim is tested as soon as the vector's file is put beside the others.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
-import timm
 from torch import nn
 
-from models.backbones import lola_specvit
-from models.backbones.hyper_zzw import SlowFastBlock
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
-from ops import create_op
-from tests.vectors.kinds import Chain, ClassTokenNet, HyenaOp, Net, Op, Part
+from tests.vectors.kinds import ClassTokenNet, Net
 
 
 def nets(names: Mapping[str, str]) -> dict[str, Net]:
@@ -107,6 +102,8 @@ NETS: dict[str, Net] = {
     **nets({f"litv2__litv2_{size}": f"litv2_{size}" for size in ("small", "medium", "base")}),
     "litv2__litv2_small_seg": Net("litv2_small", {"norms": True, "crop_odd": True}),
     "litv2__litv2_small_seg_pad": Net("litv2_small", {"norms": True, "crop_odd": True}),
+    # LV-ViT
+    "lvvit__lvvit_t": Net("lvvit_tiny"),
     # LoLA-SpecViT
     "lola_specvit__net_d32_111": Net("lola_specvit", {"dim": 32, "depths": (1, 1, 1)}),
     # MambaOut
@@ -156,6 +153,7 @@ NETS: dict[str, Net] = {
     },
     # Sparsifiner
     "sparsifiner__s_k25": ClassTokenNet("sparsifiner_small"),
+    "sparsifiner__lvvit_s_k25": Net("sparsifiner_lvvit_small"),
     "sparsifiner__s_k25_t70": ClassTokenNet("sparsifiner_small", {"keep_tokens": 0.7}),
     # Swin and Swin V2
     **nets({f"swin__swin_{size}": f"swin_{size}" for size in ("tiny", "small", "base")}),
@@ -192,100 +190,6 @@ NETS: dict[str, Net] = {
     "vit_resnas__tiny_666": Net("vit_resnas_tiny666"),
     # ViTAEv2 with VSA
     **nets({f"vsa__vitaev2_vsa_{size}": f"vitaev2_vsa_{size}" for size in ("s", "widepcm_s", "widepcm_48m")}),
-}
-
-BILEVEL_ROUTING = Op(
-    "bilevel_routing",
-    {"dim": "dim", "num_heads": "num_heads", "n_win": "n_win", "topk": "topk", "side_dwconv": "lepe_kernel"},
-)
-FULL = Op("full", {"dim": "dim", "side_dwconv": "lepe_kernel"}, {"num_heads": 8, "qkv_bias": False})
-GAUSSIAN_ADAPTIVE = {"num_heads": "num_heads", "num_gaussians": "gaussians"}
-GROUPED_QUERY = Op(
-    "grouped_query",
-    {"dim": "dim", "num_heads": "num_heads", "num_kv_heads": "kv_heads", "qkv_bias": "qkv_bias"},
-    layout="tokens",
-)
-MSA_CONV = Op(
-    "msa_conv",
-    {
-        "input_channel": "dim",
-        "output_channel": "out_dim",
-        "kernel_size": "kernel",
-        "dilation": "dilation",
-        "stride": "conv_stride",
-        "padding": "conv_padding",
-        "bias": "bias",
-    },
-    {"num_heads": 1, "conv_padding": 1},
-    layout="NCHW",
-)
-HYENA = HyenaOp("hyena", {"d_model": "dim", "l_max": "size", "order": "order", "filter_order": "filter_width"})
-NEIGHBORHOOD = Op(
-    "neighborhood",
-    {
-        "dim": "dim",
-        "heads": "num_heads",
-        "kernel_size": "kernel",
-        "dilation": "dilation",
-        "stride": "stride",
-        "is_causal": "causal",
-    },
-    {"bias": False},
-    layout="tokens",
-)
-POLYLINE_PATH = Op("polyline_path", {"embed_dim": "dim", "num_heads": "num_heads"})
-VARIED_SIZE_WINDOW = Op(
-    "varied_size_window",
-    {"dim": "dim", "out_dim": "out_dim", "num_heads": "num_heads", "window_size": "window"},
-    layout="NCHW",
-)
-
-OPS: dict[str, Op] = {
-    "biformer__attnlepe_op_7": FULL,
-    "biformer__bra_op_14": BILEVEL_ROUTING,
-    "biformer__bra_op_28_topk4": BILEVEL_ROUTING,
-    "biformer__bra_op_56": BILEVEL_ROUTING,
-    "biformer__bra_op_pad_27x33": BILEVEL_ROUTING,
-    "gaussian_adaptive_attention__block_axis1": Chain("gaussian_adaptive", GAUSSIAN_ADAPTIVE, layout="tokens"),
-    "gaussian_adaptive_attention__mh_axis_last": Op(
-        "gaussian_adaptive", GAUSSIAN_ADAPTIVE, {"dim": 48, "axis": "channels"}, layout="tokens"
-    ),
-    "hyena_nd__filter2d_seq_c32_14": HYENA,
-    "hyena_nd__product_std_c32_14": HYENA,
-    "kdgqa__d96_h6_kv3": replace(GROUPED_QUERY, arguments={"allocation": "batch_key_norm"}),
-    "kdgqa__gqa_d96_h6_kv3": GROUPED_QUERY,
-    "natten__k4_s2_d3_16x14": NEIGHBORHOOD,
-    "natten__k5_d3x2_16x14": NEIGHBORHOOD,
-    "natten__k7_16x14": NEIGHBORHOOD,
-    "natten__k7_causal_16x14": NEIGHBORHOOD,
-    "natten__k7_causal_y_16x14": NEIGHBORHOOD,
-    "natten__k7_d2_16x14": NEIGHBORHOOD,
-    "natten__k7_s2_16x14": NEIGHBORHOOD,
-    "natten__k8_s4_16x14": NEIGHBORHOOD,
-    "ppma__ppma_chunk_op_28": replace(POLYLINE_PATH, arguments={"form": "chunk"}),
-    "ppma__ppma_whole_op_14x10": replace(POLYLINE_PATH, arguments={"form": "whole"}),
-    "tic__op_k3": MSA_CONV,
-    "tic__op_k3_d2": MSA_CONV,
-    "tic__op_k5_s2": MSA_CONV,
-    "vsa__vsa_op_14": VARIED_SIZE_WINDOW,
-    "vsa__vsa_op_56": VARIED_SIZE_WINDOW,
-    "vsa__vsa_op_pad_30": VARIED_SIZE_WINDOW,
-}
-
-PARTS: dict[str, Part] = {
-    "hyperzzw__sfne_c12_s16": Part(
-        lambda: SlowFastBlock(12, 36, (16, 16)), lambda block, x: (block(x), block.slow_net_g())
-    ),
-    "hyperzzw__terminator_cifar10": Part(
-        lambda: timm.create_model("terminator_cifar", num_classes=10), lambda net, x: (*net.stages(x)[::2], net(x))
-    ),
-    "lola_specvit__block_d48_h4_w7": Part(
-        lambda: nn.ModuleDict({"block": lola_specvit.Block(48, create_op("lora_window", 48, 4), 0.0, 16, 32, False)}),
-        lambda net, x: (
-            net["block"].mixer(net["block"].norm1(x)),
-            net["block"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
-        ),
-    ),
 }
 
 # Heads and necks take several maps: tests/models/heads/ builds and compares them.

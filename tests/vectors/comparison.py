@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from models import load_weights
 from models.reference import make_input, official_state, relative_error
 from models.weights import rename_weights
+from tests.vectors.blocks import Block
 from tests.vectors.kinds import Net, Op, Part
 
 TOLERANCE = 1e-5
 
 
-def assert_reproduces(claim: Net | Op | Part, vector: Mapping[str, Any]) -> None:
+def assert_reproduces(claim: Net | Op | Part | Block, vector: Mapping[str, Any]) -> None:
     """Check that a module of ours has the vector's parameters and, with its weights, its outputs.
 
     The weights are loaded as those of a released checkpoint are.
@@ -45,12 +46,12 @@ def _kept_as_built(model: nn.Module, vector: Mapping[str, Any]) -> dict[str, Ten
     return {name: value for name, value in model.state_dict().items() if name in names}
 
 
-def _run(claim: Net | Op | Part, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+def _run(claim: Net | Op | Part | Block, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
     with torch.inference_mode():
         return claim.run(model, vector, x)
 
 
-def _sensitivity(claim: Net | Op | Part, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> list[float]:
+def _sensitivity(claim: Net | Op | Part | Block, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> list[float]:
     """Return the largest relative change of each output when the input changes by float32's rounding error.
 
     Args:

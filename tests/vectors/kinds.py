@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from models import DenseBackbone
 from ops import create_op
-from ops.attention.hyena import long_convolution
 
 
 @dataclass(frozen=True)
@@ -110,34 +109,18 @@ class Chain(Op):
 
 
 @dataclass(frozen=True)
-class HyenaOp(Op):
-    """Op `hyena`, whose vectors also hold its filters and one long convolution without the skip."""
-
-    def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
-        """Return the output, the filters of each long convolution, and the first of these convolutions."""
-        out, dim = super().run(model, vector, x)[0], x.shape[-1]
-        filters = model.get_submodule("filter")(x.shape[1:3])
-        convolution = long_convolution(x.permute(0, 3, 1, 2), filters[:dim], x.new_zeros(dim))
-        return out, filters.unflatten(0, (-1, dim)), convolution
-
-    def build(self, vector: Mapping[str, Any]) -> nn.Module:
-        """Build the op with the vector's arguments."""
-        kind = "joint" if vector["kwargs"].get("hyena2d_filter") else "product"
-        direction = vector["kwargs"].get("directional_mode", "standard")
-        return Op(self.name, self.renames, {"num_heads": 1, "filter": kind, "direction": direction}).build(vector)
-
-
-@dataclass(frozen=True)
 class Part:
     """A part of a net, or a net with more outputs than scores.
 
     Attributes:
         make: builds the module.
         call: returns the vector's outputs for the module and the vector's input; by default the module's one output.
+        constants: how many of the vector's parameters are buffers here, as they are never trained.
     """
 
     make: Callable[[], nn.Module]
     call: Callable[[Any, Tensor], tuple[Tensor, ...]] = lambda module, x: (module(x),)
+    constants: int = 0
 
     def build(self, vector: Mapping[str, Any]) -> nn.Module:
         """Build the module."""

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from models import load_weights
-from models.heads.vwformer import RATIOS, VWHead, contexts
+from models.heads.vwformer import VWHead
+from ops.attention.varying_window import RATIOS, contexts
 from retinue.utils.arithmetic import ceil_div, round_up
 from tests.models.heads import assert_matches, pyramid, stir, without_gradient
 from tests.vectors.claims import HEADS

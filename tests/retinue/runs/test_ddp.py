@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from tests.retinue.runs.cli import SMALL, SWIN, averages_shards, result, start
+from tests.retinue.runs.cli import SMALL, SWIN, averages_shards, result, rows, start
 
 # The optimiser is SGD, since Adam turns the rounding error of a tiny gradient into a whole step.
 RUN = (
@@ -35,6 +35,25 @@ def test_two_processes_equal_one(strategy, single, tmp_path):
             assert error < 1e-4, (key, float(error))
     assert wrote["metrics"]["test/n"] == single[1]["metrics"]["test/n"] == 357
     assert abs(wrote["metrics"]["test/loss"] - single[1]["metrics"]["test/loss"]) < 1e-3
+
+
+@pytest.mark.slow
+def test_auxiliary_losses_and_their_log_are_those_of_one_process(tmp_path):
+    mixers = "model.mixers=[[{name:sparsifiner,size:4},{name:full,diversity:2.0}]]"
+    losses = ("model=deit", "model.size=nano", mixers, "trainer.accumulate_grad_batches=2", "data.image_size=16")
+    states, logs = [], []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        state, _ = trained(folder, *losses, f"trainer.devices={devices}", "trainer.strategy=ddp")
+        states.append(state["state_dict"])
+        logs.append(rows(folder / "run/metrics.csv"))
+    for key, value in states[0].items():
+        assert torch.allclose(value, states[1][key], atol=1e-4), key
+    for name in ("train/connectivity", "train/diversity"):
+        values = [[float(row[name]) for row in log if row[name]] for log in logs]
+        assert values[0] and values[0] == pytest.approx(values[1], rel=1e-3)
+    assert not [name for name in logs[0][0] if name in ("val/connectivity", "val/diversity")]
 
 
 def test_sharding_on_cpus_needs_a_torch_that_averages(cli, monkeypatch):

@@ -1,12 +1,14 @@
 """A training step never waits for the device: the CPU reads nothing that the device computes.
 
 Tensors on the meta device have no values, so that reading one is an error, as is moving one to the CPU or asking how
-many entries are not zero. A run on this device therefore finds every place that would wait for a GPU.
+many entries are not zero. A run on this device therefore finds every place that would wait for a GPU. Sending a number
+to a GPU waits, too, so the tests allow it in the first step only.
 """
 
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hydra import compose, initialize_config_dir
 from pytorch_lightning.accelerators import CPUAccelerator
@@ -40,6 +42,22 @@ class StopBeforeTheEnd(Callback):
 
     def on_validation_epoch_end(self, trainer, pl_module):
         raise Stop
+
+
+class SendNothing(Callback):
+    """Make it an error to send numbers from Python to the device from the second step on."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.monkeypatch.setattr(torch, "tensor", tensor_on_cpu)
+
+
+def tensor_on_cpu(values, device="cpu", *, tensor=torch.tensor, **arguments):
+    """Return `torch.tensor(values, ...)`, which must not be on the meta device."""
+    assert torch.device(device).type == "cpu", "this value is sent to the device in every step"
+    return tensor(values, device=device, **arguments)
 
 
 class MetaAccelerator(CPUAccelerator):
@@ -88,9 +106,17 @@ RECIPES = [
 ]
 
 
+@pytest.fixture
+def teacher(tmp_path):
+    """Return overrides for a recipe with a teacher, whose weights lie in a file."""
+    torch.save(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "teacher.pth")
+    return ["task.distillation.teacher=resnet10t", f"task.distillation.weights={tmp_path / 'teacher.pth'}"]
+
+
 @pytest.mark.parametrize("overrides", RECIPES, ids=["small", "biformer", "deit"])
-def test_a_step_reads_nothing_from_the_device(tmp_path, overrides):
-    task, datamodule, trainer = meta_trainer(tmp_path, overrides, [StopAfterSteps()])
+def test_a_step_reads_nothing_from_the_device(tmp_path, monkeypatch, teacher, overrides):
+    overrides = [*overrides, *teacher] if overrides is RECIPES[-1] else overrides
+    task, datamodule, trainer = meta_trainer(tmp_path, overrides, [SendNothing(monkeypatch), StopAfterSteps()])
     with pytest.raises(Stop):
         trainer.fit(task, datamodule=datamodule)
     assert trainer.global_step == STEPS
@@ -126,7 +152,8 @@ class Strict(Callback):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("overrides", RECIPES, ids=["small", "biformer", "deit"])
-def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, overrides):
+def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, teacher, overrides):
+    overrides = [*overrides, *teacher] if overrides is RECIPES[-1] else overrides
     task, datamodule, trainer = prepare(tmp_path, ["trainer=gpu", *overrides], [Strict()])
     try:
         with pytest.raises(Stop):

@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from retinue.runs.config import register_resolvers
+from retinue.runs.many import train_all
 from retinue.runs.result_file import read_result
 from retinue.runs.slurm import code_newer_than, list_jobs
 from retinue.runs.status import status
@@ -211,3 +214,21 @@ def test_without_slurm_the_launcher_is_an_error(cli, monkeypatch):
     error = cli("train", "-m", "hydra/launcher=slurm").error
     assert "needs Slurm's sbatch, which is not installed; scripts/local_slurm/start starts" in error
     assert cli.files() == ["outputs/multirun.yaml"]
+
+
+def test_runs_that_are_no_grid_are_jobs_and_a_failed_one_has_its_reason(tmp_path, monkeypatch):
+    """Train two nets of different widths and one with a wrong width as jobs, as compare_ops.py does."""
+    monkeypatch.chdir(tmp_path)
+    register_resolvers()
+    common = [*SWIN, *SMALL, "hydra.launcher.timeout_min=5"]
+    runs = {
+        "narrow": [*common, "++model.args.dim=16"],
+        "wide": [*common, "++model.args.dim=24", "seed=1"],
+        "wrong": [*common, "++model.args.dim=0"],
+    }
+    ended = train_all(runs, tmp_path / "runs", "slurm_local")
+    assert [json.loads(Path(ended[name], "result.json").read_text())["seed"] for name in ("narrow", "wide")] == [0, 1]
+    assert isinstance(ended["wrong"], str) and "Error" in ended["wrong"]
+    # Without the launcher the finished runs are taken as they are.
+    again = train_all({name: runs[name] for name in ("narrow", "wide")}, tmp_path / "runs")
+    assert again == {name: ended[name] for name in again}
