@@ -2,10 +2,10 @@
 
 Paper: Revisiting Vision Transformer from the View of Path Ensemble. By the paper's abstract and introduction: there is
 no public code, and no figures are known to us. The paper sees a plain ViT as an ensemble of paths of different length,
-whose sum the classifier reads; it prunes paths, weighs them (EnsembleScale), and lets long paths teach short ones. Not
-known, and so our choice: the weights are per channel and start at 1, so that a fresh net is a DeiT; they change the sum
-for the classifier only; the outputs after a third and two thirds of the blocks are taught by KL divergence to the net's
-scores.
+whose sum the classifier reads; it prunes paths, weighs them (EnsembleScale), and lets long paths teach short ones. The
+further details are not known and our choice. The weights are per channel and start at 1, so that a fresh net is a DeiT,
+and they change the sum for the classifier only. The outputs after a third and two thirds of the blocks are taught by KL
+divergence to the net's scores.
 """
 
 from collections.abc import Sequence

@@ -279,7 +279,7 @@ PARTS: dict[str, Part | Block] = {
         lambda: SlowFastBlock(12, 36, (16, 16)), lambda block, x: (block(x), block.slow_net_g())
     ),
     "hyperzzw__terminator_cifar10": Part(
-        lambda: timm.create_model("terminator_cifar", num_classes=10), lambda net, x: (*net.run(x)[::2], net(x))
+        lambda: timm.create_model("terminator_cifar", num_classes=10), lambda net, x: (*net.stages(x)[::2], net(x))
     ),
     "lamamba__block_8x8_ws4": Part(lambda: LaMambaBlock(48, 3, window=4, shift=0)),
     "lamamba__block_8x8_ws4_shift2": Part(lambda: LaMambaBlock(48, 3, window=4, shift=2)),
