@@ -6,7 +6,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from ops import Place, create_op
 from ops.clusters import Centroids, nearest_centroids, spherical_step
+
+# Ops with centroids
+OPS = ("cluster_routing", "content_aggregation")
 
 
 def unit_vectors(*shape, seed=0):
@@ -74,11 +78,21 @@ def train(tokens: torch.Tensor, steps: int = 3) -> tuple[Centroids, torch.Tensor
     return centroids, tokens.grad
 
 
+def train_op(name: str, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Return the state and the summed gradients of an op after some steps on batches of maps (steps, B, H, W, C)."""
+    torch.manual_seed(0)
+    op = create_op(name, 8, 2, place=Place(stride=32)).double()
+    for step in x:
+        op(step).square().sum().backward()
+    return op.state_dict(), [p.grad for p in op.parameters() if p.grad is not None]
+
+
 def work(rank: int, folder: str):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(rank)
     centroids, grad = train(unit_vectors(3, 4, 2, 9, 4)[:, rank::2])
-    torch.save((centroids.state_dict(), grad), f"{folder}/{rank}.pt")
+    ops = {name: train_op(name, unit_vectors(2, 4, 7, 7, 8)[:, rank::2]) for name in OPS}
+    torch.save((centroids.state_dict(), grad, ops), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -86,11 +100,18 @@ def work(rank: int, folder: str):
 def test_two_processes_equal_one(tmp_path):
     mp.spawn(work, (str(tmp_path),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     centroids, grad = train(unit_vectors(3, 4, 2, 9, 4))
-    for rank in (0, 1):
-        state, own_grad = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    written = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for rank, (state, own_grad, _) in enumerate(written):
         assert torch.allclose(state["means"], centroids.means) and state["initted"]
         # Each process has the loss of the common centroids, so the sum of both losses is twice one's
         assert torch.allclose(own_grad, 2 * grad[:, rank::2])
+    for name in OPS:
+        state, grads = train_op(name, unit_vectors(2, 4, 7, 7, 8))
+        (first_state, first_grads), (second_state, second_grads) = (ops[name] for _, _, ops in written)
+        for key, value in state.items():
+            assert torch.allclose(value, first_state[key]) and torch.equal(first_state[key], second_state[key]), key
+        for expected, first, second in zip(grads, first_grads, second_grads, strict=True):
+            assert torch.allclose(first + second, expected)
 
 
 def test_a_loaded_state_goes_on():
