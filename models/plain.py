@@ -323,24 +323,32 @@ class PlainBackbone(Backbone):
         return take
 
     def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
-        """Compute the final tokens (B, E + H * W, C).
+        """Compute the final tokens (B, E + H * W, C)."""
+        x = self.run(x, losses=losses)[0]
+        features = self.finish(x)
+        if losses is not None:
+            self.compare_tokens(x, features, losses)
+        return features
 
-        If `losses` has a teacher's tokens, the loss `tokens` is the mean squared distance of the map's final tokens
-        from them. Pruned tokens, which are vectors of zeros before the final norm, do not count.
+    def compare_tokens(self, x: Tensor, features: Tensor, losses: Losses) -> None:
+        """If there are a teacher's tokens, add the mean squared distance of the map's final tokens from them.
+
+        Args:
+            x: Tokens after the last block. Pruned ones are vectors of zeros and do not count.
+            features: Final tokens.
+            losses: Has the teacher's tokens as `target`, and receives the loss `tokens`.
 
         Raises:
             ValueError: The teacher's tokens have another shape.
         """
-        x = self.run(x, losses=losses)[0]
-        features = self.finish(x)
-        if losses is not None and losses.target is not None:
-            tokens, target = self.distillation_tokens(features), losses.target
-            if tokens.shape != target.shape:
-                shapes = " and ".join(str(tuple(t.shape)) for t in (tokens, target))
-                raise ValueError(f"student and teacher must have tokens of one shape (B, N, C), not {shapes}")
-            alive = (x[:, self.extra :] != 0).any(-1)
-            losses.add("tokens", ((tokens - target).square().mean(-1) * alive).sum() / alive.sum())
-        return features
+        if losses.target is None:
+            return
+        tokens, target = self.distillation_tokens(features), losses.target
+        if tokens.shape != target.shape:
+            shapes = " and ".join(str(tuple(t.shape)) for t in (tokens, target))
+            raise ValueError(f"student and teacher must have tokens of one shape (B, N, C), not {shapes}")
+        alive = (x[:, self.extra :] != 0).any(-1)
+        losses.add("tokens", ((tokens - target).square().mean(-1) * alive).sum() / alive.sum())
 
     def distillation_tokens(self, features: Tensor) -> Tensor:
         """Return what token distillation compares, of the final tokens: those of the map (B, N, C)."""
@@ -351,10 +359,12 @@ class PlainBackbone(Backbone):
 
         With `distilled_training` and in training mode the scores of both classifiers are returned.
         """
-        pooled = self.global_pool(x)
-        if self.dist_token is None or pooled.ndim == 3:
+        if self.dist_token is None:
             return super().forward_head(x, pre_logits)
-        pooled, token = self.head_drop(pooled), self.head_drop(x[:, 1])
+        pooled = self.head_drop(self.global_pool(x))
+        if pooled.ndim == 3:
+            return pooled if pre_logits else self.head(pooled)
+        token = self.head_drop(x[:, 1])
         if pre_logits:
             return (pooled + token) / 2
         scores, distilled = self.head(pooled), self.head_dist(token)

@@ -74,7 +74,9 @@ class Centroids(nn.Module):
         self.known_to_have_started = False
 
     def have_started(self) -> bool:
-        """Tell whether the centroids have been set."""
+        """Tell whether the centroids have been set; on the meta device, they count as set."""
+        if self.initted.is_meta:
+            return True
         # Reading the buffer waits for the device, so it is not read again once it is true
         self.known_to_have_started = self.known_to_have_started or bool(self.initted)
         return self.known_to_have_started

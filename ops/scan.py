@@ -7,37 +7,70 @@ States and sums are in float32 at least.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
-from ops.backend import primitive
+from ops.backend import obstacle_to_kernels, primitive, use_triton
 from ops.precision import at_least_float32, without_autocast
 
 # Tokens of a chunk in `gated_linear_attention`: inside a chunk the weights of all pairs are multiplied.
 CHUNK = 64
+# Maximum number of states of a channel in the kernels of `selective_scan`
+MAX_STATES = 64
 
 
+@custom_op("retinue::linear_recurrence", mutates_args=())
 def linear_recurrence(decay: Tensor, x: Tensor) -> Tensor:
     """Compute h_t = decay_t * h_(t-1) + x_t from h_(-1) = 0, as an associative scan.
 
-    Two adjacent steps make one step of a recurrence that is half as long: its states are those of every second
-    position, and the states between them follow. So there are 2 * log2(N) operations, of about 3 * N steps in all.
+    For `torch.compile` it is one operator, since a graph for maps of any size cannot unroll the scan.
 
     Args:
-        decay: Factors on the state (..., N, C), from 0 to 1; broadcasts with `x`.
+        decay: Factors on the state (..., N, C), from 0 to 1; broadcasts to `x`.
         x: Inputs (..., N, C).
 
     Returns:
         States h (..., N, C).
     """
+    return scan_in_pairs(decay, x).contiguous()
+
+
+def scan_in_pairs(decay: Tensor, x: Tensor) -> Tensor:
+    """Compute `linear_recurrence` in 2 * log2(N) operations, of about 3 * N steps in all.
+
+    Two adjacent steps make one step of a recurrence that is half as long: its states are those of every second
+    position, and the states between them follow.
+    """
     n = x.shape[-2]
     if n == 1:
-        return x
+        return x.clone()
     if n % 2:
         decay, x = F.pad(decay, (0, 0, 0, 1)), F.pad(x, (0, 0, 0, 1))
     decay_even, decay_odd = decay.unflatten(-2, (-1, 2)).unbind(-2)
     x_even, x_odd = x.unflatten(-2, (-1, 2)).unbind(-2)
-    odd = linear_recurrence(decay_odd * decay_even, decay_odd * x_even + x_odd)
+    odd = scan_in_pairs(decay_odd * decay_even, decay_odd * x_even + x_odd)
     even = decay_even * F.pad(odd[..., :-1, :], (0, 0, 1, 0)) + x_even
     return torch.stack([even, odd], dim=-2).flatten(-3, -2)[..., :n, :]
+
+
+@linear_recurrence.register_fake
+def _empty_states(decay: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _backward(ctx, dh: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the gradients by a recurrence from the end."""
+    decay, h = ctx.saved_tensors
+    next_decay = F.pad(decay[..., 1:, :], (0, 0, 0, 1))
+    dx = linear_recurrence(next_decay.flip(-2), dh.flip(-2)).flip(-2)
+    previous = F.pad(h[..., :-1, :], (0, 0, 1, 0))
+    return (dx * previous).sum_to_size(decay.shape), dx
+
+
+linear_recurrence.register_autograd(_backward, setup_context=_setup_context)
 
 
 @primitive
@@ -57,7 +90,14 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, fi
 
     Returns:
         Outputs (B, K, N, E), in float32 at least.
+
+    Raises:
+        ValueError: `ops.backend=triton` was chosen and the kernels cannot run.
     """
+    if use_triton("selective_scan", obstacle_to_scan_kernels(u, A)):
+        from ops.kernels.selective_scan import selective_scan as kernel
+
+        return kernel(u, delta, A, B, C, first)
     with without_autocast(u):
         u, delta, A, B, C = at_least_float32(u, delta, A, B, C)
         decay = (delta.unsqueeze(-1) * A.unsqueeze(1)).exp()  # (B, K, N, E, S)
@@ -66,6 +106,13 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, fi
         inputs = (delta * u).unsqueeze(-1) * B.unsqueeze(-2)
         states = linear_recurrence(decay.flatten(-2), inputs.flatten(-2)).view_as(inputs)
         return (states @ C.unsqueeze(-1)).squeeze(-1)
+
+
+def obstacle_to_scan_kernels(u: Tensor, A: Tensor) -> str | None:
+    """Return the reason why the Triton kernels cannot run, or None if they can."""
+    if reason := obstacle_to_kernels(u, head_dim=1):
+        return reason
+    return None if A.shape[-1] <= MAX_STATES else f"it takes at most {MAX_STATES} states, not {A.shape[-1]}"
 
 
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, both_ways: bool = False) -> Tensor:

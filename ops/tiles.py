@@ -214,7 +214,6 @@ def attend_to_all(extra: Tensor, qkv: Tensor, num_heads: int, scale: float | Non
     Returns:
         Tensor (B, E, C).
     """
-    q, extra_k, extra_v = extra.chunk(3, dim=-1)
-    k, v = qkv.flatten(1, 2).chunk(3, dim=-1)[1:]
-    tokens = (q, torch.cat([extra_k, k], dim=1), torch.cat([extra_v, v], dim=1))
-    return merge_heads(F.scaled_dot_product_attention(*(split_heads(t, num_heads) for t in tokens), scale=scale))
+    tokens = torch.cat([extra, qkv.flatten(1, 2)], dim=1)
+    q, k, v = (split_heads(t, num_heads) for t in tokens.chunk(3, dim=-1))
+    return merge_heads(F.scaled_dot_product_attention(q[:, :, : extra.shape[1]], k, v, scale=scale))

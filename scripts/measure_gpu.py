@@ -4,9 +4,9 @@
     python scripts/measure_gpu.py out=measured sections=[routed_attention,swin_tiny] seconds=200
     python scripts/measure_gpu.py out=/tmp/dry dry=true
 
-Each section writes `<out>/<section>.csv` as soon as it is measured, and `<out>/targets.csv` says which targets are
-reached. Ratios of nets are of compiled against compiled nets. With dry=true the same code runs on the CPU with the
-smallest sizes, and the figures mean nothing.
+After each section, `<out>/rows.csv` has all rows that were measured so far, and `<out>/targets.csv` says which targets
+are reached. Ratios of nets are of compiled against compiled nets. The tests that need a GPU and compute-sanitizer are
+sections, too. With dry=true the same code runs on the CPU with the smallest sizes, and the figures mean nothing.
 """
 
 from collections.abc import Sequence
@@ -47,15 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         scale = full_scale(make_setting(device, "bfloat16", options.rounds))
     options.out.mkdir(parents=True, exist_ok=True)
+    all_rows: list[Row] = []
     all_targets: list[Row] = []
-    for name, rows, targets in measure_all(scale, options.out, options.seconds, options.sections):
+    for rows, targets in measure_all(scale, options.seconds, options.sections):
+        all_rows += rows
         all_targets += targets
-        if rows:
-            write_csv(options.out / f"{name}.csv", rows)
-        if all_targets:
-            write_csv(options.out / "targets.csv", all_targets)
-    if all_targets:
-        print_rows(all_targets, "Targets")
+        write_csv(options.out / "rows.csv", all_rows)
+        write_csv(options.out / "targets.csv", all_targets)
+    print_rows(all_targets, "Targets")
 
 
 if __name__ == "__main__":

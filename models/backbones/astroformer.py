@@ -14,7 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, stage_layout
-from models.layers.mbconv import HalvingPool, hybrid_mixers, mbconv
+from models.layers.mbconv import HalvingPool, hybrid_block_name, hybrid_mixers, mbconv
 from models.layers.pool import NormedPool
 from models.layers.position import grid_of
 from models.layers.pvt_v2 import init_conv
@@ -153,14 +153,10 @@ class Astroformer(HierarchicalBackbone):
         for key, value in state.items():
             if ".qkv." in key:
                 value = value.unflatten(0, (-1, 3, HEAD_DIM)).transpose(0, 1).flatten(0, 2)
-            renamed[re.sub(r"^stages\.(\d)\.blocks\.(\d+)\.", our_block, key)] = value
+            if block := re.match(r"stages\.(\d)\.blocks\.(\d+)\.", key):
+                key = hybrid_block_name(int(block[1]), int(block[2])) + key.removeprefix(block[0])
+            renamed[key] = value
         return super().checkpoint_filter(renamed)
-
-
-def our_block(match: re.Match) -> str:
-    """Return our name of a block of the author's: stage 0 is the stem, and a block with a stride is no block."""
-    stage, block = int(match[1]) + 1, int(match[2])
-    return f"stages.{stage}.blocks.{block - 1}." if block else f"stages.{stage}.downsample."
 
 
 _FIXED = {"pool_size": None, "fixed_input_size": True}

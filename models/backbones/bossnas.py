@@ -9,6 +9,7 @@ from typing import Any
 
 from timm.layers import DropPath, SEModule
 from timm.models import generate_default_cfgs, register_model
+from timm.models.nextvit import PatchEmbed
 from torch import Tensor, nn
 
 from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg
@@ -50,10 +51,7 @@ class Block(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, width: int, stride: int, act: type[nn.Module], drop_path: float = 0.0):
         super().__init__()
-        self.downsample = nn.Identity()
-        if stride == 2 or in_dim != dim:
-            pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False) if stride == 2 else nn.Identity()
-            self.downsample = nn.Sequential(pool, nn.Conv2d(in_dim, dim, 1, bias=False), nn.BatchNorm2d(dim))
+        self.downsample = PatchEmbed(in_dim, dim, stride)
         self.conv1 = nn.Conv2d(in_dim, width, 1, bias=False)
         self.peg = nn.Conv2d(width, width, 3, stride, 1, groups=width)
         self.bn1 = nn.BatchNorm2d(width)
@@ -127,7 +125,8 @@ class BossNet(HierarchicalBackbone):
         (r"^bn1\.", "stages.0.downsample.1."),
         (r"^layer(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
         (r"\.peg\.conv\.", ".peg."),
-        (r"\.shortcut\.", ".downsample."),
+        (r"(blocks\.\d+)\.(?:shortcut|downsample)\.1\.", r"\1.downsample.conv."),
+        (r"(blocks\.\d+)\.(?:shortcut|downsample)\.2\.", r"\1.downsample.norm."),
         (r"\.proj\.0\.", ".conv1."),
         (r"\.proj\.1\.conv\.", ".peg."),
         (r"\.proj\.2\.", ".bn1."),

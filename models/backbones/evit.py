@@ -45,7 +45,8 @@ class Block(plain.Block):
         """Apply full attention to tokens (B, E + N, C); also return the attention (B, heads, E + N, E + N)."""
         mixer: Any = self.mixer
         q, k, v = split_heads(mixer.qkv(x), 3 * mixer.num_heads).chunk(3, dim=1)
-        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+        scale = mixer.softmax.scale(k.shape[-2])
+        weights = (q * scale @ k.transpose(-2, -1)).softmax(-1)
         return mixer.proj(merge_heads(weights @ v)), weights
 
     def reorganize(self, x: Tensor, scores: Tensor) -> Tensor:
@@ -100,9 +101,10 @@ class EViT(DeiT):
             if not 0 <= i < depth:
                 raise ValueError(f"reduce_at must be indices of {depth} blocks, not {list(reduce_at)}")
             block: Any = self.blocks[i]
-            if type(block.mixer) is not FullAttention or not self.extra:
+            if type(block.mixer) is not FullAttention or block.mixer.softmax.bias is not None or not self.extra:
                 raise ValueError(
-                    f"block {i} needs full attention and a class token to drop tokens: reduce_at=[] drops none"
+                    f"block {i} needs full attention and a class token, and no bias, to drop tokens: "
+                    "reduce_at=[] drops none"
                 )
             block.keep, block.fuse = keep, fuse
 

@@ -11,95 +11,24 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models._manipulate import MATCH_PREV_GROUP, named_apply
-from timm.models.convnext import ConvNeXtStage, _init_weights
-from timm.models.xcit import ClassAttentionBlock, PositionalEncodingFourier, conv3x3
+from timm.models._manipulate import MATCH_PREV_GROUP
+from timm.models.xcit import ClassAttentionBlock, PositionalEncodingFourier
 from torch import Tensor, nn
 
 from models.backbones.deit import deit_cfg
 from models.hierarchical import init_weights
+from models.layers.channel_attention import ChannelAttention
+from models.layers.conv_stem import STRIDES, ConvStem, HybridStem
+from models.layers.downsample import TokenDownsample
 from models.layers.pvt_v2 import init_conv
 from models.layers.token_pooling import TokenAwarePooling
 from models.plain import PlainBackbone, TokenPool
 from models.weights import join_projections
 from ops import create_ops, parse_mixers
-from ops.functional import split_heads
 from ops.registry import Spec
 from retinue.utils.arithmetic import ceil_div
-
-# Divisors of the final width after each convolution of the stem, by the side of a patch
-STEMS = {16: (8, 4, 2, 1), 8: (4, 2, 1), 4: (4, 1)}
-
-
-class DepthwiseConvs(nn.Module):
-    """Two depthwise 3 x 3 convolutions with GELU and a batch norm between them, (B, C, H, W)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.bn = nn.BatchNorm2d(dim)
-        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.bn(F.gelu(self.conv1(x))))
-
-
-class ConvMlp(nn.Module):
-    """Linear MLP on tokens of a map, with depthwise convolutions added to its hidden map."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = DepthwiseConvs(hidden)
-        self.gamma = nn.Parameter(torch.ones(hidden))
-        self.fc2 = nn.Linear(hidden, dim)
-        self.apply(init_conv)
-
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        x = self.fc1(x)
-        mixed = self.dwconv(x.transpose(1, 2).unflatten(2, tuple(size))).flatten(2).transpose(1, 2)
-        return self.fc2(self.gamma * mixed + x)
-
-
-class ChannelAttention(nn.Module):
-    """FAN's channel processing: an MLP whose output channels are weighted by their agreement with a summary of the map.
-
-    The weight of a channel is a sigmoid of the product, over all tokens, of the channel's query with the head's mean
-    channel, both after a softmax over the tokens.
-    """
-
-    def __init__(self, dim: int, heads: int, hidden: int, eps: float):
-        super().__init__()
-        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.mlp_v = ConvMlp(dim, hidden)
-        self.norm_v = nn.LayerNorm(dim, eps=eps)
-        self.q = nn.Linear(dim, dim)
-
-    def no_weight_decay(self) -> set[str]:
-        # The authors' net does not collect the names of its modules, so all parameters of several dimensions decay.
-        return set()
-
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        heads = len(self.temperature)
-        q, k = split_heads(self.q(x), heads).softmax(-2), split_heads(x, heads).softmax(-2).mean(-1, keepdim=True)
-        weights = (q.transpose(-2, -1) @ k).sigmoid() * self.temperature  # (B, heads, D, 1)
-        return self.norm_v(self.mlp_v(x, size)) * weights.flatten(1).unsqueeze(1)
-
-
-class Downsample(nn.Module):
-    """Strided convolution and norm, from tokens (B, H * W, C) to (B, ⌈H / 2⌉ * ⌈W / 2⌉, out)."""
-
-    def __init__(self, dim: int, out: int):
-        super().__init__()
-        self.proj = nn.Conv2d(dim, out, 3, 2, padding=1)
-        self.norm = nn.LayerNorm(out)
-        init_conv(self.proj)
-
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        return self.norm(self.proj(x.transpose(1, 2).unflatten(2, tuple(size))).flatten(2).transpose(1, 2))
 
 
 class Block(nn.Module):
@@ -133,57 +62,6 @@ class Block(nn.Module):
         return x if self.downsample is None else self.downsample(x, size)
 
 
-class UnbiasedLayerNorm2d(nn.LayerNorm):
-    """Layer norm of the channels of (B, C, H, W) by the unbiased variance, which the authors use after the stem."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(x, dim=1, keepdim=True)
-        x = (x - mean) * torch.rsqrt(variance + self.eps)
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
-
-
-class Stem(nn.Module):
-    """Convolutions from images (B, in_chans, h, w) to a map (B, C, ⌈h / patch⌉, ⌈w / patch⌉).
-
-    Args:
-        in_chans: Channels of the images.
-        dim: Channels C.
-        patch: Side of a patch in pixels: 16, 8 or 4.
-        hybrid: Numbers of blocks of two stages of ConvNeXt, of stride 4 and 8, which replace the first convolutions;
-            () has none. Images are padded with zeros to whole patches of 16 pixels.
-    """
-
-    def __init__(self, in_chans: int, dim: int, patch: int, hybrid: Sequence[int]):
-        super().__init__()
-        self.backbone = None
-        if not hybrid:
-            layers: list[nn.Module] = []
-            for divisor in STEMS[patch]:
-                layers += [conv3x3(in_chans, dim // divisor, 2), nn.GELU()]
-                in_chans = dim // divisor
-            self.proj = nn.Sequential(*layers[:-1])
-            return
-        norm: Any = partial(UnbiasedLayerNorm2d, eps=1e-6)
-        stages = [
-            ConvNeXtStage(width, out, stride=stride, depth=depth, ls_init_value=1e-6, conv_mlp=True, norm_layer=norm)
-            for width, out, stride, depth in ((128, 128, 1, hybrid[0]), (128, 256, 2, hybrid[1]))
-        ]
-        self.backbone = nn.ModuleDict(
-            {
-                "stem": nn.Sequential(nn.Conv2d(in_chans, 128, 4, 4), LayerNorm2d(128, eps=1e-6)),
-                "stages": nn.Sequential(*stages),
-            }
-        )
-        named_apply(_init_weights, self.backbone)
-        self.proj = nn.Conv2d(256, dim, 2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.backbone is not None:
-            x = F.pad(x, (0, -x.shape[3] % 16, 0, -x.shape[2] % 16))
-            x = self.backbone["stages"](self.backbone["stem"](x))
-        return self.proj(x)
-
-
 class FAN(PlainBackbone):
     """XCiT's layout with full attention, channel attention and, on request, token-aware average pooling.
 
@@ -195,7 +73,8 @@ class FAN(PlainBackbone):
         depths: As in `PlainBackbone`.
         heads: As in `PlainBackbone`.
         patch: Side of a patch in pixels: 16, 8 or 4.
-        hybrid: As in `Stem`; a hybrid net has patches of 16 pixels.
+        hybrid: Numbers of blocks of two stages of ConvNeXt, of strides 4 and 8, which replace the first convolutions;
+            () has none. A hybrid net has patches of 16 pixels.
         scales: Candidates of token-aware average pooling; 0 leaves it out. TAP's nets have 4.
         tail: Number of the last blocks, their channels and their heads; their map has half the resolution. () has none.
         diversity: Threshold of attention diversification, as in the op "full"; 0 leaves it out. TAP's nets have 2.
@@ -203,8 +82,7 @@ class FAN(PlainBackbone):
         mixers: Token mixers, as `ops.parse_mixers` reads them. Default: full attention.
         in_chans: Number of channels of the images.
         drop_path_rate: Drop path rate of all blocks.
-        global_pool: As in `PlainBackbone`; "token" by default.
-        **kwargs: Further arguments of `PlainBackbone`.
+        **kwargs: Further arguments of `PlainBackbone`; `global_pool` is "token" by default.
 
     Raises:
         ValueError: `patch` is another number, or an op of the tail needs a context.
@@ -232,16 +110,16 @@ class FAN(PlainBackbone):
         mixers: Spec | Sequence | None = None,
         in_chans: int = 3,
         drop_path_rate: float = 0.0,
-        global_pool: str = "token",
         **kwargs,
     ):
-        if patch not in STEMS or (hybrid and patch != 16):
+        if patch not in STRIDES or (hybrid and patch != 16):
             raise ValueError(f"patch must be 16, 8 or 4 pixels, and 16 in a hybrid net, not {patch}")
         mixers = {"name": "full", "diversity": diversity} if mixers is None else mixers
         self.block: Any = partial(Block, heads=heads, scales=scales)
+        kwargs.setdefault("global_pool", "token")
         super().__init__(
             dim=dim, depths=depths, heads=heads, patch=patch, mixers=mixers, in_chans=in_chans, class_token=False,
-            global_pool=global_pool, **kwargs,
+            **kwargs,
         )  # fmt: skip
         if tail:
             number, wider, heads = tail
@@ -249,7 +127,7 @@ class FAN(PlainBackbone):
             self.build_tail(number, wider, heads, parse_mixers(mixers, depths)[0][-number:], kwargs.get("mlp_ratio", 4))
         for block in self.blocks:
             block.drop_path = DropPath(drop_path_rate)
-        self.patch_embed = Stem(in_chans, dim, patch, hybrid)
+        self.patch_embed = HybridStem(in_chans, dim, hybrid) if hybrid else ConvStem(in_chans, dim, patch)
         self.position = PositionalEncodingFourier(dim=dim)
         dim = self.num_features
         self.cls_token = nn.Parameter(trunc_normal_(torch.empty(1, 1, dim), std=0.02))
@@ -265,10 +143,10 @@ class FAN(PlainBackbone):
         """Replace the last blocks by blocks of `dim` channels on maps of half the resolution."""
         before, stride = list(self.blocks)[:-number], 2 * self.feature_info[0]["reduction"]
         ops, contexts = create_ops(specs, dim, heads, stage=round(math.log2(stride / 4)), stride=stride)
-        if not before or any(contexts):
+        if not before or any(module is not None for module in contexts):
             raise ValueError("the tail must be fewer blocks than the net has, of ops that need no context")
         last: Any = before[-1]
-        last.downsample = Downsample(self.embed_dim, dim)
+        last.downsample = TokenDownsample(self.embed_dim, dim).apply(init_conv)
         self.blocks = nn.Sequential(*before, *(self.block(dim, op, mlp_ratio, 0.0, self.eps) for op in ops))
         self.blocks[-number:].apply(init_weights)
         for info in self.feature_info[len(before) - 1 :]:
@@ -307,21 +185,21 @@ class FAN(PlainBackbone):
             self.cls_token, self.cls_attn_blocks = None, nn.Sequential()
         return take
 
+    def distillation_tokens(self, features: Tensor) -> Tensor:
+        """Return the tokens of the map, without the class token that joins last."""
+        return features[:, int(self.cls_token is not None) :]
+
     def finish(self, x: Tensor) -> Tensor:
         if self.cls_token is not None:
             x = self.cls_attn_blocks(torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1))
         return self.norm(x)
 
 
-def fan_cfg(first_conv: str) -> Any:
-    """Return the `default_cfgs` entry of a net."""
-    return deit_cfg("") | {"first_conv": first_conv, "fixed_input_size": False}
-
-
 SIZES = ("tiny", "small", "base", "large")
+_CFG: Any = deit_cfg("") | {"fixed_input_size": False}
 default_cfgs = generate_default_cfgs(
-    {f"fan_{size}": fan_cfg("patch_embed.proj.0.0") for size in SIZES}
-    | {f"fan_{size}_hybrid": fan_cfg("patch_embed.backbone.stem.0") for size in (*SIZES, "xlarge")}
+    {f"fan_{size}": _CFG | {"first_conv": "patch_embed.proj.0.0"} for size in SIZES}
+    | {f"fan_{size}_hybrid": _CFG | {"first_conv": "patch_embed.backbone.stem.0"} for size in (*SIZES, "xlarge")}
 )
 
 

@@ -7,20 +7,13 @@ Itamarzimm/HyenaND (Apache-2.0); its checkpoints load.
 from collections.abc import Sequence
 
 from timm.models import generate_default_cfgs, register_model
-from torch import Tensor, nn
 
 from models.backbones.deit import DeiT, deit_cfg
 from models.layers.position import grid_of
+from models.plain import TokenPool
 from ops.registry import Spec
 
 METHODS = ("hyena2d", "hyena2dattn", "attnhyena2d", "onebyone")
-
-
-class FirstToken(nn.Module):
-    """Pooling of tokens (B, N, C) that returns the first token (B, C)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, 0]
 
 
 class HyenaND(DeiT):
@@ -83,7 +76,7 @@ class HyenaND(DeiT):
 
     def reset_pool(self, global_pool: str) -> None:
         if global_pool == "first":
-            self.global_pool = FirstToken()
+            self.global_pool = TokenPool("token", 1)
         else:
             super().reset_pool(global_pool)
 

@@ -12,16 +12,19 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from models.backbone import Backbone
-from models.hierarchical import imagenet_cfg, to_channels_last
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, to_channels_last
 from models.layers.position import grid_of
-from ops.attention.hyper_zzw import SlowNet, multiply_planes, resize_plane, standardize
+from ops.attention.hyper_zzw import (
+    ContextSlowNet,
+    SlowNet,
+    multiply_planes,
+    resize_plane,
+    standardize,
+    uniform_conv,
+)  # fmt: skip
 from ops.losses import Losses
 
 # Groups of channels, which are standardised in turn over the batch and over each image
@@ -30,28 +33,6 @@ GROUPS = 12
 LOCAL = ((3, "input", "gated"), (9, "gated", "input"), (5, "mixed", "input"), (7, "input", "mixed"))
 # Earlier outputs that a block also reads; output 0 is the stem's, output i that of block i - 1
 EARLIER = ((), (0,), (1,), (2, 1))
-
-
-class ContextSlowNet(SlowNet):
-    """Slow network of a k x k kernel that depends on the mean of the batch's maps, pooled to k x k.
-
-    Args:
-        channels: Number of channels C.
-        side: Side k of the kernel.
-        omega: Scale of the frequencies at initialisation.
-    """
-
-    def __init__(self, channels: int, side: int, omega: float):
-        super().__init__(channels, (side, side), hidden=32, omega=omega)
-        self.fast_reduce = nn.Conv2d(channels, 32, 1)
-        self.fast_fc1 = nn.Conv2d(32, 32, 1)
-        self.fast_linears_x = nn.ModuleList(uniform_conv(32, bias=1.0) for _ in self.linears)
-
-    def kernel(self, x: Tensor) -> Tensor:
-        """Return the kernel (C, 1, k, k) for maps (B, C, H, W)."""
-        pooled = self.fast_reduce(F.adaptive_avg_pool2d(x, self.size[0])).mean(0, keepdim=True)
-        gate = F.gelu(self.fast_fc1(pooled))
-        return self(gates=[layer(gate) for layer in self.fast_linears_x]).transpose(0, 1).to(x.dtype)
 
 
 class RecursiveGate(nn.Module):
@@ -157,7 +138,24 @@ class SlowFastBlock(nn.Module):
         return F.gelu(standardize(x, over_batch=True)) + self.local_shifts[index]
 
 
-class Terminator(Backbone):
+class ConnectedStage(Stage):
+    """Stage of one block, which reads the last output and those of the indices `earlier`.
+
+    The stage takes the list of all outputs and returns it with its own. The first stage takes images, from which its
+    `downsample` computes the first output.
+    """
+
+    def __init__(self, downsample: nn.Module, block: nn.Module, earlier: Sequence[int]):
+        super().__init__(downsample, [block])
+        self.earlier = earlier
+
+    def forward(self, x: Any, losses: Losses | None = None) -> Any:
+        outputs = [self.downsample(to_channels_last(x))] if isinstance(x, Tensor) else x
+        earlier = [outputs[i] for i in self.earlier]
+        return [*outputs, self.run_blocks(outputs[-1], outputs[-1].permute(0, 2, 3, 1), losses, *earlier)]
+
+
+class Terminator(HierarchicalBackbone):
     """Slow-fast blocks at the resolution of the image, without residual connections.
 
     Args:
@@ -166,17 +164,16 @@ class Terminator(Backbone):
         dims: Output channels of the stem, which is a block too, and of the other blocks.
         num_classes: Number of classes; 0 leaves out the classifier.
         in_chans: Number of image channels.
-        global_pool: Pooling of the last map; "" pools nothing.
-        drop_rate: Dropout rate before the classifier.
         drop_path_rate: Rate at which whole channels of all blocks' outputs but the stem's are dropped: the net has no
             paths beside its blocks.
         omega: Scale of the slow networks' frequencies at initialisation.
+        **kwargs: Further arguments of `HierarchicalBackbone`.
     """
 
     renames = (
         (r"^out_layer\.", "head."),
-        (r"^blocks\.0\.(?=fast_multi_branch\.|bias$)", "stem."),
-        (r"^blocks\.([1-9])\.(?=fast_multi_branch\.|bias$)", lambda match: f"blocks.{int(match[1]) - 1}."),
+        (r"^blocks\.0\.", "stages.0.downsample."),
+        (r"^blocks\.(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks.0."),
     )
     out_indices = 3
     loss_weights = (("slow", 1.0),)
@@ -187,117 +184,42 @@ class Terminator(Backbone):
         dims: Sequence[int] = (12, 36, 72, 144, 288),
         num_classes: int = 1000,
         in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
         drop_path_rate: float = 0.05,
         omega: float = 2000.0,
+        **kwargs,
     ):
-        super().__init__()
         if not 2 <= len(dims) <= 1 + len(EARLIER):
             raise ValueError(f"dims must have from 2 to {1 + len(EARLIER)} entries, not {len(dims)}")
-        self.in_chans, self.grad_checkpointing = in_chans, False
-        self.num_features = self.head_hidden_size = dims[-1]
         make = partial(SlowFastBlock, size=grid_of(img_size, 1), omega=omega)
-        self.stem = make(in_chans, dims[0], layers=3)
-        self.blocks = nn.Sequential(
-            *(
-                make(dim, out_dim, earlier=len(earlier), dropout=drop_path_rate)
-                for (dim, out_dim), earlier in zip(itertools.pairwise(dims), EARLIER, strict=False)
-            )
-        )
-        self.norm = nn.Identity()
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 1, "module": f"blocks.{i}"} for i, dim in enumerate(dims[1:])
-        ]
-        self.head_drop = nn.Dropout(drop_rate)
-        self.reset_classifier(num_classes, global_pool)
+        stem: nn.Module = make(in_chans, dims[0], layers=3)
+        stages = []
+        for (dim, out_dim), earlier in zip(itertools.pairwise(dims), EARLIER, strict=False):
+            block = make(dim, out_dim, earlier=len(earlier), dropout=drop_path_rate)
+            stages.append(ConnectedStage(nn.Identity() if stages else stem, block, earlier))
+        super().__init__(stages, dims[1:], [1] * len(stages), nn.Identity(), num_classes, in_chans, **kwargs)
         if num_classes:
             nn.init.kaiming_normal_(self.head.get_parameter("weight"))
 
-    def reset_pool(self, global_pool: str) -> None:
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+    def finish(self, x: list[Tensor]) -> Tensor:
+        return x[-1]
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Group parameters by depth for layer decay: the stem, each block, the rest (timm's interface)."""
-        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
-
-    def run(self, x: Tensor, blocks: int | None = None) -> list[Tensor]:
-        """Return the outputs of the stem and of the first `blocks` blocks; None means all."""
-        outputs = [self.stem(to_channels_last(x))]
-        for block, earlier in zip(list(self.blocks)[:blocks], EARLIER, strict=False):
-            inputs = [outputs[-1], *(outputs[i] for i in earlier)]
-            recompute = self.grad_checkpointing and torch.is_grad_enabled()
-            outputs.append(cast(Tensor, checkpoint(block, *inputs)) if recompute else block(*inputs))
-        return outputs
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Return the last map and the maps (B, C, H, W) after the blocks `indices` (timm's interface).
-
-        Args:
-            x: Images (B, in_chans, H, W).
-            indices: Indices of blocks, or the number of last blocks; None means all.
-            norm: Has no effect, since there is no final norm.
-            stop_early: Skip the blocks after the last index.
-            output_fmt: "NCHW" only.
-            intermediates_only: Return the list of maps only.
-
-        Raises:
-            ValueError: `output_fmt` is not "NCHW".
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', not {output_fmt!r}")
-        take, last = feature_take_indices(len(self.blocks), indices)
-        outputs = self.run(x, last + 1 if stop_early else None)
-        maps = [to_channels_last(outputs[i + 1]) for i in sorted(take)]
-        return maps if intermediates_only else (outputs[-1], maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove the parts that the maps after the blocks `indices` do not need (timm's interface).
-
-        Returns:
-            The indices, counted from 0.
-        """
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = nn.Sequential(*list(self.blocks)[: last + 1])
-        if prune_head or last + 1 < len(self.feature_info):
-            self.reset_classifier(0, "")
-        return take
+    def stage_map(self, x: list[Tensor], norm: bool) -> Tensor:
+        return to_channels_last(x[-1])
 
     def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
         """Compute the last map; the slow loss is added to `losses`."""
         if losses is not None:
             losses.add("slow", self.slow_loss(x.shape[2:]))
-        return self.run(x)[-1]
+        return super().forward_features(x, losses)
 
     def slow_loss(self, size: Sequence[int]) -> Tensor:
         """Return how much the blocks' hyper-kernels for a map of `size` differ, summed over channels.
 
         This is the sum over all pairs of blocks of the mean squared difference.
         """
-        blocks = [cast(SlowFastBlock, block) for block in (self.stem, *self.blocks)]
+        blocks: list[Any] = [module for module in self.modules() if isinstance(module, SlowFastBlock)]
         planes = [block.slow_net_g(size).sum(1) for block in blocks]
         return torch.stack([F.mse_loss(a, b) for a, b in itertools.combinations(planes, 2)]).sum()
-
-
-def uniform_conv(dim: int, bias: float = 0.0) -> nn.Conv2d:
-    """Return a 1 x 1 convolution of C channels, initialised uniformly to keep the variance."""
-    conv = nn.Conv2d(dim, dim, 1)
-    nn.init.kaiming_uniform_(conv.weight, nonlinearity="linear")
-    nn.init.constant_(cast(Tensor, conv.bias), bias)
-    return conv
 
 
 def normal_conv(dim: int, out_dim: int) -> nn.Conv2d:
@@ -308,9 +230,8 @@ def normal_conv(dim: int, out_dim: int) -> nn.Conv2d:
     return conv
 
 
-_CFG = imagenet_cfg(
-    input_size=(3, 32, 32), pool_size=None, crop_pct=1.0, first_conv="stem.channel_mixer_mlp", fixed_input_size=True
-)
+_STEM = {"first_conv": "stages.0.downsample.channel_mixer_mlp", "fixed_input_size": True}
+_CFG = imagenet_cfg(input_size=(3, 32, 32), pool_size=None, crop_pct=1.0, **_STEM)
 default_cfgs = generate_default_cfgs({"terminator_nano": _CFG, "terminator_cifar": _CFG})
 
 

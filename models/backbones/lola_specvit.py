@@ -15,24 +15,10 @@ from torch import Tensor, nn
 
 from models.backbones import swin
 from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
+from models.layers.squeeze import SqueezeExcite
 from ops import create_ops, parse_mixers
 from ops.lora import LoRALinear
 from ops.registry import Spec
-
-
-class SqueezeExcite(nn.Module):
-    """Factors of the channels from their means over all places of (B, C, ...)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        hidden = max(dim // 16, 1)
-        self.fc = nn.Sequential(
-            nn.Linear(dim, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, dim, bias=False), nn.Sigmoid()
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        factors = self.fc(x.flatten(2).mean(2))
-        return x * factors.view(*factors.shape, *[1] * (x.ndim - 2))
 
 
 class BandConv(nn.Module):
@@ -75,13 +61,10 @@ class SpectralStem(nn.Module):
             layers += [BandConv(a, b, bands), nn.BatchNorm3d(b), nn.SiLU()]
         self.spectral_conv = nn.Sequential(*layers)
         self.band_drop_rate = band_drop_rate
-        self.spectral_attention = SqueezeExcite(dim)
+        self.spectral_attention = SqueezeExcite(dim, max(dim // 16, 1))
         self.patch_embed = nn.Sequential(nn.Conv2d(dim, dim, 4, stride=2, padding=1), nn.BatchNorm2d(dim), nn.SiLU())
         self.pos_embed = nn.Parameter(trunc_normal_(torch.empty(1, img_size // 2, img_size // 2, dim), std=0.02))
         self.pos_drop = nn.Dropout(pos_drop_rate)
-
-    def no_weight_decay(self) -> set[str]:
-        return {"pos_embed"}
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.spectral_conv(x[:, None])  # (B, dim, bands, H, W)
@@ -109,7 +92,8 @@ class Downsample(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
-        self.conv = nn.Sequential(depthwise, nn.SiLU(), SqueezeExcite(dim), nn.Conv2d(dim, 2 * dim, 1, bias=False))
+        squeeze = SqueezeExcite(dim, max(dim // 16, 1))
+        self.conv = nn.Sequential(depthwise, nn.SiLU(), squeeze, nn.Conv2d(dim, 2 * dim, 1, bias=False))
         self.norm = nn.BatchNorm2d(2 * dim)
         self.reduction = nn.Conv2d(2 * dim, 2 * dim, 3, stride=2, padding=1, bias=False)
 

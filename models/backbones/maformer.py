@@ -1,8 +1,8 @@
 """MAFormer: A Transformer Network with Multi-scale Attention Fusion for Visual Recognition (arXiv:2209.01620).
 
 By the paper's abstract (Wang et al., Neurocomputing 2024) and the equations of a later paper that restates them; there
-is no public code. Ours are all sizes, the choice of the first two stages for the fusion, the separable form of the
-learned down-sampling, and the residual connection of the fusion.
+is no public code. All sizes, the choice of the first two stages for the fusion, the separable form of the learned
+down-sampling, and the residual connection of the fusion are ours.
 """
 
 from collections.abc import Sequence

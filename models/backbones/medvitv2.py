@@ -5,16 +5,18 @@ authors' code, neighbourhood attention has a dilation of 1, and it and the KANs 
 laid out as (B, H, W, C).
 """
 
-import re
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, make_divisible, trunc_normal_
+from timm.layers import DropPath, make_divisible
 from timm.models import generate_default_cfgs, register_model
+from timm.models.nextvit import ConvAttention, ConvNormAct, PatchEmbed
 from torch import Tensor, nn
 
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, stage_layout
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_convs_too, stage_layout
+from models.layers.kan import KANLayer
+from models.layers.squeeze import SqueezeExcite
 from ops import create_ops, parse_mixers
 from ops.functional import map_attention
 from ops.registry import Spec
@@ -23,44 +25,8 @@ from ops.registry import Spec
 HEAD_DIM = 32
 # Share of a global block's channels that come from attention
 ATTENTION_SHARE = 0.75
-
-
-class KANLayer(nn.Module):
-    """Layer of a Kolmogorov-Arnold network: a learned function of each input channel for each output channel.
-
-    The functions are sums of bumps 1 - tanh(·)² at fixed places (FasterKAN, an approximation of splines). Maps (N, C)
-    to (N, dim).
-
-    Args:
-        in_dim: Input channels C.
-        dim: Output channels.
-        bumps: Number of bumps, at equal distances from -2 to 2.
-        width: Width of a bump.
-    """
-
-    grid: Tensor
-
-    def __init__(self, in_dim: int, dim: int, bumps: int = 8, width: float = 0.33):
-        super().__init__()
-        self.width = width
-        self.norm = nn.LayerNorm(in_dim)
-        self.linear = nn.Linear(in_dim * bumps, dim, bias=False)
-        self.register_buffer("grid", torch.linspace(-2, 2, bumps), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        bumps = 1 - ((self.norm(x).unsqueeze(-1) - self.grid) / self.width).tanh().square()
-        return self.linear(bumps.flatten(1).to(x.dtype))
-
-
-class SqueezeExcite(nn.Module):
-    """Factors from 0 to 1 for the channels of a map (B, C, H, W), computed from the channels' means."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim), nn.Hardsigmoid())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc(x.mean((2, 3)))[:, :, None, None]
+# Number of blocks in each stage of all sizes but the smallest
+DEPTHS = (2, 2, 6, 2)
 
 
 class LocalFeedForward(nn.Sequential):
@@ -75,7 +41,7 @@ class LocalFeedForward(nn.Sequential):
             nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False),
             nn.BatchNorm2d(hidden),
             nn.Hardswish(),
-            SqueezeExcite(hidden, ratio),
+            SqueezeExcite(hidden, ratio, bias=True, gate=nn.Hardsigmoid),
             nn.Conv2d(hidden, dim, 1, bias=False),
             nn.BatchNorm2d(dim),
         )
@@ -141,25 +107,20 @@ class GlobalBlock(nn.Module):
     Maps (B, in_dim, H, W) to (B, dim, H, W).
 
     Args:
-        in_dim: Channels of the map, or None if it has the attention's channels.
+        in_dim: Channels of the map.
         dim: Channels of the result.
         reduction: Number of tokens in one of the means that are attended to.
         drop_path: Drop path rate.
     """
 
-    def __init__(self, in_dim: int | None, dim: int, reduction: int, drop_path: float):
+    def __init__(self, in_dim: int, dim: int, reduction: int, drop_path: float):
         super().__init__()
         width = attention_dim(dim)
-        self.patch_embed = nn.Identity() if in_dim in (None, width) else embed(in_dim, width)
+        self.patch_embed = PatchEmbed(in_dim, width)
         self.norm1 = nn.BatchNorm2d(width)
         self.attention = PooledAttention(width, reduction)
-        self.projection = embed(width, dim - width)
-        self.mhca = nn.Sequential(
-            nn.Conv2d(dim - width, dim - width, 3, padding=1, groups=(dim - width) // HEAD_DIM, bias=False),
-            nn.BatchNorm2d(dim - width),
-            nn.ReLU(),
-            nn.Conv2d(dim - width, dim - width, 1, bias=False),
-        )
+        self.projection = PatchEmbed(width, dim - width)
+        self.mhca = ConvAttention(dim - width, HEAD_DIM)
         self.norm2 = nn.BatchNorm2d(dim)
         self.kan = nn.Sequential(KANLayer(dim, 2 * dim), KANLayer(2 * dim, dim))
         shares = (ATTENTION_SHARE, 1 - ATTENTION_SHARE, 1.0)
@@ -177,12 +138,6 @@ class GlobalBlock(nn.Module):
 def attention_dim(dim: int) -> int:
     """Return the number of channels, of the `dim` channels of a global block, that come from attention."""
     return make_divisible(int(ATTENTION_SHARE * dim), HEAD_DIM)
-
-
-def embed(in_dim: int, dim: int, stride: int = 1) -> nn.Sequential:
-    """Return average pooling, a 1 x 1 convolution and a batch norm, from `in_dim` to `dim` channels."""
-    pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False) if stride == 2 else nn.Identity()
-    return nn.Sequential(pool, nn.Conv2d(in_dim, dim, 1, bias=False), nn.BatchNorm2d(dim))
 
 
 class MedViTV2(HierarchicalBackbone):
@@ -203,18 +158,12 @@ class MedViTV2(HierarchicalBackbone):
     decays_tables = True
     renames = (
         (r"\.rbf\.grid$", None),
-        (r"\.(patch_embed|projection)\.conv\.", r".\1.1."),
-        (r"\.(patch_embed|projection)\.norm\.", r".\1.2."),
         (r"^stages\.0\.blocks\.0\.patch_embed\.", "stages.0.downsample.4."),
         (r"^stages\.(\d)\.blocks\.0\.patch_embed\.", r"stages.\1.downsample."),
-        (r"^stem\.(\d)\.conv\.", r"stages.0.downsample.\1.0."),
-        (r"^stem\.(\d)\.norm\.", r"stages.0.downsample.\1.1."),
+        (r"^stem\.", "stages.0.downsample."),
         (r"\.conv\.conv\.", ".local."),
         (r"\.attn\.", ".mixer."),
         (r"\.e_mhsa\.", ".attention."),
-        (r"\.mhca\.group_conv3x3\.", ".mhca.0."),
-        (r"\.mhca\.norm\.", ".mhca.1."),
-        (r"\.mhca\.projection\.", ".mhca.3."),
         (r"\.kan\.layers\.(\d)\.layernorm\.", r".kan.\1.norm."),
         (r"\.kan\.layers\.(\d)\.spline_linear\.", r".kan.\1.linear."),
         (r"^proj_head\.0\.", "head."),
@@ -232,65 +181,45 @@ class MedViTV2(HierarchicalBackbone):
     ):
         dims, strides, rates = stage_layout(dims, depths, drop_path_rate, patch)
         specs = parse_mixers({"name": "neighborhood", "dilation": 1} if mixers is None else mixers, depths)
-        stem = zip((in_chans, 64, 32, 64), (64, 32, 64, 64), (2, 1, 1, patch // 2), strict=True)
         stages = []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             is_global = [(False, j == depth - 1, j % 3 == 2, True)[i] for j in range(depth)]
             width = attention_dim(dim) if is_global[0] else dim
             if i:
-                downsample = embed(dims[i - 1], width, stride=2)
+                downsample = PatchEmbed(dims[i - 1], width, stride=2)
             else:
-                layers = [conv_bn_relu(*arguments) for arguments in stem]
-                downsample = nn.Sequential(*layers, *([] if width == 64 else [embed(64, width)]))
+                downsample = nn.Sequential(
+                    ConvNormAct(in_chans, 64, stride=2), ConvNormAct(64, 32), ConvNormAct(32, 64),
+                    ConvNormAct(64, 64, stride=patch // 2), PatchEmbed(64, width),
+                )  # fmt: skip
             ops, contexts = create_ops(specs[i], dim, dim // HEAD_DIM, stage=i, stride=strides[i])
             blocks: list[nn.Module] = []
             for j, rate in enumerate(rates[i]):
                 if is_global[j]:
-                    blocks.append(GlobalBlock(dim if j else None, dim, (64, 16, 4, 1)[i], rate))
+                    blocks.append(GlobalBlock(dim if j else width, dim, (64, 16, 4, 1)[i], rate))
                     contexts[j] = None
                 else:
                     blocks.append(LocalBlock(dim, ops[j], 3 if i else 7, rate, scrambled=mixers is None))
             stages.append(Stage(downsample, blocks, contexts))
         super().__init__(stages, dims, strides, nn.BatchNorm2d(dims[-1]), in_chans=in_chans, **kwargs)
-        self.apply(init_medvit)
+        self.apply(init_convs_too)
         # The authors' global blocks have a `LocalFeedForward` that they do not use.
         shapes = LocalFeedForward(HEAD_DIM, 2, 3).named_parameters()
         names = [name for name, module in self.named_modules() if isinstance(module, GlobalBlock)]
         self.unused_weights = {f"{name}.local.{key}" for key, _ in shapes for name in names}
-        self.block_names = [f"stages.{i}.blocks.{j}." for i, depth in enumerate(depths) for j in range(depth)]
-
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rename the authors' weights, whose blocks are counted from the first stage to the last."""
-        renamed = {}
-        for key, value in state.items():
-            if block := re.match(r"features\.(\d+)\.", key):
-                unused = f"{block[0]}e_mhsa.q.weight" in state and f"{block[0]}conv." in key
-                if unused and re.search(r"\.(running_mean|running_var|num_batches_tracked)$", key):
-                    continue
-                key = self.block_names[int(block[1])] + key.removeprefix(block[0])
-            renamed[key] = value
-        return super().checkpoint_filter(renamed)
+        # The authors count blocks from the first stage to the last.
+        counted = [f"stages.{i}.blocks.{j}." for i, depth in enumerate(depths) for j in range(depth)]
+        self.renames = (
+            *((rf"^features\.{number}\.", name) for number, name in enumerate(counted)),
+            *self.renames,
+            *((rf"^{name}\.local\..*(?:running_mean|running_var|num_batches_tracked)$", None) for name in names),
+        )
 
 
-def conv_bn_relu(in_dim: int, dim: int, stride: int) -> nn.Sequential:
-    """Return a 3 x 3 convolution, a batch norm and ReLU."""
-    return nn.Sequential(nn.Conv2d(in_dim, dim, 3, stride, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU())
-
-
-def init_medvit(module: nn.Module) -> None:
-    """Initialise weights by a truncated normal of standard deviation 0.02, biases by 0; for `nn.Module.apply`."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
+_STEM = {"first_conv": "stages.0.downsample.0.conv"}
 default_cfgs = generate_default_cfgs(
-    {
-        f"medvitv2_{size}": imagenet_cfg(first_conv="stages.0.downsample.0.0")
-        for size in ("tiny", "small", "base", "large")
-    }
-    | {"medvitv2_nano": imagenet_cfg(input_size=(3, 32, 32), pool_size=(2, 2), first_conv="stages.0.downsample.0.0")}
+    {f"medvitv2_{size}": imagenet_cfg(**_STEM) for size in ("tiny", "small", "base", "large")}
+    | {"medvitv2_nano": imagenet_cfg(input_size=(3, 32, 32), pool_size=(2, 2), **_STEM)}
 )
 
 
@@ -308,17 +237,14 @@ def medvitv2_tiny(pretrained: bool = False, **kwargs) -> MedViTV2:
 
 @register_model
 def medvitv2_small(pretrained: bool = False, **kwargs) -> MedViTV2:
-    arguments = {"dims": (64, 128, 256, 512), "depths": (2, 2, 6, 2)}
-    return MedViTV2.build("medvitv2_small", pretrained, **arguments | kwargs)
+    return MedViTV2.build("medvitv2_small", pretrained, **{"dims": (64, 128, 256, 512), "depths": DEPTHS} | kwargs)
 
 
 @register_model
 def medvitv2_base(pretrained: bool = False, **kwargs) -> MedViTV2:
-    arguments = {"dims": (96, 192, 384, 768), "depths": (2, 2, 6, 2)}
-    return MedViTV2.build("medvitv2_base", pretrained, **arguments | kwargs)
+    return MedViTV2.build("medvitv2_base", pretrained, **{"dims": (96, 192, 384, 768), "depths": DEPTHS} | kwargs)
 
 
 @register_model
 def medvitv2_large(pretrained: bool = False, **kwargs) -> MedViTV2:
-    arguments = {"dims": (96, 256, 512, 1024), "depths": (2, 2, 6, 2)}
-    return MedViTV2.build("medvitv2_large", pretrained, **arguments | kwargs)
+    return MedViTV2.build("medvitv2_large", pretrained, **{"dims": (96, 256, 512, 1024), "depths": DEPTHS} | kwargs)

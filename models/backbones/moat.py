@@ -15,7 +15,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, stage_layout
-from models.layers.mbconv import hybrid_mixers, mbconv
+from models.layers.mbconv import hybrid_block_name, hybrid_mixers, mbconv
 from models.layers.pool import NormedPool
 from ops import create_op, create_ops
 from ops.registry import Place, Spec
@@ -72,7 +72,7 @@ class MOAT(HierarchicalBackbone):
         (r"^conv_1\.", "stages.0.downsample.3."),
         (r"^moat\.final_layer_norm\.", "global_pool.norm."),
         (r"^moat\.logits_head\.", "head."),
-        (r"^moat\.block_(\d\d)_(\d\d)\.", lambda match: our_block(int(match[1]), int(match[2]))),
+        (r"^moat\.block_(\d\d)_(\d\d)\.", lambda match: hybrid_block_name(int(match[1]), int(match[2]))),
         (r"\.attention_norm\.", ".norm."),
         (r"\.attention\.o\.", ".mixer.proj."),
         (r"\.attention\.qkv\.", ".mixer.qkv."),
@@ -150,11 +150,6 @@ class MOAT(HierarchicalBackbone):
                 names = [key.replace(part[0], f".attention.{name}.") for name in "qkv"]
                 joined[key.replace(part[0], ".attention.qkv.")] = torch.cat([state[name] for name in names])
         return super().checkpoint_filter(joined)
-
-
-def our_block(stage: int, block: int) -> str:
-    """Return our name of a block of the authors': stage 0 is the stem, and a block with a stride is no block."""
-    return f"stages.{stage + 1}.blocks.{block - 1}." if block else f"stages.{stage + 1}.downsample."
 
 
 def init_moat(module: nn.Module) -> None:

@@ -2,10 +2,10 @@
 
 Paper: Revisiting Vision Transformer from the View of Path Ensemble. By the paper's abstract and introduction: there is
 no public code, and no figures are known to us. The paper sees a plain ViT as an ensemble of paths of different length,
-whose sum the classifier reads; it prunes paths, weighs them (EnsembleScale), and lets long paths teach short ones. Not
-known, and so our choice: the weights are per channel and start at 1, so that a fresh net is a DeiT; they change the sum
-for the classifier only; the outputs after a third and two thirds of the blocks are taught by KL divergence to the net's
-scores.
+whose sum the classifier reads; it prunes paths, weighs them (EnsembleScale), and lets long paths teach short ones. The
+further details are not known and our choice. The weights are per channel and start at 1, so that a fresh net is a DeiT,
+and they change the sum for the classifier only. The outputs after a third and two thirds of the blocks are taught by KL
+divergence to the net's scores.
 """
 
 from collections.abc import Sequence
@@ -115,7 +115,9 @@ class PathEnsemble(DeiT):
         if losses is None or not self.early_heads:
             return super().forward(x, losses)
         x, intermediates, _ = super().run(x, self.taught, losses=losses)
-        logits = self.forward_head(self.finish(x))
+        features = self.finish(x)
+        self.compare_tokens(x, features, losses)
+        logits = self.forward_head(features)
         target = logits.detach().log_softmax(-1)
         divergences = []
         for head, tokens in zip(self.early_heads, intermediates, strict=True):

@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
+from timm.layers import DropPath, SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, stage_layout
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_convs_too, stage_layout
 from models.layers.downsample import PatchConv2d
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
@@ -125,7 +125,7 @@ class PATNet(HierarchicalBackbone):
         super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, num_features=pre_head, **kwargs)
         self.pre_head = nn.Linear(dims[-1], pre_head, bias=False)
         self.act = layer()
-        self.apply(init_weights)
+        self.apply(init_convs_too)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -140,14 +140,6 @@ class PATNet(HierarchicalBackbone):
             x = self.act(self.pre_head(self.global_pool(x)))
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
-
-
-def init_weights(module: nn.Module) -> None:
-    """Initialise linear layers and convolutions by a truncated normal of deviation 0.02 and biases of 0."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _cfg = partial(imagenet_cfg, crop_pct=0.9, first_conv="stages.0.downsample.0")

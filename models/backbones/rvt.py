@@ -1,14 +1,14 @@
 """RVT: Towards Robust Vision Transformer (Mao et al., CVPR 2022, arXiv:2105.07926).
 
 Also RVT with token-aware average pooling and attention diversification: Robustifying Token Attention for Vision
-Transformers (Guo et al., ICCV 2023, arXiv:2303.11126). Written after the papers and the latter's repository,
-guoyongcs/TAPADL (MIT), which has both nets; its checkpoints load.
+Transformers (Guo et al., ICCV 2023, arXiv:2303.11126). Written after the papers and their repositories,
+vtddggg/Robust-Vision-Transformer (which states no licence) and guoyongcs/TAPADL (MIT); the checkpoints of both load.
 """
 
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from ops.registry import Spec
 
 
 class ConvMlp(nn.Module):
-    """MLP on maps (B, C, H, W) with a depthwise convolution of the hidden map, and a batch norm after each layer."""
+    """MLP on maps (B, H, W, C) with a depthwise convolution of the hidden map, and a batch norm after each layer."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -29,27 +29,27 @@ class ConvMlp(nn.Module):
         self.fc2, self.bn3 = nn.Conv2d(hidden, dim, 1), nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.bn1(self.fc1(x)))
-        return self.bn3(self.fc2(F.gelu(self.bn2(self.dwconv(x)))))
+        x = F.gelu(self.bn1(self.fc1(x.permute(0, 3, 1, 2))))
+        return self.bn3(self.fc2(F.gelu(self.bn2(self.dwconv(x))))).permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):
     """Token mixing and MLP, each added to the map (B, C, H, W); with TAP, pooled tokens are mixed."""
 
-    def __init__(self, dim: int, mixer: nn.Module, drop_path: float, scales: int):
+    def __init__(self, dim: int, mixer: nn.Module, drop_path: float, scales: int, linear_mlp: bool):
         super().__init__()
         self.pool = TokenAwarePooling(dim, scales) if scales else None
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.mixer = mixer
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = ConvMlp(dim, 4 * dim)
+        self.mlp = Mlp(dim, 4 * dim) if linear_mlp else ConvMlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, **context) -> Tensor:
         pooled = x if self.pool is None else self.pool(x)
         mixed = self.mixer(self.norm1(pooled.permute(0, 2, 3, 1)), **context)
         x = x + self.drop_path(mixed.permute(0, 3, 1, 2))
-        return x + self.drop_path(self.mlp(self.norm2(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)))
+        return x + self.drop_path(self.mlp(self.norm2(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2))
 
 
 class Embedding(nn.Sequential):
@@ -78,6 +78,8 @@ class Embedding(nn.Sequential):
 class RVT(HierarchicalBackbone):
     """One or two stages of full attention, whose scores RVT* scales by learned positions, and of convolutional MLPs.
 
+    The MLPs of RVT-B are linear in its authors' code, and convolutional with token-aware average pooling.
+
     Args:
         dims: Channels of each stage.
         depths: Number of blocks in each stage.
@@ -85,6 +87,7 @@ class RVT(HierarchicalBackbone):
         patch: Side of a patch in pixels: 16, or 4.
         masked: Number of first blocks whose attention scores are scaled by positions.
         scales: Candidates of token-aware average pooling; 0 leaves it out. TAP's nets have 4.
+        linear_mlp: Leave out the convolutions of the MLPs if there is no token-aware average pooling.
         diversity: Threshold of attention diversification, as in the op "full"; 0 leaves it out. TAP's nets have 2.
         img_size: Size, in pixels, of the images that the positions are learned for.
         mixers: Token mixers, as `ops.parse_mixers` reads them. Default: full attention.
@@ -114,6 +117,7 @@ class RVT(HierarchicalBackbone):
         patch: int = 16,
         masked: int = 0,
         scales: int = 0,
+        linear_mlp: bool = False,
         diversity: float = 0.0,
         img_size: int | tuple[int, int] = 224,
         mixers: Spec | Sequence | None = None,
@@ -141,7 +145,8 @@ class RVT(HierarchicalBackbone):
             ops, contexts = create_ops(specs[i], dim, heads[i], stage=i + 2, stride=strides[i])
             rates = [drop_path_rate * (block + j) / sum(depths) for j in range(depths[i])]
             block += depths[i]
-            blocks = [Block(dim, op, rate, scales) for op, rate in zip(ops, rates, strict=True)]
+            linear = linear_mlp and not scales
+            blocks = [Block(dim, op, rate, scales, linear) for op, rate in zip(ops, rates, strict=True)]
             stages.append(Stage(downsample, blocks, contexts))
         super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, **kwargs)
         self.head_norm: nn.Module = nn.LayerNorm(dims[-1], eps=1e-6)
@@ -176,7 +181,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 TINY = {"dims": (192, 384), "depths": (10, 2), "heads": (6, 12)}
-BASE = {"dims": (768,), "heads": (12,)}
+BASE = {"dims": (768,), "heads": (12,), "linear_mlp": True}
 
 
 @register_model

@@ -1,7 +1,7 @@
 """S2AFormer: Strip Self-Attention for Efficient Vision Transformer (Xu et al., IEEE TIP 2025, arXiv:2505.22195).
 
-By the paper's abstract and summaries; there is no public code. Known are the order of a block's four parts and the
-convolutional stem. The sizes, the form of the local interaction (that of XCiT) and all further details are ours.
+By the paper's abstract and summaries; there is no public code. The order of a block's four parts and the convolutional
+stem are known. The sizes, the form of the local interaction (that of XCiT) and all further details are ours.
 """
 
 from collections.abc import Sequence

@@ -56,9 +56,9 @@ class Sparsifiner(DeiT):
 
     Args:
         keep: Share of all tokens that each token attends to.
-        phase: Phase of the paper's training. "predictors": only the predictors learn, by the loss connectivity, and
-            each token attends to all tokens. "net": all other weights learn, without this loss. By default all weights
-            learn at once.
+        phase: Phase of the paper's training. "predictors": only the predictors learn, by the loss connectivity; each
+            token attends to all tokens, and none is pruned. "net": all other weights learn, without this loss. By
+            default all weights learn at once.
         keep_tokens: Share of the tokens that is left after each block of `prune_at`: this number, its square, ...; 1
             prunes none.
         prune_at: Indices of the blocks that prune tokens.
@@ -106,7 +106,7 @@ class Sparsifiner(DeiT):
             parameter.requires_grad_((".mask_predictor." in name) == (phase == "predictors"))
         if not 0 < keep_tokens <= 1:
             raise ValueError(f"keep_tokens must be a share above 0 and at most 1, not {keep_tokens}")
-        if keep_tokens == 1:
+        if keep_tokens == 1 or phase == "predictors":
             return
         blocks: list[Any] = list(self.blocks)
         for number, i in enumerate(sorted(prune_at), start=1):

@@ -7,12 +7,13 @@ heads are ours.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import LayerNorm2d, Mlp
+from timm.layers import LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
+from timm.models.volo import ClassBlock
 from torch import Tensor, nn
 
 from models import plain
@@ -22,8 +23,6 @@ from models.layers.position import grid_of
 from models.layers.pvt_v2 import RENAMES, Block, DepthwiseMlp, NormedStage, init_conv
 from ops import create_ops, parse_mixers
 from ops.attention.spectral_gating import SpectralGating
-from ops.functional import merge_heads, split_heads
-from ops.losses import Losses
 from ops.registry import Spec
 
 
@@ -67,24 +66,6 @@ class SpectFormer(plain.PlainBackbone):
         super().__init__(img_size=img_size, patch=patch, depths=depths, mixers=mixers, **kwargs)
 
 
-class ClassBlock(nn.Module):
-    """Attention of a class token to all tokens, and an MLP of the class token: (B, 1 + N, C) to (B, 1, C)."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(mlp_ratio * dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        token, x = x[:, :1], self.norm1(x)
-        q, k, v = (split_heads(t, self.num_heads) for t in (self.q(x[:, :1]), *self.kv(x).chunk(2, dim=-1)))
-        token = token + self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
-        return token + self.mlp(self.norm2(token))
-
-
 class SpectFormerH(HierarchicalBackbone):
     """Pyramid with spectral gating in the first two stages, full attention in the others, and class attention.
 
@@ -112,9 +93,10 @@ class SpectFormerH(HierarchicalBackbone):
         (r"^patch_embed1\.proj\.", "stages.0.downsample.9."),
         (r"^patch_embed1\.norm\.", "stages.0.downsample.10."),
         (r"^norm4\.", "norm."),
-        (r"^post_network\.0\.(?:attn\.)?", "class_block."),
+        (r"^post_network\.0\.", "class_block."),
         (r"^aux_head\.", "head.aux."),
         *RENAMES,
+        (r"^class_block\.mixer\.", "class_block.attn."),
     )
     # Checkpoints with token labels load without them too.
     unused_weights = ("head.aux.weight", "head.aux.bias")
@@ -155,7 +137,10 @@ class SpectFormerH(HierarchicalBackbone):
         self.token_label = token_label
         norm = LayerNorm2d(dims[-1], eps=1e-6)
         super().__init__(stages, dims, strides, norm, in_chans=in_chans, global_pool=global_pool, **kwargs)
-        self.class_block = ClassBlock(dims[-1], heads[-1], mlp_ratios[-1])
+        norm_class: Any = partial(nn.LayerNorm, eps=1e-6)
+        self.class_block = ClassBlock(
+            dims[-1], heads[-1], mlp_ratio=mlp_ratios[-1], qkv_bias=True, norm_layer=norm_class
+        )
         self.apply(init_conv)
 
     def reset_pool(self, global_pool: str) -> None:
@@ -177,18 +162,11 @@ class SpectFormerH(HierarchicalBackbone):
             self.class_block = None
         return take
 
-    def forward_intermediates(self, x: Tensor, *args, intermediates_only: bool = False, **kwargs) -> Any:
-        maps = super().forward_intermediates(x, *args, intermediates_only=True, **kwargs)
-        return maps if intermediates_only else (self.forward_features(x), maps)
-
-    def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
+    def finish(self, x: Tensor) -> Tensor:
         """Return the final tokens (B, 1 + H * W, C), of which the first is the class token."""
-        for stage in self.stages:
-            x = stage(x) if losses is None else stage(x, losses)
         x = x.flatten(2).transpose(1, 2)
         if self.class_block is not None:
-            token = self.class_block(torch.cat([x.mean(1, keepdim=True), x], dim=1))
-            x = torch.cat([token, x], dim=1)
+            x = self.class_block(torch.cat([x.mean(1, keepdim=True), x], dim=1))
         return self.norm(x.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

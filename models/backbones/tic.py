@@ -1,8 +1,8 @@
 """TiC: Exploring Vision Transformer in Convolution (Zhang et al., arXiv:2310.04134).
 
-By the paper's text: the authors' repository, zs670980918/MSA-Conv, holds the operator only. Not known are the sizes and
-the form of the multi-directional cyclic shift and of inter-pooling, which this net lacks; the layout and the sizes are
-Swin's and ours.
+By the paper's text: the authors' repository, zs670980918/MSA-Conv, holds the operator only. The forms of the
+multi-directional cyclic shift and of inter-pooling are not known, so this net lacks both. The layout is Swin's, and the
+sizes are ours.
 """
 
 from collections.abc import Sequence

@@ -8,22 +8,18 @@ authors train on patches of mixed images, are left out.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from models import plain
-from models.backbone import run_block
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, to_channels_last
-from models.layers.downsample import PatchConv2d
-from models.layers.position import fit_positions, grid_of, resize_positions
+from models.hierarchical import HierarchicalBackbone, imagenet_cfg, init_weights, to_channels_last
+from models.layers.position import grid_of
+from models.layers.token_stage import SpatialReduction, TokenStage, TokenStem
 from ops import create_ops, parse_mixers
 from ops.attention.full import FullAttention
-from ops.losses import Losses
-from ops.registry import Spec, take_extra
+from ops.registry import FIRST, Spec, take_extra
+from ops.softmax import SoftmaxOptions
 
 # Side of a patch in pixels
 PATCH = 14
@@ -50,7 +46,7 @@ class Attention(FullAttention):
 
     def __init__(self, dim: int, num_heads: int, head_dim: int):
         super().__init__(dim, 1)
-        self.num_heads = num_heads
+        self.num_heads, self.softmax = num_heads, SoftmaxOptions(num_heads, head_dim, FIRST)
         self.qkv = nn.Linear(dim, 3 * num_heads * head_dim)
         self.proj = nn.Linear(num_heads * head_dim, dim)
 
@@ -61,100 +57,6 @@ class Block(plain.Block):
     def __init__(self, dim: int, mixer: nn.Module, hidden: int, drop_path: float):
         super().__init__(dim, mixer, drop_path=drop_path)
         self.mlp = Mlp(dim, hidden)
-
-
-class Stem(nn.Module):
-    """Patches, class token and positions: images (B, C, h, w) to tokens (B, E + H * W, dim) and (H, W).
-
-    Images are zero-padded on the right and at the bottom to whole patches.
-
-    Args:
-        in_chans: Number of image channels C.
-        dim: Channels of the tokens.
-        hidden: Channels of three convolutions before the patches, which halve the resolution; 0 leaves them out.
-        grid: Rows and columns of the map that the positions are learned for; others are interpolated.
-        extra: Number of class tokens E, 0 or 1.
-    """
-
-    def __init__(self, in_chans: int, dim: int, hidden: int, grid: tuple[int, int], extra: int):
-        super().__init__()
-        self.grid, self.extra = grid, extra
-        self.convs = None
-        if hidden:
-            convs = [conv_bn_relu(hidden if i else in_chans, hidden, 1 if i else 2) for i in range(3)]
-            self.convs = nn.ModuleList(convs)
-        self.proj = PatchConv2d(hidden, dim, PATCH // 2) if hidden else PatchConv2d(in_chans, dim, PATCH)
-        self.pos_embed = nn.Parameter(trunc_normal_(torch.empty(1, extra + grid[0] * grid[1], dim), std=0.02))
-        self.cls_token = nn.Parameter(trunc_normal_(torch.empty(1, 1, dim), std=0.02)) if extra else None
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x = F.pad(x, (0, -x.shape[3] % PATCH, 0, -x.shape[2] % PATCH))
-        if self.convs is not None:
-            x = self.convs[0](x)
-            x = x + self.convs[2](self.convs[1](x))
-        x = self.proj(x)
-        size, x = (x.shape[2], x.shape[3]), x.flatten(2).transpose(1, 2)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        return x + resize_positions(self.pos_embed, self.grid, size, self.extra), size
-
-    def no_weight_decay(self) -> set[str]:
-        return set() if self.cls_token is None else {"cls_token"}
-
-    def resize_table(self, name: str, value: Tensor) -> Tensor:
-        return fit_positions(value, self.grid, self.extra) if name == "pos_embed" else value
-
-
-class SpatialReduction(nn.Module):
-    """Halving of the map with a residual connection: tokens (B, E + H * W, C) and (H, W) to half the sides.
-
-    The residual connection averages 2 x 2 tokens and adds channels of zeros.
-
-    Args:
-        in_dim: Channels C.
-        dim: Channels of the result, at least `in_dim`.
-        grid: Rows and columns of the reduced map that the positions are learned for; others are interpolated.
-        extra: Number of class tokens E, 0 or 1.
-    """
-
-    def __init__(self, in_dim: int, dim: int, grid: tuple[int, int], extra: int):
-        super().__init__()
-        self.grid, self.widening = grid, dim - in_dim
-        self.norm = nn.LayerNorm(in_dim, eps=1e-6)
-        self.patch_reduce = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1)
-        self.token_transform = nn.Linear(in_dim, dim) if extra else None
-        self.pos_embed = nn.Parameter(trunc_normal_(torch.empty(1, grid[0] * grid[1], dim), std=0.02))
-
-    def forward(self, state: tuple[Tensor, tuple[int, int]]) -> tuple[Tensor, tuple[int, int]]:
-        x, (H, W) = state
-        token, residual = x[:, : -H * W], x[:, -H * W :].transpose(1, 2).unflatten(2, (H, W))
-        x = self.norm(x)
-        reduced = self.patch_reduce(x[:, -H * W :].transpose(1, 2).unflatten(2, (H, W)))
-        size = (reduced.shape[2], reduced.shape[3])
-        residual = F.avg_pool2d(residual, 2, ceil_mode=True).flatten(2).transpose(1, 2)
-        reduced = reduced.flatten(2).transpose(1, 2) + resize_positions(self.pos_embed, self.grid, size)
-        reduced = reduced + F.pad(residual, (0, self.widening))
-        if self.token_transform is None:
-            return reduced, size
-        token = self.token_transform(x[:, : -H * W]) + F.pad(token, (0, self.widening))
-        return torch.cat([token, reduced], dim=1), size
-
-    def resize_table(self, name: str, value: Tensor) -> Tensor:
-        return fit_positions(value, self.grid, 0) if name == "pos_embed" else value
-
-
-class TokenStage(Stage):
-    """Stage on tokens (B, E + H * W, C) and (H, W), of which the first E are class tokens; the first takes images."""
-
-    def forward(self, x: Any, losses: Losses | None = None) -> Any:
-        x, size = self.downsample(x)
-        contexts = [module(x[:, -size[0] * size[1] :].unflatten(1, size)) for module in self.contexts]
-        recompute = self.grad_checkpointing and torch.is_grad_enabled()
-        for i, (block, index) in enumerate(zip(self.blocks, self.context_indices, strict=True)):
-            context = {} if index is None else {"context": contexts[index]}
-            own = losses if self.have_losses[i] else None
-            x = run_block(block, x, size, recompute=recompute, losses=own, **context)
-        return x, size
 
 
 class ViTResNAS(HierarchicalBackbone):
@@ -179,8 +81,8 @@ class ViTResNAS(HierarchicalBackbone):
     renames = (
         (r"^tokens$", "stages.0.downsample.cls_token"),
         (r"^pos_embed$", "stages.0.downsample.pos_embed"),
-        (r"^patch_embed\.conv(\d)\.conv\.", lambda match: f"stages.0.downsample.convs.{int(match[1]) - 1}.0."),
-        (r"^patch_embed\.conv(\d)\.bn\.", lambda match: f"stages.0.downsample.convs.{int(match[1]) - 1}.1."),
+        (r"^patch_embed\.conv(\d)\.conv\.", lambda match: f"stages.0.downsample.convs.{int(match[1]) - 1}.conv."),
+        (r"^patch_embed\.conv(\d)\.bn\.", lambda match: f"stages.0.downsample.convs.{int(match[1]) - 1}.norm."),
         (r"^patch_embed\.(conv_)?proj\.", "stages.0.downsample.proj."),
         (r"\.attn\.", ".mixer."),
         (r"^cls_head\.", "head."),
@@ -209,7 +111,7 @@ class ViTResNAS(HierarchicalBackbone):
             if i:
                 downsample = SpatialReduction(layouts[i - 1].dim, dim, grid, self.extra)
             else:
-                downsample = Stem(in_chans, dim, stem, grid, self.extra)
+                downsample = TokenStem(in_chans, dim, stem, PATCH, grid, self.extra)
             if mixers is None:
                 ops, contexts = [Attention(dim, number, head_dim) for number in heads], ()
             else:
@@ -222,60 +124,25 @@ class ViTResNAS(HierarchicalBackbone):
         dims = [layout.dim for layout in layouts]
         norm = nn.LayerNorm(dims[-1], eps=1e-6)
         super().__init__(stages, dims, strides, norm, in_chans=in_chans, global_pool=global_pool, **kwargs)
-        self.depths = depths
         self.apply(init_weights)
+        # The authors count blocks and reductions from the first stage to the last.
+        names = []
+        for i, depth in enumerate(depths):
+            names += [f"stages.{i}.downsample."] if i else []
+            names += [f"stages.{i}.blocks.{j}." for j in range(depth)]
+        self.renames = (*((rf"^blocks\.{number}\.", name) for number, name in enumerate(names)), *self.renames)
 
     def reset_pool(self, global_pool: str) -> None:
         self.global_pool = plain.TokenPool(global_pool, self.extra)
 
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rename the authors' weights, whose blocks and reductions are counted from the first stage to the last."""
-        names = []
-        for i, depth in enumerate(self.depths):
-            names += [f"stages.{i}.downsample."] if i else []
-            names += [f"stages.{i}.blocks.{j}." for j in range(depth)]
-        renamed = {}
-        for key, value in state.items():
-            first, _, rest = key.partition(".")
-            number, _, rest = rest.partition(".")
-            renamed[names[int(number)] + rest if first == "blocks" else key] = value
-        return super().checkpoint_filter(renamed)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Return the final tokens and the maps (B, C_i, H_i, W_i) of the stages `indices` (timm's interface).
-
-        The arguments and errors are those of `HierarchicalBackbone.forward_intermediates`.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', not {output_fmt!r}")
-        take, last = feature_take_indices(len(self.stages), indices)
-        maps, state = [], x
-        for i, stage in enumerate(list(self.stages)[: last + 1 if stop_early else None]):
-            state = stage(state)
-            if i in take:
-                tokens = self.norm(state[0]) if norm and i == len(self.stages) - 1 else state[0]
-                maps.append(to_channels_last(tokens[:, self.extra :].transpose(1, 2).unflatten(2, state[1])))
-        return maps if intermediates_only else (self.norm(state[0]), maps)
-
-    def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
+    def finish(self, x: tuple[Tensor, tuple[int, int]]) -> Tensor:
         """Return the final tokens (B, E + H * W, C)."""
-        state: Any = x
-        for stage in self.stages:
-            state = stage(state, losses)
-        return self.norm(state[0])
+        return self.norm(x[0])
 
-
-def conv_bn_relu(in_dim: int, dim: int, stride: int = 1) -> nn.Sequential:
-    """Return a 3 x 3 convolution, a batch norm and ReLU."""
-    return nn.Sequential(nn.Conv2d(in_dim, dim, 3, stride, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU())
+    def stage_map(self, x: tuple[Tensor, tuple[int, int]], norm: bool) -> Tensor:
+        tokens, size = x
+        tokens = self.norm(tokens) if norm else tokens
+        return to_channels_last(tokens[:, self.extra :].transpose(1, 2).unflatten(2, size))
 
 
 # The searched sizes, from the authors' scripts; `reftiny` is not searched.
@@ -310,7 +177,7 @@ LAYOUTS = {
 _CFG: Any = {"pool_size": None, "fixed_input_size": True}
 default_cfgs = generate_default_cfgs(
     {
-        f"vit_resnas_{size}": imagenet_cfg(first_conv="stages.0.downsample.convs.0.0", **_CFG)
+        f"vit_resnas_{size}": imagenet_cfg(first_conv="stages.0.downsample.convs.0.conv", **_CFG)
         for size in ("nano", "tiny", "small", "medium", "reftiny")
     }
     | {"vit_resnas_tiny666": imagenet_cfg(first_conv="stages.0.downsample.proj", **_CFG)}

@@ -1,5 +1,7 @@
 """Layers that bring a map to a lower resolution."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
@@ -54,3 +56,16 @@ def patch_embed(in_chans: int, dim: int, patch: int = 4, norm: type[nn.Module] =
         norm_args: Further arguments of the norm.
     """
     return nn.Sequential(PatchConv2d(in_chans, dim, patch), norm(dim, **norm_args))
+
+
+class TokenDownsample(nn.Module):
+    """Strided convolution and norm, from tokens (B, H * W, C) to (B, ⌈H / 2⌉ * ⌈W / 2⌉, out)."""
+
+    def __init__(self, dim: int, out: int):
+        super().__init__()
+        self.proj = nn.Conv2d(dim, out, 3, 2, padding=1)
+        self.norm = nn.LayerNorm(out)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """Reduce the map of `size` (H, W)."""
+        return self.norm(self.proj(x.transpose(1, 2).unflatten(2, tuple(size))).flatten(2).transpose(1, 2))

@@ -46,6 +46,14 @@ def mbconv(in_dim: int, dim: int, stride: int = 1, drop_path: float = 0.0, pool:
     return block
 
 
+def hybrid_block_name(stage: int, block: int) -> str:
+    """Return our name of a block in files that count the stages after the stem, and blocks with a stride as blocks.
+
+    Here the stem is a stage, and the block with a stride that begins a stage is its `downsample`.
+    """
+    return f"stages.{stage + 1}.blocks.{block - 1}." if block else f"stages.{stage + 1}.downsample."
+
+
 def hybrid_mixers(
     mixers: Spec | Sequence | None, default: Sequence[Spec | None], depths: Sequence[int]
 ) -> list[list[Spec] | None]:

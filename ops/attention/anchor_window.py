@@ -1,7 +1,7 @@
 """Windows with low-resolution anchors, of Scale-DiT.
 
-Paper: Scale-DiT: Ultra-High-Resolution Image Generation with Hierarchical Local Attention (Zhang and Wu,
-arXiv:2510.16325). Written after the paper and what the authors' repository, PeterYYZhang/Scale-DiT (no licence),
+Paper: Scale-DiT: Ultra-High-Resolution Image Generation with Hierarchical Local Attention (Zhang and Tai,
+arXiv:2510.16325). Written after the paper and what the authors' repository, PeterYYZhang/Scale-DiT (no licence file),
 computes. The authors' anchors are a second, smaller image. Here they are means of the map, the anchors of a large map
 are tiles instead of a run in raster order, and the position bias is learned: these three are ours.
 """
@@ -18,7 +18,6 @@ from ops.registry import FIRST, Place, register_op
 from ops.tiles import (
     QueryTiles,
     attend_in_tiles,
-    attend_to_all,
     gather_tiles,
     relative_bias,
     sliding_tiles,
@@ -37,8 +36,8 @@ class AnchorWindowAttention(nn.Module):
 
     The window slides with the token and is cut off where the map ends, or the map is cut into blocks after a cyclic
     shift, where tokens from opposite sides of the map may share a block. Scores in a window have a learned bias for
-    each relative position; anchors have none. Extra tokens attend to all tokens but the anchors, and all tokens attend
-    to them. Cost is linear in H * W if the anchors are local, else quadratic, divided by pool².
+    each relative position; anchors have none. Cost is linear in H * W if the anchors are local, else quadratic,
+    divided by pool².
 
     Args:
         dim: Number of channels.
@@ -62,7 +61,6 @@ class AnchorWindowAttention(nn.Module):
     """
 
     family = "mixed"
-    takes_extra = True
 
     def __init__(
         self,
@@ -91,7 +89,7 @@ class AnchorWindowAttention(nn.Module):
             raise ValueError(f"anchors must be 'all' or 'local', not {anchors!r}")
         if train_keys is not None and train_keys < 2:
             raise ValueError(f"train_keys must be at least 2, not {train_keys}")
-        side = min(self.window)
+        side: int = min(self.window)
         shift = side // 2 * (place.block % 2) if shift is None else shift
         if not 0 <= shift < side:
             raise ValueError(f"shift must be from 0 to {side - 1}, not {shift}")
@@ -109,31 +107,22 @@ class AnchorWindowAttention(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return set() if self.relative_position_bias_table is None else {"relative_position_bias_table"}
 
-    def forward(self, x: Tensor, extra: Tensor | None = None) -> Any:
-        C = x.shape[3]
-        qkv, anchors = self.qkv(x), self.project_anchors(x)
-        extra_qkv = None if extra is None else self.qkv(extra)
+    def forward(self, x: Tensor) -> Tensor:
+        anchors = self.project_anchors(x)
         rows, columns = (self.tiles(x, axis) for axis in (0, 1))
         shared, mask = anchors.flatten(1, 2).unsqueeze(1), None  # (B, 1, M, 2C)
         if self.anchors == "local" or (self.anchors is None and shared.shape[2] > MAX_ANCHORS):
             shared, mask = self.local_anchors(anchors, rows, columns)
-        seen = self.window[0] * self.window[1] + shared.shape[2]
-        if extra_qkv is not None:
-            E = extra_qkv.shape[1]
-            shared = torch.cat([shared, extra_qkv[..., C:].unsqueeze(1).expand(-1, shared.shape[1], -1, -1)], dim=2)
-            mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), E)], dim=1)
-            seen += E
-        scale = (C // self.num_heads) ** -0.5
+        scale = (x.shape[3] // self.num_heads) ** -0.5
         if self.train_keys is not None:
-            scale *= math.sqrt(math.log(max(seen, 2)) / math.log(self.train_keys))
+            keys = min(self.window[0], x.shape[1]) * min(self.window[1], x.shape[2]) + shared.shape[2]
+            scale *= math.sqrt(math.log(max(keys, 2)) / math.log(self.train_keys))
         table = self.relative_position_bias_table
         bias = None if table is None else relative_bias(table, rows, columns)
         out = attend_in_tiles(
-            qkv, self.num_heads, rows, columns, bias=bias, scale=scale, shared=shared, shared_mask=mask
+            self.qkv(x), self.num_heads, rows, columns, bias=bias, scale=scale, shared=shared, shared_mask=mask
         )
-        if extra_qkv is None:
-            return self.proj(out)
-        return self.proj(out), self.proj(attend_to_all(extra_qkv, qkv, self.num_heads, scale))
+        return self.proj(out)
 
     def project_anchors(self, x: Tensor) -> Tensor:
         """Return the keys and values of the anchors of a map (B, H, W, C): (B, ⌈H / pool⌉, ⌈W / pool⌉, 2C)."""
@@ -144,10 +133,13 @@ class AnchorWindowAttention(nn.Module):
         return out.unflatten(1, (ceil_div(x.shape[1], self.pool), -1))
 
     def tiles(self, x: Tensor, axis: int) -> QueryTiles:
-        """Return the tiles of the map's side `axis`; one is as long as a window, or 1 where operations are counted."""
+        """Return the tiles of the map's side `axis`, whose length divides the window's."""
         n, window = x.shape[1 + axis], self.window[axis]
         if self.sliding:
-            return sliding_tiles(n, window // 2, 1 if x.is_meta else window, x.device)
+            # Tiles of about 8 x 8 queries are fastest on the CPU; operations are counted for each query alone
+            tile = window // 2 if window > 8 and window % 2 == 0 else window
+            tile = 1 if x.is_meta else tile
+            return sliding_tiles(n, window // 2, tile, x.device)
         return window_tiles(n, min(window, n), -self.shift % n, True, x.device)
 
     def local_anchors(self, anchors: Tensor, rows: QueryTiles, columns: QueryTiles) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Attention inside clusters of similar tokens, of the Routing Transformer (Roy et al., TACL 2021, arXiv:2003.05997).
 
 Paper: Efficient Content-Based Sparse Attention with Routing Transformers. Written after the paper and the repository
-lucidrains/routing-transformer (MIT). For maps, the local heads attend to neighbourhoods instead of blocks of a
-sequence, and the clusters grow on maps with more tokens than they were made for.
+lucidrains/routing-transformer (MIT). Neighbourhoods of a map for the local heads, instead of blocks of a sequence, are
+ours, and so are clusters that grow on maps with more tokens than they were made for.
 """
 
 import torch

@@ -1,7 +1,8 @@
 """Content-aware token aggregation of CATANet (Liu et al., CVPR 2025, arXiv:2503.06896).
 
 Paper: CATANet: Efficient Content-Aware Token Aggregation for Lightweight Image Super-Resolution. Written after the
-paper and the authors' repository, EquationWalker/CATANet (Apache-2.0).
+paper and the authors' repository, EquationWalker/CATANet (Apache-2.0). A stable order of tokens with the same centre,
+where the authors' sort leaves it open, and the mirror image of a sequence shorter than its padding are ours.
 """
 
 import torch
@@ -32,7 +33,7 @@ class ContentAggregation(nn.Module):
 
     The sorted tokens are cut into groups. The queries of a group attend to the keys of their own and of the next group;
     after the last token, the sequence goes on with its mirror image. The outputs of the attention to the groups and of
-    that to the centres are added. Equal centres keep the tokens' order, where the authors' sort leaves it open.
+    that to the centres are added.
 
     The centres are an average of those of the training batches (`ops.clusters.Centroids`). In training, some steps of
     spherical k-means over the batch refine them, the last of which passes a gradient to the tokens. Before the first
@@ -124,7 +125,7 @@ class ContentAggregation(nn.Module):
             q: Queries, whose gradient is computed in every backward pass.
         """
         means = self.centers.means.to(unit.dtype, copy=True)
-        if not tokens.is_meta and not self.centers.have_started():
+        if not self.centers.have_started():
             means = self.first(tokens)
         if not self.training:
             return means

@@ -1,7 +1,7 @@
 """Convolution-enhanced window attention of CoSwin (Khadka et al., arXiv:2509.08959).
 
-By the paper's abstract and a summary; the authors' repository, puskal-khadka/coswin, could not be read. Ours are the
-form of the convolution and the place where the two are added.
+By the paper's abstract and a summary; the authors' repository, puskal-khadka/coswin, could not be read. The form of the
+convolution and the place where its result is added are our choice.
 """
 
 import torch.nn.functional as F

@@ -40,8 +40,9 @@ class CompressedBranch(nn.Module):
         super().__init__()
         self.compress = nn.Parameter(torch.full((factor, factor, dim), factor**-2.0))
         self.qkv = nn.Linear(dim, 3 * dim) if rank == "full" else None
-        change = isinstance(rank, int) and rank != 0
-        self.change = nn.ModuleList(low_rank(dim, dim, rank) for _ in range(3)) if change else None
+        self.change = None
+        if isinstance(rank, int) and rank:
+            self.change = nn.ModuleList([low_rank(dim, dim, rank) for _ in range(3)])
         self.smooth = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim), nn.Conv2d(dim, dim, 1))
 
     def forward(self, x: Tensor, qkv: nn.Module, attention: Callable[[Tensor], Tensor], proj: nn.Module) -> Tensor:
@@ -108,7 +109,9 @@ class DualBranchAttention(nn.Module):
             raise ValueError(f"rank must be at least 0 or 'full', not {rank!r}")
         if gate not in ("learned", "pooled"):
             raise ValueError(f"gate must be 'learned' or 'pooled', not {gate!r}")
-        self.num_heads, self.windows, self.window, self.odd = num_heads, windows, window, place.block % 2
+        # The number of windows is 0 where it follows from `window`
+        self.windows: int = 0 if windows is None else windows
+        self.num_heads, self.window, self.odd = num_heads, window, place.block % 2
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.alone = windows == 1 and compress == 1
@@ -117,8 +120,7 @@ class DualBranchAttention(nn.Module):
         self.global_branch = CompressedBranch(dim, compress, rank)
         self.coarse_branch = CompressedBranch(dim, 2, rank) if coarse and windows != 1 else None
         gates = 1 if self.coarse_branch is None else 2
-        self.gate = nn.Parameter(torch.zeros(gates, dim)) if gate == "learned" else None
-        self.pooled_gate = nn.Linear(dim, gates * dim) if gate == "pooled" else None
+        self.gate = nn.Linear(dim, gates * dim) if gate == "pooled" else nn.Parameter(torch.zeros(gates, dim))
 
     def no_weight_decay(self) -> set[str]:
         return {"gate", "global_branch.compress", "coarse_branch.compress"} & {n for n, _ in self.named_parameters()}
@@ -138,18 +140,19 @@ class DualBranchAttention(nn.Module):
 
     def windows_of_side(self, n: int) -> int:
         """Return the number of windows, in every first block of two, along a side of n tokens."""
-        return ceil_div(n, self.window) if self.windows is None else self.windows
+        return self.windows if self.window is None else ceil_div(n, self.window)
 
     def gates(self, x: Tensor) -> list[Tensor]:
         """Return the gates of the global and the coarse branch for a map (B, H, W, C), which broadcast to it."""
-        if self.pooled_gate is None:
-            return list(self.gate.sigmoid())
-        pooled = self.pooled_gate(x.mean((1, 2), keepdim=True)).sigmoid()
-        return list(pooled.split(x.shape[3], dim=-1))
+        if isinstance(self.gate, nn.Linear):
+            pooled = self.gate(x.mean((1, 2), keepdim=True)).sigmoid()
+            return list(pooled.split(x.shape[3], dim=-1))
+        return list(self.gate.sigmoid())
 
     def attend_to_all(self, qkv: Tensor) -> Tensor:
         """Compute attention between all tokens for queries, keys and values (B, h, w, 3C)."""
-        return map_attention(*qkv.chunk(3, dim=-1), self.num_heads)
+        q, k, v = qkv.chunk(3, dim=-1)
+        return map_attention(q, k, v, self.num_heads)
 
     def attend_in_windows(self, qkv: Tensor, rows: int, columns: int) -> Tensor:
         """Compute attention inside `rows` x `columns` windows for queries, keys and values (B, h, w, 3C)."""

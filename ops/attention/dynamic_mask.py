@@ -4,6 +4,8 @@ Paper: Trainable Dynamic Mask Sparse Attention. Written after the repository of 
 (BSD-3-Clause), whose causal mask and rotary positions are left out, since a map has no order.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +38,8 @@ class DynamicMaskAttention(GroupedQueryAttention):
     """
 
     family = "sparse"
+    # A bias of low rank would have to follow the choice of the keys
+    softmax_options = False
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class DynamicMaskAttention(GroupedQueryAttention):
         self.A = nn.Parameter(torch.ones(self.kv_heads))
         self.dt_proj = nn.Linear(self.v.out_features, self.kv_heads, bias=bias)
 
-    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, size: Sequence[int]) -> Tensor:
         scores = self.A[:, None] * F.softplus(self.dt_proj(v.transpose(1, 2).flatten(2))).transpose(1, 2)
         scores = scores.to(q.dtype)  # (B, kv_heads, N)
         order = scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., : self.keys]

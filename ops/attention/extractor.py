@@ -21,8 +21,8 @@ class Extractor(nn.Module):
     """Each token receives a sum of all tokens, weighted by their offset from it, times a projection of itself.
 
     The kernel of weights is learned for a map of `size` tokens a side; for other maps it is interpolated and scaled to
-    the same sum. Outside the map are zeros. Cost is H * W * log(H * W), in at least float32; "she" multiplies it by the
-    number of channels.
+    the same sum. Outside the map are zeros. Cost is H * W * log(H * W), in at least float32; "she" multiplies it, and
+    the number of weights, by the number of channels.
 
     Args:
         dim: Number of channels.

@@ -81,6 +81,8 @@ class GlobalQueryAttention(WindowAttention):
     family = "local"
     renames = (*WindowAttention.renames, (r"^rel_pos\.", ""))
 
+    # The temperature would have to follow the global queries too
+    softmax_options = False
     make_context: type[GlobalQuery] | None = GlobalQuery
 
     def __init__(

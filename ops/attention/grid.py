@@ -42,5 +42,6 @@ class GridAttention(WindowAttention):
         x = pad_to_multiple(x, steps)
         grid = (x.shape[1] // steps[0], x.shape[2] // steps[1])
         qkv = self.qkv(x).unflatten(-1, (3, -1))
-        out = window_attention(qkv, self.bias(grid), self.num_heads, grid, pattern="grid")
+        bias, scale = self.softmax.window_options(self.bias(grid), grid)
+        out = window_attention(qkv, bias, self.num_heads, grid, scale=scale, pattern="grid")
         return self.proj(out[:, :H, :W])

@@ -5,6 +5,7 @@ al., 2024, arXiv:2408.08454. Written after the papers and the authors' repositor
 Its PGQA subtracts noise from the attention's output in evaluation too; here evaluation subtracts the noise's mean.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ops.functional import merge_heads, split_heads
 from ops.norm import RMSNorm
 from ops.registry import FIRST, Place, register_op
+from ops.softmax import SoftmaxOptions
 
 ALLOCATIONS = ("uniform", "key_norm", "batch_key_norm", "key_change", "key_average")
 # Share of the current norms in the average that decides with "key_average"
@@ -57,6 +59,7 @@ class GroupedQueryAttention(nn.Module):
 
     family = "full"
     takes_extra = True
+    softmax_options = True
     # From the names that language models use
     renames = ((r"^([qkv])_proj\.", r"\1."), (r"^o_proj\.", "proj."))
     cache: Tensor
@@ -91,6 +94,7 @@ class GroupedQueryAttention(nn.Module):
             raise ValueError(f"interval must be positive and even, not {interval}")
         self.num_heads, self.kv_heads, self.allocation, self.interval = num_heads, kv_heads, allocation, interval
         self.noise = noise
+        self.softmax = SoftmaxOptions(num_heads, dim // num_heads, place)
         width = dim // num_heads * kv_heads
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.k = nn.Linear(dim, width, bias=qkv_bias)
@@ -108,16 +112,20 @@ class GroupedQueryAttention(nn.Module):
         tokens = x.flatten(1, 2) if extra is None else torch.cat([extra, x.flatten(1, 2)], dim=1)
         q = self.q_norm(split_heads(self.q(tokens), self.num_heads))
         k, v = (split_heads(t, self.kv_heads) for t in (self.k(tokens), self.v(tokens)))
-        out = self.proj(merge_heads(self.attend_heads(q, self.k_norm(k), v)))
+        out = self.proj(merge_heads(self.attend_heads(q, self.k_norm(k), v, size)))
         x = out[:, E:].unflatten(1, size)
         return x if extra is None else (x, out[:, :E])
 
-    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the heads' outputs (B, heads, N, D) for q (B, heads, N, D) and k, v (B, kv_heads, N, D)."""
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, size: Sequence[int]) -> Tensor:
+        """Return the heads' outputs (B, heads, N, D) for q (B, heads, N, D) and k, v (B, kv_heads, N, D).
+
+        The last tokens are a map of `size` (H, W).
+        """
         groups = self.allocate(k.detach())
         # One index for each image and query head, or one for each query head
         index = (torch.arange(len(k), device=k.device)[:, None], groups) if groups.ndim == 2 else (slice(None), groups)
-        out = F.scaled_dot_product_attention(q, k[index], v[index])
+        q, k, scale = self.softmax(q, k[index], size)
+        out = F.scaled_dot_product_attention(q, k, v[index], scale=scale)
         return out - noise_like(out, self.training) if self.noise else out
 
     def allocate(self, k: Tensor) -> Tensor:

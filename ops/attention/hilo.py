@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ops.functional import map_attention, window_attention
 from ops.registry import FIRST, Place, register_op
+from ops.softmax import SoftmaxOptions
 from ops.windows import pad_to_multiple, window_means
 
 
@@ -28,6 +29,7 @@ class HiLoAttention(nn.Module):
     """
 
     family = "mixed"
+    softmax_options = True
     renames = ((r"^h_", "high_"), (r"^l_", "low_"))
 
     def __init__(
@@ -54,6 +56,8 @@ class HiLoAttention(nn.Module):
         self.low_q = nn.Linear(dim, low, bias=qkv_bias)
         self.low_kv = nn.Linear(dim, 2 * low, bias=qkv_bias)
         self.low_proj = nn.Linear(low, low)
+        # The high frequencies have the same number of keys at every size of the map
+        self.softmax = SoftmaxOptions(self.low_heads, dim // num_heads, place, pooling=window)
 
     def forward(self, x: Tensor) -> Tensor:
         padded = pad_to_multiple(x, (self.window, self.window))
@@ -67,6 +71,6 @@ class HiLoAttention(nn.Module):
         return self.high_proj(window_attention(qkv, None, self.high_heads, (self.window, self.window)))
 
     def low(self, x: Tensor, padded: Tensor) -> Tensor:
-        means = window_means(padded, (self.window, self.window)).unsqueeze(1)  # (B, 1, windows, C)
-        k, v = self.low_kv(means).chunk(2, dim=-1)
-        return self.low_proj(map_attention(self.low_q(x), k, v, self.low_heads))
+        means = window_means(padded, (self.window, self.window))
+        k, v = self.low_kv(means.unflatten(1, (-1, padded.shape[2] // self.window))).chunk(2, dim=-1)
+        return self.low_proj(map_attention(self.low_q(x), k, v, self.low_heads, softmax=self.softmax))

@@ -7,6 +7,7 @@ lalalune/Terminator, branch update_torch, was read.
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,28 @@ class SlowNet(nn.Module):
         return resize_plane(value, self.size) if name == "bias_p" else value
 
 
+class ContextSlowNet(SlowNet):
+    """Slow network of a k x k kernel that depends on the mean of the batch's maps, pooled to k x k.
+
+    Args:
+        channels: Number of channels C.
+        side: Side k of the kernel.
+        omega: Scale of the frequencies at initialisation.
+    """
+
+    def __init__(self, channels: int, side: int, omega: float):
+        super().__init__(channels, (side, side), hidden=32, omega=omega)
+        self.fast_reduce = nn.Conv2d(channels, 32, 1)
+        self.fast_fc1 = nn.Conv2d(32, 32, 1)
+        self.fast_linears_x = nn.ModuleList(uniform_conv(32, bias=1.0) for _ in self.linears)
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """Return the kernel (C, 1, k, k) for maps (B, C, H, W)."""
+        pooled = self.fast_reduce(F.adaptive_avg_pool2d(x, self.size[0])).mean(0, keepdim=True)
+        gate = F.gelu(self.fast_fc1(pooled))
+        return self(gates=[layer(gate) for layer in self.fast_linears_x]).transpose(0, 1).to(x.dtype)
+
+
 @register_op("hyper_zzw")
 class HyperZZW(nn.Module):
     """A hyper-kernel times the map, plane by plane a matrix, multiplies the matrix of a standardised projection.
@@ -127,6 +150,14 @@ class HyperZZW(nn.Module):
         x = x.permute(0, 3, 1, 2)
         context = x * self.slow(x.shape[2:]).to(x.dtype)
         return multiply_planes(context, fast).permute(0, 2, 3, 1)
+
+
+def uniform_conv(dim: int, bias: float = 0.0) -> nn.Conv2d:
+    """Return a 1 x 1 convolution of C channels, initialised uniformly to keep the variance."""
+    conv = nn.Conv2d(dim, dim, 1)
+    nn.init.kaiming_uniform_(conv.weight, nonlinearity="linear")
+    nn.init.constant_(cast(Tensor, conv.bias), bias)
+    return conv
 
 
 def standardize(x: Tensor, over_batch: bool = False) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ops.functional import merge_heads, split_heads
 from ops.linear import linear_attention
+from ops.precision import at_least_float32
 from ops.registry import FIRST, Place, register_op
 from ops.scan import gated_linear_attention
 
@@ -66,11 +67,14 @@ class LightningAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (F.silu(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        out = self.attend(q, k, v).to(x.dtype)
-        return self.proj(self.norm(out) * self.output_gate(x).sigmoid())
+        # Sums over many tokens may be out of the range of half precision until they are normalised
+        out = self.attend(q, k, *at_least_float32(v))
+        weight, bias = (t.to(out.dtype) for t in (self.norm.weight, self.norm.bias))
+        out = F.layer_norm(out, self.norm.normalized_shape, weight, bias, self.norm.eps).to(x.dtype)
+        return self.proj(out * self.output_gate(x).sigmoid())
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend from the queries (B, H, W, C) to the keys and values of the same shape."""
+        """Attend from the queries (B, H, W, C) to the keys and values of the same shape, of the values' type."""
         if self.form == "all":
             tokens = (q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2))
             return linear_attention(tokens, self.num_heads, "identity", "none").view_as(v)
@@ -86,7 +90,7 @@ class LightningAttention(nn.Module):
     def along(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend along sequences (..., N, C)."""
         q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
-        log_decay = self.log_decay.to(torch.promote_types(q.dtype, torch.float32)).expand(-1, q.shape[-2])
+        log_decay = self.log_decay.to(v.dtype).expand(-1, q.shape[-2])
         return merge_heads(gated_linear_attention(q, k, v, log_decay, self.form != "causal"))
 
 

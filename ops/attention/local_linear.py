@@ -97,6 +97,6 @@ def local_linear(q: Tensor, k: Tensor, v: Tensor, ridge: Tensor | float) -> Tens
     # The second term keeps the matrix regular where all keys equal the query
     penalty = ridge * spread / D + torch.finfo(k.dtype).tiny ** 0.5
     matrix = covariance + penalty[..., None, None] * torch.eye(D, dtype=k.dtype, device=k.device)
-    slope = torch.cholesky_solve(offset.unsqueeze(-1), torch.linalg.cholesky_ex(matrix).L).squeeze(-1)
+    slope = torch.linalg.solve_ex(matrix, offset.unsqueeze(-1))[0].squeeze(-1)
     factors = 1 + (mean * slope).sum(-1, keepdim=True) - slope @ k.transpose(-2, -1)
     return (weights * factors) @ v

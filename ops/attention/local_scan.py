@@ -14,14 +14,26 @@ from ops.attention.window import WindowAttention
 from ops.registry import FIRST, Place, register_op
 from ops.scan_orders import positions, raster, snake, to_orders
 from ops.selective_scan import SS2D
+from ops.tiles import ragged_window_attention
+
+
+class RaggedWindowAttention(WindowAttention):
+    """Window attention whose windows at the border hold fewer tokens, instead of padded ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[1:3]
+        h, w = (min(side, n) for side, n in zip(self.window_size, size, strict=True))
+        shift = (self.shift if h < size[0] else 0, self.shift if w < size[1] else 0)
+        qkv = self.qkv(x).unflatten(-1, (3, -1))
+        return self.proj(ragged_window_attention(qkv, self.bias((h, w)), self.num_heads, (h, w), shift))
 
 
 @register_op("local_scan")
 class LocalScan(nn.Module):
     """A state runs over the map along four orders, and tokens then attend to the tokens of their shifted window.
 
-    With a the output of the scan, the op gives a + attention(LayerNorm(x + a)). The scan needs no padding; the windows
-    are padded as in `WindowAttention`. Cost is linear in H * W.
+    With a the output of the scan, the op gives a + attention(LayerNorm(x + a)). Nothing is padded: windows
+    at the border hold fewer tokens. Cost is linear in H * W.
 
     Args:
         dim: Number of channels.
@@ -61,7 +73,7 @@ class LocalScan(nn.Module):
         self.norm = self.attn = None
         if window:
             self.norm = nn.LayerNorm(dim)
-            self.attn = WindowAttention(dim, num_heads, place=place, window=window, shift=shift)
+            self.attn = RaggedWindowAttention(dim, num_heads, place=place, window=window, shift=shift)
 
     def forward(self, x: Tensor) -> Tensor:
         scanned = self.scan(x, map_orders(x.shape[1:3], x.device, self.order))

@@ -51,6 +51,8 @@ class LoRAWindowAttention(WindowAttention):
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[1:3]
         qkv = self.qkv(pad_to_multiple(x, self.window_size)).unflatten(-1, (3, -1))
-        out = window_attention(qkv, self.bias(self.window_size), self.num_heads, self.window_size)
+        window = self.window_size
+        bias, scale = self.softmax.window_options(self.bias(window), window)
+        out = window_attention(qkv, bias, self.num_heads, window, scale=scale)
         # The projection acts on each token by itself, so that padded tokens need none.
         return self.proj(out[:, :H, :W])

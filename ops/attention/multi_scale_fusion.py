@@ -1,7 +1,7 @@
 """Multi-scale attention fusion of MAFormer (Wang et al., arXiv:2209.01620).
 
-By the paper's abstract and the equations of a later paper that restates them; there is no public code. Ours are the
-norms before the fusion, its residual connection, the separable form of the down-sampling, and its initialisation.
+By the paper's abstract and the equations of a later paper that restates them; there is no public code. The norms before
+the fusion, its residual connection, the separable form of the down-sampling, and its initialisation are our choice.
 """
 
 import math

@@ -1,8 +1,8 @@
 """ProbSparse attention of Informer (Zhou et al., AAAI 2021, arXiv:2012.07436).
 
 Paper: Informer: Beyond Efficient Transformer for Long Sequence Time-Series Forecasting. Written after the paper and the
-authors' repository, zhouhaoyi/Informer2020 (Apache-2.0). For maps, a depthwise convolution of the values is added, and
-evaluation uses a fixed sample of keys, where the authors draw anew.
+authors' repository, zhouhaoyi/Informer2020 (Apache-2.0). The depthwise convolution of the values is ours, and so is the
+fixed sample of keys in evaluation, where the authors draw anew.
 """
 
 import math
@@ -20,16 +20,15 @@ from retinue.utils.arithmetic import ceil_div
 MEASURES = ("sum", "mean")
 
 
-def spread(count: int, size: tuple[int, int]) -> list[int]:
-    """Return tokens in the centres of `count` cells of nearly equal size, into which a map (H, W) is cut."""
+def spread(count: int, size: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
+    """Return tokens in the centres of `count` cells of nearly equal size, into which a map (H, W) is cut: (count,)."""
     H, W = size
     rows = min(max(round((count * H / W) ** 0.5), ceil_div(count, W)), count, H)
-    tokens = []
-    for row in range(rows):
-        cells = (row + 1) * count // rows - row * count // rows
-        start = (2 * row + 1) * H // (2 * rows) * W
-        tokens += [start + (2 * cell + 1) * W // (2 * cells) for cell in range(cells)]
-    return tokens
+    cell = torch.arange(count, device=device)
+    # Row of each cell, where row r has the cells from r * count // rows on
+    row = ((cell + 1) * rows - 1) // count
+    first, end = row * count // rows, (row + 1) * count // rows
+    return (2 * row + 1) * H // (2 * rows) * W + (2 * (cell - first) + 1) * W // (2 * (end - first))
 
 
 @register_op("prob_sparse")
@@ -96,7 +95,7 @@ class ProbSparseAttention(nn.Module):
         if self.training:
             sample = torch.randint(H * W, (H * W, count), device=x.device)
         else:
-            sample = torch.tensor([spread(count, (H, W))], device=x.device)
+            sample = spread(count, (H, W), x.device).unsqueeze(0)
         return self.attend(x, sample, extra)
 
     def attend(self, x: Tensor, sample: Tensor, extra: Tensor | None = None) -> Any:

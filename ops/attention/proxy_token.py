@@ -2,7 +2,7 @@
 
 Paper: Qihoo-T2X: An Efficient Proxy-Tokenized Diffusion Transformer for Text-to-Any-Task. Written after the paper; the
 repository 360CVGroup/Qihoo-T2X holds no code of the attention. A block of the paper has a global part, window attention
-and shifted-window attention one after another; here one op adds the global part and one of the two others.
+and shifted-window attention one after another; that one op adds the global part and one of the two others is ours.
 """
 
 from torch import Tensor, nn

@@ -1,10 +1,11 @@
-"""Region attention of the Region Attention Transformer, RAT (Yang et al., MICCAI 2024).
+"""Region attention of the Region Attention Transformer, RAT (Yang et al., MICCAI 2024, arXiv:2407.09268).
 
-Paper: Region Attention Transformer for Medical Image Restoration, arXiv:2407.09268. Written after the paper and the
-authors' repository, Yaziwel/Region-Attention-Transformer-for-Medical-Image-Restoration (Apache-2.0). The authors take
-the regions from a segmentation model; here superpixels or clusters of the features stand in where none are given.
+Paper: Region Attention Transformer for Medical Image Restoration. Written after the paper and the authors' repository,
+Yaziwel/Region-Attention-Transformer-for-Medical-Image-Restoration (Apache-2.0). The authors take the regions from a
+segmentation model; superpixels and clusters of the features, which stand in where no regions are given, are ours.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +19,15 @@ from retinue.utils.suggestions import nearest
 SOURCES = ("superpixels", "centers")
 # Regions along each side of the map by stage: about 7 x 7 tokens each at an image of 224 pixels
 GRIDS = (8, 4, 2, 1)
+
+
+def resize_labels(labels: Tensor, x: Tensor) -> Tensor:
+    """Return labels (h, w) or (B, h, w) for the tokens of a map (B, H, W, C), taking the nearest: (B, H, W)."""
+    rows, columns = (
+        torch.arange(side, device=labels.device) * given // side
+        for side, given in zip(x.shape[1:3], labels.shape[-2:], strict=True)
+    )
+    return labels[..., rows[:, None], columns].expand(x.shape[:3])
 
 
 @register_op("region")
@@ -79,10 +89,11 @@ class RegionAttention(nn.Module):
 
         Args:
             x: The map.
-            labels: Number of each token's region, at least 0: (H, W) or (B, H, W).
+            labels: Number of each token's region, at least 0: (H, W) or (B, H, W). A map of another size, such as the
+                image's, is resized by taking the nearest.
         """
         qkv = self.qkv(x.flatten(1, 2))
-        regions = self.divide(x, qkv) if labels is None else labels.expand(x.shape[:3]).flatten(1)
+        regions = self.divide(x, qkv) if labels is None else resize_labels(labels, x).flatten(1)
         q, k, v = split_heads(qkv, 3 * self.num_heads).chunk(3, dim=1)
         # The authors scale by the number of heads, not by the channels of a head
         out = region_attention(q, k, v, regions, self.num_heads**-0.5, self.grid**2)

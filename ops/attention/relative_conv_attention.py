@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ops.functional import window_attention
 from ops.registry import FIRST, Place, register_op
+from ops.softmax import SoftmaxOptions
 from ops.windows import pad_to_multiple
 from retinue.utils.arithmetic import ceil_div
 
@@ -35,6 +36,7 @@ class RelativeConvAttention(nn.Module):
     """
 
     family = "full"
+    softmax_options = True
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class RelativeConvAttention(nn.Module):
             raise ValueError(f"size must be at least 0 and window at least 1, not {size} and {window}")
         out_dim = dim if out_dim is None else out_dim
         self.num_heads, self.window = num_heads, window
+        self.softmax = SoftmaxOptions(num_heads, out_dim // num_heads, place, window, content=False)
         self.qkv = nn.Linear(dim, 3 * out_dim)
         self.proj = nn.Linear(out_dim, out_dim)
         self.relative_position_bias_table = None
@@ -66,7 +69,8 @@ class RelativeConvAttention(nn.Module):
         H, W = x.shape[1:3]
         window = (H, W) if self.window is None else (min(self.window, H), min(self.window, W))
         qkv = self.qkv(pad_to_multiple(x, window)).unflatten(-1, (3, -1))
-        out = window_attention(qkv, self.bias(window), self.num_heads, window)
+        bias, scale = self.softmax.window_options(self.bias(window), window)
+        out = window_attention(qkv, bias, self.num_heads, window, scale=scale)
         return self.proj(out[:, :H, :W])
 
     def bias(self, window: tuple[int, int]) -> Tensor | None:

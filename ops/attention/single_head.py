@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ops.functional import map_attention
 from ops.registry import FIRST, Place, register_op
+from ops.softmax import SoftmaxOptions
 
 
 @register_op("single_head")
@@ -27,6 +28,7 @@ class SingleHeadAttention(nn.Module):
     """
 
     family = "full"
+    softmax_options = True
 
     def __init__(
         self,
@@ -44,6 +46,7 @@ class SingleHeadAttention(nn.Module):
         if not 0 < partial <= dim:
             raise ValueError(f"partial_ratio must take from 1 to all of {dim} channels, which {partial_ratio} does not")
         self.partial, self.widths = (partial, dim - partial), (key_dim, key_dim, partial)
+        self.softmax = SoftmaxOptions(1, key_dim, place)
         self.pre_norm = nn.GroupNorm(1, partial)
         self.qkv = nn.Linear(partial, sum(self.widths))
         self.proj = nn.Linear(dim, dim)
@@ -51,5 +54,5 @@ class SingleHeadAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, other_channels = x.split(self.partial, dim=-1)
         x = self.pre_norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        out = map_attention(*self.qkv(x).split(self.widths, dim=-1), num_heads=1)
+        out = map_attention(*self.qkv(x).split(self.widths, dim=-1), num_heads=1, softmax=self.softmax)
         return self.proj(F.relu(torch.cat((out, other_channels), dim=-1)))

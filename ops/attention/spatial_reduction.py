@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ops.functional import merge_heads, split_heads
 from ops.registry import FIRST, Place, register_op
+from ops.softmax import SoftmaxOptions
 from ops.windows import pad_to_multiple
+from retinue.utils.arithmetic import ceil_div
 
 # Ratio in each stage of the paper's nets
 RATIOS = (8, 4, 2, 1)
@@ -35,6 +37,7 @@ class SpatialReductionAttention(nn.Module):
 
     family = "pooled"
     takes_extra = True
+    softmax_options = True
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class SpatialReductionAttention(nn.Module):
         if ratio < 1:
             raise ValueError(f"ratio must be at least 1, not {ratio}")
         self.num_heads, self.ratio = num_heads, ratio
+        self.softmax = SoftmaxOptions(num_heads, dim // num_heads, place, pooling=ratio)
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -62,7 +66,8 @@ class SpatialReductionAttention(nn.Module):
         if extra is not None:
             tokens, sources = (torch.cat([extra, t], dim=1) for t in (tokens, sources))
         q, k, v = (split_heads(t, self.num_heads) for t in (self.q(tokens), *self.kv(sources).chunk(2, dim=-1)))
-        out = self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+        q, k, scale = self.softmax(q, k, size, [ceil_div(n, self.ratio) for n in size])
+        out = self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v, scale=scale)))
         if extra is None:
             return out.unflatten(1, size)
         E = extra.shape[1]

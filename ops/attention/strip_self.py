@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ops.functional import map_attention
 from ops.registry import FIRST, Place, register_op
+from ops.softmax import SoftmaxOptions
 from ops.windows import pad_to_multiple
 
 # Ratio in each stage
@@ -31,6 +32,7 @@ class StripSelfAttention(nn.Module):
     """
 
     family = "pooled"
+    softmax_options = True
 
     def __init__(self, dim: int, num_heads: int, *, place: Place = FIRST, ratio: int | None = None, qk_dim: int = 1):
         super().__init__()
@@ -38,6 +40,7 @@ class StripSelfAttention(nn.Module):
         if min(ratio, qk_dim) < 1:
             raise ValueError(f"ratio and qk_dim must be at least 1, not {ratio} and {qk_dim}")
         self.num_heads, self.ratio = num_heads, ratio
+        self.softmax = SoftmaxOptions(num_heads, qk_dim, place, pooling=ratio)
         self.q = nn.Linear(dim, num_heads * qk_dim)
         self.k = nn.Linear(dim, num_heads * qk_dim)
         self.v = nn.Linear(dim, dim)
@@ -51,4 +54,5 @@ class StripSelfAttention(nn.Module):
         if self.ratio > 1:
             padded = pad_to_multiple(x, (self.ratio, self.ratio)).permute(0, 3, 1, 2)
             sources = self.norm(self.reduce(padded).permute(0, 2, 3, 1))
-        return self.proj(map_attention(self.q(x), self.k(sources), self.v(sources), self.num_heads))
+        q, k, v = self.q(x), self.k(sources), self.v(sources)
+        return self.proj(map_attention(q, k, v, self.num_heads, softmax=self.softmax))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ops.functional import window_attention
 from ops.registry import FIRST, Place, register_op
+from ops.softmax import SoftmaxOptions
 from ops.windows import pad_to_multiple
 
 
@@ -33,6 +34,7 @@ class WindowAttention(nn.Module):
     """
 
     family = "local"
+    softmax_options = True
     relative_position_bias_table: nn.Parameter
     relative_position_index: Tensor
     renames = ((r"^relative_position_index$", None),)
@@ -52,6 +54,7 @@ class WindowAttention(nn.Module):
         if not 0 <= shift < window:
             raise ValueError(f"window must be at least 1 and shift from 0 to window - 1, not {window} and {shift}")
         self.num_heads, self.window_size, self.shift = num_heads, (window, window), shift
+        self.softmax = SoftmaxOptions(num_heads, dim // num_heads, place, window, content=False)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
@@ -66,7 +69,8 @@ class WindowAttention(nn.Module):
         window = (min(self.window_size[0], H), min(self.window_size[1], W))
         shift = (self.shift if window[0] < H else 0, self.shift if window[1] < W else 0)
         qkv = self.qkv(pad_to_multiple(x, window)).unflatten(-1, (3, -1))
-        out = window_attention(qkv, self.bias(window), self.num_heads, window, shift)
+        bias, scale = self.softmax.window_options(self.bias(window), window)
+        out = window_attention(qkv, bias, self.num_heads, window, shift, scale)
         return self.proj(out[:, :H, :W])
 
     def bias(self, window: tuple[int, int]) -> Tensor:

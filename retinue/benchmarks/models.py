@@ -23,6 +23,7 @@ from retinue.benchmarks.timing import (
     Timing,
     autocast,
     interleave,
+    kernels_of,
     make_row,
     peak_memory_mb,
     run_twice,
@@ -229,6 +230,25 @@ def benchmark(
                     channels_last=str(setting.channels_last),
                 )
                 rows.append(row)
+    return rows
+
+
+def count_kernels(models: Mapping[str, tuple[str, str]], setting: Setting, forms: Sequence[str]) -> list[Row]:
+    """Count the kernels of a training step on a GPU, and add up their milliseconds, for each model and form.
+
+    Args:
+        models: timm's name and the formulation of the attention for each name in the rows.
+        setting: conditions of the measurement.
+        forms: names of `retinue.benchmarks.forms.FORMS`.
+    """
+    rows: list[Row] = []
+    for what, (name, formulation) in models.items():
+        for form in forms:
+            torch.compiler.reset()
+            step = make_step({"name": name}, setting, True, form, formulation)
+            run_twice(step)
+            count, seconds = kernels_of(step)
+            rows.append({"what": what, "form": form, "mode": "training", "kernels": count, "kernels_ms": 1e3 * seconds})
     return rows
 
 

@@ -263,7 +263,7 @@ def measure_primitive(
     """
     rows, sums, pixels = [], [], image_size[0] * image_size[1]
     variants: dict[str, list[tuple[Layer, Measured]]] = {}
-    for layer in layers.layers(primitive, image_size, all_neighborhoods=setting.is_cuda and setting.external):
+    for layer in layers.layers(primitive, image_size, all_neighborhoods=setting.is_cuda):
         try:
             measured = measure_layer(layer, batch, setting, compiling)
         except torch.OutOfMemoryError:

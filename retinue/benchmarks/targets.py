@@ -1,9 +1,12 @@
 """Targets of speed on a GPU: the measurements that decide them, the most important ones first, within a time limit."""
 
-import json
+import csv
 import os
+import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -108,7 +111,8 @@ def find(rows: Sequence[Row], **columns: Any) -> Row | None:
 
 
 def make_target(name: str, limit: float, measured: float | None, at_most: bool = False) -> Row:
-    """Return the row of a target; `reached` is empty if nothing was measured."""
+    """Return the row of a target; `reached` is empty if nothing was measured. True and False count as 1 and 0."""
+    measured = None if measured is None else float(measured)
     reached = None if measured is None else str(measured <= limit if at_most else measured >= limit)
     return {"target": name, "bound": "at most" if at_most else "at least", "limit": limit, "measured": measured,
             "reached": reached}  # fmt: skip
@@ -126,13 +130,13 @@ def quotient(numerator: Row | None, denominator: Row | None, column: str) -> flo
     return float(numerator[column] or 0) / float(denominator[column] or 1)
 
 
-Section = Callable[[Scale, Path], tuple[list[Row], list[Row]]]
+Section = Callable[[Scale], tuple[list[Row], list[Row]]]
 
 
 def primitive_section(primitive: str) -> Section:
     """Return the section that measures a primitive in all layers of its net, at the size of classification."""
 
-    def section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
+    def section(scale: Scale) -> tuple[list[Row], list[Row]]:
         layers, sums = ops.measure_primitive(primitive, scale.image_size, scale.batch, scale.setting, compiling=False)
         # The first of several variants is that of the net: on a GPU, there are dilated neighbourhoods, too.
         ours = find(sums, what=primitive, direction=BOTH_DIRECTIONS)
@@ -156,7 +160,7 @@ def primitive_section(primitive: str) -> Section:
     return section
 
 
-def dense_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
+def dense_section(scale: Scale) -> tuple[list[Row], list[Row]]:
     """Measure routed attention on a detector's images."""
     layers, sums = ops.measure_primitive(
         "routed_attention", scale.dense_size, scale.dense_batch, scale.setting, compiling=False
@@ -167,14 +171,17 @@ def dense_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
     return layers + sums, [make_target(name, 3.5, ours, at_most=True)]
 
 
+def net_setting(scale: Scale) -> models.Setting:
+    """Return the conditions under which nets are measured."""
+    device, dtype = str(scale.setting.device), scale.setting.dtype
+    return models.Setting(scale.image_size[0], scale.batch, device, dtype, channels_last=True)
+
+
 def benchmark_nets(scale: Scale, names: dict[str, tuple[str, str]], forms: Sequence[str]) -> list[Row]:
     """Measure nets with their formulations, by name, in several forms; ratios are relative to the last one."""
-    setting = models.Setting(
-        scale.image_size[0], scale.batch, str(scale.setting.device), scale.setting.dtype, channels_last=True
-    )
     return models.benchmark(
         {row: {"name": name} for row, (name, _) in names.items()},
-        setting,
+        net_setting(scale),
         rounds=scale.setting.rounds,
         against=list(names)[-1],
         forms=forms,
@@ -195,7 +202,7 @@ def with_peer(scale: Scale, target: str) -> dict[str, tuple[str, str]]:
 def net_section(target: str) -> Section:
     """Return the section that measures training and inference of a net and of its peer."""
 
-    def section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
+    def section(scale: Scale) -> tuple[list[Row], list[Row]]:
         if target not in scale.nets:
             return [], []
         limits, names = NET_TARGETS[target], with_peer(scale, target)
@@ -214,18 +221,28 @@ def net_section(target: str) -> Section:
     return section
 
 
-def forms_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
-    """Measure our nets, and timm's, in the further forms."""
+def forms_section(target: str) -> Section:
+    """Return the section that measures a net of ours, and timm's, in the further forms."""
+
+    def section(scale: Scale) -> tuple[list[Row], list[Row]]:
+        if target not in scale.nets:
+            return [], []
+        names = with_peer(scale, target)
+        kept = names if NET_TARGETS[target].peer == nets.TIMM else dict(list(names.items())[:1])
+        return benchmark_nets(scale, kept, scale.more_forms), []
+
+    return section
+
+
+def kernels_section(scale: Scale) -> tuple[list[Row], list[Row]]:
+    """Count the kernels of a training step of each net and of its peer; a profiler may slow down what comes later."""
     rows = []
-    for target in NET_TARGETS:
-        if target in scale.nets:
-            names = with_peer(scale, target)
-            kept = names if NET_TARGETS[target].peer == nets.TIMM else dict(list(names.items())[:1])
-            rows += benchmark_nets(scale, kept, scale.more_forms)
+    for target in set(NET_TARGETS) & set(scale.nets):
+        rows += models.count_kernels(with_peer(scale, target), net_setting(scale), scale.forms)
     return rows, []
 
 
-def deformable_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
+def deformable_section(scale: Scale) -> tuple[list[Row], list[Row]]:
     """Measure deformable attention of DINO and Mask2Former."""
     rows = heads.benchmark(scale.dense_size, scale.dense_batch, str(scale.setting.device), scale.setting.rounds)
     targets = []
@@ -238,30 +255,82 @@ def deformable_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]
     return rows, targets
 
 
-def peers_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
-    """Measure window and neighbourhood attention beside compilers and libraries of others."""
-    setting, rows = replace(scale.setting, external=True), []
-    for primitive in ("neighborhood_attention", "window_attention"):
+def peers_section(primitive: str) -> Section:
+    """Return the section that measures a primitive beside compilers and libraries of others."""
+
+    def section(scale: Scale) -> tuple[list[Row], list[Row]]:
+        setting = replace(scale.setting, external=True)
         layers, sums = ops.measure_primitive(primitive, scale.image_size, scale.batch, setting, compiling=True)
-        rows += layers + sums
-    return rows, []
+        return layers + sums, []
+
+    return section
 
 
-def digits_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
-    """Train on the digits from the command line, eager and compiled with CUDA graphs."""
-    rates = {}
+def succeeds(command: Sequence[str], seconds: float, **environment: str) -> bool | None:
+    """Run a command in the project's folder, and print the end of its output unless it succeeds.
+
+    Returns:
+        Whether the command succeeded, or None if it took longer than `seconds`.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            code = subprocess.run(
+                command, cwd=PROJECT, env=os.environ | environment, stdout=output, stderr=output, timeout=seconds
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        if code != 0:
+            output.seek(0)
+            end = "".join(output.readlines()[-20:])
+            print(f"{' '.join(command)} ended with {code}, None for {seconds:.0f} s:\n{end}")
+    return None if code is None else code == 0
+
+
+def digits_section(scale: Scale) -> tuple[list[Row], list[Row]]:
+    """Train on the digits from the command line, eager and compiled with CUDA graphs.
+
+    The rate is the median of the log's rows, since a compiled run spends most of its first epoch on compiling.
+    """
+    rows: list[Row] = []
     for choice in scale.compile:
-        run = folder / f"digits-{choice}"
-        command = [sys.executable, str(PROJECT / "train.py"), *scale.train, f"task.compile={choice}", "logger=none"]
-        subprocess.run([*command, f"hydra.run.dir={run}", "rerun=true"], check=True, stdout=subprocess.DEVNULL)
-        rates[choice] = json.loads((run / "result.json").read_text(encoding="utf-8"))["images_per_second"]
-    rows = [{"what": f"digits, task.compile={choice}", "images_per_s": rate} for choice, rate in rates.items()]
-    return list(rows), [make_target("digits, images/s", 3000, max(rates.values()))]
+        with tempfile.TemporaryDirectory() as run:
+            command = [sys.executable, "train.py", *scale.train, f"task.compile={choice}", f"hydra.run.dir={run}"]
+            if succeeds([*command, "logger=none", "rerun=true"], 200):
+                with open(Path(run) / "metrics.csv", newline="", encoding="utf-8") as file:
+                    rates = [float(row["train/images_per_second"]) for row in csv.DictReader(file)]
+                rows.append({"what": f"digits, task.compile={choice}", "images_per_s": statistics.median(rates)})
+    fastest = max((float(row["images_per_s"] or 0) for row in rows), default=None)
+    return rows, [make_target("digits, images/s", 3000, fastest)]
 
 
-def input_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
+# Folders and files whose tests for a GPU run as a section, and the expression that selects these tests.
+GPU_TESTS = ("tests/ops/kernels", "tests/retinue/runs/test_no_waiting.py")
+ON_GPU = "on_the_gpu or same_bits or on_a_gpu"
+
+
+def tests_section(scale: Scale) -> tuple[list[Row], list[Row]]:
+    """Run the tests that need a GPU: errors in three types, equal bits, torch.compile, no waiting in a step."""
+    processes = min(8, os.cpu_count() or 1) if scale.setting.is_cuda else 0
+    command = [sys.executable, "-m", "pytest", *GPU_TESTS, "-k", ON_GPU, "-n", str(processes)]
+    return [], [make_target("tests on the GPU pass", 1.0, succeeds(command, 150))]
+
+
+def sanitizer_section(scale: Scale) -> tuple[list[Row], list[Row]]:
+    """Search the kernels, on the tests in bfloat16, for wrong accesses to memory and for races in shared memory."""
+    tool, targets = shutil.which("compute-sanitizer"), []
+    for check in ("memcheck", "racecheck"):
+        clean = None
+        if tool is not None:
+            pytest = [sys.executable, "-m", "pytest", GPU_TESTS[0], "-p", "no:xdist", "-k", "on_the_gpu and dtype2"]
+            command = [tool, "--tool", check, "--error-exitcode", "9", *pytest]
+            clean = succeeds(command, 120, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        targets.append(make_target(f"compute-sanitizer, {check}, is clean", 1.0, clean))
+    return [], targets
+
+
+def input_section(scale: Scale) -> tuple[list[Row], list[Row]]:
     """Measure what limits the training of Swin-T, with augmentation on the CPU and on the device."""
-    rows, workers = [], os.cpu_count() or 1
+    rows, targets, workers = [], [], os.cpu_count() or 1
     batch, batches = max(2, scale.batch), 2 if scale.batch == 1 else 20
     for augment in ({"device": None, "decode": None}, {"device": "gpu", "decode": "reduced"}):
         measured = limits.measure(
@@ -276,7 +345,10 @@ def input_section(scale: Scale, folder: Path) -> tuple[list[Row], list[Row]]:
         )
         print(limits.verdict(measured))
         rows += [row | augment for row in measured]
-    return rows, []
+        place = f"augmented on the {'CPU' if augment['device'] is None else 'GPU'}"
+        gain = quotient(find(measured, what="step"), find(measured, what="input"), "median_ms")
+        targets.append(make_target(f"input {place}, relative to the step of swin_tiny", 1.0, gain))
+    return rows, targets
 
 
 # Sections by name: those that compile nothing first, then the most important ones.
@@ -291,22 +363,22 @@ SECTIONS: dict[str, Section] = {
     "biformer_small": net_section("biformer_small"),
     "nat_mini": net_section("nat_mini"),
     "digits": digits_section,
+    "tests": tests_section,
     "input": input_section,
-    "forms": forms_section,
-    "peers": peers_section,
+    "sanitizer": sanitizer_section,
+    **{f"{net}_forms": forms_section(net) for net in NET_TARGETS},
+    **{f"{primitive}_peers": peers_section(primitive) for primitive in ("neighborhood_attention", "window_attention")},
+    "kernels": kernels_section,
 }
 
 
-def measure_all(
-    scale: Scale, folder: Path, seconds: float, sections: Sequence[str]
-) -> Iterator[tuple[str, list[Row], list[Row]]]:
-    """Measure sections one after another, and yield the name, the rows and the targets of each.
+def measure_all(scale: Scale, seconds: float, sections: Sequence[str]) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Measure sections one after another, and yield the rows and the targets of each.
 
     A section that fails is left out with a message. No section begins after the time limit.
 
     Args:
         scale: sizes of all measurements.
-        folder: existing folder for what a section writes.
         seconds: time limit.
         sections: names of `SECTIONS`, in their order.
     """
@@ -316,13 +388,13 @@ def measure_all(
             print(f"{name} is left out: the {seconds:.0f} s are over")
             continue
         try:
-            rows, targets = SECTIONS[name](scale, folder)
+            rows, targets = SECTIONS[name](scale)
         except Exception as error:
             print(f"{name} is left out: {type(error).__name__}: {first_line(error)}")
             continue
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        print(f"{name}: measured after {time.monotonic() - began:.0f} s")
+        print(f"{name}: measured after {time.monotonic() - began:.0f} s", flush=True)
         facts = {"device": describe_device(scale.setting.device)}
         facts["versions"] = ", ".join(f"{package} {number}" for package, number in versions().items())
-        yield name, rows, [target | facts for target in targets]
+        yield [{"section": name} | row for row in rows], [target | facts for target in targets]

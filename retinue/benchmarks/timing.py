@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from retinue.utils.files import replacing
 
@@ -164,6 +166,15 @@ def run_twice(step: Callable[[], object]) -> None:
     step()
     step()
     synchronize()
+
+
+def kernels_of(step: Callable[[], object]) -> tuple[int, float]:
+    """Return the number of kernels and copies that a step starts on a GPU, and the seconds that they take together."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        step()
+        synchronize()
+    events = [event for event in recorded.key_averages() if event.device_type == DeviceType.CUDA]
+    return sum(event.count for event in events), sum(event.self_device_time_total for event in events) / 1e6
 
 
 def _resident_growth(make: Callable[[], Callable[[], object]], threads: int) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import yaml
 
 from retinue.runs.schema import PROGRAMS, Checkpoint, Ops, meaning
-from retinue.runs.signatures import Argument, Class, find_net, find_ops, list_arguments
+from retinue.runs.signatures import Argument, Class, find_net, find_ops, list_arguments, list_softmax_options
 from retinue.utils.paths import CONF, list_group
 from retinue.utils.suggestions import nearest
 
@@ -148,7 +148,9 @@ def _op(name: str) -> list[str]:
     if example is None:
         return [*lines, "It takes no arguments."]
     usage = f"model.mixers='{{name: {name}, {example.name}: ...}}'"
-    return [*lines, f"Arguments, as in {usage}:", *_arguments(arguments)]
+    lines += [f"Arguments, as in {usage}:", *_arguments(arguments)]
+    options = list_softmax_options(op)
+    return [*lines, "", "Options of the softmax, given as arguments are:", *_arguments(options)] if options else lines
 
 
 def _module_summary(op: Class) -> str:

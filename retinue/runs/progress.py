@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -57,6 +58,9 @@ class TrainingLog(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.is_last_batch and trainer.strategy.root_device.type == "cuda":
+            # The time of the steps that the GPU has not finished would otherwise count as validation.
+            torch.cuda.synchronize()
         now = time.perf_counter()
         images = len(batch["image"]) * trainer.world_size
         self.seconds += now - self._step_began

@@ -105,6 +105,24 @@ def list_arguments(cls: Class, given: Collection[str] = ()) -> list[Argument]:
     return list(arguments.values())
 
 
+def list_softmax_options(op: Class) -> list[Argument]:
+    """Return the options of an op's softmax, the arguments of `ops.softmax.SoftmaxOptions.configure`, if it has any."""
+    takes = [
+        ast.literal_eval(node.value)
+        for ancestor in _ancestors(op)
+        for node in ancestor.node.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "softmax_options"
+    ]
+    options = _find_class("SoftmaxOptions", PROJECT / "ops" / "softmax.py")
+    if not takes or not takes[0] or options is None:
+        return []
+    configure = next(
+        node for node in options.node.body if isinstance(node, ast.FunctionDef) and node.name == "configure"
+    )
+    meanings = _meanings(ast.get_docstring(configure))
+    return [Argument(name, default, meanings[name]) for name, default in _signature(configure) if name != "self"]
+
+
 def _ancestors(cls: Class) -> Iterator[Class]:
     yield cls
     for base in cls.node.bases:

@@ -19,7 +19,8 @@ def terminator(**arguments: Any) -> Any:
 def test_the_slow_loss_compares_the_planes_of_all_pairs_of_blocks():
     net = terminator(img_size=8).eval()
     x = torch.randn(2, 3, 8, 8)
-    planes = [block.slow_net_g()[0].sum(0) for block in (net.stem, *net.blocks)]
+    blocks = [net.stages[0].downsample, *(stage.blocks[0] for stage in net.stages)]
+    planes = [block.slow_net_g()[0].sum(0) for block in blocks]
     pairs = ((0, 1), (0, 2), (1, 2))
     expected = torch.stack([((planes[a] - planes[b]) ** 2).mean() for a, b in pairs]).sum()
     scores, losses = net.forward_with_losses(x)

@@ -20,10 +20,13 @@ RECORDS = {
     path.name.removesuffix(".json.gz"): path
     for path in sorted((Path(vectors.__file__).parent / "initialisation").glob("*.json.gz"))
 }
-# Nets of ours that are compared instead of timm's nets, which start differently
-OURS = {f"gcvit__gc_vit_{size}": Net(f"gc_vit_{size}") for size in ("xxtiny", "xtiny", "tiny", "small", "base")}
+# Nets of ours that are compared instead of timm's nets, which start differently, and nets without a vector of logits
+OURS = {f"gcvit__gc_vit_{size}": Net(f"gc_vit_{size}") for size in ("xxtiny", "xtiny", "tiny", "small", "base")} | {
+    "hyena_nd__deit_tiny": Net("hyena_deit_tiny"),
+    "hyperzzw__terminator_cifar10": Net("terminator_cifar"),
+}
 # Arguments of a recorded net that our net takes too, under the same names
-COMMON = ("num_classes", "drop_path_rate")
+COMMON = ("num_classes", "in_chans", "drop_path_rate")
 # Records of larger nets are compared by slow tests.
 LARGE = 15e6
 
@@ -36,8 +39,9 @@ def size(name: str) -> int:
     "name", [pytest.param(name, marks=pytest.mark.slow if size(name) > LARGE else ()) for name in RECORDS]
 )
 def test_fresh_weights_are_the_authors(name):
-    assert name in NETS, "no net in tests/vectors/claims.py has this name"
-    record, claim = load_vector(RECORDS[name]), (NETS | OURS)[name]
+    nets = NETS | OURS
+    assert name in nets, "no net in tests/vectors/claims.py has this name"
+    record, claim = load_vector(RECORDS[name]), nets[name]
     arguments = {**claim.arguments, **{key: record["kwargs"][key] for key in COMMON if key in record["kwargs"]}}
     assert differences(lambda: timm.create_model(claim.name, **arguments), record) == []
 

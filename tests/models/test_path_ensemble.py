@@ -38,6 +38,11 @@ def paths_of(net: Any, x: torch.Tensor) -> list[torch.Tensor]:
     return paths
 
 
+def test_each_path_has_a_weight_per_channel(nets):
+    deit, ensemble = (sum(parameter.numel() for parameter in net.parameters()) for net in nets)
+    assert ensemble - deit == (2 * DEPTH + 1) * 16
+
+
 @torch.no_grad()
 def test_the_scores_are_those_of_the_weighted_sum(nets):
     deit, ensemble = nets

@@ -122,3 +122,16 @@ def test_blocks_share_a_context(monkeypatch):
     net.contexts[0].register_forward_hook(lambda *_: calls.append(1))
     net(torch.randn(2, 3, 64, 64)).sum().backward()
     assert len(net.contexts) == len(calls) == 1 and net.contexts[0].weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("deit_tiny_distilled", {}), ("deit_tiny", {"mixers": "window"}), ("fan_tiny", {}),
+     ("path_ensemble_tiny", {"self_distillation": True})],
+)  # fmt: skip
+def test_a_teachers_tokens_are_compared_with_those_of_the_map(name, arguments):
+    net, x = build(name, num_classes=3, **arguments).eval(), torch.randn(2, 3, 64, 64)
+    target = torch.randn(2, 16, 192)
+    tokens = net.forward_features(x)[:, -16:]
+    loss = net.forward_with_losses(x, target)[1]["tokens"]
+    assert torch.allclose(loss, (tokens - target).square().mean(), atol=1e-5)

@@ -44,9 +44,10 @@ def defined(op, x):
         out = op.proj(windowed(op, qkv, *windows)).permute(2, 0, 1).unsqueeze(0)
         return branch.smooth(F.interpolate(out, x.shape[:2], mode="bilinear"))[0].permute(1, 2, 0)
 
-    windows = [math.ceil(n / op.window) if op.windows is None else op.windows for n in x.shape[:2]]
+    windows = [math.ceil(n / op.window) if op.window else op.windows for n in x.shape[:2]]
     out = op.proj(windowed(op, op.qkv(x), *(n + odd for n in windows)))
-    gates = op.gate.sigmoid() if op.gate is not None else op.pooled_gate(x.mean((0, 1))).sigmoid().view(-1, x.shape[2])
+    pooled = isinstance(op.gate, torch.nn.Linear)
+    gates = (op.gate(x.mean((0, 1))).view(-1, x.shape[2]) if pooled else op.gate).sigmoid()
     if op.coarse_branch is not None:
         coarse = branch_output(op.coarse_branch, [max(n // 2, 1) + odd for n in windows])
         out = gates[1] * coarse + (1 - gates[1]) * out

@@ -6,6 +6,7 @@ from torch import nn
 
 from models import load_weights
 from ops import Place, create_op
+from ops.registry import take_extra
 
 X = torch.randn(2, 5, 6, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 GATED = ("window", "neighborhood", "full", "plain_window", "agent", "cross_shaped_window", "varied_size_window")
@@ -49,6 +50,7 @@ def test_context_and_extra_tokens_reach_the_op():
     context = op.make_context(place, 12, 3, of="length_scaled_cosine").double()
     assert op(X, context=context(X)).shape == X.shape
     assert gated().make_context is None
+    assert take_extra(["gated"]) and not take_extra([{"name": "gated", "of": "window"}])
     with pytest.raises(ValueError, match="of must be an op that takes extra tokens"):
         create_op("gated", 12, 3, place=Place(extra=1), of="window")
 

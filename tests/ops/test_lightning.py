@@ -74,6 +74,16 @@ def test_decay_weakens_from_block_to_block():
     assert build("causal", Place())[0].log_decay[0].item() == pytest.approx(-1.00001 * 2**-4)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_large_sums_stay_in_the_range_of_half_precision(form):
+    op, x = build(form)
+    large = 300 * x.abs()
+    q, k, v = (F.silu(project(large)) for project in (op.q_proj, op.k_proj, op.v_proj))
+    assert op.attend(q, k, v).abs().max() > 65504
+    with torch.autocast("cpu", torch.float16):
+        assert op.float()(large.float()).isfinite().all()
+
+
 def test_slopes_of_heads():
     assert slopes_of_heads(8) == [2.0**-t for t in range(1, 9)]
     assert slopes_of_heads(6) == [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]

@@ -86,7 +86,7 @@ def test_samples_follow_the_generator_in_training_and_are_fixed_in_evaluation():
 def test_fixed_samples_are_spread_over_the_map(size):
     H, W = size
     for count in {1, min(7, H * W), min(45, H * W), H * W}:
-        tokens = spread(count, size)
+        tokens = spread(count, size).tolist()
         assert len(set(tokens)) == len(tokens) == count and 0 <= min(tokens) <= max(tokens) < H * W
         # Every token is near one of the sample, on the scale of the cells
         rows, columns = zip(*(divmod(token, W) for token in tokens), strict=True)

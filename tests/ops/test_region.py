@@ -37,6 +37,8 @@ def test_attends_as_defined():
     op = region()
     assert torch.allclose(op(X, labels), by_loops(op, labels), atol=1e-12)
     assert torch.allclose(op(X, labels[1])[1], op(X, labels)[1], atol=1e-12)
+    large = labels.repeat_interleave(3, 1).repeat_interleave(2, 2)
+    assert torch.equal(op(X, large), op(X, labels))
     own = superpixels(X, 8, 5, 1.0)
     assert torch.allclose(op(X), by_loops(op, own), atol=1e-12)
 

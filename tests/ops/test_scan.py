@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from ops import create_op
 from ops.scan import CHUNK, gated_linear_attention, linear_recurrence, selective_scan
 from ops.scan_orders import (
     atrous_windows,
@@ -103,6 +105,29 @@ def test_linear_recurrence_broadcasts_its_decay(n):
         assert torch.allclose(h[:, t], state)
 
 
+# Ops with windows and chunks that fit maps of 16 x 16 and 32 x 32 tokens
+LINEAR = (
+    "atrous_scan",
+    {"name": "gated_linear_window", "window": 8},
+    {"name": "lightning", "form": "four_ways"},
+    "local_scan",
+    "multi_head_scan",
+    "recurrent_softmax",
+)
+
+
+@pytest.mark.parametrize("spec", LINEAR, ids=str)
+def test_cost_of_the_ops_is_linear(spec):
+    counts = []
+    with torch.device("meta"):
+        op = create_op(spec, 8, 2)
+        for side in (16, 32):
+            with FlopCounterMode(display=False) as counter:
+                op(torch.empty(1, side, side, 8))
+            counts.append(counter.get_total_flops())
+    assert counts[1] == 4 * counts[0]
+
+
 ORDERS = {
     "raster": (raster, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]),
     "snake": (snake, [0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11]),
@@ -138,3 +163,14 @@ def test_maps_come_back_from_their_orders():
     tokens = gather_orders(x, orders)
     assert torch.equal(tokens[:, 0, 6], x[:, 1, 3])
     assert torch.equal(scatter_orders(tokens, orders, (3, 5)), x.unsqueeze(1).expand(-1, 2, -1, -1, -1))
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_linear_recurrence_is_a_sound_operator(n):
+    torch.manual_seed(0)
+    decay = torch.rand(2, n, 1, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, n, 3, dtype=torch.float64, requires_grad=True)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(linear_recurrence, (decay, x), test_utils=checks)
+    assert torch.autograd.gradcheck(linear_recurrence, (decay, x), fast_mode=True)
+    assert torch.autograd.gradgradcheck(linear_recurrence, (decay, x), fast_mode=True)

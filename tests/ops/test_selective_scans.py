@@ -75,6 +75,16 @@ def test_local_scan_runs_and_attends_as_defined(scan, orders):
     assert torch.allclose(op(x), scanned + op.attn(op.norm(x + scanned)), atol=1e-10)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_windows_of_local_scan_at_the_border_hold_fewer_tokens(shift):
+    """A window at the border gives what it would give as a map of its own."""
+    op, x = build("local_scan", window=4, shift=shift)
+    out = op.attn(x)
+    op.attn.shift = 0
+    window = slice(4 - 3 * shift, 8 - 3 * shift), slice(4 + shift, 8)
+    assert torch.allclose(out[:, *window], op.attn(x[:, *window]), atol=1e-12)
+
+
 def test_local_scan_shifts_windows_in_every_second_block():
     assert [create_op("local_scan", 8, 2, place=Place(block=block)).attn.shift for block in range(3)] == [0, 4, 0]
 

@@ -90,6 +90,27 @@ class TokenAggregationBlock(nn.Module):
         return (x + self.mlp(self.mlp_norm(x))).permute(0, 3, 1, 2)
 
 
+class LocalRegionBlock(nn.Module):
+    """CATANet's block of op `overlapping_patch`."""
+
+    renames = (
+        (r"^layer\.0\.norm\.", "norm."),
+        (r"^layer\.0\.fn\.", "mixer."),
+        (r"^layer\.1\.norm\.", "mlp_norm."),
+        (r"^layer\.1\.fn\.", "mlp."),
+    )
+
+    def __init__(self, dim: int, heads: int, qk_dim: int, mlp_dim: int, ps: int):
+        super().__init__()
+        self.norm, self.mlp_norm, self.mlp = nn.LayerNorm(dim), nn.LayerNorm(dim), ConvFFN(dim, mlp_dim)
+        self.mixer = create_op("overlapping_patch", dim, heads, qk_dim=qk_dim, patch=ps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        x = x + self.mixer(self.norm(x))
+        return (x + self.mlp(self.mlp_norm(x))).permute(0, 3, 1, 2)
+
+
 class RegionLayer(nn.Module):
     """RAT's layer of region and window attention, with the regions of its vector."""
 

@@ -168,6 +168,7 @@ NETS: dict[str, Net] = {
     "tapadl__fan_small_12_p4_hybrid": Net("fan_small_hybrid", {"scales": 4}),
     "tapadl__fan_base_16_p4_hybrid": Net("fan_base_hybrid", {"scales": 4}),
     "tapadl__fan_large_16_p4_hybrid": Net("fan_large_hybrid", {"scales": 4}),
+    "rvt__rvt_base_plus_d2": Net("rvt_base_plus", {"depths": (2,), "masked": 1}),
     "tapadl__rvt_tiny_plus": Net("rvt_tiny_plus", {"scales": 1}),
     "tapadl__rvt_small_plus": Net("rvt_small_plus", {"scales": 1}),
     "tapadl__rvt_base_plus": Net("rvt_base_plus", {"scales": 1}),

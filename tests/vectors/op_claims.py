@@ -9,11 +9,11 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from models import super_resolution
 from models.backbones import lola_specvit
 from models.backbones.hyper_zzw import SlowFastBlock
 from ops import Place, create_op
-from tests.vectors.blocks import Block, LaMambaBlock, RegionLayer, TokenAggregationBlock
+from tests.vectors import cfsr
+from tests.vectors.blocks import Block, LaMambaBlock, LocalRegionBlock, RegionLayer, TokenAggregationBlock
 from tests.vectors.kinds import Chain, Op, Part
 from tests.vectors.op_kinds import (
     AnchorWindowOp,
@@ -266,10 +266,11 @@ OPS: dict[str, Op] = {
 }
 
 PARTS: dict[str, Part | Block] = {
+    "catanet__lrsa_d40_ps16": Block(LocalRegionBlock),
     "catanet__tab_d40_m16_g64_chunkmeans": Block(TokenAggregationBlock),
     "catanet__tab_d40_m16_g64_ema": Block(TokenAggregationBlock),
     "cfsr__block_d48_k9_train": Part(
-        lambda: nn.ModuleDict({"block": super_resolution.Block(48, create_op("large_kernel", 48, 1))}),
+        lambda: nn.ModuleDict({"block": cfsr.Block(48, create_op("large_kernel", 48, 1))}),
         lambda net, x: cfsr_parts(net["block"], x.permute(0, 2, 3, 1)),
         # Three fixed filters, which are parameters there
         constants=3 * 96 * 9,
@@ -278,7 +279,7 @@ PARTS: dict[str, Part | Block] = {
         lambda: SlowFastBlock(12, 36, (16, 16)), lambda block, x: (block(x), block.slow_net_g())
     ),
     "hyperzzw__terminator_cifar10": Part(
-        lambda: timm.create_model("terminator_cifar", num_classes=10), lambda net, x: (*net.run(x)[::2], net(x))
+        lambda: timm.create_model("terminator_cifar", num_classes=10), lambda net, x: (*net.stages(x)[::2], net(x))
     ),
     "lamamba__block_8x8_ws4": Part(lambda: LaMambaBlock(48, 3, window=4, shift=0)),
     "lamamba__block_8x8_ws4_shift2": Part(lambda: LaMambaBlock(48, 3, window=4, shift=2)),
@@ -298,5 +299,5 @@ PARTS: dict[str, Part | Block] = {
         lambda: create_op("relative_conv", 48, 6, mode="1d", reach=64),
         lambda op, x: (op.attend_sequence(x.transpose(0, 1)).transpose(0, 1),),
     ),
-    **{f"cfsr__x{scale}": Part(lambda scale=scale: super_resolution.CFSR(scale, merged=True)) for scale in (2, 3, 4)},
+    **{f"cfsr__x{scale}": Part(lambda scale=scale: cfsr.CFSR(scale, merged=True)) for scale in (2, 3, 4)},
 }

@@ -34,7 +34,7 @@ CASES = {
     "points and channels that are no power of two": Case(((4, 3), (1, 2), (1, 1)), points=3, D=5),
     "one point": Case(((5, 4),), queries=37, points=1, D=24),
     "many samples of a token": Case(((2, 2),), queries=40, points=4, D=33),
-    "mostly outside": Case(((3, 4), (2, 3)), queries=20, margin=3.0),
+    "mostly outside": Case(((3, 4), (2, 3)), queries=20, margin=3.0, batch=2),
 }
 
 

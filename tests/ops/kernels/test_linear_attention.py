@@ -46,13 +46,14 @@ CASES = {
     "relu, no normalization": Case("relu", "none", N=1, M=1, learned=True),
     "inline": Case("identity", "subtract", heads=2, D=16, E=16, learned=True),
     "subtraction, cross": Case("elu", "subtract", N=17, M=65, E=24, heads=2),
-    "identity": Case("identity", "none", N=33, D=1, E=1),
+    "identity": Case("identity", "none", N=33, D=1, E=1, batch=2, learned=True),
     "softmax": Case("softmax", "none", N=70, heads=2, learned=True),
     "softmax, cross": Case("softmax", "none", N=3, M=70, D=33, E=5, batch=2),
     "wide heads": Case("elu", "sum", N=19, M=9, D=128, E=100),
     "many tokens": Case("relu", "sum", N=150),
+    "no smallest sum": Case("relu", "sum", D=24, E=24, min_sum=0.0),
     "large sums": Case("elu", "none", N=40, size=30.0),
-    "large softmax": Case("softmax", "none", N=40, size=6.0),
+    "large softmax": Case("softmax", "none", N=40, size=24.0),
 }
 
 

@@ -45,6 +45,8 @@ def test_every_op_is_listed_with_its_first_line_and_shown_with_its_arguments(cli
     assert list_choices("ops") == list_ops()
     text = cli("train", "--help", "ops=window").out
     assert "window=7" in text and "Side of a window" in text and "model.mixers=" in text
+    assert "temperature='fixed'" in text and "number of keys" in text
+    assert "temperature='fixed'" not in cli("train", "--help", "ops=global_query").out
     for name, op in find_ops().items():
         assert op.summary, name
         outcome = cli("train", "--help", f"ops={name}")

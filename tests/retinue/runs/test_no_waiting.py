@@ -5,7 +5,9 @@ many entries are not zero. A run on this device therefore finds every place that
 to a GPU waits, too, so the tests allow it in the first step only.
 """
 
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
@@ -139,6 +141,20 @@ def test_reading_a_figure_would_be_noticed(tmp_path):
     task, datamodule, trainer = meta_trainer(tmp_path, RECIPES[0], [Reader(), StopAfterSteps()])
     with pytest.raises((RuntimeError, NotImplementedError), match=r"meta"):
         trainer.fit(task, datamodule=datamodule)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_throughput_includes_the_steps_that_the_gpu_has_not_finished(last):
+    trainer: Any = SimpleNamespace(
+        is_last_batch=last,
+        strategy=SimpleNamespace(root_device=torch.device("cuda")),
+        world_size=1,
+        fit_loop=SimpleNamespace(_should_accumulate=lambda: True),
+    )
+    training_log: Any = TrainingLog()
+    with mock.patch("torch.cuda.synchronize") as wait:
+        training_log.on_train_batch_end(trainer, None, None, {"image": [0, 0]}, 0)
+    assert wait.call_count == last and training_log.images == 2
 
 
 class Strict(Callback):

@@ -1,7 +1,8 @@
 """CFSR, a convolutional net for super-resolution (Wu et al., IEEE TIP 2024, arXiv:2401.05633).
 
 Paper: Transforming Image Super-Resolution: A ConvFormer-based Efficient Approach. Written after the paper and the
-authors' repository, Aitical/CFSR (no licence). The net returns images, so it is no backbone of timm's registry.
+authors' repository, Aitical/CFSR (no licence). The net returns images, for which the project has no task, so it only
+serves the reference vectors.
 """
 
 from collections.abc import Sequence
@@ -9,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.layers.edge_ffn import EdgeFFN
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
+from tests.vectors.edge_ffn import EdgeFFN
 
 # Mean of red, green and blue, which the net subtracts and adds again
 MEAN = (0.4488, 0.4371, 0.4040)
