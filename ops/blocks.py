@@ -15,7 +15,8 @@ from retinue.utils.arithmetic import ceil_div
 
 Pair = tuple[int, int]
 
-# Largest map, in tokens, for which block attention masks dense attention instead of gathering the chosen blocks
+# Largest map, in tokens, for which block attention masks dense attention instead of gathering the chosen blocks. At
+# about this size both are as fast: measured on the CPU, forward and backward, with 2 to 4 chosen tiles of 7 x 7 tokens.
 MAX_MASKED_TOKENS = 256
 
 

@@ -1,6 +1,7 @@
 """Attention of each token to the keys at fixed offsets from it, such as bands and powers of two."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -120,51 +121,64 @@ def band_attention(
             mask = F.pad(mask, (extra[0].shape[2], 0), value=True)
         return F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=mask).view(q.shape)
     # Rows first, so that a range of rows need not be copied
-    rows_q, rows_k, rows_v = (t.movedim(2, 0).flatten(1, 2) for t in (q * D**-0.5, k, v))  # (H, B * heads, W, D)
+    rows = [t.movedim(2, 0).flatten(1, 2) for t in (q * D**-0.5, k, v)]  # (H, B * heads, W, D)
     parts = [(dy, reach[abs(dy)]) for dy in range(1 - H, H) if reach[abs(dy)] >= 0 and H - max(0, -dy) > first_row]
+    bands = {width: make_band(rows, width) for width in {width for _, width in parts}}
     scores = []
     for dy, width in parts:
-        queries, keys = row_ranges(dy, H, first_row)
-        tile, side = tile_of_band(width, W)
-        tiles = ceil_div(W, tile)
-        tile_q = F.pad(rows_q[queries], (0, 0, 0, tiles * tile - W)).unflatten(2, (tiles, tile))
-        score = tile_q @ slabs(rows_k[keys], tile, side).transpose(-2, -1)  # (rows, B * heads, tiles, tile, K)
-        position = torch.arange(tiles * tile, device=q.device).view(tiles, tile, 1)
-        key = torch.arange(tiles, device=q.device).view(-1, 1, 1) * tile - side
-        key = key + torch.arange(score.shape[-1], device=q.device)
-        offset = (key - position).clamp(1 - W, W - 1)
-        seen = allowed[dy + H - 1][offset + W - 1] & (key >= 0) & (key < W)
-        score = score.masked_fill(~seen, -torch.inf).flatten(2, 3)[:, :, :W]
+        (queries, keys), band = row_ranges(dy, H, first_row), bands[width]
+        score = band.q[queries] @ band.k[keys].transpose(-2, -1)  # (rows, B * heads, tiles, T, K)
+        score = score.masked_fill(~(allowed[dy + H - 1][band.offsets] & band.real), -torch.inf).flatten(2, 3)[:, :, :W]
         scores.append(F.pad(score, (0, 0, 0, 0, 0, 0, queries.start, H - queries.stop), value=-torch.inf))
     if extra is not None:
         extra_k, extra_v = (t.flatten(0, 1) for t in extra)
-        scores.append(rows_q @ extra_k.transpose(-2, -1))
+        scores.append(rows[0] @ extra_k.transpose(-2, -1))
     (weights,) = at_least_float32(torch.cat(scores, dim=-1))
     weights = weights.softmax(-1).to(v.dtype).split([score.shape[-1] for score in scores], dim=-1)
-    out = torch.zeros_like(rows_v) if extra is None else weights[-1] @ extra_v
+    out = torch.zeros_like(rows[2]) if extra is None else weights[-1] @ extra_v
     for (dy, width), weight in zip(parts, weights, strict=extra is None):
-        queries, keys = row_ranges(dy, H, first_row)
-        tile, side = tile_of_band(width, W)
-        tiles = ceil_div(W, tile)
+        (queries, keys), band = row_ranges(dy, H, first_row), bands[width]
+        tiles, tile = band.q.shape[2:4]
         weight = F.pad(weight[queries], (0, 0, 0, tiles * tile - W)).unflatten(2, (tiles, tile))
-        values = (weight @ slabs(rows_v[keys], tile, side)).flatten(2, 3)[:, :, :W]
+        values = (weight @ band.v[keys]).flatten(2, 3)[:, :, :W]
         out = out + F.pad(values, (0, 0, 0, 0, 0, 0, queries.start, H - queries.stop))
     return out.unflatten(1, (B, heads)).movedim(0, 2)
+
+
+class Band(NamedTuple):
+    """Tiles of the queries of each row, and the K keys near each tile, for windows of one width.
+
+    Attributes:
+        q: Queries (H, n, tiles, T, D), zero-padded to whole tiles.
+        k: Keys (H, n, tiles, K, D), zero-padded where they are not on the map.
+        v: Values (H, n, tiles, K, D).
+        offsets: Offset from query to key plus W - 1, cut to the map's offsets: (tiles, T, K).
+        real: True for keys on the map: (tiles, 1, K).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    offsets: Tensor
+    real: Tensor
+
+
+def make_band(rows: Sequence[Tensor], width: int) -> Band:
+    """Return the band of windows |dx| <= `width` for queries, keys and values (H, n, W, D)."""
+    q, k, v = rows
+    W, tile, side = q.shape[2], max(4, 2 * width), width
+    if tile + 2 * side >= W:
+        tile, side = W, 0
+    tiles = ceil_div(W, tile)
+    margin = tiles * tile - W
+    k, v = (F.pad(t, (0, 0, side, side + margin)).unfold(2, tile + 2 * side, tile).transpose(-2, -1) for t in (k, v))
+    start = tile * torch.arange(tiles, device=q.device).view(-1, 1, 1)
+    position = start + torch.arange(tile, device=q.device).unsqueeze(1)
+    key = start - side + torch.arange(tile + 2 * side, device=q.device)
+    offsets = (key - position).clamp(1 - W, W - 1) + W - 1
+    return Band(F.pad(q, (0, 0, 0, margin)).unflatten(2, (tiles, tile)), k, v, offsets, (key >= 0) & (key < W))
 
 
 def row_ranges(dy: int, H: int, first_row: int) -> tuple[slice, slice]:
     """Return the rows of queries whose keys, `dy` rows below, are on the map from `first_row` on, and these rows."""
     return slice(max(0, first_row - dy), H - max(0, dy)), slice(max(first_row, dy), H - max(0, -dy))
-
-
-def tile_of_band(width: int, W: int) -> tuple[int, int]:
-    """Return the number of queries of a tile, and of keys on each of its sides, for a band of |dx| <= `width`."""
-    tile = max(4, 2 * width)
-    return (W, 0) if tile + 2 * width >= W else (tile, width)
-
-
-def slabs(x: Tensor, tile: int, side: int) -> Tensor:
-    """Return the tokens near each tile of (rows, n, W, D), zero-padded: (rows, n, tiles, tile + 2 * side, D)."""
-    tiles = ceil_div(x.shape[2], tile)
-    x = F.pad(x, (0, 0, side, side + tiles * tile - x.shape[2]))
-    return x.unfold(2, tile + 2 * side, tile).transpose(-2, -1)

@@ -58,6 +58,16 @@ def test_gathered_blocks_equal_masked_attention(monkeypatch, kind, queries):
         assert torch.allclose(ours, expected, atol=1e-12)
 
 
+def test_large_scores_do_not_overflow(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(blocks, "MAX_MASKED_TOKENS", 0)
+    q, k, v, extra_k = random(1, 1, 6, 1, 4), random(1, 1, 3, 4, 4), random(1, 1, 3, 4, 4), random(1, 1, 2, 4)
+    chosen = top_blocks(torch.randn(1, 1, 6, 3), 2)
+    for factors in ((5000, 1), (1, 5000)):
+        out = block_attention(q, factors[0] * k, v, chosen, extra=(factors[1] * extra_k, v[:, :, 0, :2]))
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (q, k, v, extra_k)))
+
+
 def test_masked_attention_attends_to_the_chosen_blocks_only():
     torch.manual_seed(0)
     q, k, v = random(1, 1, 3, 2, 4), random(1, 1, 2, 3, 4), random(1, 1, 2, 3, 4)
