@@ -14,7 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.nextvit import ConvAttention, ConvNormAct, PatchEmbed
 from torch import Tensor, nn
 
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_convs_too, stage_layout
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_linear_and_conv, stage_layout
 from models.layers.kan import KANLayer
 from models.layers.squeeze import SqueezeExcite
 from ops import create_ops, parse_mixers
@@ -202,7 +202,7 @@ class MedViTV2(HierarchicalBackbone):
                     blocks.append(LocalBlock(dim, ops[j], 3 if i else 7, rate, scrambled=mixers is None))
             stages.append(Stage(downsample, blocks, contexts))
         super().__init__(stages, dims, strides, nn.BatchNorm2d(dims[-1]), in_chans=in_chans, **kwargs)
-        self.apply(init_convs_too)
+        self.apply(init_linear_and_conv)
         # The authors' global blocks have a `LocalFeedForward` that they do not use.
         shapes = LocalFeedForward(HEAD_DIM, 2, 3).named_parameters()
         names = [name for name, module in self.named_modules() if isinstance(module, GlobalBlock)]

@@ -14,7 +14,7 @@ from timm.layers import DropPath, SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_convs_too, stage_layout
+from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_linear_and_conv, stage_layout
 from models.layers.downsample import PatchConv2d
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
@@ -125,7 +125,7 @@ class PATNet(HierarchicalBackbone):
         super().__init__(stages, dims, strides, nn.Identity(), in_chans=in_chans, num_features=pre_head, **kwargs)
         self.pre_head = nn.Linear(dims[-1], pre_head, bias=False)
         self.act = layer()
-        self.apply(init_convs_too)
+        self.apply(init_linear_and_conv)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
