@@ -19,7 +19,7 @@ from models.hierarchical import HierarchicalBackbone
 from models.pyramid import STRIDES, SimplePyramid
 from models.timm_nets import pad_to_whole_patches
 from models.weights import rename_weights
-from retinue.utils.arithmetic import ceil_div, round_up
+from retinue.utils.arithmetic import ceil_div, padding, round_up
 from retinue.utils.sizes import resolve, size_pixels
 
 # Multiples of pixels that a net's image sides may have to be, tried in this order.
@@ -139,7 +139,7 @@ class DenseBackbone(nn.Module):
         H, W = x.shape[2:]
         if self.only_size not in (None, (H, W)):
             raise ValueError(f"{type(self.net).__name__} takes images of {self.only_size} pixels only, not {(H, W)}")
-        x = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple))
+        x = F.pad(x, (0, padding(W, self.multiple), 0, padding(H, self.multiple)))
         maps = self.net.forward_intermediates(
             x, indices=self.indices, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )

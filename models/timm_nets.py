@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from timm.models.focalnet import Downsample, FocalNet
 from torch import Tensor, nn
 
+from retinue.utils.arithmetic import padding
+
 # Renames are applied in order. Each is a regular expression and what replaces every match in a weight's name, as in
 # `re.sub`. None in place of the replacement drops the weight if its name has a match.
 Renames = Sequence[tuple[str, str | Callable[[re.Match], str] | None]]
@@ -75,7 +77,7 @@ def pad_to_whole_patches(net: nn.Module) -> None:
 
     def pad(patches: Downsample, args: tuple[Tensor]) -> Tensor:
         H, W = args[0].shape[2:]
-        return F.pad(args[0], (0, -W % patches.stride, 0, -H % patches.stride))
+        return F.pad(args[0], (0, padding(W, patches.stride), 0, padding(H, patches.stride)))
 
     if isinstance(net, FocalNet):
         for module in net.modules():

@@ -18,7 +18,8 @@ from retinue.utils.suggestions import nearest
 
 FEATURES = ("elu", "relu", "softmax", "identity")
 NORMALIZATIONS = ("none", "sum", "subtract")
-MAX_HEAD_DIM = 128
+# Channels of the widest heads that the kernels take, by the bytes of a value: the registers hold no wider state.
+MAX_HEAD_DIM = {2: 128, 4: 64}
 
 
 @primitive
@@ -62,7 +63,7 @@ def linear_attention(
         raise ValueError(f"softmax features take normalization none, since they sum to 1, not {normalization!r}")
     q, k, v = qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
     head_dim = max(q.shape[-1], v.shape[-1]) // num_heads
-    if use_triton("linear_attention", obstacle_to_kernels(v, head_dim, MAX_HEAD_DIM)):
+    if use_triton("linear_attention", obstacle_to_kernels(v, head_dim, MAX_HEAD_DIM.get(v.element_size(), 0))):
         from ops.kernels.linear_attention import linear_attention as kernel
 
         return kernel(qkv, num_heads, features, normalization, scale, min_sum)

@@ -17,6 +17,7 @@ from models.backbones.swin import Block
 from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
+from retinue.utils.arithmetic import padding
 
 
 class StemConv2d(nn.Conv2d):
@@ -26,7 +27,7 @@ class StemConv2d(nn.Conv2d):
         super().__init__(in_chans, dim, 7, stride=4, padding=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4)))
+        return super().forward(F.pad(x, (0, padding(x.shape[3], 4), 0, padding(x.shape[2], 4))))
 
 
 class CSWin(HierarchicalBackbone):

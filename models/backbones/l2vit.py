@@ -15,6 +15,7 @@ from models.layers.conv import conv_bn
 from models.layers.downsample import PatchConv2d
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
+from retinue.utils.arithmetic import padding
 
 
 class Stem(nn.Sequential):
@@ -25,7 +26,7 @@ class Stem(nn.Sequential):
         super().__init__(*conv_bn(in_chans, half), nn.ReLU(), *conv_bn(half, dim), LayerNorm2d(dim, eps=1e-5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4)))
+        return super().forward(F.pad(x, (0, padding(x.shape[3], 4), 0, padding(x.shape[2], 4))))
 
 
 class Concentration(nn.Sequential):

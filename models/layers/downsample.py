@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from retinue.utils.arithmetic import padding
+
 
 class PatchConv2d(nn.Conv2d):
     """Convolution of patches that do not overlap: (B, in_dim, H, W) to (B, dim, ⌈H / patch⌉, ⌈W / patch⌉).
@@ -25,7 +27,7 @@ class PatchConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         (patch_h, patch_w), (H, W) = self.kernel_size, x.shape[2:]
-        return super().forward(F.pad(x, (0, -W % patch_w, 0, -H % patch_h)))
+        return super().forward(F.pad(x, (0, padding(W, patch_w), 0, padding(H, patch_h))))
 
 
 class PatchMerging(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ops.functional import window_attention
 from ops.registry import FIRST, Place, register_op
 from ops.windows import from_windows, to_windows
+from retinue.utils.arithmetic import padding
 
 
 @register_op("cross_shaped_window")
@@ -77,7 +78,7 @@ def strip_attention(qkv: Tensor, strip: tuple[int, int], num_heads: int, lepe: n
         Tensor (B, H, W, C).
     """
     (H, W), (h, w) = qkv.shape[1:3], strip
-    pad_h, pad_w = -H % h, -W % w
+    pad_h, pad_w = padding(H, h), padding(W, w)
     top, left = pad_h // 2, pad_w // 2
     if pad_h or pad_w:
         qkv = F.pad(qkv, (0, 0, 0, 0, left, pad_w - left, top, pad_h - top))

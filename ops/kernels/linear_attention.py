@@ -73,9 +73,7 @@ def _arguments(
     P, Q = padded(D), padded(E)
     half = v.element_size() == 2
     streamed = padded(tokens, 64 if half and max(P, Q) <= 64 else 32 if half or max(P, Q) <= 32 else 16)
-    # The widest heads in float32 leave no registers to a pipeline
-    num_stages = 1 if not half and P * Q >= 128 * 128 else 2
-    default = TileConfig(0, streamed, _num_warps(v, P, Q), num_stages)
+    default = TileConfig(0, streamed, _num_warps(v, P, Q), 2)
     config = tile_config(f"linear_attention.{kernel}", v, max(P, Q), tokens, default)
     images_heads = len(q) * num_heads
     chunks = max(1, min(ceil_div(tokens, config.streamed), PROGRAMS // images_heads))

@@ -150,7 +150,7 @@ def _op(name: str) -> list[str]:
     usage = f"model.mixers='{{name: {name}, {example.name}: ...}}'"
     lines += [f"Arguments, as in {usage}:", *_arguments(arguments)]
     options = list_softmax_options(op)
-    return [*lines, "", "Options of the softmax, given as arguments are:", *_arguments(options)] if options else lines
+    return [*lines, "", "Options of its softmax, given like the arguments:", *_arguments(options)] if options else lines
 
 
 def _module_summary(op: Class) -> str:
