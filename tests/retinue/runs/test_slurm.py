@@ -216,6 +216,7 @@ def test_without_slurm_the_launcher_is_an_error(cli, monkeypatch):
     assert cli.files() == ["outputs/multirun.yaml"]
 
 
+@pytest.mark.slow
 def test_runs_that_are_no_grid_are_jobs_and_a_failed_one_has_its_reason(tmp_path, monkeypatch):
     """Train two nets of different widths and one with a wrong width as jobs, as compare_ops.py does."""
     monkeypatch.chdir(tmp_path)
