@@ -11,6 +11,7 @@ from torch.library import custom_op
 
 from ops.backend import obstacle_to_kernels, primitive, use_triton
 from ops.precision import at_least_float32, without_autocast
+from retinue.utils.arithmetic import padding
 
 # Tokens of a chunk in `gated_linear_attention`: inside a chunk the weights of all pairs are multiplied.
 CHUNK = 64
@@ -146,7 +147,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     """Compute `gated_linear_attention` in one direction."""
     n = q.shape[-2]
     chunk = min(CHUNK, n)
-    pad = -n % chunk
+    pad = padding(n, chunk)
     q, k, v = (F.pad(x, (0, 0, 0, pad)).unflatten(-2, (-1, chunk)) for x in (q, k, v))  # (..., P, chunk, D or E)
     total = F.pad(log_decay, (0, pad)).unflatten(-1, (-1, chunk)).cumsum(-1).unsqueeze(-1)  # (..., P, chunk, 1)
     # Differences of sums, which are not positive for pairs of a query and an earlier key, cannot overflow

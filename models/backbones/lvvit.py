@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.backbones.deit import DeiT, deit_cfg
 from ops.registry import Spec
+from retinue.utils.arithmetic import padding
 
 
 class Stem(nn.Module):
@@ -43,7 +44,7 @@ class Stem(nn.Module):
         self.proj = nn.Conv2d(width, dim, patch // 2, patch // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch))
+        x = F.pad(x, (0, padding(x.shape[3], self.patch), 0, padding(x.shape[2], self.patch)))
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))
         return self.proj(x).permute(0, 2, 3, 1)

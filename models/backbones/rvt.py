@@ -17,6 +17,7 @@ from models.layers.position import grid_of
 from models.layers.token_pooling import TokenAwarePooling
 from ops import create_ops, parse_mixers
 from ops.registry import Spec
+from retinue.utils.arithmetic import padding
 
 
 class ConvMlp(nn.Module):
@@ -72,7 +73,7 @@ class Embedding(nn.Sequential):
         self.patch = patch
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch)))
+        return super().forward(F.pad(x, (0, padding(x.shape[3], self.patch), 0, padding(x.shape[2], self.patch))))
 
 
 class RVT(HierarchicalBackbone):

@@ -19,6 +19,7 @@ from models.backbones import swin
 from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, init_weights, stage_layout
 from ops import create_op, create_ops, parse_mixers
 from ops.registry import Place, Spec
+from retinue.utils.arithmetic import padding
 
 
 class NormalCell(nn.Module):
@@ -95,7 +96,7 @@ class ReductionCell(nn.Module):
         self.mlp = Mlp(dim, dim).apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride))
+        x = F.pad(x, (0, padding(x.shape[3], self.stride), 0, padding(x.shape[2], self.stride)))
         scales = torch.cat([branch(x) for branch in self.prm], dim=1)
         mixed = self.mixer(self.norm1((scales + self.pos(scales)).permute(0, 2, 3, 1)))
         x = mixed + self.pcm(x).permute(0, 2, 3, 1)

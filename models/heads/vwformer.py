@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.attention.varying_window import GRID, RATIOS, CrossAttention, attend_to_contexts
+from retinue.utils.arithmetic import padding
 
 
 def conv_bn_relu(in_dim: int, dim: int, kernel: int = 1) -> nn.Sequential:
@@ -143,7 +144,7 @@ class VWHead(nn.Module):
         branches = [self.local(x)]
         if self.mean is not None:
             branches.append(self.mean(x).expand_as(x))
-        padded = F.pad(x, (0, -w % GRID[1], 0, -h % GRID[0]), mode="replicate")
+        padded = F.pad(x, (0, padding(w, GRID[1]), 0, padding(h, GRID[0])), mode="replicate")
         for attention in self.attention:
             attended = attention(padded)[..., :h, :w]
             branches.append(attended + x if self.short_cut else attended)

@@ -13,6 +13,8 @@ from timm.models.convnext import ConvNeXtStage, _init_weights
 from timm.models.xcit import conv3x3
 from torch import Tensor, nn
 
+from retinue.utils.arithmetic import padding
+
 # Divisors of the final width after each convolution of a stem, by the stem's stride
 STRIDES = {16: (8, 4, 2, 1), 8: (4, 2, 1), 4: (4, 1)}
 
@@ -71,5 +73,5 @@ class HybridStem(nn.Module):
         self.proj = nn.Conv2d(256, dim, 2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, -x.shape[3] % 16, 0, -x.shape[2] % 16))
+        x = F.pad(x, (0, padding(x.shape[3], 16), 0, padding(x.shape[2], 16)))
         return self.proj(self.backbone(x))

@@ -12,6 +12,7 @@ from models.hierarchical import Stage
 from models.layers.downsample import PatchConv2d
 from models.layers.position import fit_positions, resize_positions
 from ops.losses import Losses
+from retinue.utils.arithmetic import padding
 
 
 class TokenStem(nn.Module):
@@ -40,7 +41,7 @@ class TokenStem(nn.Module):
         self.cls_token = nn.Parameter(trunc_normal_(torch.empty(1, 1, dim), std=0.02)) if extra else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x = F.pad(x, (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch))
+        x = F.pad(x, (0, padding(x.shape[3], self.patch), 0, padding(x.shape[2], self.patch)))
         if self.convs is not None:
             x = self.convs[0](x)
             x = x + self.convs[2](self.convs[1](x))

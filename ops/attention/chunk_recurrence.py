@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ops.precision import at_least_float32, without_autocast
 from ops.registry import FIRST, Place, register_op
 from ops.scan import linear_recurrence
-from retinue.utils.arithmetic import ceil_div
+from retinue.utils.arithmetic import ceil_div, padding
 
 # Base of the wavelengths of the rotations of queries and keys
 BASE = 10000.0
@@ -111,7 +111,7 @@ class ChunkRecurrence(nn.Module):
         Returns:
             Tensor (B, N, C).
         """
-        n, pad = inputs.shape[2], -inputs.shape[2] % length
+        n, pad = inputs.shape[2], padding(inputs.shape[2], length)
         if pad:
             # Gates of 1 leave the means as they are
             qkv, gates = (F.pad(t, (0, 0, 0, pad), value=value) for t, value in ((inputs[:3], 0.0), (inputs[3:], 1.0)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ops.attention.grouped_query import GroupedQueryAttention
 from ops.registry import FIRST, Place, register_op
+from retinue.utils.arithmetic import padding
 
 MASKS = ("topk", "relu")
 
@@ -86,8 +87,8 @@ class DynamicMaskAttention(GroupedQueryAttention):
 def vote(kept: Tensor, block: int) -> Tensor:
     """Return for each key of (..., N) whether more than half of the keys in its block are True; the last is shorter."""
     N = kept.shape[-1]
-    padding = -N % block
-    blocks = F.pad(kept, (0, padding)).unflatten(-1, (-1, block))
-    sizes = F.pad(torch.ones_like(kept), (0, padding)).unflatten(-1, (-1, block)).sum(-1)
+    fill = padding(N, block)
+    blocks = F.pad(kept, (0, fill)).unflatten(-1, (-1, block))
+    sizes = F.pad(torch.ones_like(kept), (0, fill)).unflatten(-1, (-1, block)).sum(-1)
     majority = 2 * blocks.sum(-1) > sizes
     return majority.repeat_interleave(block, dim=-1)[..., :N]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ops.functional import merge_heads, split_heads
 from ops.registry import FIRST, Place, register_op
 from ops.windows import from_windows, to_windows
-from retinue.utils.arithmetic import ceil_div
+from retinue.utils.arithmetic import ceil_div, padding
 
 # Number of windows of a map by height and width, for any size of the map.
 GRID = (8, 8)
@@ -55,7 +55,7 @@ class VaryingWindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[1:3]
-        padded = F.pad(x.permute(0, 3, 1, 2), (0, -W % GRID[1], 0, -H % GRID[0]), mode="replicate")
+        padded = F.pad(x.permute(0, 3, 1, 2), (0, padding(W, GRID[1]), 0, padding(H, GRID[0])), mode="replicate")
         return attend_to_contexts(padded, self.ratio, self.scale, self.attn)[:, :H, :W]
 
 
