@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retinue.utils.arithmetic import padding
+
 Factors = tuple[Tensor, Tensor]
 
 
@@ -28,7 +30,7 @@ def append_factors(q: Tensor, k: Tensor, factors: Factors, scale: float) -> Fact
     """
     widened = []
     for x, phi in zip((q * scale, k), factors, strict=True):
-        fill = -(x.shape[-1] + phi.shape[-1]) % 8
+        fill = padding(x.shape[-1] + phi.shape[-1], 8)
         phi = F.pad(phi.to(x.dtype), (0, fill, x.shape[-2] - phi.shape[-2], 0))
         widened.append(torch.cat([x, phi.expand(*x.shape[:-1], -1)], dim=-1))
     return widened[0], widened[1]

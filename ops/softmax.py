@@ -10,12 +10,15 @@ other than that of the training: the scale is multiplied by sqrt(log(keys) / log
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from ops.low_rank import ContentBias, DistanceBias, LearnedBias, append_factors
-from ops.registry import Place
 from retinue.utils.arithmetic import ceil_div
+
+if TYPE_CHECKING:
+    from ops.registry import Place
 
 TEMPERATURES = ("fixed", "entropy")
 BIASES = ("distance", "learned", "content")
@@ -37,7 +40,7 @@ class SoftmaxOptions(nn.Module):
         self,
         num_heads: int,
         head_dim: int,
-        place: Place,
+        place: "Place",
         window: int | None = None,
         pooling: int = 1,
         content: bool = True,

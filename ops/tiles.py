@@ -200,20 +200,3 @@ def ragged_window_attention(
         return window_attention(rolled, bias, num_heads, window).roll(shift, dims=(1, 2))
     rows, columns = (window_tiles(n, w, s, wrap, qkv.device) for n, w, s in zip(size, window, shift, strict=True))
     return attend_in_tiles(qkv.flatten(-2), num_heads, rows, columns, bias=bias)
-
-
-def attend_to_all(extra: Tensor, qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
-    """Compute attention from extra tokens to themselves and to all tokens of a map.
-
-    Args:
-        extra: Queries, keys and values (B, E, 3C) of the extra tokens.
-        qkv: Queries, keys and values (B, H, W, 3C) of the map.
-        num_heads: Number of heads.
-        scale: Factor on the scores before the softmax; by default (C / heads)^-0.5.
-
-    Returns:
-        Tensor (B, E, C).
-    """
-    tokens = torch.cat([extra, qkv.flatten(1, 2)], dim=1)
-    q, k, v = (split_heads(t, num_heads) for t in tokens.chunk(3, dim=-1))
-    return merge_heads(F.scaled_dot_product_attention(q[:, :, : extra.shape[1]], k, v, scale=scale))

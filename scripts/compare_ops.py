@@ -1,6 +1,6 @@
 """Compare attention ops in one backbone, with the same recipe and seeds: accuracy, size, speed and memory.
 
-    python scripts/compare_ops.py small=true                       # all ops on the digits, in half an hour
+    python scripts/compare_ops.py small=true                       # all ops on the digits, a few epochs each
     python scripts/compare_ops.py ops=[window,agent] seeds=[0,1,2] data=cifar10 recipe.epochs=50
     python scripts/compare_ops.py ops=[window,agent] match=macs tune=8 data=cifar10 recipe.epochs=50
     python scripts/compare_ops.py launcher=slurm image_sizes=[224,512] data=imagenet data.root=/data/in1k
@@ -26,7 +26,6 @@ from retinue.results.compare_ops import (
     Comparison,
     check_ops,
     compare,
-    config_of,
     make_comparison_page,
     measure,
     plot_ops,
@@ -81,12 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         overrides=overrides,
         **{name: getattr(options, name) for name in shared},
     )
-    cfg = config_of(comparison)
+    cfg = comparison.config
     entries = compare(comparison)
     image_sizes = options.image_sizes or [int(max(to_2tuple(cfg.data.image_size)))]
     for size in image_sizes:
         measure(comparison, entries, size, options.batch_size, str(device), options.dtype, options.rounds)
-    figure = str(cfg.task.figure)
+    figure = comparison.figure
     rows = sorted((entry.columns for entry in entries.values()), key=lambda row: row.get(figure) or -1, reverse=True)
     net = model_name(cfg.model, cfg.data.image_size)
     run = f"{net} on {cfg.data.name}, {cfg.recipe.epochs} epochs, {len(options.seeds)} seeds"

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops.norm import RMSNorm
 from ops.precision import at_least_float32, without_autocast
 from ops.registry import FIRST, Place, register_op
 from ops.scan import linear_recurrence
@@ -77,7 +78,7 @@ class ChunkRecurrence(nn.Module):
         self.columns = place.block % 2 == 1 if columns is None else columns
         self.head_dim = dim // num_heads
         self.shares = (dim, dim, dim, groups * self.head_dim, groups * self.head_dim)
-        self.norm = nn.RMSNorm(dim, eps=1e-6) if norm else nn.Identity()
+        self.norm = RMSNorm(dim, 1e-6) if norm else nn.Identity()
         self.in_proj = nn.Linear(dim, sum(self.shares), bias=False)
         self.proj = nn.Linear(dim, dim, bias=False)
         for layer in (self.in_proj, self.proj):

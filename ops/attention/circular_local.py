@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ops.extra import extra_attention
 from ops.registry import FIRST, Place, register_op
-from ops.tiles import attend_in_tiles, attend_to_all, pairs, sliding_tiles
+from ops.tiles import attend_in_tiles, pairs, sliding_tiles
 from ops.windows import weighted_sums
 
 
@@ -63,7 +64,7 @@ class CircularLocalAttention(nn.Module):
         out = attend_in_tiles(qkv, self.num_heads, rows, columns, attended, shared=shared.unsqueeze(1))
         if extra is None:
             return self.proj(out)
-        return self.proj(out), self.proj(attend_to_all(extra_qkv, qkv, self.num_heads))
+        return self.proj(out), self.proj(extra_attention(extra_qkv, qkv, self.num_heads))
 
     def resize_table(self, name: str, table: Tensor) -> Tensor:
         """Remove the dimensions of size 1 that the authors' weights have, for `load_weights`."""

@@ -13,10 +13,11 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from ops.extra import extra_attention
 from ops.functional import map_attention
 from ops.neighborhood import neighborhood_attention, tiled_attention
+from ops.norm import RMSNorm
 from ops.registry import FIRST, Place, register_op
-from ops.tiles import attend_to_all
 
 
 @register_op("inward_window")
@@ -69,7 +70,7 @@ class InwardWindowAttention(nn.Module):
         self.num_heads, self.temperature = num_heads, temperature
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity() for _ in range(2))
+        self.norm_q, self.norm_k = (RMSNorm(dim, 1e-5) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Any:
         size, E = x.shape[1:3], 0 if extra is None else extra.shape[1]
@@ -90,7 +91,7 @@ class InwardWindowAttention(nn.Module):
             return self.proj(out)
         extra_q = extra_q * self.factor(size[0] * size[1] + E, E)
         extra_qkv, qkv = (torch.cat(t, dim=-1) for t in ((extra_q, extra_k, extra_v), (q, k, v)))
-        return self.proj(out), self.proj(attend_to_all(extra_qkv, qkv, self.num_heads))
+        return self.proj(out), self.proj(extra_attention(extra_qkv, qkv, self.num_heads))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each of the shape of `x`."""

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -126,12 +126,3 @@ def _nearest(cost_of: Callable[[int], int], start: int, step: int, budget: int, 
         if lowest <= neighbour <= highest and neighbour not in costs:
             costs[neighbour] = cost_of(neighbour)
     return min(costs, key=lambda number: abs(math.log(costs[number] / budget)))
-
-
-def to_overrides(arguments: Mapping[str, Any]) -> list[str]:
-    """Return arguments of a net as overrides of train.py."""
-    return [f"++model.args.{name}={_text(value)}" for name, value in arguments.items()]
-
-
-def _text(value: int | Sequence[int]) -> str:
-    return str(value) if isinstance(value, int) else f"[{','.join(map(str, value))}]"

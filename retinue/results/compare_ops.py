@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from timm.layers import to_2tuple
 
 from ops import list_ops
-from ops.registry import _OPS
+from ops.registry import family_of
 from retinue.benchmarks.models import Setting, benchmark
 from retinue.benchmarks.op_properties import cost_exponent
 from retinue.benchmarks.timing import Row
@@ -27,7 +28,7 @@ from retinue.utils.files import replacing
 from retinue.utils.sizes import resolve, size_pixels
 from retinue.utils.suggestions import nearest
 
-# Overrides for runs that take half an hour together.
+# Overrides for short runs.
 SMALL = ("data.image_size=16", "recipe.epochs=3")
 # Seed of the trials of the tuning, which no compared run may have, and of the points of the space.
 TUNING_SEED = 1000
@@ -78,6 +79,18 @@ class Comparison:
         """Return the overrides of train.py that choose an op in the backbone."""
         return [f"model={self.backbone}", f"model.mixers={op}", *self.overrides]
 
+    @cached_property
+    def config(self) -> DictConfig:
+        """The config of the baseline's runs, with its preprocessing filled in."""
+        [cfg] = compose_runs({None: self.choices(self.baseline)}, self.folder).values()
+        resolve_preprocessing(cfg)
+        return cfg
+
+    @property
+    def figure(self) -> str:
+        """Name of the task's main figure, such as `top1`."""
+        return str(self.config.task.figure)
+
 
 @dataclass
 class Entry:
@@ -109,7 +122,7 @@ def compare(comparison: Comparison) -> dict[str, Entry]:
     if comparison.tune and TUNING_SEED in comparison.seeds:
         raise ValueError(f"seed {TUNING_SEED} is that of the trials: choose other seeds for the comparison")
     entries = {op: Entry(comparison.choices(op), describe(op)) for op in comparison.ops}
-    figure = str(config_of(comparison).task.figure)
+    figure = comparison.figure
     if comparison.match:
         match_budgets(comparison, entries)
     if comparison.tune:
@@ -136,7 +149,7 @@ def compare(comparison: Comparison) -> dict[str, Entry]:
 
 def describe(op: str) -> Row:
     """Return the columns that do not depend on a run, or the reason why the op cannot be run."""
-    columns: Row = {"what": op, "family": getattr(_OPS[op], "family", None)}
+    columns: Row = {"what": op, "family": family_of(op)}
     try:
         exponent = cost_exponent(op)
     except Exception as error:
@@ -144,17 +157,9 @@ def describe(op: str) -> Row:
     return columns | {"growth": None if exponent is None else f"N^{exponent:.1f}"}
 
 
-def config_of(comparison: Comparison) -> DictConfig:
-    """Return the config of the baseline's runs, with its preprocessing filled in."""
-    runs = {None: [*comparison.choices(comparison.baseline), f"seed={comparison.seeds[0]}"]}
-    [cfg] = compose_runs(runs, comparison.folder).values()
-    resolve_preprocessing(cfg)
-    return cfg
-
-
 def match_budgets(comparison: Comparison, entries: Mapping[str, Entry]) -> None:
     """Give each op's net the width or depth at which it comes closest to the baseline's net as it is."""
-    cfg = config_of(comparison)
+    cfg = comparison.config
     model: Any = OmegaConf.to_container(cfg.model, resolve=True)
     height, width = to_2tuple(cfg.data.image_size)
     setting = budgets.Setting(str(comparison.match), (int(height), int(width)), cfg.data.in_chans)
@@ -168,7 +173,7 @@ def match_budgets(comparison: Comparison, entries: Mapping[str, Entry]) -> None:
             # The op cannot be built, which must not stop the others.
             entry.columns["failed"] = one_line(error)
         else:
-            overrides = budgets.to_overrides(arguments)
+            overrides = to_overrides({f"++model.args.{name}": value for name, value in arguments.items()})
             entry.choices += overrides
             entry.columns[comparison.adjust] = short(overrides)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ops.registry import _OPS, FAMILIES
+from ops.registry import FAMILIES, family_of
 from retinue.benchmarks.op_properties import LARGE_SIDES, LAYERS, REACH_SIDE, cost_exponent, count_macs, reach, time_ops
 from retinue.benchmarks.timing import Row, make_row, write_csv
 from retinue.runs.signatures import find_ops
@@ -52,7 +52,7 @@ def overview() -> str:
         count, height, width = reach(name)
         cells = [
             f"`{name}`",
-            str(getattr(_OPS[name], "family", "–")),
+            family_of(name) or "–",
             "–" if exponent is None else _power(exponent),
             "all" if count == REACH_SIDE**2 else f"{count} ({height} x {width})",
             *(f"{count_macs(name, side, *layer) / baseline[side]:.2f}" for side, layer in LAYERS.items()),

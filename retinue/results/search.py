@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from retinue.benchmarks.timing import Row
 from retinue.runs.config import check
+from retinue.runs.many import one_line
 from retinue.runs.pruning import JOURNAL, PRUNED, STUDY, open_storage, reopen
 from retinue.runs.training import train
 from retinue.utils.command_line import to_text
@@ -32,8 +33,6 @@ SPACES = CONF / "search"
 RANGE_KEYS = {"low", "high", "log", "step"}
 # Number of failures before any success that ends a search: the settings are wrong then, not the values of one trial.
 MAX_FIRST_FAILURES = 3
-# Maximum length of an error message in trials.csv, in characters.
-MAX_MESSAGE_LENGTH = 200
 
 
 def read_space(name: str) -> dict[str, BaseDistribution]:
@@ -187,7 +186,7 @@ class Search:
             train(self.config(number, params))
         except Exception as error:
             # The training diverged, or the net is too large for the memory: the other trials go on.
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_MESSAGE_LENGTH]
+            reason = one_line(error)
             print(f"trial {number} failed: {reason}", file=sys.stderr)
             reopen(self.study, number).set_user_attr("failed", reason)
             self.study.tell(number, state=TrialState.FAIL)

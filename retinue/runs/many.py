@@ -118,7 +118,7 @@ def evaluate_run(run: Path, overrides: Sequence[str]) -> Path:
         ValueError: An override is wrong, or the net does not take such images.
     """
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        choices = allow_run_keys([f"run={run}", *_without_hydra(overrides)])
+        choices = allow_run_keys([f"run={run}", *overrides])
         cfg = compose("eval", [*choices, "run_dir=${evaluation_folder:}"])
     folder = Path(cfg.run_dir)
     # A run that was trained anew has another result than the one that was evaluated.

@@ -3,7 +3,8 @@
 import pytest
 
 from models import create_model
-from retinue.results.budgets import Setting, cost, match, to_overrides
+from retinue.results.budgets import Setting, cost, match
+from retinue.results.search import to_overrides
 
 SWIN = {"name": "swin_nano", "mixers": "window", "args": {}}
 MACS = Setting("macs", (32, 32), 3)
@@ -34,7 +35,7 @@ def test_heads_divide_the_widths_of_a_pyramid_whose_stages_are_listed():
     budget = cost({"name": "pvt_tiny", "args": {}}, setting)
     [(name, dims)] = match(model, setting, budget, "width").items()
     assert name == "dims" and [dim // dims[0] for dim in dims] == [1, 2, 5, 8]
-    assert to_overrides({name: dims}) == [f"++model.args.dims=[{','.join(map(str, dims))}]"]
+    assert to_overrides({f"++model.args.{name}": dims}) == [f"++model.args.dims=[{','.join(map(str, dims))}]"]
     assert abs(cost({**model, "args": {name: dims}}, setting) / budget - 1) < 0.05
 
 
