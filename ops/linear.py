@@ -18,8 +18,20 @@ from retinue.utils.suggestions import nearest
 
 FEATURES = ("elu", "relu", "softmax", "identity")
 NORMALIZATIONS = ("none", "sum", "subtract")
-# Channels of the widest heads that the kernels take, by the bytes of a value: the registers hold no wider state.
-MAX_HEAD_DIM = {2: 128, 4: 64}
+
+
+def max_head_dim(dtype: torch.dtype, normalization: str, capability: tuple[int, int] | None) -> int:
+    """Return the number of channels of the widest heads that the kernels take: the registers hold no wider state.
+
+    Args:
+        dtype: Type of the values.
+        normalization: As in `linear_attention`.
+        capability: Compute capability of the GPU; None for another device.
+    """
+    if dtype.itemsize > 2:
+        return 64
+    # Before compute capability 9.0 the registers do not hold the gradient of a wider state beside that of the sums.
+    return 64 if normalization == "sum" and capability is not None and capability < (9, 0) else 128
 
 
 @primitive
@@ -63,7 +75,9 @@ def linear_attention(
         raise ValueError(f"softmax features take normalization none, since they sum to 1, not {normalization!r}")
     q, k, v = qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
     head_dim = max(q.shape[-1], v.shape[-1]) // num_heads
-    if use_triton("linear_attention", obstacle_to_kernels(v, head_dim, MAX_HEAD_DIM.get(v.element_size(), 0))):
+    capability = torch.cuda.get_device_capability(v.device) if v.is_cuda else None
+    max_dim = max_head_dim(v.dtype, normalization, capability)
+    if use_triton("linear_attention", obstacle_to_kernels(v, head_dim, max_dim)):
         from ops.kernels.linear_attention import linear_attention as kernel
 
         return kernel(qkv, num_heads, features, normalization, scale, min_sum)

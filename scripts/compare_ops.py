@@ -1,6 +1,6 @@
 """Compare attention ops in one backbone, with the same recipe and seeds: accuracy, size, speed and memory.
 
-    python scripts/compare_ops.py small=true                       # all ops on the digits, a few epochs each
+    python scripts/compare_ops.py small=true                       # all ops on the digits, one seed of three epochs
     python scripts/compare_ops.py ops=[window,agent] seeds=[0,1,2] data=cifar10 recipe.epochs=50
     python scripts/compare_ops.py ops=[window,agent] match=macs tune=8 data=cifar10 recipe.epochs=50
     python scripts/compare_ops.py launcher=slurm image_sizes=[224,512] data=imagenet data.root=/data/in1k
@@ -41,8 +41,10 @@ from retinue.utils.paths import CONF
 class Options(command_line.Options):
     ops: list[str] | None = Field(None, min_length=1, description="ops to compare; null: all")
     backbone: str = Field("swin", description="backbone in conf/model that takes mixers")
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of the runs")
-    small: bool = Field(False, description=f"short runs: {' '.join(SMALL)}")
+    seeds: list[int] | None = Field(
+        None, min_length=1, description="seeds of the runs; null: 0, 1 and 2, or 0 alone with small"
+    )
+    small: bool = Field(False, description=f"short runs of one seed: {' '.join(SMALL)}")
     baseline: str | None = Field(
         None, description="op with which the others are compared; null: window, or the first of ops"
     )
@@ -69,14 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     baseline = options.baseline or ("window" if "window" in ops else ops[0])
     check_ops([*ops, baseline])
     device = pick_device(options.device)
+    seeds = ([0] if options.small else [0, 1, 2]) if options.seeds is None else options.seeds
     if options.small:
         overrides = [*SMALL, *overrides]
 
     register_resolvers()
-    shared = ("backbone", "seeds", "folder", "launcher", "match", "adjust", "tune", "space", "test_sizes")
+    shared = ("backbone", "folder", "launcher", "match", "adjust", "tune", "space", "test_sizes")
     comparison = Comparison(
         ops=list(dict.fromkeys([*ops, baseline])),
         baseline=baseline,
+        seeds=seeds,
         overrides=overrides,
         **{name: getattr(options, name) for name in shared},
     )
@@ -88,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figure = comparison.figure
     rows = sorted((entry.columns for entry in entries.values()), key=lambda row: row.get(figure) or -1, reverse=True)
     net = model_name(cfg.model, cfg.data.image_size)
-    run = f"{net} on {cfg.data.name}, {cfg.recipe.epochs} epochs, {len(options.seeds)} seeds"
+    run = f"{net} on {cfg.data.name}, {cfg.recipe.epochs} epochs, seeds {', '.join(map(str, seeds))}"
     title = f"{run}; {describe_device(device)}"
     print_rows([summarise_row(row) for row in rows], title)
     table, plot, page = (options.out / name for name in ("ops.csv", "ops.png", "ops.html"))

@@ -98,7 +98,11 @@ def _small_launch_arguments(
     tokens = H * W // windows_per_image
     single_precision = qkv.dtype == torch.float32
     resident = padded(H * W, 32 if single_precision else 64)
-    limit = 64 if not single_precision else 32 if D <= 32 else 16
+    limit = 64
+    if single_precision:
+        limit = 32 if D <= 32 else 16
+    elif kernel == SMALL_BACKWARD_KEYS and D > 32:
+        limit = 32
     streamed = padded(min(H * W, MAX_STREAMED_WINDOWS * tokens), limit)
     default = TileConfig(resident, streamed, num_warps=4, num_stages=1)
     config = tile_config(kernel, qkv, padded(D), tokens, default)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ops import backend, create_op
 from ops.kernels import launch
-from ops.linear import MAX_HEAD_DIM, linear_attention
+from ops.linear import linear_attention, max_head_dim
 from tests.ops.kernels.ahead_of_time import SHARED_MEMORY, Launch, assert_fits, launches_of, written_when_compiled
 from tests.ops.kernels.interpreter import run_interpreted
 from tests.ops.kernels.numerics import assert_trains_in_half_precision, assert_within_budget, poisoned
@@ -58,8 +58,13 @@ CASES = {
 
 
 def cases(dtype: torch.dtype) -> list[str]:
-    """Return the cases whose heads the kernels take in a type."""
-    return [name for name, case in CASES.items() if max(case.D, case.E) <= MAX_HEAD_DIM[dtype.itemsize]]
+    """Return the cases whose heads the kernels take in a type, on the GPU if there is one."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return [
+        name
+        for name, case in CASES.items()
+        if max(case.D, case.E) <= max_head_dim(dtype, case.normalization, capability)
+    ]
 
 
 @pytest.fixture
@@ -266,7 +271,7 @@ def test_torch_compile_sees_the_kernels(monkeypatch):
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("shape", [(49, 16, 16), (3136, 32, 32), (196, 64, 64), (784, 128, 128), (784, 64, 128)])
 def test_kernels_of_every_size_fit_the_gpu(shape, capability, dtype, form):
-    if max(shape[1:]) > MAX_HEAD_DIM[dtype.itemsize]:
+    if max(shape[1:]) > max_head_dim(dtype, form[1], divmod(capability, 10)):
         pytest.skip("the kernels do not take these heads")
     for kernel_launch in launches(shape, dtype, *form):
         assert_fits(capability, kernel_launch)
