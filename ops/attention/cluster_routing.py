@@ -19,6 +19,8 @@ from ops.registry import FIRST, Place, register_op
 from retinue.utils.arithmetic import ceil_div
 
 LOCAL_SIDE = 7
+# Tokens of a cluster at an image of 224 pixels, and the fewest of any image, by default
+CLUSTER_SIZE, MIN_CLUSTER_SIZE = 49, 8
 # Score of a token with itself where queries serve as keys, so that it attends to itself only if it is alone
 SELF_SCORE = -5e4
 
@@ -32,16 +34,17 @@ class ClusterRoutingAttention(nn.Module):
     to a neighbourhood of 7 x 7 tokens, with a learned bias for each relative position; a map that is smaller is
     zero-padded to that size for them. The centroids follow the normalised queries and keys of the training batches
     (`ops.clusters.Centroids`). The loss `commitment` is the mean squared distance of these to their nearest centroid.
-    Cost is proportional to H * W * (cluster_size + clusters).
+    Cost is proportional to clusters * (cluster_size^2 + H * W).
 
     Args:
         dim: Number of channels.
         num_heads: Number of heads.
         place: The stride sets the default of `clusters`.
-        cluster_size: Number of queries and of keys in a cluster; default 49. On a map with fewer tokens it is their
-            number; on a map with more than clusters * cluster_size tokens, their number divided by `clusters`.
+        cluster_size: Number of queries and of keys in a cluster, at most the number of tokens. By default, and on a
+            map with more than clusters * cluster_size tokens, the number of tokens divided by `clusters`; the default
+            is at least 8.
         clusters: Number of centroids of a head; by default the number of tokens at an image of 224 pixels divided by
-            `cluster_size`, at least 1.
+            49, or by `cluster_size`, at least 1.
         local_heads: Number of heads that are local; by default num_heads // 2, as in the paper.
         shared_qk: Use the normalised queries as keys; a token then attends to itself only if its cluster has no other
             token. Default False.
@@ -63,7 +66,7 @@ class ClusterRoutingAttention(nn.Module):
         num_heads: int,
         *,
         place: Place = FIRST,
-        cluster_size: int = 49,
+        cluster_size: int | None = None,
         clusters: int | None = None,
         local_heads: int | None = None,
         shared_qk: bool = False,
@@ -71,17 +74,18 @@ class ClusterRoutingAttention(nn.Module):
     ):
         super().__init__()
         local_heads = num_heads // 2 if local_heads is None else local_heads
-        if cluster_size < 1 or not 0 <= local_heads < num_heads or not 0 <= decay <= 1:
+        typical_size = CLUSTER_SIZE if cluster_size is None else cluster_size
+        if typical_size < 1 or not 0 <= local_heads < num_heads or not 0 <= decay <= 1:
             raise ValueError(
                 f"cluster_size must be at least 1, local_heads from 0 to {num_heads - 1} and decay from 0 to 1, "
-                f"not {cluster_size}, {local_heads} and {decay}"
+                f"not {typical_size}, {local_heads} and {decay}"
             )
         if clusters is None:
-            clusters = max(ceil_div(224, place.stride) ** 2 // cluster_size, 1)
+            clusters = max(ceil_div(224, place.stride) ** 2 // typical_size, 1)
         if clusters < 1:
             raise ValueError(f"clusters must be at least 1, not {clusters}")
         self.local_heads, self.routed_heads = local_heads, num_heads - local_heads
-        self.cluster_size, self.clusters = cluster_size, clusters
+        self.min_size, self.clusters = MIN_CLUSTER_SIZE if cluster_size is None else cluster_size, clusters
         head_dim = dim // num_heads
         routed, local = self.routed_heads * head_dim, local_heads * head_dim
         # The names of the repository
@@ -119,7 +123,7 @@ class ClusterRoutingAttention(nn.Module):
             means = self.learn(torch.cat(unit, dim=2), q, losses)
             # Each centroid's tokens, the most similar ones
             N = tokens.shape[1]
-            size = min(max(self.cluster_size, ceil_div(N, self.clusters)), N)
+            size = min(max(self.min_size, ceil_div(N, self.clusters)), N)
             scores = (t.detach() @ means.transpose(-2, -1) for t in unit)
             # Indices of the tokens, (B, heads, K * size, 1)
             chosen = [t.topk(size, dim=2).indices.mT.flatten(2).unsqueeze(-1) for t in scores]
