@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, create_conv2d
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from models.hierarchical import HierarchicalBackbone, Stage, imagenet_cfg, stage_layout
+from models.layers.conv import HalvingConv2d
 from models.layers.mbconv import hybrid_block_name, hybrid_mixers, mbconv
 from models.layers.pool import NormedPool
 from ops import create_op, create_ops
@@ -53,7 +54,7 @@ class MOAT(HierarchicalBackbone):
         dims: Number of channels of each stage, or of the first stage if every further stage has twice as many.
         depths: Number of blocks in each stage after the one with a stride. The paper counts that one, too.
         stem: Number of channels of the stem; by default as many as the first stage has.
-        stem_stride: Stride of the stem.
+        stem_stride: Stride of the stem, 1 or 2.
         positions: Learn relative positions, for maps of 14 and 7 tokens a side in the last two stages; they are
             interpolated to other maps.
         pool: Side of the squares that the shortcuts of strided blocks average. The authors' classifiers have 2, their
@@ -109,10 +110,10 @@ class MOAT(HierarchicalBackbone):
         settings: Any = {"pool": pool, "padding": "same", "norm_eps": 1e-3}
         stem = dims[0] if stem is None else stem
         layers = (
-            create_conv2d(in_chans, stem, 3, stride=stem_stride, padding="same", bias=True),
+            HalvingConv2d(in_chans, stem) if stem_stride == 2 else nn.Conv2d(in_chans, stem, 3, padding=1),
             nn.BatchNorm2d(stem, eps=1e-3),
             nn.GELU(),
-            create_conv2d(stem, stem, 3, padding="same", bias=True),
+            nn.Conv2d(stem, stem, 3, padding=1),
         )
         stages = [Stage(nn.Sequential(*layers), ())]
         for i, dim in enumerate(dims):

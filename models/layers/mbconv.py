@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from timm.models.maxxvit import MaxxVitConvCfg, MbConvBlock
 from torch import Tensor, nn
 
+from models.layers.conv import HalvingConv2d
 from ops import parse_mixers
 from ops.registry import Spec
 
@@ -43,6 +44,9 @@ def mbconv(in_dim: int, dim: int, stride: int = 1, drop_path: float = 0.0, pool:
     block = MbConvBlock(in_dim, dim, stride, cfg=MaxxVitConvCfg(**config), drop_path=drop_path)
     if stride == 2:
         block.shortcut.pool = HalvingPool(pool)
+        if config.get("padding") == "same":
+            dim = block.conv2_kxk.out_channels
+            block.conv2_kxk = HalvingConv2d(dim, dim, dim, bias=False)
     return block
 
 

@@ -92,7 +92,9 @@ class SoftmaxFreeAttention(nn.Module):
     def landmarks(self, queries: Tensor) -> Tensor:
         """Return the landmarks of each head (B, heads, M, C / heads) of the queries (B, H, W, C)."""
         B, H, W, _ = queries.shape
-        queries = F.pad(queries, (0, 0, 0, max(self.ratio - W, 0), 0, max(self.ratio - H, 0)))
+        # A comparison, unlike a maximum in the size of the padding, stays simple where the sizes are variable.
+        if min(H, W) < self.ratio:
+            queries = F.pad(queries, (0, 0, 0, max(self.ratio - W, 0), 0, max(self.ratio - H, 0)))
         heads = queries.unflatten(3, (self.num_heads, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
         return F.gelu(self.norm(self.landmark(heads).flatten(2).transpose(1, 2))).unflatten(0, (B, self.num_heads))
 
