@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops import functional, linear, neighborhood
+from ops import functional, linear, neighborhood, scan
 from ops.backend import using
 from retinue.benchmarks import peers
 from retinue.benchmarks.options import Pair
@@ -149,5 +149,10 @@ FORMULATIONS: dict[str, dict[str, Formulation]] = {
         PLAIN_PYTORCH: Formulation(with_backend("torch", linear.linear_attention)),
         "all pairs of tokens": Formulation(peers.quadratic_linear, (mask_too_large,)),
         TORCH_COMPILE: compiled(linear.linear_attention),
+    },
+    "selective_scan": {
+        "selective_scan": Formulation(with_backend("auto", scan.selective_scan)),
+        PLAIN_PYTORCH: Formulation(with_backend("torch", scan.selective_scan)),
+        TORCH_COMPILE: compiled(scan.selective_scan),
     },
 }

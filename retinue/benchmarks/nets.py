@@ -32,6 +32,7 @@ NET_PEERS = {
     "window_attention": ("cut, matmul, softmax", "cut, masked SDPA"),
     "neighborhood_attention": (PLAIN_PYTORCH, "FlexAttention"),
     "linear_attention": (PLAIN_PYTORCH,),
+    "selective_scan": (PLAIN_PYTORCH,),
 }
 # timm's nets that equal ours, with 224 x 224 pixels.
 TIMM_NETS = {"swin_tiny": "swin_tiny_patch4_window7_224", "swin_small": "swin_small_patch4_window7_224"}

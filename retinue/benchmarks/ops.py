@@ -16,6 +16,7 @@ from retinue.benchmarks.layers import Layer, comma_separated
 from retinue.benchmarks.nets import Subject
 from retinue.benchmarks.numerics import exact_enough, first_line
 from retinue.benchmarks.options import Pair
+from retinue.benchmarks.primitives import PRIMITIVES
 from retinue.benchmarks.timing import Row, Timing, device_rates, interleave, make_row, peak_memory_mb
 from retinue.utils.suggestions import nearest
 
@@ -323,7 +324,7 @@ def make_plan(
         ValueError: an op or a net is unknown.
     """
     everything = ops is None and models is None
-    known_ops = [*FORMULATIONS, *list_ops()]
+    known_ops = [*PRIMITIVES, *list_ops()]
     if ops is None:
         ops = known_ops if everything or tune else []
     if models is None:
@@ -344,8 +345,8 @@ def make_plan(
     return Plan(
         list(models),
         net_batch,
-        [name for name in ops if name in FORMULATIONS],
-        [name for name in ops if name not in FORMULATIONS],
+        [name for name in ops if name in PRIMITIVES],
+        [name for name in ops if name not in PRIMITIVES],
         batches,
         compile_ops=not everything,
     )

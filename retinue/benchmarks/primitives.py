@@ -14,6 +14,7 @@ from retinue.benchmarks.formulations import FORMULATIONS
 from retinue.benchmarks.layers import Layer
 from retinue.benchmarks.numerics import CHECKED_IMAGES, MAX_OWN_ERROR, first_line, relative_errors
 
+# Primitives that are measured in the layers of nets; the selective scan is measured in whole ops.
 PRIMITIVES = {
     "routed_attention": routed_attention,
     "window_attention": window_attention,

@@ -328,6 +328,19 @@ def sanitizer_section(scale: Scale) -> tuple[list[Row], list[Row]]:
     return [], targets
 
 
+def scan_section(scale: Scale) -> tuple[list[Row], list[Row]]:
+    """Measure the selective scan in an op; its plain form is measured on a GPU only."""
+    setting, pixels = scale.setting, scale.image_size[0] * scale.image_size[1]
+    subject = nets.make_subject("multi_head_scan", scale.image_size, scale.batch, str(setting.device), setting.dtype)
+    measured = ops.measure_subject(subject, setting, compiling=False)
+    rows = ops.make_rows(measured, setting, subject.describe(), "ops", scale.batch, pixels, subject.name)
+    ours = find(rows, what=subject.name, direction=BOTH_DIRECTIONS)
+    plain = find(rows, what=f"{subject.name}, {PLAIN_PYTORCH}", direction=BOTH_DIRECTIONS)
+    if plain is None:
+        return rows, []
+    return rows, [make_target(f"{subject.name}, relative to its plain form", 3.0, quotient(plain, ours, "median_ms"))]
+
+
 def input_section(scale: Scale) -> tuple[list[Row], list[Row]]:
     """Measure what limits the training of Swin-T, with augmentation on the CPU and on the device."""
     rows, targets, workers = [], [], os.cpu_count() or 1
@@ -362,6 +375,7 @@ SECTIONS: dict[str, Section] = {
     "swin_tiny": net_section("swin_tiny"),
     "biformer_small": net_section("biformer_small"),
     "nat_mini": net_section("nat_mini"),
+    "selective_scan": scan_section,
     "digits": digits_section,
     "tests": tests_section,
     "input": input_section,

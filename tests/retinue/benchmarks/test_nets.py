@@ -14,6 +14,7 @@ def test_an_op_has_the_peers_of_the_primitives_that_it_calls():
     assert nets.check(subject, subject.formulations())[""] < 2
     assert nets.make_subject("agent", (56, 56), 1, "cpu", "float32").formulations() == [""]
     assert subject.primitives() == ["routed_attention"]
+    assert nets.make_subject("multi_head_scan", (56, 56), 1, "cpu", "float32").primitives() == ["selective_scan"]
 
 
 def test_a_net_has_the_peers_of_its_ops_and_timms_net_at_224_pixels():

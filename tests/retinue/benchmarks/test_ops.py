@@ -9,6 +9,7 @@ from ops.functional import routed_attention
 from retinue.benchmarks import ops
 from retinue.benchmarks.formulations import FORMULATIONS, Formulation
 from retinue.benchmarks.ops import Figures
+from retinue.benchmarks.primitives import PRIMITIVES
 from retinue.benchmarks.timing import Timing
 from tests.retinue.benchmarks.examples import LAYERS, runnable, wrong_routed_attention
 
@@ -69,10 +70,10 @@ def test_sums_count_layers_and_leave_out_what_did_not_run_everywhere():
 def test_what_is_not_named_is_chosen_to_fit_the_machine():
     plan = ops.make_plan(None, None, None, None, cuda=False)
     assert plan.nets == ["biformer_tiny"] and plan.batches == {(224, 224): 1} and not plan.compile_ops
-    assert plan.primitives == list(FORMULATIONS) and "bilevel_routing" in plan.ops
+    assert plan.primitives == list(PRIMITIVES) and "bilevel_routing" in plan.ops
     plan = ops.make_plan(["window"], None, [(224, 224), (800, 1333)], None, cuda=True)
     assert plan.nets == plan.primitives == [] and plan.ops == ["window"] and plan.compile_ops
     assert plan.batches == {(224, 224): 128, (800, 1333): 4}
     plan = ops.make_plan(None, ["swin_tiny"], [(64, 64)], 3, cuda=True)
     assert plan.nets == ["swin_tiny"] and plan.ops == [] and plan.net_batch == 3 and plan.batches == {(64, 64): 3}
-    assert ops.make_plan(None, ["swin_tiny"], None, None, cuda=True, tune=True).primitives == list(FORMULATIONS)
+    assert ops.make_plan(None, ["swin_tiny"], None, None, cuda=True, tune=True).primitives == list(PRIMITIVES)
