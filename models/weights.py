@@ -207,16 +207,17 @@ def timm_filter(model: nn.Module) -> Callable | None:
 def apply_renames(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Apply the `renames` of the model, then the `renames` of each module inside to the names below that module.
 
-    Shapes that differ in form only are changed to the model's: the weight of a 1 x 1 convolution to that of a linear
-    layer or vice versa, and a first dimension of 1 that the model's weight lacks is removed.
+    A name of one of the model's own weights is kept, so that weights that we saved keep their names. Shapes that differ
+    in form only are changed to the model's: the weight of a 1 x 1 convolution to that of a linear layer or vice versa,
+    and a first dimension of 1 that the model's weight lacks is removed.
     """
+    ranks = {key: value.ndim for key, value in model.state_dict().items()}
     for prefix, module in model.named_modules():
         renames: Renames = getattr(module, "renames", ())
         if not renames:
             continue
-        state = _rename_all(state, renames, f"{prefix}." if prefix else "")
+        state = _rename_all(state, renames, f"{prefix}." if prefix else "", kept=ranks)
     layers = {f"{prefix}.weight": module for prefix, module in model.named_modules()}
-    ranks = {key: value.ndim for key, value in model.state_dict().items()}
     result = {}
     for key, value in state.items():
         if isinstance(layers.get(key), nn.Linear) and value.shape[2:] == (1, 1):
@@ -239,11 +240,13 @@ def join_projections(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Te
     return state
 
 
-def _rename_all(state: dict[str, Tensor], renames: Renames, prefix: str = "") -> dict[str, Tensor]:
-    """Apply `renames` to the names that begin with `prefix`, without changing the prefix."""
+def _rename_all(
+    state: dict[str, Tensor], renames: Renames, prefix: str = "", kept: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Apply `renames` to the names that begin with `prefix`, without changing the prefix; names in `kept` stay."""
     result = {}
     for key, value in state.items():
-        if key.startswith(prefix):
+        if key.startswith(prefix) and key not in kept:
             new_name = _rename(key.removeprefix(prefix), renames)
             if new_name is None:
                 continue

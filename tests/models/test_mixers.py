@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.weights import load_weights
 from ops import list_ops
 from tests.models.test_backbones import build
 
@@ -15,7 +16,7 @@ NETS = {
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("op", list_ops())
 def test_every_op_trains_in_a_net(net, op):
-    """Run one image of an odd size forward and backward: every parameter has a gradient."""
+    """Run one image of an odd size forward and backward: every parameter has a gradient. Its weights load again."""
     torch.manual_seed(0)
     backbone = build(net, mixers=op, num_classes=3, drop_path_rate=0.0, **NETS[net])
     image = torch.randn(1, 3, 45, 70)
@@ -25,3 +26,5 @@ def test_every_op_trains_in_a_net(net, op):
     assert not without
     with torch.inference_mode():
         assert backbone.eval()(image).isfinite().all()
+    report = load_weights(build(net, mixers=op, num_classes=3, **NETS[net]), backbone.state_dict())
+    assert not report.missing and not report.unexpected
