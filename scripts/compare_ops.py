@@ -7,8 +7,8 @@
 
 All other keys are for train.py. The runs are those of `train.py model=swin model.mixers=<op> seed=<seed> ...`, in the
 same folders: a finished run is not repeated, a stopped run is resumed, and the runs of a sweep (`train.py -m ...`) are
-used as they are. An op that fails has its reason in the table, and the other ops go on. Afterwards speed and memory are
-measured, all ops in turn in one process.
+used as they are. An op that fails has its reason below the table, and the other ops go on. Afterwards speed and memory
+are measured, all ops in turn in one process.
 """
 
 from collections.abc import Sequence
@@ -95,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = f"{net} on {cfg.data.name}, {cfg.recipe.epochs} epochs, seeds {', '.join(map(str, seeds))}"
     title = f"{run}; {describe_device(device)}"
     print_rows([summarise_row(row) for row in rows], title)
+    for row in rows:
+        if row.get("failed"):
+            print(f"{row['what']} failed: {row['failed']}")
     table, plot, page = (options.out / name for name in ("ops.csv", "ops.png", "ops.html"))
     write_csv(table, rows)
     plot_ops(plot, rows, figure, image_sizes[0], title)

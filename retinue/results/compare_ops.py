@@ -278,15 +278,18 @@ def figures(entry: Entry, figure: str) -> dict[int, float]:
 
 
 def summarise_row(row: Row) -> Row:
-    """Return the columns for the terminal: a mean and its interval in one, and of the costs only training speed."""
+    """Return the columns for the terminal: a mean and its interval in one, and of the costs only training speed.
+
+    The reason of a failure is left out: it would leave the other columns no room.
+    """
     shown: Row = {}
     for name, value in row.items():
         low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
         if "@" not in name and low is not None and high is not None:
             shown[name] = f"{value:.3f} ({low:.3f} to {high:.3f})"
-        elif (
-            name != "seeds" and not name.endswith(("_low", "_high")) and not name.startswith(("infer_", "train_peak_"))
-        ):
+        elif name in ("seeds", "failed") or name.endswith(("_low", "_high")):
+            continue
+        elif not name.startswith(("infer_", "train_peak_")):
             shown[name] = value
     return shown
 
