@@ -174,8 +174,8 @@ class ImageData(pl.LightningDataModule, ABC):
             ValueError: if the classes in an image are not known before it is read.
         """
         raise ValueError(
-            "data.sampler=repeat_factor is for classification and detection: which classes a segmentor sees in an image "
-            "depends on the crop, and is not known before each mask is read"
+            "data.sampler=repeat_factor is for classification and detection: the classes that a segmentor sees in an "
+            "image depend on the crop, and are not known before each mask is read"
         )
 
     def names(self, split: str) -> list[str]:

@@ -49,7 +49,7 @@ EXAMPLES = {
         ("predict.py run=outputs/classification/... images=photos", "the images in a folder"),
         ("predict.py run=DIR images='photos/**/*.jpg' pictures=true", "with pictures"),
         ("predict.py run=DIR images=a.png save=predictions", "one image"),
-        ("predict.py model=timm model.name=resnet50 model.pretrained=true data=imagenet images=photos", "timm's"),
+        ("predict.py model=biformer weights=FILE data=imagenet images=DIR", "released weights"),
     ),
 }
 
