@@ -4,7 +4,7 @@ import glob
 import itertools
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,23 @@ def _without_mask(image: np.ndarray) -> dict:
     return {"image": image, "mask": np.full(image.shape[:2], IGNORED, np.uint8)}
 
 
+class Batches:
+    """The batches of a loader, without the loader's class, which Lightning would make anew with a sampler of its own.
+
+    Args:
+        loader: the loader.
+    """
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.loader)
+
+
 class UnlabelledData(ImageData):
     """Base class of images without labels, which are the only split, `test`. All of them may be broken.
 
@@ -154,8 +171,8 @@ class UnlabelledData(ImageData):
     def _files(self) -> Any:
         return self.load("test")
 
-    def predict_dataloader(self) -> Loader:
-        return self.test_dataloader()
+    def predict_dataloader(self) -> "Batches":
+        return Batches(self.test_dataloader())
 
 
 class UnlabelledClassification(UnlabelledData, ClassificationData):

@@ -61,6 +61,8 @@ def predict_here(cfg: DictConfig) -> None:
     folder = Path(cfg.run_dir)
     prepare(cfg)
     datamodule = build_unlabelled(cfg)
+    if cfg.pictures and datamodule.has_bands:
+        raise ValueError("pictures=true is for colour images, not for images of bands")
     task = load_task(cfg, datamodule)
     task.predictions_folder = folder
     strategy = "ddp" if world_size(cfg) > 1 else "auto"

@@ -356,6 +356,8 @@ def quiet_libraries() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         # Our configure_model shards the net only if there is no average of the weights.
         ".*overrides the configure_model.*",
+        # Tasks collect predictions themselves.
+        ".*predict returned None.*",
         # Logged figures have been summed over the ranks already.
         ".*sync_dist=True.*",
     ):
