@@ -70,7 +70,7 @@ def _overlaps(boxes: np.ndarray, annotations: Sequence[Mapping[str, Any]], *, is
     """Return the IoU of boxes (D, 4), x, y, width and height, with annotations: (D, N); of crowds, the share inside."""
     if not len(boxes) or not annotations:
         return np.zeros((len(boxes), len(annotations)))
-    true_boxes = np.array([annotation["bbox"] for annotation in annotations], np.float64)
+    true_boxes: Any = np.array([annotation["bbox"] for annotation in annotations], np.float64)
     return np.asarray(rle.iou(boxes, true_boxes, [int(is_crowd)] * len(annotations)))
 
 

@@ -72,7 +72,8 @@ def draw_prediction(
         axes.imshow(panel)
         axes.set_title(title)
         axes.set_axis_off()
-    pixels = sum(np.bincount(labels[labels != IGNORED], minlength=len(class_names)) for labels in maps.values())
+    shown = np.concatenate([labels[labels != IGNORED] for labels in maps.values()])
+    pixels = np.bincount(shown, minlength=len(class_names))
     largest = [i for i in np.argsort(-pixels, kind="stable")[:MAX_IN_LEGEND] if pixels[i]]
     patches = [Patch(color=tuple(colours[i] / 255), label=class_names[i]) for i in largest]
     figure.legend(handles=patches, loc="outside lower center", ncols=8, frameon=False, fontsize="small")

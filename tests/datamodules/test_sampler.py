@@ -3,6 +3,7 @@
 import itertools
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_repeat_factors_are_those_of_the_definition_and_of_mmdetection():
         def get_cat_ids(self, index):
             return self[index]
 
-    balanced = SimpleNamespace(dataset=Set(classes))
+    balanced: Any = SimpleNamespace(dataset=Set(classes))
     theirs = ClassBalancedDataset._get_repeat_factors(balanced, balanced.dataset, 0.05)
     np.testing.assert_allclose(factors, theirs, rtol=1e-12)
     assert repeat_factors(np.zeros(0, int), np.zeros(0, int), 3, 0.05).tolist() == [1, 1, 1]

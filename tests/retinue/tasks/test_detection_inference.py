@@ -1,5 +1,7 @@
 """Test-time augmentation of a detector: where views put boxes, and merging as in mmdetection."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -41,7 +43,7 @@ def test_views_are_merged_as_in_mmdetection(max_per_image):
     model = DetTTAModel.__new__(DetTTAModel)
     torch.nn.Module.__init__(model)
     model.tta_cfg = ConfigDict(nms={"type": "nms", "iou_threshold": 0.5}, max_per_img=max_per_image)
-    expected = model._merge_single_sample(samples).pred_instances
+    expected: Any = model._merge_single_sample(samples).pred_instances
 
     inference = DetectionInference(scales=(1.0, 1.2), flip=True, max_per_image=max_per_image)
     order = iter(views)
