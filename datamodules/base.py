@@ -13,10 +13,11 @@ import torch
 
 from datamodules.bands import BandEvalTransform, BandTrainTransform
 from datamodules.batch import BatchTransform
+from datamodules.classes import Classes
 from datamodules.images import EncodedImages, LabelledImages
 from datamodules.loader import BatchFetcher, ImageSet, Loader, TrainLoader, stack
 from datamodules.resident import Labels, Residents, fits
-from datamodules.sampler import EvalSampler, TrainSampler
+from datamodules.sampler import EvalSampler, TrainSampler, repeat_factors
 from datamodules.split_checks import check_labels, warn_of_few_images
 from datamodules.transforms import PILLOW_MODES, Augment, EvalTransform, TrainTransform
 
@@ -39,6 +40,9 @@ class ImageData(pl.LightningDataModule, ABC):
         num_workers: number of loading processes per device. None means the number of available cores divided by the
             number of devices, at most 16. The content of a batch does not depend on it.
         broken_limit: share of a split's images that may be unreadable before the run stops.
+        sampler: repeat_factor draws training images with rare classes more often (`sampler.repeat_factors`). None draws
+            each image once in an epoch.
+        repeat_threshold: share of the images below which a class is rare.
         batch_size: number of images per step and device.
         seed: seed of the order and of the augmentation.
 
@@ -73,6 +77,8 @@ class ImageData(pl.LightningDataModule, ABC):
         in_chans: int = 3,
         num_workers: int | None = None,
         broken_limit: float = 0.01,
+        sampler: str | None = None,
+        repeat_threshold: float = 1e-3,
         batch_size: int,
         seed: int = 0,
     ):
@@ -84,6 +90,8 @@ class ImageData(pl.LightningDataModule, ABC):
             raise ValueError(f"data.mean and data.std need {in_chans} values for data.in_chans={in_chans}, not {given}")
         if not 0 <= broken_limit <= 1:
             raise ValueError(f"data.broken_limit must be a share from 0 to 1, not {broken_limit!r}")
+        if sampler not in (None, "repeat_factor"):
+            raise ValueError(f"data.sampler must be repeat_factor or null, not {sampler!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size!r}")
         self.root = self.find_root(root)
@@ -92,6 +100,7 @@ class ImageData(pl.LightningDataModule, ABC):
         self.batch_size, self.seed = batch_size, seed
         self.num_workers = num_workers
         self.broken_limit = broken_limit
+        self.sampler, self.repeat_threshold = sampler, repeat_threshold
         self.broken: dict[str, dict[int, str]] = {split: {} for split in SPLITS}
         self._images: dict[str, Any] = {}
 
@@ -123,6 +132,21 @@ class ImageData(pl.LightningDataModule, ABC):
         """Number of classes."""
         return len(self.class_names)
 
+    @property
+    def class_ids(self) -> list[int]:
+        """Number of each class in the data's files, by label."""
+        return list(range(self.num_classes))
+
+    @property
+    def classes_of_net(self) -> Classes:
+        """The classes that a net for these data predicts."""
+        return Classes(list(self.class_names), self.class_ids)
+
+    @staticmethod
+    def published_classes() -> Classes | None:
+        """Return the classes if they are known without the data; otherwise None."""
+        return None
+
     def images(self, split: str) -> Any:
         """Return the images of train, val or test; they are read on first use."""
         split = "val" if split == "test" and "test" not in self.splits else split
@@ -143,6 +167,17 @@ class ImageData(pl.LightningDataModule, ABC):
         """Return the group (N,) of each training image if a batch should hold images of one group only, else None."""
         return None
 
+    def image_classes(self, images: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return the position of the image (A,) and the class (A,) of each training object.
+
+        Raises:
+            ValueError: if the classes in an image are not known before it is read.
+        """
+        raise ValueError(
+            "data.sampler=repeat_factor is for classification and detection: the classes that a segmentor sees in an "
+            "image depend on the crop, and are not known before each mask is read"
+        )
+
     def names(self, split: str) -> list[str]:
         """Return the names of a split's images, by position."""
         images = self.images(split)
@@ -150,10 +185,13 @@ class ImageData(pl.LightningDataModule, ABC):
 
     def train_dataloader(self) -> TrainLoader:
         images = self.images("train")
-        groups = self.groups(images)
+        factors = None
+        if self.sampler is not None:
+            factors = repeat_factors(*self.image_classes(images), len(images), self.repeat_threshold)
         sampler = TrainSampler(
-            len(images), self.batch_size, seed=self.seed, repeats=self.repeats, groups=groups, **self._ranks
-        )
+            len(images), self.batch_size, seed=self.seed, repeats=self.repeats, groups=self.groups(images),
+            factors=factors, **self._ranks,
+        )  # fmt: skip
         fetch, residents = self._source("train")
         return TrainLoader(fetch, sampler, residents=residents, **self._loader_arguments("train"))
 
@@ -257,8 +295,15 @@ class ClassificationData(ImageData):
         self._batch_transform: BatchTransform | None = None
         self._residents: dict[str, Residents] = {}
 
+    @property
+    def classes_of_net(self) -> Classes:
+        return Classes(list(self.class_names), self.class_ids, self.class_subset)
+
     @abstractmethod
     def load(self, split: str) -> LabelledImages: ...
+
+    def image_classes(self, images: LabelledImages) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(len(images)), images.labels
 
     def check(self, images: LabelledImages, split: str) -> None:
         check_labels(images.labels, self.class_names, split)

@@ -176,9 +176,12 @@ class DetectionData(DensePredictionData):
         return DetectionImages(index, folder, training=True, masks=masks)
 
     def check(self, images: DetectionImages, split: str) -> None:
+        check_labels(self.image_classes(images)[1], self.class_names, split)
+
+    def image_classes(self, images: DetectionImages) -> tuple[np.ndarray, np.ndarray]:
         index = images.index
         is_object = ~(index.degenerate | index.unused | index.crowd)
-        check_labels(index.labels[is_object], self.class_names, split)
+        return index.image_index[is_object], index.labels[is_object]
 
     def groups(self, images: DetectionImages) -> np.ndarray:
         """Return whether each image is in portrait format.
@@ -202,6 +205,10 @@ class DetectionData(DensePredictionData):
     def category_ids(self) -> list[int]:
         """Ids that the data use for the classes, by label."""
         return list(self._val_index.categories)
+
+    @property
+    def class_ids(self) -> list[int]:
+        return self.category_ids
 
     @property
     def has_masks(self) -> bool:

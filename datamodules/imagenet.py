@@ -12,6 +12,7 @@ from typing import Any
 from timm.data import ImageNetInfo
 
 from datamodules.base import ClassificationData
+from datamodules.classes import Classes
 from datamodules.image_folder import check_same_classes
 from datamodules.images import FileImages, list_classes, list_images, read_class_folders
 from retinue.utils.suggestions import nearest
@@ -139,6 +140,12 @@ class ImageNet(ClassificationData):
         if self.synsets == "folder" or self.classes is None:
             return None
         return [self.wnids.index(wnid) for wnid in self._used_wnids]
+
+    @staticmethod
+    def published_classes() -> Classes:
+        """Return the 1,000 classes of ImageNet-1k."""
+        names = readable_names(synsets())
+        return Classes(names, range(len(names)))
 
     @property
     def splits(self) -> Sequence[str]:

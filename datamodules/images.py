@@ -77,6 +77,10 @@ class EncodedImages(LabelledImages):
     def read(self, index: int) -> bytes:
         """Return the encoded image at a position."""
 
+    def stem(self, index: int) -> str:
+        """Return the name of the image at a position without its suffix, for files that belong to the image."""
+        return os.path.splitext(self.name(index))[0]
+
     def __getitem__(self, index: int) -> dict:
         if not self.undecoded:
             return super().__getitem__(index)

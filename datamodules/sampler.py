@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from datamodules.images import index_in_class
 from retinue.utils.arithmetic import ceil_div
 
 
@@ -46,6 +47,8 @@ class TrainSampler(Sampler[Plan]):
         repeats: number of copies of an image in the order of an epoch.
         groups: (length,) group of each sample. A global batch holds samples of one group only, except at the end of an
             epoch. None means no groups.
+        factors: (length,) expected number of times, at least 1, that each sample is drawn for the order of an epoch, of
+            which the first `length` entries are taken; see `repeat_factors`. None draws each sample once.
         rank: global rank of this process.
         world_size: number of processes.
 
@@ -61,12 +64,14 @@ class TrainSampler(Sampler[Plan]):
         seed: int = 0,
         repeats: int = 1,
         groups: np.ndarray | None = None,
+        factors: np.ndarray | None = None,
         rank: int = 0,
         world_size: int = 1,
     ):
         if length < world_size:
             raise ValueError(f"{length} training images cannot be shared among {world_size} processes")
         self.length, self.seed, self.repeats, self.groups = length, seed, repeats, groups
+        self.factors = factors
         self.batch_size = min(batch_size, length // world_size)
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
@@ -81,9 +86,14 @@ class TrainSampler(Sampler[Plan]):
     def __iter__(self) -> Iterator[Plan]:
         start, self.start = self.start, 0
         size = self.batch_size * self.world_size
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        rng = np.random.default_rng([self.seed, self.epoch])
+        if self.factors is None:
+            order = rng.permutation(self.length)
+        else:
+            order = rng.permutation(draw_copies(self.factors, rng))[: self.length]
         order = order if self.groups is None else group_batches(order, self.groups, size)
-        order, copy = order.repeat(self.repeats)[: self.length], np.arange(self.length) % self.repeats
+        order = order.repeat(self.repeats)[: self.length]
+        copy = np.arange(self.length) % self.repeats if self.factors is None else index_in_class(order)
         for step in range(start, len(self)):
             entries = slice(step * size + self.rank, (step + 1) * size, self.world_size)
             batch_rng = random.Random(repr((self.seed, self.epoch, step, self.rank)))
@@ -106,13 +116,42 @@ class TrainSampler(Sampler[Plan]):
         self.start = self.consumed = state["batches"]
 
 
+def repeat_factors(image: np.ndarray, label: np.ndarray, length: int, threshold: float) -> np.ndarray:
+    """Return the repeat factor of each image by the rarest class in it.
+
+    The factor of a class c in a share f(c) of the images is max(1, sqrt(threshold / f(c))), and that of an image is the
+    largest factor of its classes, or 1 without objects (LVIS: Gupta et al., CVPR 2019, arXiv:1908.03195, appendix B).
+
+    Args:
+        image: (A,) position of the image of each object.
+        label: (A,) class of each object, 0 or more.
+        length: N, number of images.
+        threshold: share of the images below which a class is rare.
+
+    Returns:
+        float64 (N,), at least 1.
+    """
+    classes = int(label.max(initial=0)) + 1
+    image, label = np.divmod(np.unique(image * classes + label), classes)
+    share = np.bincount(label, minlength=classes) / length
+    factors = np.ones(length)
+    np.maximum.at(factors, image, np.sqrt(threshold / share[label]))
+    return factors
+
+
+def draw_copies(factors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return each position as often as its factor says: a fraction of a copy is a whole one with that probability."""
+    whole = np.floor(factors)
+    return np.arange(len(factors)).repeat((whole + (rng.random(len(factors)) < factors - whole)).astype(np.int64))
+
+
 def group_batches(order: np.ndarray, groups: np.ndarray, size: int) -> np.ndarray:
     """Rearrange `order` so that each batch of `size` samples holds samples of one group.
 
     A batch comes at the place where its last sample is in `order`. The samples that fill no whole batch come last.
 
     Args:
-        order: (N,) positions of the samples.
+        order: (N,) positions of the samples, which may occur several times.
         groups: (N,) group of each sample, by position.
         size: number of samples in a batch.
 

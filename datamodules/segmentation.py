@@ -167,6 +167,10 @@ class SegmentationData(DensePredictionData):
         super().__init__(**common)
         self.collate = partial(collate, crop=self.augment.crop)
 
+    @property
+    def class_ids(self) -> list[int]:
+        return self.images("val").mask_values.tolist()
+
     @abstractmethod
     def load(self, split: str) -> MaskedImages: ...
 

@@ -20,7 +20,7 @@ LAYERS = (
     "retinue.results",
     "scripts",
 )
-COMMANDS = ("train", "eval", "retinue.__main__", "hydra_plugins.retinue_launcher")
+COMMANDS = ("train", "eval", "predict", "retinue.__main__", "hydra_plugins.retinue_launcher")
 
 
 def rank(module: str) -> int | None:

@@ -122,11 +122,7 @@ def summarize(
         raise ValueError("there are no predictions to evaluate")
     if label.max() >= num_classes:
         raise ValueError(f"label {label.max()} has no name: there are {num_classes} classes")
-    finite = np.isfinite(predictions.loss) & np.isfinite(predictions.scores).all(1)
-    if not finite.all():
-        first = predictions.index[~finite][0]
-        raise ValueError(f"the scores of {n - finite.sum()} of {n} images are not finite; the first is image {first}")
-
+    check_finite(predictions)
     counts = np.bincount(label, minlength=num_classes)
     present = counts > 0
     accuracy = np.divide(np.bincount(label, correct, num_classes), counts, where=present, out=np.zeros(num_classes))
@@ -173,6 +169,18 @@ def summarize(
             for key, count, rate, interval in zip(keys, counts, accuracy, intervals, strict=True)
         },
     }
+
+
+def check_finite(predictions: Predictions) -> None:
+    """Check the scores and losses of all images.
+
+    Raises:
+        ValueError: if one is NaN or infinite.
+    """
+    finite, n = np.isfinite(predictions.loss) & np.isfinite(predictions.scores).all(1), len(predictions)
+    if not finite.all():
+        first = predictions.index[~finite][0]
+        raise ValueError(f"the scores of {n - finite.sum()} of {n} images are not finite; the first is image {first}")
 
 
 def wilson(rate: np.ndarray | float, n: np.ndarray | float) -> np.ndarray:

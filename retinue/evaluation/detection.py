@@ -32,6 +32,8 @@ FIGURES = (
     "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
     "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large",
 )  # fmt: skip
+# Sizes of objects in pycocotools' order: all, up to 32 x 32 pixels, up to 96 x 96 pixels, and above.
+SIZES = ("all", "small", "medium", "large")
 # Thresholds of intersection over union over which average precision is averaged.
 IOUS = np.linspace(0.5, 0.95, 10)
 
@@ -145,12 +147,17 @@ class Accuracy:
     Attributes:
         figures: the twelve figures, by the names in `FIGURES`. None if no object has an area in the range of the
             figure.
-        precision: (10, 101, K), precision at each threshold in `IOUS`, at recall 0, 0.01, ..., 1, for each label. NaN
-            for a label without objects.
+        size_precision: (10, 101, K, 4), precision at each threshold in `IOUS`, at recall 0, 0.01, ..., 1, for each
+            label and for each of `SIZES`. NaN for a label without objects of the size.
     """
 
     figures: dict[str, float | None]
-    precision: np.ndarray
+    size_precision: np.ndarray
+
+    @property
+    def precision(self) -> np.ndarray:
+        """Precision for objects of all sizes, (10, 101, K)."""
+        return self.size_precision[..., 0]
 
     @property
     def class_ap(self) -> np.ndarray:
@@ -199,9 +206,9 @@ def evaluate(
         evaluator.accumulate()
         evaluator.summarize()
     figures = {name: None if value < 0 else float(value) for name, value in zip(FIGURES, evaluator.stats, strict=True)}
-    # Precision for all areas and 100 detections per image, sorted by category id; it is put in the order of the labels.
-    precision = evaluator.eval["precision"][..., 0, -1]
-    precision = precision[..., np.argsort(np.argsort(category_ids))]
+    # Precision for 100 detections per image, sorted by category id; it is put in the order of the labels.
+    precision = evaluator.eval["precision"][..., -1]
+    precision = precision[:, :, np.argsort(np.argsort(category_ids))]
     return Accuracy(figures, np.where(precision < 0, np.nan, precision))
 
 

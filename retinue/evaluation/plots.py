@@ -37,6 +37,8 @@ def plot_confusion(path: str | Path, predictions: Predictions, class_names: Sequ
 def draw_confusion(path: str | Path, pairs: np.ndarray, class_names: Sequence[str], unit: str) -> None:
     """Plot a confusion matrix; each row shows the shares of a true class that were predicted as each class.
 
+    The counts are written beside the plot, as a CSV table with a row for each true class.
+
     Args:
         path: file to write; its suffix determines the format.
         pairs: (K, K), at [t, p] the number of items of class t that were predicted as p.
@@ -45,6 +47,12 @@ def draw_confusion(path: str | Path, pairs: np.ndarray, class_names: Sequence[st
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
+
+    table = Path(path).with_suffix(".csv")
+    with replacing(table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["true class", *class_names])
+        writer.writerows([name, *row] for name, row in zip(class_names, pairs.tolist(), strict=True))
 
     k = len(class_names)
     shares = pairs / np.maximum(pairs.sum(1, keepdims=True), 1)
@@ -100,6 +108,33 @@ def plot_reliability(path: str | Path, predictions: Predictions) -> None:
         bottom.axvline(float(mean), color=colour, label=f"mean {name} {mean:.3f}")
     bottom.legend(frameon=False, fontsize="small")
     bottom.set(xlabel="confidence", ylabel="share of images", xlim=(0, 1))
+    save_figure(figure, path)
+
+
+def draw_probabilities(
+    path: str | Path, image: np.ndarray, class_names: Sequence[str], probabilities: np.ndarray
+) -> None:
+    """Draw an image beside a bar for each of its most probable classes.
+
+    Args:
+        path: file to write; its suffix determines the format.
+        image: uint8 (H, W, 3).
+        class_names: names of k classes, the most probable one first.
+        probabilities: (k,), probability of each.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 4), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow(image)
+    left.set_axis_off()
+    # Several classes may have one name, so the bars stand at numbers.
+    places = range(len(class_names))
+    right.barh(places, probabilities, color=BLUE)
+    right.set_yticks(places, class_names)
+    right.invert_yaxis()
+    right.set(xlabel="probability", xlim=(0, 1))
+    right.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
 
 

@@ -28,6 +28,22 @@ def quote_brackets(arguments: Sequence[str]) -> list[str]:
     return [re.sub(f"^{UNQUOTED_PATH.pattern}$", r"\1='\2'", argument) for argument in arguments]
 
 
+def quote_paths(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Quote the values of keys that are paths, so that they may hold any character, such as `*`, `(` or an umlaut.
+
+    Args:
+        arguments: command line; a value in quotes stays as it is.
+        keys: keys of paths.
+    """
+    quoted = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in keys and value not in ("", "null") and not value.startswith(("'", '"')):
+            value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        quoted.append(f"{key}{equals}{value}")
+    return quoted
+
+
 def choose_for_few_images(arguments: Sequence[str]) -> list[str]:
     """Add the small recipe, head and model to a command line of `train.py` whose data have few training images.
 

@@ -1,4 +1,4 @@
-"""Check a composed config, resolve its interpolations, and merge it with a run's config for an evaluation."""
+"""Check a composed config, resolve its interpolations, and merge it with a run's config for inference."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -9,11 +9,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from retinue.runs.default_recipe import recipe_for
+from retinue.runs.folders import EVALUATIONS, PREDICTIONS
 from retinue.runs.identity import WEIGHTS_DIGESTS, fingerprint, run_folder
 from retinue.runs.preprocessing import resolve_preprocessing, resolved_data
 from retinue.runs.result_file import CONFIG, read_config
-from retinue.runs.schema import check_values
+from retinue.runs.schema import PROGRAMS, check_values, program_of
 from retinue.utils.openmmlab_packages import require_openmmlab
+from retinue.utils.paths import CONF
 from retinue.utils.sizes import model_name, size_pixels
 from retinue.utils.suggestions import nearest
 
@@ -25,7 +27,8 @@ def register_resolvers() -> None:
     """Register the interpolations that conf/ uses; call this before Hydra composes."""
     OmegaConf.register_new_resolver("recipe_for", recipe_for, replace=True)
     OmegaConf.register_new_resolver("at_most", at_most, replace=True)
-    for name, folder in {"run_folder": run_folder, "evaluation_folder": evaluation_folder}.items():
+    folders = {"run_folder": run_folder, "evaluation_folder": evaluation_folder, "prediction_folder": prediction_folder}
+    for name, folder in folders.items():
         resolver = partial(_checked_folder, folder)
         OmegaConf.register_new_resolver(name, lambda *, _root_, resolver=resolver: resolver(_root_), replace=True)
 
@@ -104,17 +107,26 @@ def evaluation_folder(cfg: DictConfig) -> str:
 
     An evaluation of other weights has the folder `outputs/evaluation/<data>/<model>/<8 hex>`.
     """
+    return _inference_folder(cfg, EVALUATIONS)
+
+
+def prediction_folder(cfg: DictConfig) -> str:
+    """Return the folder of predictions: the chosen one, or the one beside those of evaluations."""
+    return _inference_folder(cfg, PREDICTIONS) if cfg.save is None else str(Path(cfg.save).expanduser())
+
+
+def _inference_folder(cfg: DictConfig, kind: str) -> str:
     digest = fingerprint(cfg)[:8]
     if cfg.run is not None:
-        return f"{_run_folder(cfg.run)}/evaluation/{digest}"
-    return f"outputs/evaluation/{cfg.data.name}/{model_name(cfg.model, size_pixels(resolved_data(cfg)))}/{digest}"
+        return f"{_run_folder(cfg.run)}/{kind}/{digest}"
+    return f"outputs/{kind}/{cfg.data.name}/{model_name(cfg.model, size_pixels(resolved_data(cfg)))}/{digest}"
 
 
 def allow_run_keys(arguments: Sequence[str]) -> list[str]:
-    """Prefix overrides of a run's keys with `++`, so that Hydra accepts keys that eval.yaml lacks.
+    """Prefix overrides of a run's keys with `++`, so that Hydra accepts keys that the command's yaml lacks.
 
     Args:
-        arguments: command line of `eval.py`. Without `run=DIR` it is returned unchanged.
+        arguments: command line of `eval.py` or `predict.py`. Without `run=DIR` it is returned unchanged.
     """
     names = {argument.split("=")[0] for argument in arguments}
     if "run" not in names:
@@ -125,7 +137,7 @@ def allow_run_keys(arguments: Sequence[str]) -> list[str]:
 
 
 def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -> DictConfig:
-    """Return the config that `eval.py` evaluates: with `run=DIR`, the run's config and its best weights.
+    """Return the config that `eval.py` or `predict.py` uses: with `run=DIR`, the run's config and its best weights.
 
     The preprocessing that the config leaves open is filled in.
 
@@ -145,6 +157,9 @@ def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -
         folder = _run_folder(cfg.run)
         run_cfg, path = read_config(folder), folder / CONFIG
         assert run_cfg is not None
+        # A run of an earlier version lacks keys that its task has now.
+        task_defaults = OmegaConf.load(CONF / "task" / f"{run_cfg.task.name}.yaml")
+        run_cfg.task = OmegaConf.merge(task_defaults, run_cfg.task)
         # The digests are those of the files that the run started from.
         run_cfg.pop(WEIGHTS_DIGESTS, None)
         given = [override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides]
@@ -156,7 +171,8 @@ def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -
             known_names = list(map(str, known)) if OmegaConf.is_dict(known) else []
             if name not in known_names:
                 raise ValueError(f"there is no key {key!r} in {path}.{nearest(name, known_names)}")
-        for key in {"trainer", "batch_size", "save_images", "save_maps", "ops", "run_dir", *given} - {"run"}:
+        own_keys = set(PROGRAMS[program_of(cfg)].model_fields) - {"seed", "weights"}
+        for key in {*own_keys, *given} - {"run"}:
             section = key.split(".")[0] if key in groups else key
             OmegaConf.update(run_cfg, section, OmegaConf.select(cfg, section), force_add=True)
         if cfg.weights is None:

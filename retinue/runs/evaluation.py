@@ -49,19 +49,13 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
         ValueError: there are no weights to evaluate, or they do not fit the model.
     """
     folder = Path(cfg.run_dir)
-    quiet_libraries()
-    set_backend(cfg.ops.backend)
-    pl.seed_everything(cfg.seed, verbose=False)
-    if not cfg.weights and not cfg.model.get("pretrained"):
-        raise ValueError("nothing to evaluate: give run=DIR, weights=FILE, or model=timm model.pretrained=true")
+    prepare(cfg)
     if cfg.save_maps and cfg.task.name != "segmentation":
         raise ValueError(f"save_maps=true is for task=segmentation, not task={cfg.task.name}")
     datamodule = build_data(cfg)
-    task = build_task(cfg, datamodule)
+    task = load_task(cfg, datamodule)
     task.save_images = cfg.save_images
-    task.maps_folder = folder / "maps" if cfg.save_maps else None
-    if cfg.weights:
-        load_weights(task.model, cfg.weights)
+    task.predictions_folder = folder if cfg.save_predictions or cfg.save_maps else None
     metrics = test(cfg, task, datamodule)
     params, macs = task.complexity(datamodule)
     result = {
@@ -82,3 +76,24 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
         write_result(folder, result)
         task.write_report(folder, datamodule)
     return result
+
+
+def prepare(cfg: DictConfig) -> None:
+    """Prepare this process for inference.
+
+    Raises:
+        ValueError: there are no weights.
+    """
+    quiet_libraries()
+    set_backend(cfg.ops.backend)
+    pl.seed_everything(cfg.seed, verbose=False)
+    if not cfg.weights and not cfg.model.get("pretrained"):
+        raise ValueError("there are no weights: give run=DIR, weights=FILE, or model=timm model.pretrained=true")
+
+
+def load_task(cfg: DictConfig, datamodule: Any) -> Any:
+    """Return the LightningModule of `cfg.task` with the weights of `cfg.weights`, if any."""
+    task = build_task(cfg, datamodule)
+    if cfg.weights:
+        load_weights(task.model, cfg.weights)
+    return task

@@ -11,7 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from retinue.runs.result_file import CONFIG, FAILED, RESULT, read_result
 
-EVALUATIONS = "evaluation"
+# Folders in the folder of a run, and in `outputs`, for the evaluations and the predictions of nets.
+EVALUATIONS, PREDICTIONS = "evaluation", "predictions"
 # Beside config.yaml one of these shows that a folder is a run's; other projects have a config.yaml, too.
 SIGNS_OF_A_RUN = (RESULT, FAILED, "metrics.csv", "checkpoints")
 
@@ -44,7 +45,7 @@ def missing_folders(folder: Path) -> frozenset[Path]:
 
 
 # Files that Hydra's logging writes into the folder of a run or an evaluation.
-LOGS = {"train.log", "eval.log"}
+LOGS = {"train.log", "eval.log", "predict.log"}
 
 
 @contextlib.contextmanager
@@ -76,29 +77,27 @@ def is_run(folder: Path) -> bool:
 
 
 def refuse_inside_a_run(folder: Path) -> None:
-    """Refuse a folder inside the folder of a run, except for a run's own evaluations.
+    """Refuse a folder inside the folder of a run, except for a run's own evaluations and predictions.
 
     Raises:
         ValueError: The folder lies inside a run.
     """
     path = folder.absolute()
     for above in path.parents:
-        if is_run(above) and path.parent != above / EVALUATIONS:
+        if is_run(above) and path.parent not in (above / EVALUATIONS, above / PREDICTIONS):
             raise ValueError(
                 f"{folder} lies inside the run {above}, which rerun=true would move away: choose another hydra.run.dir"
             )
 
 
 def refuse_over_a_run(folder: Path) -> None:
-    """Refuse an evaluation in the folder of a training run.
+    """Refuse an evaluation or predictions in the folder of a training run.
 
     Raises:
         ValueError: The folder holds a run, or checkpoints.
     """
     if is_run(folder) or (folder / "checkpoints").exists():
-        raise ValueError(
-            f"{folder} holds a run, whose result the evaluation would replace: choose another hydra.run.dir"
-        )
+        raise ValueError(f"{folder} holds a run, whose files could be replaced: choose another folder")
 
 
 def foreign_content(folder: Path, digest: str) -> str | None:

@@ -45,6 +45,12 @@ EXAMPLES = {
         ("eval.py model=biformer weights=FILE data=imagenet data.root=DIR", "released weights"),
         ("eval.py model=timm model.name=resnet50 model.pretrained=true", "timm's weights"),
     ),
+    "predict": (
+        ("predict.py run=outputs/classification/... images=photos", "the images in a folder"),
+        ("predict.py run=DIR images='photos/**/*.jpg' pictures=true", "with pictures"),
+        ("predict.py run=DIR images=a.png save=predictions", "one image"),
+        ("predict.py model=biformer weights=FILE data=imagenet images=DIR", "released weights"),
+    ),
 }
 
 

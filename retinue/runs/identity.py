@@ -6,6 +6,7 @@ The rule, version 2. The identity of a config is the config without
 - the menu of sizes: `model` is the chosen net's registry name and arguments, `head.size` is the chosen size's entry;
 - `_target_`, which names a class of the code, and `recipe` in `model` and `head`, which only chooses a default;
 - a section or key that another key switches off (`SWITCHES`), such as `task.distillation` without a teacher;
+- a detector's `task.test` without several views, which leaves the detections as they are;
 - `data.own`, since the values of `data` that a config leaves open are filled in before (`retinue.runs.preprocessing`);
 - the value of `task.compile`, which counts as false: like another device, a compiled net differs by rounding and by
   the numbers that dropout draws;
@@ -37,7 +38,7 @@ IDENTITY_VERSION = 2
 NOT_RESULT = {
     "": (
         *("hydra", "run", "run_dir", "rerun", "seed", "checkpoint", "logger", "ops"),
-        *("save_images", "save_maps", "weights_sha256"),
+        *("save_images", "save_predictions", "save_maps", "save", "pictures", "weights_sha256"),
     ),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
     "data": ("num_workers", "own"),
@@ -48,6 +49,7 @@ SWITCHES = {
     "task.distillation": "task.distillation.teacher",
     "recipe.ema": "recipe.ema.decay",
     "drop_classifier": "weights",
+    "data.repeat_threshold": "data.sampler",
 }
 
 # Keys of weights files, and the key under which a run's config keeps their SHA-256 by these keys.
@@ -84,6 +86,9 @@ def identity(cfg: Mapping) -> dict[str, Any]:
     for switched, switch in SWITCHES.items():
         if _select(config, switch) is None:
             _remove(config, switched)
+    test = _select(config, "task.test")
+    if _select(config, "task.name") == "detection" and test and list(test["scales"]) == [1.0] and not test["flip"]:
+        _remove(config, "task.test")
     return _without_empty(config, "")
 
 

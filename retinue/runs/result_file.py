@@ -16,8 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 from retinue.utils.files import write_text
 from retinue.utils.paths import PROJECT
 
-# Files of a run's folder: the composed config; the result of a finished run; the reason why a run failed.
-CONFIG, RESULT, FAILED = "config.yaml", "result.json", "failed.json"
+# Files of a run's folder: the composed config; the classes that the net predicts; the result of a finished run; the
+# reason why a run failed.
+CONFIG, CLASSES, RESULT, FAILED = "config.yaml", "classes.json", "result.json", "failed.json"
 # Keys that the config of every run has.
 SECTIONS = {"task", "data", "model", "head", "recipe", "trainer", "seed"}
 PACKAGES = ("torch", "torchvision", "timm", "pytorch-lightning", "numpy")

@@ -1,4 +1,4 @@
-"""The schema of the composed configs of train.py and eval.py: the type, the range and the meaning of every key.
+"""The schema of the composed configs of the programs: the type, the range and the meaning of every key.
 
 `check_values` refuses a config with a wrong value before anything is written, and `--help` shows the meanings. The
 sections are in `retinue.runs.schema_sections`. Keys that only one class knows are checked by that class: those of one
@@ -81,7 +81,7 @@ Objects = Annotated[dict[str, Object], Expected("a mapping of names to mappings 
 
 
 class Common(Keys):
-    """Keys of the configs of train.py and of eval.py."""
+    """Keys of the configs of all programs."""
 
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = Field(description="all random numbers follow from this one")
     weights: PathText | None = Field(description="weights file: a released one, or a checkpoint of ours")
@@ -121,17 +121,33 @@ class Training(Common):
         return self
 
 
-class Evaluation(Common):
-    """Keys of eval.py alone."""
+class Inference(Common):
+    """Keys that eval.py and predict.py have in common."""
 
     run: PathText | None = Field(
-        None, description="folder of a run to evaluate with its config and its best weights; other keys win over it"
+        None, description="folder of a run, for its config and its best weights; other keys win over it"
     )
     batch_size: Count | None = Field(description="images in a batch of one device; null: task.eval_batch")
+
+
+class Evaluation(Inference):
+    """Keys of eval.py alone."""
+
     save_images: WholeNumber = Field(
         description="number of pictures of predictions beside the truth, for detection and segmentation"
     )
-    save_maps: bool = Field(description="true: write the predicted map of each test image, for segmentation")
+    save_predictions: bool = Field(
+        description="true: write the prediction of each test image: probabilities, or maps; detections always are"
+    )
+    save_maps: bool = Field(description="the same as save_predictions, for segmentation")
+
+
+class Prediction(Inference):
+    """Keys of predict.py alone."""
+
+    images: PathText | None = Field(description="needed: folder of images, pattern such as 'photos/**/*.jpg', or file")
+    save: PathText | None = Field(description="folder for the predictions; null: one in the run's folder or outputs")
+    pictures: bool = Field(description="true: draw a picture of each image with its prediction")
 
 
 class Sections(Keys):
@@ -181,7 +197,7 @@ class Segmentation(Sections):
     recipe: DenseRecipe
 
 
-PROGRAMS: dict[str, type[Common]] = {"train": Training, "eval": Evaluation}
+PROGRAMS: dict[str, type[Common]] = {"train": Training, "eval": Evaluation, "predict": Prediction}
 TASKS: dict[str, type[Sections]] = {
     "classification": Classification, "detection": Detection, "segmentation": Segmentation,
 }  # fmt: skip
@@ -190,15 +206,20 @@ IN_THE_RUN = ("run_dir", "logger", "callbacks")
 
 
 def schema(program: str, task: str) -> type[BaseModel]:
-    """Return the schema of the configs of a program (`train` or `eval`) for a task."""
+    """Return the schema of the configs of a program (`train`, `eval` or `predict`) for a task."""
     return create_model(f"{program}_{task}", __base__=(PROGRAMS[program], TASKS[task]))
+
+
+def program_of(cfg: Mapping) -> str:
+    """Return the program that a composed config is for."""
+    return "predict" if "images" in cfg else "eval" if "save_images" in cfg else "train"
 
 
 def check_values(cfg: Any) -> None:
     """Refuse a composed config with a value of the wrong type or out of its range.
 
     Args:
-        cfg: The config of train.py or of eval.py (which has `save_images`); also while Hydra composes it.
+        cfg: The config of a program; also while Hydra composes it.
 
     Raises:
         ValueError: One line with the key, what is expected, the value, and the nearest choice.
@@ -206,12 +227,12 @@ def check_values(cfg: Any) -> None:
     values = {key: _plain(cfg, key) for key in cfg if key != "hydra"}
     if values.get("run") is not None:
         # The sections are those of the run's config, which is merged with this one and then checked.
-        expected = Evaluation
+        expected = PROGRAMS[program_of(values)]
     else:
         name = values["task"].get("name") if isinstance(values.get("task"), Mapping) else None
         if name not in TASKS:
             raise ValueError(refuse_choice("task", "null" if name is None else repr(name)))
-        expected = schema("eval" if "save_images" in values else "train", name)
+        expected = schema(program_of(values), name)
     try:
         expected.model_validate(values)
     except ValidationError as error:

@@ -264,10 +264,27 @@ class ClassificationTask(Task):
     distillation: Distillation
 
 
+class DetectionInference(Keys):
+    """`task.test` of detection."""
+
+    scales: Annotated[list[Positive], Field(min_length=1)] = Field(
+        [1.0], description="factors of the image's size; with several, the detections are merged"
+    )
+    flip: bool = Field(False, description="also detect in the mirror image")
+    nms_iou: PositiveShare = Field(
+        0.5, description="with several views: IoU from which the box with the lower score is removed"
+    )
+    max_per_image: Count = Field(100, description="with several views: maximum number of detections of an image")
+
+
 class DetectionTask(Task):
     """`conf/task/detection.yaml`."""
 
     figure: Literal["box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"] = Field(description=FIGURE)
+    test: DetectionInference = Field(
+        DetectionInference(),  # pyright: ignore[reportCallIssue]
+        description="how images become detections in a test; docs/detection.md explains it",
+    )
 
 
 class Inference(Keys):
@@ -308,6 +325,12 @@ class Data(Keys):
         description="loading processes per device; 0: this process loads; null: one per core, at most 16"
     )
     broken_limit: Share = Field(description="share of a split's images that may be unreadable before the run stops")
+    sampler: Literal["repeat_factor"] | None = Field(
+        None, description="repeat_factor: draw training images with rare classes more often; null: each once an epoch"
+    )
+    repeat_threshold: PositiveShare = Field(
+        0.001, description="with repeat_factor: share of the images below which a class is rare"
+    )
 
 
 class ClassificationData(Data):

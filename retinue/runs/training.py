@@ -36,7 +36,16 @@ from retinue.runs.loggers import MetricsCSV, links
 from retinue.runs.preprocessing import resolve_preprocessing, resolved_data
 from retinue.runs.progress import TrainingLog
 from retinue.runs.replacement import is_undecided, recover, set_aside
-from retinue.runs.result_file import CONFIG, RESULT, provenance, read_config, read_result, show_result, write_result
+from retinue.runs.result_file import (
+    CLASSES,
+    CONFIG,
+    RESULT,
+    provenance,
+    read_config,
+    read_result,
+    show_result,
+    write_result,
+)
 from retinue.runs.small_sets import fit_batch
 from retinue.runs.status import attempt, locked, recorded_failure
 from retinue.tasks.base import Task
@@ -121,6 +130,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
         if cfg.rerun:
             set_aside(folder)
         save_config(cfg, folder)
+        datamodule.classes_of_net.write(folder / CLASSES)
         if resume and resume.name != LAST:
             # The next checkpoint would make the unreadable last.ckpt the previous one.
             link_or_copy(resume, checkpoints / LAST)
@@ -346,6 +356,8 @@ def quiet_libraries() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         # Our configure_model shards the net only if there is no average of the weights.
         ".*overrides the configure_model.*",
+        # Tasks collect predictions themselves.
+        ".*predict returned None.*",
         # Logged figures have been summed over the ranks already.
         ".*sync_dist=True.*",
     ):

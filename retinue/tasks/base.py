@@ -29,7 +29,8 @@ class Task(pl.LightningModule):
 
     A subclass builds the net (`build_net`), computes losses and figures in Lightning's steps, passes those of training
     to `track`, sets `val_figures` after each validation, returns the figures of a test (`test_figures`) and writes
-    predictions and pictures of it (`write_report`).
+    predictions and pictures of it (`write_report`). Images without labels pass through `predict_step` instead, and then
+    through `write_predictions`, `describe_predictions` and `draw_prediction`.
 
     Args:
         model: The net, as `build_net` returns it.
@@ -42,7 +43,8 @@ class Task(pl.LightningModule):
     Attributes:
         val_figures: Figures of the last validation by name: `val/loss`, ...
         save_images: Number of pictures of predictions in a report.
-        maps_folder: Folder to which a test of segmentation writes the predicted map of each image. None writes none.
+        predictions_folder: Folder to which a test writes the predictions of each image. None writes only those that
+            every report has.
 
     Raises:
         ValueError: The recipe's optimiser or schedule is unknown.
@@ -71,7 +73,7 @@ class Task(pl.LightningModule):
         self._first_of_step = True
         self.val_figures: dict[str, float] = {}
         self.save_images = 0
-        self.maps_folder: Path | None = None
+        self.predictions_folder: Path | None = None
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
@@ -101,6 +103,18 @@ class Task(pl.LightningModule):
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
         """Write predictions and pictures of the last test into `folder`."""
+        raise NotImplementedError
+
+    def write_predictions(self, folder: Path, datamodule: Any) -> None:
+        """Write the predictions of the last test or prediction into `folder`."""
+        raise NotImplementedError
+
+    def describe_predictions(self, datamodule: Any) -> dict[int, str]:
+        """Return the prediction of each image that could be read in a few words, by the image's position."""
+        raise NotImplementedError
+
+    def draw_prediction(self, path: Path, index: int, datamodule: Any) -> None:
+        """Draw the prediction of the image at a position; `write_predictions` has been called."""
         raise NotImplementedError
 
     def complexity(self, datamodule: Any) -> tuple[int, int]:
@@ -187,7 +201,15 @@ class Task(pl.LightningModule):
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
 
-    on_test_batch_start = on_validation_batch_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    def gather(self, own: Any) -> list[Any]:
+        """Return what each rank passes, by rank."""
+        if self.trainer.world_size == 1:
+            return [own]
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, own)
+        return parts
 
     def observe(self, batch: Any) -> None:
         """Run a training step's forward pass for the layers that keep statistics; nothing is logged."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from models.factory import create_model
 from models.plain import PlainBackbone
 from ops.losses import loss_weights
-from retinue.evaluation.classification import Predictions, summarize, topk_predictions
-from retinue.evaluation.plots import plot_confusion, plot_reliability
-from retinue.evaluation.predictions import write_predictions_csv
+from retinue.evaluation.classification import Predictions, check_finite, summarize, topk_predictions
+from retinue.evaluation.plots import draw_probabilities, plot_confusion, plot_reliability
+from retinue.evaluation.predictions import write_predictions_csv, write_probabilities
 from retinue.tasks.base import Task
 from retinue.tasks.distillation import Teacher
 from retinue.utils.suggestions import nearest
@@ -85,12 +86,33 @@ class Classification(Task):
         return summarize(self.predictions, datamodule.class_names)
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
-        """Write `predictions.csv`, `confusion.png` and `reliability.png`."""
+        """Write `predictions.csv`, `confusion.png` and `reliability.png`; with `predictions_folder` predictions."""
         assert self.predictions is not None
         names, classes = datamodule.names("test"), datamodule.class_names
         write_predictions_csv(folder / "predictions.csv", self.predictions, classes, names)
         plot_confusion(folder / "confusion.png", self.predictions, classes)
         plot_reliability(folder / "reliability.png", self.predictions)
+        if self.predictions_folder:
+            self.write_predictions(folder, datamodule)
+
+    def write_predictions(self, folder: Path, datamodule: Any) -> None:
+        """Write `probabilities.csv` and `probabilities.json`, the five most probable classes of each image."""
+        assert self.predictions is not None
+        check_finite(self.predictions)
+        names = datamodule.names("test")
+        write_probabilities(folder / "probabilities", self.predictions, datamodule.class_names, names)
+
+    def describe_predictions(self, datamodule: Any) -> dict[int, str]:
+        assert self.predictions is not None
+        names, best = datamodule.class_names, self.predictions.topk[:, 0]
+        rows = zip(self.predictions.index.tolist(), best, self.predictions.confidence, strict=True)
+        return {index: f"{names[label]} {score:.3f}" for index, label, score in rows}
+
+    def draw_prediction(self, path: Path, index: int, datamodule: Any) -> None:
+        assert self.predictions is not None
+        row, image = np.searchsorted(self.predictions.index, index), datamodule.images("test").image(index)
+        names = [datamodule.class_names[label] for label in self.predictions.topk[row]]
+        draw_probabilities(path, image, names, self.predictions.scores[row])
 
     def forward(self, image: Tensor) -> Any:
         return self.model(image)
@@ -156,12 +178,12 @@ class Classification(Task):
         self._rank_predictions.append(topk_predictions(self(batch["image"]), batch["label"], batch["index"], subset))
 
     def on_test_epoch_end(self) -> None:
-        predictions, self._rank_predictions = Predictions.concatenate(self._rank_predictions), []
-        if self.trainer.world_size > 1:
-            parts: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, predictions)
-            predictions = Predictions.concatenate(parts)
-        self.predictions = predictions
+        own, self._rank_predictions = Predictions.concatenate(self._rank_predictions), []
+        self.predictions = Predictions.concatenate(self.gather(own))
+
+    # The labels of images without labels are placeholders, and `write_predictions` leaves them out.
+    predict_step = test_step
+    on_predict_epoch_end = on_test_epoch_end
 
 
 def weights_of_losses(model: nn.Module, changes: Mapping[str, float]) -> dict[str, float]:

@@ -2,11 +2,11 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from models.complexity import complexity
@@ -21,8 +21,19 @@ from retinue.evaluation.detection import (
     per_class,
     write_results,
 )
-from retinue.evaluation.detection_plots import plot_class_ap, plot_detections, plot_precision_recall
+from retinue.evaluation.detection_confusion import BACKGROUND, confusion_matrix
+from retinue.evaluation.detection_plots import (
+    MIN_DRAWN_SCORE,
+    plot_class_ap,
+    plot_detections,
+    plot_precision_by_class,
+    plot_precision_by_size,
+    plot_precision_recall,
+    write_precision_csv,
+)
+from retinue.evaluation.plots import draw_confusion
 from retinue.tasks.dense_prediction import DensePredictionTask
+from retinue.tasks.detection_inference import DetectionInference
 from retinue.utils.arithmetic import round_up
 from retinue.utils.files import write_text
 
@@ -34,12 +45,13 @@ class Detection(DensePredictionTask):
     """Detection by the detector's own losses; the figures are COCO's average precision of boxes and masks.
 
     Masks are evaluated if the detector predicts them and the data have them. A validation computes average precision
-    and no losses, since their inputs (sampled proposals, noised queries) exist in training only.
+    and no losses, since their inputs (sampled proposals, noised queries) exist in training only; it does not augment.
 
     Args:
         model: The detector, already built for the data's classes.
         recipe: As in `Task`.
         num_classes: Not used; all tasks receive it.
+        test: How images become detections in a test: the fields of `DetectionInference`. None means no augmentation.
         kwargs: Further arguments of `Task`.
 
     Attributes:
@@ -50,8 +62,9 @@ class Detection(DensePredictionTask):
     model: Detector
     methods = ("loss", "predict")
 
-    def __init__(self, model: nn.Module, recipe: Mapping, *, num_classes: int, **kwargs):
+    def __init__(self, model: nn.Module, recipe: Mapping, *, num_classes: int, test: Mapping | None = None, **kwargs):
         super().__init__(model, recipe, **kwargs)
+        self.inference = DetectionInference(**(test or {}))
         # Detections of this rank in the current evaluation.
         self._rank_detections: list[ImageDetections] = []
         self.detections: list[ImageDetections] = []
@@ -81,8 +94,16 @@ class Detection(DensePredictionTask):
         return self.sum_losses(losses, len(batch["image"]))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._detect(batch, DetectionInference())
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._detect(batch, self.inference)
+
+    predict_step = test_step
+
+    def _detect(self, batch: dict[str, Any], inference: DetectionInference) -> None:
         original_sizes = batch["original_sizes"]
-        predictions = self.model.predict(batch["image"], batch["sizes"], original_sizes)
+        predictions = inference(self.model.predict, batch["image"], batch["sizes"], original_sizes)
         # Images that pad the last batch of a rank have the index -1.
         self._rank_detections += [
             ImageDetections.from_tensors(index, *prediction, size=size)
@@ -91,8 +112,6 @@ class Detection(DensePredictionTask):
             )
             if index >= 0
         ]
-
-    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         datamodule = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -111,14 +130,13 @@ class Detection(DensePredictionTask):
         self.detections = self._gather()
         self.accuracies = self._evaluate(self.detections, datamodule, "test")
 
+    def on_predict_epoch_end(self) -> None:
+        self.detections = self._gather()
+
     def _gather(self) -> list[ImageDetections]:
         """Return the detections of all ranks, each image once, and forget those of this rank."""
-        detections, self._rank_detections = self._rank_detections, []
-        if self.trainer.world_size > 1:
-            parts: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, detections)
-            detections = [image for part in parts for image in part]
-        return merge(detections)
+        own, self._rank_detections = self._rank_detections, []
+        return merge(image for part in self.gather(own) for image in part)
 
     def _evaluate(self, detections: list[ImageDetections], datamodule: Any, split: str) -> dict[str, Accuracy]:
         """Compute COCO's figures of a split.
@@ -148,17 +166,19 @@ class Detection(DensePredictionTask):
         return {"n": len(self.detections), **figures, "per_class": classes}
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
-        """Write `detections.json`, `detection_ids.json`, `pr_curves.png`, `per_class.png` and `images/*.png`.
+        """Write the predictions, `pr_*.png`, `pr_curves.csv`, `per_class.png`, `confusion.*` and `images/*.png`.
 
-        `detection_ids.json` has the images and categories in COCO's format, which name the ids in `detections.json`.
         The last are pictures of `save_images` images, evenly spread over the split.
         """
         images, names, categories = datamodule.images("test"), datamodule.class_names, datamodule.category_ids
         ids = images.ids.tolist()
-        write_results(folder / "detections.json", coco_results(self.detections, ids, categories))
-        names_of_ids = {key: images.truth[key] for key in ("images", "categories")}
-        write_text(folder / "detection_ids.json", json.dumps(names_of_ids))
+        self.write_predictions(folder, datamodule)
         plot_precision_recall(folder / "pr_curves.png", self.accuracies)
+        plot_precision_by_size(folder / "pr_sizes.png", self.accuracies)
+        plot_precision_by_class(folder / "pr_classes.png", self.accuracies, names)
+        write_precision_csv(folder / "pr_curves.csv", self.accuracies, names)
+        pairs = confusion_matrix(self.detections, images.truth, ids, categories, min_score=MIN_DRAWN_SCORE)
+        draw_confusion(folder / "confusion.png", pairs, [*names, BACKGROUND], "boxes")
         plot_class_ap(folder / "per_class.png", self.accuracies, names)
 
         step = max(1, len(self.detections) // max(1, self.save_images))
@@ -171,3 +191,41 @@ class Detection(DensePredictionTask):
             index = detections.index
             path, image, truth = self.picture_path(folder, images, index), images[index]["image"], objects[ids[index]]
             plot_detections(path, image, detections, truth, categories, names)
+
+    def write_predictions(self, folder: Path, datamodule: Any) -> None:
+        """Write `detections.json`, in COCO's results format, and `detection_ids.json`.
+
+        The second has the images and categories in COCO's format, which name the ids in the first.
+        """
+        images, categories = datamodule.images("test"), datamodule.category_ids
+        ids = images.ids.tolist()
+        write_results(folder / "detections.json", coco_results(self.detections, ids, categories))
+        names_of_ids = {
+            "images": [
+                {
+                    "id": ids[image.index],
+                    "height": image.size[0],
+                    "width": image.size[1],
+                    "file_name": images.name(image.index),
+                }
+                for image in self.detections
+            ],
+            "categories": [
+                {"id": category, "name": name}
+                for category, name in zip(categories, datamodule.class_names, strict=True)
+            ],
+        }
+        write_text(folder / "detection_ids.json", json.dumps(names_of_ids))
+
+    def describe_predictions(self, datamodule: Any) -> dict[int, str]:
+        descriptions = {}
+        for image in self.detections:
+            counts = Counter(image.labels[image.scores >= MIN_DRAWN_SCORE].tolist())
+            objects = ", ".join(f"{count} {datamodule.class_names[label]}" for label, count in counts.most_common(5))
+            descriptions[image.index] = objects or f"nothing with a score of {MIN_DRAWN_SCORE} or more"
+        return descriptions
+
+    def draw_prediction(self, path: Path, index: int, datamodule: Any) -> None:
+        image = datamodule.images("test").image(index)
+        [detections] = (detections for detections in self.detections if detections.index == index)
+        plot_detections(path, image, detections, None, datamodule.category_ids, datamodule.class_names)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -13,11 +14,10 @@ from torch import Tensor, nn
 from models.openmmlab.build import Segmentor, build_segmentor
 from retinue.evaluation.plots import draw_confusion
 from retinue.evaluation.segmentation import PixelCounts, areas, confusion_matrix, figures, summarize, write_iou_csv
-from retinue.evaluation.segmentation_plots import draw_prediction, plot_class_iou
+from retinue.evaluation.segmentation_plots import draw_prediction, plot_class_iou, write_map, write_map_classes
 from retinue.tasks.base import NOT_FINITE_ADVICE
 from retinue.tasks.dense_prediction import DensePredictionTask
 from retinue.utils.arithmetic import ceil_div, round_up
-from retinue.utils.files import replacing
 from retinue.utils.suggestions import nearest
 
 MODES = ("whole", "slide")
@@ -138,6 +138,7 @@ class Segmentation(DensePredictionTask):
     Attributes:
         counts: Pixel counts of all ranks for the test split, after a test.
         pictures: Predictions (H, W), uint8, that the report draws, by index in the split, after a test.
+        pixels: Number of pixels (K,) of each predicted class by index, after a prediction.
 
     Raises:
         ValueError: A value of `test` is out of its range.
@@ -157,6 +158,9 @@ class Segmentation(DensePredictionTask):
         self._rank_pictures: dict[int, Any] = {}
         self.counts: PixelCounts | None = None
         self.pictures: dict[int, Any] = {}
+        # Number of pixels (K,) of each predicted class by index, of this rank and of all ranks.
+        self._rank_pixels: dict[int, np.ndarray] = {}
+        self.pixels: dict[int, np.ndarray] = {}
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
@@ -169,7 +173,8 @@ class Segmentation(DensePredictionTask):
     def write_report(self, folder: Path, datamodule: Any) -> None:
         """Write `iou.csv`, `per_class.png`, `confusion.png` and `images/*.png`.
 
-        The last are pictures of `save_images` images, evenly spread over the split.
+        The last are pictures of `save_images` images, evenly spread over the split. With `predictions_folder`, the test
+        has written the maps, and this writes what they mean.
         """
         assert self.counts is not None
         classes, images = datamodule.class_names, datamodule.images("test")
@@ -180,6 +185,8 @@ class Segmentation(DensePredictionTask):
             sample = images[index]
             path = self.picture_path(folder, images, index)
             draw_prediction(path, sample["image"], sample["mask"], prediction, classes)
+        if self.predictions_folder:
+            self.write_predictions(folder, datamodule)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         return self.sum_losses(self.model.loss(batch["image"], batch["mask"]), len(batch["image"]))
@@ -221,21 +228,54 @@ class Segmentation(DensePredictionTask):
         step = max(1, len(images) // max(1, self.save_images))
         for index, prediction, mask in self.predictions(batch, self.inference):
             self._rank_counts.add(index, confusion_matrix(prediction, mask, self.num_classes).cpu().numpy())
-            if self.maps_folder:
-                # The maps have the names and the values of the data set's masks.
-                path = self.maps_folder / Path(images.name(index)).with_suffix(".png")
-                with replacing(path) as temporary:
-                    Image.fromarray(images.mask_values[prediction.cpu().numpy()]).save(temporary)
+            if self.predictions_folder:
+                self._write_map(images, index, prediction)
             if index % step == 0 and index < step * self.save_images:
                 self._rank_pictures[index] = prediction.to(torch.uint8).cpu().numpy()
 
     def on_test_epoch_end(self) -> None:
-        parts: list[Any] = [(self._rank_counts, self._rank_pictures)]
-        if self.trainer.world_size > 1:
-            parts = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, (self._rank_counts, self._rank_pictures))
+        own = self._rank_counts, self._rank_pictures
         self._rank_counts, self._rank_pictures = PixelCounts(self.num_classes), {}
         self.counts, self.pictures = PixelCounts(self.num_classes), {}
-        for counts, pictures in parts:
+        for counts, pictures in self.gather(own):
             self.counts.merge(counts)
             self.pictures |= pictures
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        images = self.trainer.datamodule.images("test")  # pyright: ignore[reportAttributeAccessIssue]
+        for index, prediction, _ in self.predictions(batch, self.inference):
+            self._write_map(images, index, prediction)
+            self._rank_pixels[index] = prediction.flatten().bincount(minlength=self.num_classes).cpu().numpy()
+
+    def on_predict_epoch_end(self) -> None:
+        own, self._rank_pixels = self._rank_pixels, {}
+        self.pixels = {index: counts for part in self.gather(own) for index, counts in part.items()}
+
+    def _write_map(self, images: Any, index: int, prediction: Tensor) -> None:
+        """Write the map of an image, with the values and, apart from the suffix, the name of the data set's mask."""
+        write_map(self._map_path(images, index), prediction.cpu().numpy(), images.mask_values)
+
+    def _map_path(self, images: Any, index: int) -> Path:
+        assert self.predictions_folder is not None
+        return self.predictions_folder / "maps" / f"{images.stem(index)}.png"
+
+    def write_predictions(self, folder: Path, datamodule: Any) -> None:
+        """Write `map_classes.json`, which says what the values in the maps mean; the steps have written the maps."""
+        values = datamodule.images("test").mask_values
+        write_map_classes(folder / "map_classes.json", datamodule.class_names, values)
+
+    def describe_predictions(self, datamodule: Any) -> dict[int, str]:
+        names, descriptions = datamodule.class_names, {}
+        for index, counts in self.pixels.items():
+            largest = [label for label in np.argsort(-counts, kind="stable")[:5] if counts[label]]
+            shares = (f"{names[label]} {100 * counts[label] / counts.sum():.1f} %" for label in largest)
+            descriptions[index] = ", ".join(shares)
+        return descriptions
+
+    def draw_prediction(self, path: Path, index: int, datamodule: Any) -> None:
+        images = datamodule.images("test")
+        with Image.open(self._map_path(images, index)) as file:
+            values = np.array(file)
+        labels = np.zeros(256, np.uint8)
+        labels[images.mask_values] = np.arange(self.num_classes)
+        draw_prediction(path, images.image(index), None, labels[values], datamodule.class_names)

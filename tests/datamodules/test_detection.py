@@ -219,6 +219,17 @@ def test_batches_hold_portrait_or_landscape_images_only(tmp_path):
     assert sorted(tuple(batch["image"].shape[2:]) for batch in loader) == [(64, 96)] * 4 + [(96, 64)] * 2
 
 
+def test_repeat_factors_follow_the_rarest_class_of_an_image(root):
+    data = make_data(root, sampler="repeat_factor", repeat_threshold=1.0)
+    loader = data.train_dataloader()
+    assert [data.images("train").index.ids[i] for i in range(4)] == [12, 5, 30, 31]
+    # Of four images, one has a kite, two have a dog, and three have a cat.
+    np.testing.assert_allclose(loader.sampler.factors, [2, 2**0.5, (4 / 3) ** 0.5, (4 / 3) ** 0.5])
+    assert make_data(root).train_dataloader().sampler.factors is None
+    with pytest.raises(ValueError, match=r"data\.sampler must be repeat_factor or null, not 'balanced'"):
+        make_data(root, sampler="balanced")
+
+
 def test_evaluation_batches(root):
     data = make_data(root, image_size=[90, 200], batch_size=3)
     batches = [data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()]

@@ -1,11 +1,14 @@
 """Samplers: order, groups, repeats, ranks and resumption."""
 
 import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from datamodules.sampler import EvalSampler, TrainSampler
+from datamodules.sampler import EvalSampler, TrainSampler, draw_copies, repeat_factors
 
 
 def indices(sampler):
@@ -101,3 +104,72 @@ def test_evaluation_sees_each_sample_once_on_ranks_of_equal_length(length, batch
     assert sorted(i for i in positions if i >= 0) == list(range(length))
     assert positions.count(-1) < world_size
     assert len(ranks[0]) == len(EvalSampler(length, batch_size, world_size=world_size))
+
+
+def rare_classes(images=400, seed=0):
+    """Return the image and the class of objects; class c is in about a share of 2^-c of the images."""
+    rng = np.random.default_rng(seed)
+    objects = [(i, c) for i in range(images) for c in range(9) for _ in range(2) if rng.random() < 2.0**-c and c]
+    return (*np.array(objects).T, images)
+
+
+def test_repeat_factors_are_those_of_the_definition_and_of_mmdetection():
+    from mmengine.dataset import ClassBalancedDataset
+
+    image, label, images = rare_classes()
+    factors = repeat_factors(image, label, images, 0.05)
+    classes = [set(label[image == i].tolist()) for i in range(images)]
+    share = {c: sum(c in of_image for of_image in classes) / images for c in range(1, 9)}
+    loops = [max([1.0, *(math.sqrt(0.05 / share[c]) for c in of_image)]) for of_image in classes]
+    np.testing.assert_allclose(factors, loops, rtol=1e-12)
+    assert (factors == 1).any() and factors.max() > 1.5
+
+    class Set(list):
+        def get_cat_ids(self, index):
+            return self[index]
+
+    balanced: Any = SimpleNamespace(dataset=Set(classes))
+    theirs = ClassBalancedDataset._get_repeat_factors(balanced, balanced.dataset, 0.05)
+    np.testing.assert_allclose(factors, theirs, rtol=1e-12)
+    assert repeat_factors(np.zeros(0, int), np.zeros(0, int), 3, 0.05).tolist() == [1, 1, 1]
+
+
+def test_images_are_drawn_as_often_as_their_factors_say():
+    factors = np.array([1.0, 1.25, 2.0, 3.7] * 25)
+    rng = np.random.default_rng(0)
+    drawn = np.mean([np.bincount(draw_copies(factors, rng), minlength=100) for _ in range(2000)], 0)
+    assert (np.bincount(draw_copies(factors, rng), minlength=100)[factors == 2] == 2).all()
+    np.testing.assert_allclose(drawn, factors, atol=0.06)
+
+    sampler = TrainSampler(100, 10, factors=factors)
+    counts = np.zeros(100)
+    for epoch in range(400):
+        sampler.set_epoch(epoch)
+        plans = list(sampler)
+        entries = [pair for plan in plans for pair in zip(plan.index, plan.copy, strict=True)]
+        # The copies of an image have different random numbers.
+        assert len(entries) == len(set(entries)) == 100
+        counts += np.bincount([index for index, _ in entries], minlength=100)
+    shares = counts / counts.sum()
+    np.testing.assert_allclose(shares, factors / factors.sum(), rtol=0.2)
+
+
+def test_a_sampler_with_factors_is_resumed_and_shared_as_without():
+    image, label, images = rare_classes()
+    arguments = {
+        "factors": repeat_factors(image, label, images, 0.2), "groups": np.arange(images) % 3 == 0, "seed": 4,
+    }  # fmt: skip
+    whole = TrainSampler(images, 8, **arguments)
+    ranks = [TrainSampler(images, 4, rank=rank, world_size=2, **arguments) for rank in range(2)]
+    resumed = TrainSampler(images, 8, **arguments)
+    for sampler in (whole, *ranks):
+        sampler.set_epoch(3)
+    plans = list(whole)
+    assert len(plans) == len(TrainSampler(images, 8)) == 50
+    for plan, *parts in zip(plans, *ranks, strict=True):
+        pairs = sorted(zip(plan.index, plan.copy, strict=True))
+        assert pairs == sorted(pair for part in parts for pair in zip(part.index, part.copy, strict=True))
+    resumed.load_state_dict({"epoch": 3, "batches": 20})
+    assert list(resumed) == plans[20:]
+    whole.set_epoch(4)
+    assert list(whole) != plans

@@ -122,6 +122,8 @@ def test_a_sharded_run_leaves_the_weights_of_a_whole_net(undisturbed, scenes, tm
         (["task=detection", "head.size=smal"], "head.size 'smal' is unknown. Did you mean 'small'?"),
         (["task=detection", "data=digits"], "data=digits is for task=classification, not task=detection"),
         (["task=segmentation", "task.test.mode=slid"], "task.test.mode must be whole or slide, not 'slid'"),
+        (["task=segmentation", "+data.sampler=repeat_factor"], "repeat_factor is for classification and detection"),
+        (["task=detection", "task.test.scales=[0.0]"], "task.test.scales"),
         (["task=detection", "model=crossvit"], "has no pyramid of maps"),
         (["data=coco"], "data.root=FOLDER"),
         (["data=ade20k", "data.root=nowhere"], "data.root=nowhere is missing"),

@@ -20,7 +20,7 @@ from retinue.utils.paths import CONF, PROJECT
 SCREEN = 40  # lines
 
 
-@pytest.mark.parametrize("program", ["train", "eval"])
+@pytest.mark.parametrize("program", ["train", "eval", "predict"])
 def test_the_overview_is_one_screen(cli, program):
     lines = cli(program, "--help").out.splitlines()
     assert len(lines) <= SCREEN and max(map(len, lines)) <= 100

@@ -20,7 +20,7 @@ IMAGENET = ("data=imagenet", "data.root=/data/in1k", "model=swin")
         "recipe.epochs=21", "model.size=tiny", "data.image_size=28", "trainer.precision=bf16", "model.mixers=window",
         "data=image_folder", "+model.args.drop_path_rate=0.3", "weights=start.pth", "recipe.clip_grad=5.0",
         "recipe.ema.decay=null", "task.distillation.teacher=resnet50", "recipe.augment.device=gpu",
-        "recipe.augment.decode=reduced",
+        "recipe.augment.decode=reduced", "data.sampler=repeat_factor",
     ],
 )  # fmt: skip
 def test_the_folder_changes_with_what_changes_the_result(override):
@@ -33,10 +33,22 @@ def test_the_folder_changes_with_what_changes_the_result(override):
     [
         "data.num_workers=3", "logger=none", "trainer=cpu", "trainer.devices=2", "rerun=true",
         "checkpoint.every_steps=7", "task.distillation.alpha=0.7", "drop_classifier=true", "model.size=nano",
+        "data.repeat_threshold=0.5",
     ],
 )  # fmt: skip
 def test_the_folder_stays_with_what_does_not(override):
     assert run_folder(composed(override)) == run_folder(composed())
+
+
+def test_a_detectors_augmentation_of_tests_counts_only_if_it_is_on():
+    cfg = composed("task=detection")
+    before = copy.deepcopy(cfg)
+    with open_dict(before):
+        del before.task.test, before.data.sampler, before.data.repeat_threshold
+    off = composed("task=detection", "task.test.nms_iou=0.6")
+    assert run_folder(cfg) == run_folder(before) == run_folder(off)
+    for override in ("task.test.flip=true", "task.test.scales=[0.8,1.0]"):
+        assert run_folder(composed("task=detection", override)) != run_folder(cfg)
 
 
 def test_the_folder_names_task_data_model_and_seed():

@@ -143,7 +143,7 @@ def test_a_kill_at_any_step_of_a_replacement_loses_no_run(tmp_path, monkeypatch)
 def test_an_evaluation_never_replaces_a_run(cli, run):
     before = content(run)
     error = cli("eval", "run=run", "hydra.run.dir=run", *EVAL).error
-    assert "run holds a run, whose result the evaluation would replace: choose another hydra.run.dir" in error
+    assert "run holds a run, whose files could be replaced: choose another folder" in error
     error = cli("eval", "run=run", "hydra.run.dir=run/checkpoints/x", *EVAL).error
     assert "lies inside the run" in error
     assert content(run) == before

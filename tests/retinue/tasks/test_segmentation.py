@@ -75,6 +75,9 @@ class Images:
     def name(self, index: int) -> str:
         return f"park/{index:03d}.jpg"
 
+    def stem(self, index: int) -> str:
+        return f"park/{index:03d}"
+
     def __getitem__(self, index: int) -> dict:
         mask = self.masks[index].copy()
         mask[:3] = 255
@@ -295,19 +298,25 @@ def test_the_report_has_tables_and_pictures(tmp_path: Path):
     task.write_report(tmp_path, data)
     written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     pictures = [f"images/park_{index:03d}.png" for index in (0, 3, 6)]
-    assert written == ["confusion.png", *pictures, "iou.csv", "per_class.png"]
+    assert written == ["confusion.csv", "confusion.png", *pictures, "iou.csv", "per_class.png"]
 
 
 def test_the_maps_have_the_names_and_values_of_masks(tmp_path: Path):
     task, data = make_task(Truthful(noise=8.0)), Data(4, 2, padding=1)
     task.save_images = 4
-    task.maps_folder = tmp_path / "maps"
+    task.predictions_folder = tmp_path
     data.set.mask_values = np.arange(K, dtype=np.uint8) + 1  # pyright: ignore[reportAttributeAccessIssue]
     evaluated(task, data)
-    assert sorted(path.name for path in task.maps_folder.iterdir()) == ["park"]
+    task.write_report(tmp_path, data)
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["park"]
+    meanings = json.loads((tmp_path / "map_classes.json").read_text())
+    assert [(meaning["value"], meaning["name"]) for meaning in meanings] == list(enumerate(NAMES, 1))
     for index, prediction in task.pictures.items():
-        with Image.open(task.maps_folder / f"park/{index:03d}.png") as image:
+        with Image.open(tmp_path / f"maps/park/{index:03d}.png") as image:
             np.testing.assert_array_equal(np.array(image), prediction + 1)
+            colours = np.array(image.convert("RGB"))
+        for meaning in meanings:
+            assert (colours[prediction + 1 == meaning["value"]] == meaning["color"]).all()
 
 
 RECIPES = ("ade20k_80k", "ade20k_160k", "mask2former_160k", "vwformer_160k", "small_segmentation")
