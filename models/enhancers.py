@@ -74,9 +74,10 @@ class ScaleFeatures(nn.Module):
 
     def __init__(self):
         super().__init__()
-        widths = [(3, HIDDEN), *[(HIDDEN, HIDDEN)] * 3, *[(2 * HIDDEN, HIDDEN)] * 2, (2 * HIDDEN, CHANNELS)]
-        for i, (inputs, outputs) in enumerate(widths, start=1):
-            self.add_module(f"conv{i}", nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.conv1 = nn.Conv2d(3, HIDDEN, 3, padding=1)
+        self.conv2, self.conv3, self.conv4 = (nn.Conv2d(HIDDEN, HIDDEN, 3, padding=1) for _ in range(3))
+        self.conv5, self.conv6 = (nn.Conv2d(2 * HIDDEN, HIDDEN, 3, padding=1) for _ in range(2))
+        self.conv7 = nn.Conv2d(2 * HIDDEN, CHANNELS, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         first = F.relu(self.conv1(x))

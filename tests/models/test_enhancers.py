@@ -29,13 +29,17 @@ def test_heads_weigh_two_scales_at_each_position():
         assert torch.allclose(out - full, resize(mixed, full.shape[2:]), atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(15, 15), (61, 250), (250, 61)])
-def test_an_image_keeps_its_size_and_changes_by_at_most_eight(size):
-    module, x = FeatEnHancer(), torch.randn(1, 3, *size)
-    change = (module(x) - x).abs()
-    assert change.shape == x.shape and 0 < change.max() <= 8
+@torch.no_grad()
+def test_an_image_keeps_its_size_and_changes_by_at_most_eight():
+    torch.manual_seed(0)
+    module = FeatEnHancer()
+    for size in ((15, 15), (31, 50), (50, 31)):
+        x = torch.randn(1, 3, *size)
+        change = module(x) - x
+        assert change.shape == x.shape and 0 < change.abs().max() <= 8
     with torch.autocast("cpu", torch.bfloat16):
-        assert (module(x) - x - (module(x) - x)).abs().max() < 0.2
+        half = module(x) - x
+    assert (half - change).abs().max() < 0.05
 
 
 def test_too_small_an_image_is_refused_in_one_line():
