@@ -4,6 +4,7 @@ import logging
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -132,25 +133,35 @@ class DetectionData(DensePredictionData):
         keep_empty: whether images without objects are trained on too.
         read_masks: whether training samples have the instance masks of the data, if there are any. A detector that
             predicts only boxes needs no masks, and decoding them takes time.
+        shots: number of objects of each class to train on, drawn by the seed; the others are ignored like crowds, and
+            images without a drawn object are left out. None trains on all objects.
         common: arguments of `DensePredictionData`.
     """
 
     collate = staticmethod(collate)
 
-    def __init__(self, *, keep_empty: bool = False, read_masks: bool = True, **common: Any):
+    def __init__(self, *, keep_empty: bool = False, read_masks: bool = True, shots: int | None = None, **common: Any):
         super().__init__(**common)
-        self.keep_empty, self.read_masks = keep_empty, read_masks
+        if shots is not None and shots < 1:
+            raise ValueError(f"data.shots must be at least 1, or null for all objects, not {shots!r}")
+        if shots is not None and keep_empty:
+            raise ValueError("data.shots leaves out images without a drawn object, so data.keep_empty must be false")
+        self.keep_empty, self.read_masks, self.shots = keep_empty, read_masks, shots
 
     @abstractmethod
     def read(self, split: str) -> tuple[CocoIndex, Path]:
         """Return a split's annotations, and the folder that their file names are relative to."""
+
+    def sets(self, split: str) -> dict[str, range]:
+        """Return the positions of the images of each set that a split joins, by name; none if the split is one set."""
+        return {}
 
     def load(self, split: str) -> DetectionImages:
         index, folder = self.read(split)
         check_files(index, folder)
         if split == "val":
             return DetectionImages(index, folder)
-        _check_same_categories(index, self._val_index)
+        check_same_categories(index, self._val_index)
         if self.has_masks and index.segmentations is None:
             raise ValueError(f"{self._val_index.source} has masks, but annotations of {index.source} have none")
         return DetectionImages(index, folder) if split == "test" else self._training_images(index, folder)
@@ -167,6 +178,10 @@ class DetectionData(DensePredictionData):
             message = "%s: %d of %d objects have an empty mask or no polygon with three corners, and are ignored"
             warn(message, index.source, maskless.sum(), len(index.boxes))
         is_object = ~(index.degenerate | index.unused | index.crowd | maskless)
+        if self.shots is not None:
+            drawn = draw_shots(index.labels, is_object, self.shots, self.seed)
+            index = replace(index, crowd=index.crowd | (is_object & ~drawn))
+            is_object = drawn
         has_objects = np.bincount(index.image_index, is_object, minlength=len(index.ids)) > 0
         if not has_objects.any():
             raise ValueError(f"{index.source} has no box to train on: all are crowds, ignored, or outside their images")
@@ -219,6 +234,25 @@ class DetectionData(DensePredictionData):
         return batch | {"image": normalise_padded(batch["image"], batch["sizes"], self.mean, self.std)}
 
 
+def draw_shots(labels: np.ndarray, is_object: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Draw objects of each class without replacement; the draw of fewer shots with the same seed is a part of it.
+
+    Args:
+        labels: (A,) class of each annotation.
+        is_object: bool (A,), which annotations are objects to train on.
+        shots: number of objects of each class; a class with fewer objects keeps all of them.
+        seed: seed of the draw.
+
+    Returns:
+        bool (A,), which annotations were drawn.
+    """
+    drawn = np.zeros(len(labels), bool)
+    for label in np.unique(labels[is_object]).tolist():
+        objects = np.flatnonzero(is_object & (labels == label))
+        drawn[np.random.default_rng([seed, label]).permutation(objects)[:shots]] = True
+    return drawn
+
+
 def check_classes(classes: Any) -> list[str] | None:
     """Return the argument `classes` of a data set after checking that it is a list of different names, or None.
 
@@ -257,7 +291,12 @@ def check_files(index: CocoIndex, folder: Path) -> None:
         raise ValueError(f"{counts}, like {folder / missing[0]}")
 
 
-def _check_same_categories(index: CocoIndex, other: CocoIndex) -> None:
+def check_same_categories(index: CocoIndex, other: CocoIndex) -> None:
+    """Check that two files of annotations have the same categories.
+
+    Raises:
+        ValueError: if they have not.
+    """
     if index.categories != other.categories:
         id, name = min(set(index.categories.items()) ^ set(other.categories.items()))
         with_category, without = (index, other) if (id, name) in index.categories.items() else (other, index)

@@ -14,6 +14,7 @@ from timm.layers import LayerNorm2d, to_2tuple
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from models.enhancers import ENHANCERS
 from models.factory import build
 from models.hierarchical import HierarchicalBackbone
 from models.pyramid import STRIDES, SimplePyramid
@@ -21,6 +22,7 @@ from models.timm_nets import pad_to_whole_patches
 from models.weights import rename_weights
 from retinue.utils.arithmetic import ceil_div, padding, round_up
 from retinue.utils.sizes import resolve, size_pixels
+from retinue.utils.suggestions import nearest
 
 # Multiples of pixels that a net's image sides may have to be, tried in this order.
 MULTIPLES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 192, 224, 256, 384, 448, 512)
@@ -51,7 +53,7 @@ def create_backbone(model_cfg: Mapping, data_cfg: Mapping, in_chans: int, min_st
 
 
 # Beginnings of the names of weights that `DenseBackbone` adds to a net's.
-OWN = ("norms.", "pyramid.")
+OWN = ("norms.", "pyramid.", "enhancer.")
 
 
 class DenseBackbone(nn.Module):
@@ -74,6 +76,7 @@ class DenseBackbone(nn.Module):
             have one stride, as those of a ViT do, and it is a power of 2. By default the last map is chosen; several
             blocks' maps, one for each stride, are chosen by `out_indices`, such as (2, 5, 8, 11). Other nets' maps stay
             as they are.
+        enhancer: Name of an enhancer of images, a key of `models.enhancers.ENHANCERS`, which the images pass first.
         kwargs: Arguments of the net. `img_size` is passed on only to nets that have this argument.
 
     Attributes:
@@ -99,9 +102,14 @@ class DenseBackbone(nn.Module):
         norms: bool | None = False,
         min_stride: int = 1,
         simple_pyramid: bool = False,
+        enhancer: str | None = None,
         **kwargs: Any,
     ):
         super().__init__()
+        if enhancer is not None and enhancer not in ENHANCERS:
+            names = ", ".join(ENHANCERS)
+            raise ValueError(f"enhancer {enhancer!r} is unknown.{nearest(enhancer, ENHANCERS)} There are: {names}")
+        self.enhancer = None if enhancer is None else ENHANCERS[enhancer]()
         self.net: Any = build_for_any_size(name, kwargs)
         info = list(self.net.feature_info)
         strides = [level["reduction"] for level in info]
@@ -139,6 +147,8 @@ class DenseBackbone(nn.Module):
         H, W = x.shape[2:]
         if self.only_size not in (None, (H, W)):
             raise ValueError(f"{type(self.net).__name__} takes images of {self.only_size} pixels only, not {(H, W)}")
+        if self.enhancer is not None:
+            x = self.enhancer(x)
         x = F.pad(x, (0, padding(W, self.multiple), 0, padding(H, self.multiple)))
         maps = self.net.forward_intermediates(
             x, indices=self.indices, stop_early=True, output_fmt="NCHW", intermediates_only=True

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from models.dense import create_backbone
+from models.heads.prototypes import PrototypeRefinement
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
@@ -26,7 +27,7 @@ from retinue.utils.suggestions import nearest
 # Our decoders by the name of their head: (in_channels, num_classes, **arguments) -> decoder of four maps.
 DECODERS: dict[str, Callable[..., nn.Module]] = {"vwformer": VWHead}
 # Values of `head.neck`: our necks, for detectors with a feature pyramid.
-NECKS = ("rcnet", "sdanet")
+NECKS = ("prototypes", "rcnet", "sdanet")
 
 
 def build_detector(cfg: Any, datamodule: Any) -> Detector:
@@ -85,7 +86,7 @@ def _build_package_model(interface: type[DensePredictor], cfg: Any, datamodule: 
     with DefaultScope.overwrite_default_scope(head.library), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if head.get("neck") is not None:
-            neck = build_own_neck(head, config["neck"], MODELS.build)
+            neck = build_own_neck(head, config["neck"], datamodule.num_classes, MODELS.build)
             config["neck"] = {"type": lambda: neck}
         package_class = MODELS.get(f"{head.library}.{config['type']}")
         if package_class is None:
@@ -120,12 +121,15 @@ def explain_errors(head: str, build: Callable[[], Any]) -> Any:
         raise ValueError(f"head={head} cannot be built with these arguments: {reason}") from error
 
 
-def build_own_neck(head: Any, pyramid: dict[str, Any], build: Callable[[dict], nn.Module]) -> nn.Module:
-    """Build the neck that `head.neck` names: RCNet instead of the feature pyramid, or SDANet's attention after it.
+def build_own_neck(
+    head: Any, pyramid: dict[str, Any], num_classes: int, build: Callable[[dict], nn.Module]
+) -> nn.Module:
+    """Build the neck that `head.neck` names: RCNet instead of the feature pyramid, or another of `NECKS` after it.
 
     Args:
         head: The composed head config.
         pyramid: The package's config of the feature pyramid.
+        num_classes: Number of classes of the data.
         build: Function that builds a module of the package from its config.
 
     Raises:
@@ -143,4 +147,9 @@ def build_own_neck(head: Any, pyramid: dict[str, Any], build: Callable[[dict], n
     # mmengine's Sequential, unlike torch's, passes the call of `init_weights` on to the pyramid.
     from mmengine.model import Sequential
 
-    return Sequential(build(pyramid), SelectiveDenseAttention(width, levels))
+    refinement = (
+        SelectiveDenseAttention(width, levels)
+        if head.neck == "sdanet"
+        else PrototypeRefinement(width, levels, num_classes)
+    )
+    return Sequential(build(pyramid), refinement)

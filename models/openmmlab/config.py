@@ -24,7 +24,7 @@ FINEST_STRIDE = 4
 
 @cache
 def library(name: str) -> Path:
-    """Import a package quietly and return the folder of its configs.
+    """Import a package quietly, register our own parts, and return the folder of its configs.
 
     Warnings of the packages are filtered from then on. mmengine's logger, which would log the initialisation of each
     parameter, shows errors only.
@@ -37,6 +37,7 @@ def library(name: str) -> Path:
         warnings.simplefilter("ignore")
         for package in dict.fromkeys(("mmdet", name)):
             importlib.import_module(f"{package}.models")
+        importlib.import_module("models.openmmlab.mayor")
     warnings.filterwarnings("ignore", module=r"mm(engine|cv|det|seg)\b")
     # The packages call torch.meshgrid without `indexing`, and torch attributes the warning to its own module.
     warnings.filterwarnings("ignore", message=r"torch\.meshgrid")

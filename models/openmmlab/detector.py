@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.heads.prototypes import Objects, PrototypeRefinement
 from models.openmmlab.interface import DensePredictor, sum_losses
 from models.openmmlab.meta import on_meta
 
@@ -65,6 +66,10 @@ class Detector(DensePredictor):
         from mmengine.structures import InstanceData
 
         H, W = image.shape[2:]
+        for part in self.modules():
+            if isinstance(part, PrototypeRefinement):
+                crowds = [b.new_zeros(0, 4) for b in boxes] if ignored is None else ignored
+                part.objects = Objects(boxes, labels, crowds, sizes, (H, W))
         samples = self._samples(image, sizes, sizes)
         for i, sample in enumerate(samples):
             truth: dict[str, Any] = {"bboxes": boxes[i].float(), "labels": labels[i]}

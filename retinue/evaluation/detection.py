@@ -165,6 +165,16 @@ class Accuracy:
         return self.precision.mean((0, 1))
 
 
+def average(accuracies: Sequence[Accuracy]) -> Accuracy:
+    """Average accuracies of several sets; a figure or a class that a set lacks is averaged over the other sets."""
+    figures = {}
+    for name in FIGURES:
+        values = [value for accuracy in accuracies if (value := accuracy.figures[name]) is not None]
+        figures[name] = sum(values) / len(values) if values else None
+    precision = np.ma.masked_invalid([accuracy.precision for accuracy in accuracies]).mean(0)
+    return Accuracy(figures, precision.filled(np.nan))
+
+
 def evaluate(
     kind: str,
     results: Sequence[Mapping[str, Any]],

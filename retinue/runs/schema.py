@@ -20,6 +20,7 @@ from retinue.runs.schema_sections import (
     Count,
     DenseData,
     DenseRecipe,
+    DetectionData,
     DetectionTask,
     Keys,
     Name,
@@ -185,7 +186,7 @@ class Detection(Sections):
     """Sections of detection."""
 
     task: DetectionTask
-    data: DenseData
+    data: DetectionData
     recipe: DenseRecipe
 
 

@@ -359,3 +359,11 @@ class DenseData(Data):
     in_chans: Channels = Field(description="number of channels, always 3")
     keep_empty: bool = Field(False, description="true: train on images without objects too")
     flip: bool = Field(description="false: a mirrored object has another class, so hflip is not applied")
+
+
+class DetectionData(DenseData):
+    """`conf/data/*.yaml` for detection."""
+
+    shots: Count | None = Field(
+        None, description="objects of each class to train on, drawn by the seed; null: all objects"
+    )

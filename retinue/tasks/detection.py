@@ -15,6 +15,7 @@ from models.openmmlab.config import learns_masks
 from retinue.evaluation.detection import (
     Accuracy,
     ImageDetections,
+    average,
     coco_results,
     evaluate,
     merge,
@@ -37,7 +38,7 @@ from retinue.tasks.detection_inference import DetectionInference
 from retinue.utils.arithmetic import round_up
 from retinue.utils.files import write_text
 
-# Figures of a validation; a test reports all twelve of COCO's.
+# Figures of a validation and of each of several test sets; a test reports all twelve of COCO's.
 VALIDATION_FIGURES = ("ap", "ap50", "ap75")
 
 
@@ -56,7 +57,9 @@ class Detection(DensePredictionTask):
 
     Attributes:
         detections: Detections of all ranks in the test split, after a test.
-        accuracies: Accuracy of boxes ("box") and masks ("mask"), after a test.
+        accuracies: Accuracy of boxes ("box") and masks ("mask"), after a test; the mean over the sets if the test split
+            has several.
+        set_accuracies: The same for each of several test sets, by the set's name.
     """
 
     model: Detector
@@ -69,6 +72,7 @@ class Detection(DensePredictionTask):
         self._rank_detections: list[ImageDetections] = []
         self.detections: list[ImageDetections] = []
         self.accuracies: dict[str, Accuracy] = {}
+        self.set_accuracies: dict[str, dict[str, Accuracy]] = {}
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
@@ -115,7 +119,7 @@ class Detection(DensePredictionTask):
 
     def on_validation_epoch_end(self) -> None:
         datamodule = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        accuracies = self._evaluate(self._gather(), datamodule, "val")
+        accuracies, _ = self._evaluate(self._gather(), datamodule, "val")
         # A figure is None if the data have no objects for it. NaN then makes no checkpoint the best one.
         self.val_figures = {
             f"val/{kind}_{name}": math.nan if (value := accuracy.figures[name]) is None else value
@@ -128,7 +132,7 @@ class Detection(DensePredictionTask):
     def on_test_epoch_end(self) -> None:
         datamodule = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         self.detections = self._gather()
-        self.accuracies = self._evaluate(self.detections, datamodule, "test")
+        self.accuracies, self.set_accuracies = self._evaluate(self.detections, datamodule, "test")
 
     def on_predict_epoch_end(self) -> None:
         self.detections = self._gather()
@@ -138,22 +142,38 @@ class Detection(DensePredictionTask):
         own, self._rank_detections = self._rank_detections, []
         return merge(image for part in self.gather(own) for image in part)
 
-    def _evaluate(self, detections: list[ImageDetections], datamodule: Any, split: str) -> dict[str, Accuracy]:
-        """Compute COCO's figures of a split.
+    def _evaluate(
+        self, detections: list[ImageDetections], datamodule: Any, split: str
+    ) -> tuple[dict[str, Accuracy], dict[str, dict[str, Accuracy]]]:
+        """Compute COCO's figures of a split, and those of each set if the split joins several.
 
         Every rank computes them: if one rank did, the others would only wait for it.
+
+        Returns:
+            Accuracies by kind, `box` or `mask`, averaged over the sets; and accuracies of each set by name and kind.
         """
         images, categories = datamodule.images(split), datamodule.category_ids
         ids = images.ids.tolist()
-        evaluated = [ids[image.index] for image in detections]
-        results = coco_results(detections, ids, categories)
         kinds = ("box", "mask") if self.model.masks and datamodule.has_masks else ("box",)
-        return {kind: evaluate(kind, results, images.truth, evaluated, categories) for kind in kinds}
+
+        def accuracies(part: list[ImageDetections]) -> dict[str, Accuracy]:
+            evaluated = [ids[image.index] for image in part]
+            results = coco_results(part, ids, categories)
+            return {kind: evaluate(kind, results, images.truth, evaluated, categories) for kind in kinds}
+
+        sets = {
+            name: accuracies([image for image in detections if image.index in positions])
+            for name, positions in datamodule.sets(split).items()
+        }
+        if not sets:
+            return accuracies(detections), {}
+        return {kind: average([accuracy[kind] for accuracy in sets.values()]) for kind in kinds}, sets
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
-        """Return the number `n` of images, COCO's twelve figures of boxes and masks, and figures by class.
+        """Return the number `n` of images, COCO's twelve figures of boxes and masks, and figures by set and by class.
 
-        Names are `box_ap`, ..., `mask_ap`, ...; `per_class` is a dictionary by class.
+        Names are `box_ap`, ..., `mask_ap`, ...; `per_class` is a dictionary by class. If the test split joins several
+        sets, the figures are means over the sets, and those of a set have its name: `hidden/n`, `hidden/box_ap`, ...
         """
         images = datamodule.images("test")
         figures = {
@@ -161,6 +181,10 @@ class Detection(DensePredictionTask):
             for kind, accuracy in self.accuracies.items()
             for name, value in accuracy.figures.items()
         }
+        for name, positions in datamodule.sets("test").items():
+            figures[f"{name}/n"] = sum(image.index in positions for image in self.detections)
+            for kind, accuracy in self.set_accuracies[name].items():
+                figures |= {f"{name}/{kind}_{figure}": accuracy.figures[figure] for figure in VALIDATION_FIGURES}
         evaluated = images.ids[[image.index for image in self.detections]].tolist()
         classes = per_class(self.accuracies, images.truth, evaluated, datamodule.category_ids, datamodule.class_names)
         return {"n": len(self.detections), **figures, "per_class": classes}

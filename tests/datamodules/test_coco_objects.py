@@ -182,3 +182,42 @@ def test_boxes_that_are_plainly_two_corners_are_warned_of(caplog):
         assert not caplog.text
         index_coco(corners, "bad")
     assert "bad: the boxes seem to be [x1, y1, x2, y2], but COCO's are [x, y, width, height]: 3 of 4" in caplog.text
+
+
+def shot_objects(data):
+    """Return (image, label) of each object that is trained on, and the number of ignored boxes."""
+    images = data.images("train")
+    samples = [images[i] for i in range(len(images))]
+    objects = [(images.name(i), label) for i, sample in enumerate(samples) for label in sample["labels"].tolist()]
+    return objects, sum(len(sample["ignored"]) for sample in samples)
+
+
+def test_shots_are_drawn_by_the_seed_and_the_other_objects_are_ignored(tmp_path):
+    boxes = [(10 * i, 5, 8, 9) for i in range(6)]
+    annotations = [
+        annotation(100 + 6 * k + i, image, id, box, polygon(*box))
+        for k, image in enumerate((12, 5, 9, 30))
+        for i, (box, id) in enumerate(zip(boxes, (7, 3, 7, 3, 7, 90), strict=True))
+    ]
+    write(tmp_path, content() | {"annotations": annotations})
+    draws = {seed: shot_objects(make_data(tmp_path, shots=2, seed=seed))[0] for seed in range(5)}
+    for objects in draws.values():
+        assert sorted(label for _, label in objects) == [0, 0, 1, 1, 2, 2]
+    assert draws[0] == shot_objects(make_data(tmp_path, shots=2, seed=0))[0]
+    assert len({tuple(objects) for objects in draws.values()}) > 1
+    # One shot is a part of two shots.
+    assert set(shot_objects(make_data(tmp_path, shots=1))[0]) <= set(draws[0])
+    objects, ignored = shot_objects(make_data(tmp_path, shots=5))
+    assert sorted(label for _, label in objects) == [*[0] * 5, *[1] * 5, *[2] * 4]
+    assert len(objects) + ignored == 6 * len({name for name, _ in objects})
+    # The evaluated images have all of their objects.
+    truth = make_data(tmp_path, shots=1).images("val").truth
+    assert len(truth["annotations"]) == len(content()["annotations"])
+
+
+def test_wrong_shots_are_refused_in_one_line(tmp_path):
+    write(tmp_path, content())
+    with pytest.raises(ValueError, match=r"data\.shots must be at least 1, or null for all objects, not 0$"):
+        make_data(tmp_path, shots=0)
+    with pytest.raises(ValueError, match=r"data\.keep_empty must be false$"):
+        make_data(tmp_path, shots=1, keep_empty=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.backbones import lola_specvit
 from models.backbones.hyper_zzw import SlowFastBlock
+from models.enhancers import FeatEnHancer
 from ops import Place, create_op
 from tests.vectors import cfsr
 from tests.vectors.blocks import Block, LaMambaBlock, LocalRegionBlock, RegionLayer, TokenAggregationBlock
@@ -275,6 +276,7 @@ PARTS: dict[str, Part | Block] = {
         # Three fixed filters, which are parameters there
         constants=3 * 96 * 9,
     ),
+    "featenhancer__full": Part(FeatEnHancer),
     "hyperzzw__sfne_c12_s16": Part(
         lambda: SlowFastBlock(12, 36, (16, 16)), lambda block, x: (block(x), block.slow_net_g())
     ),

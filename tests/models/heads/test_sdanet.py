@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from models import load_weights
 from models.heads.sdanet import ContextBlock, SelectiveDenseAttention, at_level
 from tests.models.heads import assert_matches, pyramid, stir, without_gradient
+from tests.models.openmmlab import CLASSES, build
+from tests.models.openmmlab.test_build import detection_batch, losses
+from tests.models.openmmlab.test_build import without_gradient as losses_without_gradient
 from tests.vectors.claims import HEADS
 
 
@@ -90,6 +93,34 @@ def test_saved_weights_load():
     loaded = load_weights(other, neck.state_dict())
     assert not loaded.missing and not loaded.unexpected
     assert all(torch.equal(a, b) for a, b in zip(neck.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "net",
+    ["resnet18", pytest.param("biformer", marks=pytest.mark.slow), pytest.param("vitdet", marks=pytest.mark.slow)],
+)
+def test_the_whole_detector_is_trained_and_predicts(net):
+    model = build("sdanet", net)
+    assert losses_without_gradient(model, losses(model)) == []
+    image, sizes, *_ = detection_batch()
+    with torch.no_grad():
+        detections = model.eval().predict(image, sizes, sizes)
+    assert all(
+        len(d.boxes) and d.masks.shape[1:] == (h, w) for d, (h, w) in zip(detections, sizes.tolist(), strict=True)
+    )
+
+
+def test_the_whole_detector_has_the_layers_of_the_authors():
+    with torch.device("meta"):
+        model = build("sdanet", "resnet101", size="full")
+        attention = SelectiveDenseAttention()
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    pyramid_layers = sum(width * 256 + 256 for width in (256, 512, 1024, 2048)) + 4 * (9 * 256**2 + 256)
+    assert count["neck"] == pyramid_layers + sum(p.numel() for p in attention.parameters())
+    # Each of three stages scores the classes and the background, and predicts one box for all classes.
+    boxes = 256 * 49 * 1024 + 1024 + 1024**2 + 1024 + 1025 * (CLASSES + 1) + 1025 * 4
+    masks = 4 * (9 * 256**2 + 256) + 4 * 256**2 + 256 + 257 * CLASSES
+    assert count["roi_head"] == 3 * (boxes + masks)
 
 
 def test_another_number_of_levels_is_refused_in_one_line():

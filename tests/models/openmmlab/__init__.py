@@ -27,7 +27,7 @@ def make_config(head: str, model: str = "biformer", size: str | None = None, **c
     cfg = OmegaConf.create(
         {
             "model": OmegaConf.load(CONF / "model" / ("timm.yaml" if is_timm else f"{model}.yaml")),
-            "head": OmegaConf.load(CONF / "head" / f"{head}.yaml"),
+            "head": load_head(head),
             "data": {"name": "scenes", "kind": "small", "image_size": [256, 320]},
         }
     )
@@ -42,6 +42,13 @@ def make_config(head: str, model: str = "biformer", size: str | None = None, **c
 def build(head: str, model: str = "biformer", **changes: Any) -> Any:
     """Build a detector or a segmentor for `CLASSES` classes, with weights that follow from the seed 0."""
     torch.manual_seed(0)
-    build_head = build_detector if head in DETECTORS else build_segmentor
-    data = SimpleNamespace(num_classes=CLASSES, in_chans=3, has_masks=True)
-    return build_head(make_config(head, model, **changes), data)
+    cfg = make_config(head, model, **changes)
+    build_head = build_detector if cfg.head.task == "detection" else build_segmentor
+    return build_head(cfg, SimpleNamespace(num_classes=CLASSES, in_chans=3, has_masks=True))
+
+
+def load_head(name: str) -> Any:
+    """Return a file of `conf/head`, merged into the file that it inherits from."""
+    head: Any = OmegaConf.load(CONF / "head" / f"{name}.yaml")
+    inherited = head.pop("defaults", [])
+    return OmegaConf.merge(*map(load_head, inherited), head)

@@ -31,6 +31,7 @@ from tests.retinue.runs.test_config import composed
         (("task=segmentation", "head=semantic_fpn"), "small_segmentation", "scenes", "segmentation"),
         (("data=coco", "model=swin"), "coco_1x", "coco", "detection"),
         (("data=coco", "head=dino"), "dino_1x", "coco", "detection"),
+        (("data=pidray", "head=sdanet"), "sdanet_1x", "pidray", "detection"),
         (("data=ade20k",), "ade20k_80k", "ade20k", "segmentation"),
         (("data=ade20k", "head=upernet"), "ade20k_160k", "ade20k", "segmentation"),
     ],
