@@ -66,9 +66,7 @@ class CrossContextualAttention(nn.Module):
         (r"^layers\.(\d+)\.(\d)\.fn\.fn\.", r"attention.\1.\2."),
     )
 
-    def __init__(
-        self, dim: int, depth: int = 2, num_heads: int = 8, head_dim: int = 64, everywhere: bool = False
-    ):
+    def __init__(self, dim: int, depth: int = 2, num_heads: int = 8, head_dim: int = 64, everywhere: bool = False):
         super().__init__()
         self.everywhere = everywhere
         self.norms = nn.ModuleList(nn.ModuleList(nn.LayerNorm(dim) for _ in range(2)) for _ in range(depth))
@@ -147,9 +145,10 @@ class AttSwinUNetHead(nn.Module):
     4 ⌈W / 4⌉). Patch expanding enlarges the coarsest map to stride 16; stages of Swin blocks work at strides 16, 8
     and 4. A linear layer brings a skip map to the decoder's width if the widths differ, which they do not for Swin-T.
 
-    In the authors' net a skip map is the input of a stage of Swin, here a map is what the backbone's stage returns. The
-    paper also adds the encoder's attention weights to the decoder's. In the authors' code this happens after the weights
-    were applied, so that it changes nothing, and other backbones have no such weights: this decoder leaves it out.
+    In the authors' net a skip map is the input of a stage of Swin; here a skip map is what a stage of the backbone
+    returns. The paper also adds the encoder's attention weights to the decoder's. In the authors' code this happens
+    after the weights were applied, so that it changes nothing, and other backbones have no such weights: this decoder
+    leaves the sum out.
 
     Args:
         in_channels: Numbers of channels of the maps of strides 4, 8, 16 and 32.
@@ -199,7 +198,9 @@ class AttSwinUNetHead(nn.Module):
         if channels % HEAD_DIM:
             raise ValueError(f"AttSwinUNetHead's channels must be a multiple of {HEAD_DIM}, not {channels}")
         if skip not in SKIPS:
-            raise ValueError(f"AttSwinUNetHead's skip must be {' or '.join(SKIPS)}, not {skip!r}.{nearest(skip, SKIPS)}")
+            raise ValueError(
+                f"AttSwinUNetHead's skip must be {' or '.join(SKIPS)}, not {skip!r}.{nearest(skip, SKIPS)}"
+            )
         widths, _, rates = stage_layout(channels, depths, drop_path_rate)
         self.laterals = nn.ModuleList(
             nn.Identity() if in_dim == width else nn.Conv2d(in_dim, width, 1)

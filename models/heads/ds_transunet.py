@@ -18,7 +18,7 @@ from models.backbones.swin import shifted_window_blocks
 from models.dense import DenseBackbone, four_channels, four_maps
 from retinue.utils.sizes import resolve
 
-# The authors' coarse backbone; small patches are 4 pixels.
+# The authors' coarse backbone; the patches of their fine backbone are 4 pixels wide.
 SWIN_TINY = {"name": "swin_tiny", "patch": 8, "drop_path_rate": 0.2}
 
 
@@ -228,9 +228,7 @@ class DSTransUNetHead(nn.Module):
         half, quarter = channels // 2, channels // 4
         halve = nn.MaxPool2d(2, ceil_mode=True), *conv_norm_relu(quarter, half), *conv_norm_relu(half, half)
         self.stems = nn.ModuleList([nn.Conv2d(in_chans, quarter, 1), nn.Sequential(*halve)])
-        self.steps = nn.ModuleList(
-            SwinStep(factor * channels, factor, window, drop_path_rate) for factor in (8, 4, 2)
-        )
+        self.steps = nn.ModuleList(SwinStep(factor * channels, factor, window, drop_path_rate) for factor in (8, 4, 2))
         self.steps.extend([ConvStep(channels), ConvStep(half)])
         self.classifier = nn.Conv2d(quarter, num_classes, 1)
         self.auxiliary = nn.ModuleList(nn.Conv2d(width, num_classes, 1) for width in (8 * channels, channels))

@@ -91,7 +91,9 @@ def test_any_net_is_a_coarse_backbone(coarse):
 def test_the_losses_are_weighted_as_in_the_paper():
     model, (image, mask) = build("ds_transunet").eval(), segmentation_batch()
     logits, deep, shallow = (to_size_of(y, image) for y in model.outputs(image))
-    parts = [F.cross_entropy(y, mask, ignore_index=255, reduction="sum") / mask.numel() for y in (logits, deep, shallow)]
+    parts = [
+        F.cross_entropy(y, mask, ignore_index=255, reduction="sum") / mask.numel() for y in (logits, deep, shallow)
+    ]
     loss = model.loss(image, mask)
     assert torch.allclose(loss["loss_ce"], 0.6 * parts[0])
     assert torch.allclose(loss["aux.loss_ce"], 0.2 * parts[1] + 0.2 * parts[2])
@@ -102,7 +104,9 @@ def test_the_coarse_backbone_is_recomputed_and_not_decayed_as_a_backbone():
     model = build("ds_transunet", "swin")
     tables = {name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")}
     assert tables <= model.no_weight_decay()
-    assert any("decode_head.coarse." in name for name in tables) and any("decode_head.steps." in name for name in tables)
+    assert any("decode_head.coarse." in name for name in tables) and any(
+        "decode_head.steps." in name for name in tables
+    )
     model.set_grad_checkpointing()
     assert all(stage.grad_checkpointing for stage in model.decode_head.coarse.net.stages)
     assert untrained(model, losses(model)) == []
