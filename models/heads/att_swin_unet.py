@@ -6,6 +6,7 @@ licence file), of which no code is used.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,8 @@ class CrossContextualAttention(nn.Module):
             are the same.
     """
 
+    norms: Any
+    attention: Any
     renames = (
         (r"^layers\.(\d+)\.(\d)\.fn\.norm\.", r"norms.\1.\2."),
         (r"^layers\.(\d+)\.(\d)\.fn\.fn\.", r"attention.\1.\2."),

@@ -6,6 +6,7 @@ decoders load.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,17 @@ def pooled_weights(dim: int, count: int) -> nn.Sequential:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), *layers, nn.Softmax(1))
 
 
-def mixed_kernels(experts: nn.ModuleList, weights: Tensor) -> Tensor:
-    """Return one kernel (B, out, in, k, k) for each image: the sum of the experts' kernels by `weights` (B, E, 1, 1).
+def mixed_kernels(experts: Any, weights: Tensor) -> Tensor:
+    """Return one kernel (out, in, k, k) for each of B images: a weighted sum of the kernels of several convolutions.
 
     A convolution is linear in its kernel. So one convolution with this kernel equals the weighted sum of the experts'
     convolutions, which the authors compute, at a fraction of the cost.
+
+    Args:
+        experts: E convolutions of one shape.
+        weights: Weights (B, E, 1, 1) of the convolutions' kernels.
     """
-    kernels = torch.stack([expert.get_parameter("weight") for expert in experts])
+    kernels = torch.stack([expert.weight for expert in experts])
     return torch.einsum("be,eoikl->boikl", weights.flatten(1), kernels)
 
 

@@ -78,7 +78,7 @@ class DecoderSegmentor(Segmentor):
     def __init__(self, backbone: DenseBackbone, create_decoder: Callable[[list[int]], nn.Module]):
         super().__init__()
         self.backbone = backbone
-        self.decode_head = create_decoder(four_channels(backbone))
+        self.decode_head: Any = create_decoder(four_channels(backbone))
         self.reads_image = getattr(self.decode_head, "reads_image", False)
         self.output_weights = getattr(self.decode_head, "output_weights", (1.0,))
 

@@ -1,5 +1,7 @@
 """Attention Swin U-Net's decoder equals the authors' code and takes images of any size."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,7 +60,7 @@ def test_the_mean_token_is_added_everywhere_or_replaces_the_first_token():
 @pytest.mark.parametrize("scale", [2, 4])
 def test_patch_expanding_turns_each_token_into_a_square(scale):
     torch.manual_seed(0)
-    module = PatchExpanding(6, 5, scale)
+    module: Any = PatchExpanding(6, 5, scale)
     x = torch.randn(1, 6, 3, 4)
     module.norm = nn.Identity()
     expanded = module(x)

@@ -1,6 +1,7 @@
 """DS-TransUNet's fusion and decoder equal the authors' code, and take any two backbones and images of any size."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -48,11 +49,11 @@ def test_the_fusion_matches_the_authors_code():
 @pytest.mark.slow
 def test_the_decoder_matches_the_authors_code():
     def without_coarse_backbone() -> nn.Module:
-        head = HEADS["ds_transunet__decoder_128"]()
+        head: Any = HEADS["ds_transunet__decoder_128"]()
         assert head.coarse.strides == [8, 16, 32, 64]
         head.coarse = Maps(input_maps(head.coarse.channels, 16, 24))
         # The authors' net enlarges the auxiliary logits itself.
-        head.register_forward_hook(lambda head, args, outputs: [enlarge(y, args[1]) for y in outputs])
+        head.register_forward_hook(lambda _, args, outputs: [enlarge(y, args[1]) for y in outputs])
         return head
 
     inputs = input_maps((128, 256, 512, 1024), 32, 48), make_input([1, 3, 128, 192])
@@ -126,7 +127,7 @@ def test_pretrained_weights_of_the_coarse_backbone_load(tmp_path):
     net = timm.create_model("swin_nano", patch=8, dim=8, heads=(1, 1, 2, 4))
     torch.save(net.state_dict(), tmp_path / "nano.pth")
     file = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "nano.pth")}}
-    head = DSTransUNetHead(CHANNELS, 5, channels=16, window=4, coarse=NANO | file)
+    head: Any = DSTransUNetHead(CHANNELS, 5, channels=16, window=4, coarse=NANO | file)
     assert torch.equal(head.coarse.net.stages[1].blocks[0].mlp.fc1.weight, net.stages[1].blocks[0].mlp.fc1.weight)
 
 
