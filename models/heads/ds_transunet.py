@@ -175,6 +175,7 @@ class DSTransUNetHead(nn.Module):
         num_classes: Number of classes.
         in_chans: Number of image channels.
         coarse: Registry name of the coarse backbone, or a mapping of its `name` and arguments; null ones are left out.
+            Released weights of Swin do not fit patches of 8 pixels.
         channels: Width of the decoder at stride 4, a multiple of 4; each coarser stride has twice as many.
         window: Side of a window of the Swin blocks in tokens.
         drop_path_rate: Drop path rate of the second Swin block of each step.
