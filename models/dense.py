@@ -223,6 +223,19 @@ class DenseBackbone(nn.Module):
         return norms | {f"net.{key}": value for key, value in rename_weights(self.net, net).items()}
 
 
+def four_channels(backbone: DenseBackbone) -> list[int]:
+    """Return the numbers of channels of the maps that `four_maps` returns for a backbone."""
+    return backbone.channels + backbone.channels[-1:] * (4 - len(backbone.channels))
+
+
+def four_maps(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Return a backbone's maps as four maps: the last one is subsampled by 2 for each missing map."""
+    maps = [*maps]
+    while len(maps) < 4:
+        maps.append(F.max_pool2d(maps[-1], 1, stride=2))
+    return maps
+
+
 def build_for_any_size(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """Build a net so that it takes images of any size, if it has an argument for this.
 

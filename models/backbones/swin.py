@@ -34,6 +34,19 @@ class Block(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
+def shifted_window_blocks(dim: int, num_heads: int, window: int, rates: Sequence[float]) -> nn.Sequential:
+    """Return Swin's blocks for maps (B, dim, H, W) outside a backbone; windows are shifted in every second block.
+
+    Args:
+        dim: Number of channels.
+        num_heads: Number of attention heads.
+        window: Side of a window in tokens.
+        rates: Drop path rate of each block.
+    """
+    ops, _ = create_ops([{"name": "window", "window": window}] * len(rates), dim, num_heads)
+    return nn.Sequential(*(Block(dim, op, rate) for op, rate in zip(ops, rates, strict=True)))
+
+
 class Swin(HierarchicalBackbone):
     """Pyramid with shifted window attention.
 

@@ -14,6 +14,9 @@ from typing import Any
 from torch import nn
 
 from models.dense import create_backbone
+from models.heads.att_swin_unet import AttSwinUNetHead
+from models.heads.ds_transunet import DSTransUNetHead
+from models.heads.hbformer import HBFormerHead
 from models.heads.prototypes import PrototypeRefinement
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
@@ -25,7 +28,13 @@ from models.openmmlab.segmentor import DecoderSegmentor, Segmentor
 from retinue.utils.suggestions import nearest
 
 # Our decoders by the name of their head: (in_channels, num_classes, **arguments) -> decoder of four maps.
-DECODERS: dict[str, Callable[..., nn.Module]] = {"vwformer": VWHead}
+# A decoder that reads the image takes `in_chans` too.
+DECODERS: dict[str, Callable[..., nn.Module]] = {
+    "att_swin_unet": AttSwinUNetHead,
+    "ds_transunet": DSTransUNetHead,
+    "hbformer": HBFormerHead,
+    "vwformer": VWHead,
+}
 # Values of `head.neck`: our necks, for detectors with a feature pyramid.
 NECKS = ("prototypes", "rcnet", "sdanet")
 
@@ -64,7 +73,10 @@ def build_segmentor(cfg: Any, datamodule: Any) -> Segmentor:
         return _build_package_model(Segmentor, cfg, datamodule)
     backbone = create_backbone(cfg.model, cfg.data, datamodule.in_chans, min_stride=FINEST_STRIDE)
     args = head_changes(cfg.head, cfg.data.kind == "small") | {"num_classes": datamodule.num_classes}
-    create_decoder = partial(DECODERS[cfg.head.name], **args)
+    decoder = DECODERS[cfg.head.name]
+    if getattr(decoder, "reads_image", False):
+        args["in_chans"] = datamodule.in_chans
+    create_decoder = partial(decoder, **args)
     segmentor = explain_errors(cfg.head.name, lambda: DecoderSegmentor(backbone, create_decoder))
     segmentor.keep_single_precision()
     return segmentor

@@ -6,10 +6,11 @@ mmsegmentation: https://github.com/open-mmlab/mmsegmentation (1.2.2)
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.dense import DenseBackbone
+from models.dense import DenseBackbone, four_channels, four_maps
 from models.openmmlab.interface import DensePredictor, sum_losses
 from models.openmmlab.meta import on_meta
 from retinue.utils.masks import IGNORED
@@ -62,7 +63,12 @@ class Segmentor(DensePredictor):
 class DecoderSegmentor(Segmentor):
     """Backbone under one of our own decoders (`models/heads/`), trained by cross-entropy.
 
-    A decoder reads four maps. For a backbone with fewer, the last map is subsampled by 2 for each missing map.
+    A decoder reads four maps. For a backbone with fewer, the last map is subsampled by 2 for each missing map. A
+    decoder may have two attributes:
+
+    - `reads_image = True`: the decoder is called with the maps and the images.
+    - `output_weights`: weights of the losses of the decoder's outputs. The decoder then returns a tuple of the logits
+      and of auxiliary logits (deep supervision), which may have other sizes and are for training only.
 
     Args:
         backbone: Backbone with at most four maps.
@@ -72,8 +78,9 @@ class DecoderSegmentor(Segmentor):
     def __init__(self, backbone: DenseBackbone, create_decoder: Callable[[list[int]], nn.Module]):
         super().__init__()
         self.backbone = backbone
-        self.missing_maps = 4 - len(backbone.channels)
-        self.decode_head = create_decoder(backbone.channels + backbone.channels[-1:] * self.missing_maps)
+        self.decode_head: Any = create_decoder(four_channels(backbone))
+        self.reads_image = getattr(self.decode_head, "reads_image", False)
+        self.output_weights = getattr(self.decode_head, "output_weights", (1.0,))
 
     def loss(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Compute the cross-entropy, averaged as mmsegmentation does: ignored pixels add 0 and count as pixels.
@@ -81,14 +88,44 @@ class DecoderSegmentor(Segmentor):
         Args:
             image: (B, C, H, W).
             mask: Classes (B, H, W); pixels of 255 are ignored.
+
+        Returns:
+            `loss_ce`, and `aux.loss_ce` of auxiliary logits, both weighted by the decoder's `output_weights`.
         """
-        total = F.cross_entropy(self.logits(image).float(), mask, ignore_index=IGNORED, reduction="sum")
-        return {"loss_ce": total / mask.numel()}
+        losses = []
+        for logits, weight in zip(self.outputs(image), self.output_weights, strict=True):
+            logits = to_size_of(logits, image).float()
+            total = F.cross_entropy(logits, mask, ignore_index=IGNORED, reduction="sum")
+            losses.append(weight * total / mask.numel())
+        return {"loss_ce": losses[0]} | ({"aux.loss_ce": torch.stack(losses[1:]).sum()} if losses[1:] else {})
 
     def logits(self, image: Tensor) -> Tensor:
-        """Compute the logits (B, K, H, W): the decoder's output, upsampled to the images' size."""
-        maps = [*self.backbone(image)]
-        for _ in range(self.missing_maps):
-            maps.append(F.max_pool2d(maps[-1], 1, stride=2))
-        logits = self.decode_head(maps)
-        return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
+        """Compute the logits (B, K, H, W): the decoder's output, resized to the images' size."""
+        return to_size_of(self.outputs(image)[0], image)
+
+    def outputs(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Compute the decoder's logits and its auxiliary logits, each at the decoder's size of its own."""
+        maps = four_maps(self.backbone(image))
+        outputs = self.decode_head(maps, image) if self.reads_image else self.decode_head(maps)
+        return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of the backbone, and of a decoder's own backbone, in the backward pass."""
+        for module in self.modules():
+            if isinstance(module, DenseBackbone):
+                module.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters without weight decay that the net and the decoder's modules name."""
+        decoder = {
+            f"{prefix}.{name}"
+            for prefix, module in self.decode_head.named_modules(prefix="decode_head")
+            if hasattr(module, "no_weight_decay")
+            for name in module.no_weight_decay()
+        }
+        return super().no_weight_decay() | decoder
+
+
+def to_size_of(logits: Tensor, image: Tensor) -> Tensor:
+    """Resize logits (B, K, h, w) to the height and width of images (B, C, H, W), bilinearly."""
+    return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)

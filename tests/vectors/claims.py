@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from models.heads.att_swin_unet import AttSwinUNetHead, CrossContextualAttention
+from models.heads.ds_transunet import DSTransUNetHead, InteractiveFusion
+from models.heads.hbformer import FusionStep, HBFormerHead
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
@@ -195,6 +198,12 @@ NETS: dict[str, Net] = {
 
 # Heads and necks take several maps: tests/models/heads/ builds and compares them.
 HEADS: dict[str, Callable[[], nn.Module]] = {
+    "att_swin_unet__ccam_96": lambda: CrossContextualAttention(96),
+    "att_swin_unet__decoder_32": lambda: AttSwinUNetHead((32, 64, 128, 256), 9, channels=32),
+    "ds_transunet__tif_96_128": lambda: InteractiveFusion(128, 96),
+    "ds_transunet__decoder_128": lambda: DSTransUNetHead((128, 256, 512, 1024), 7),
+    "hbformer__mff_decoder_192_96": lambda: FusionStep(192, 96, 96),
+    "hbformer__decoder_48": lambda: HBFormerHead((96, 192, 384, 768), 9),
     "rcnet__rcfpn_c64": lambda: RCNet((48, 96, 192), out_channels=64),
     "sdanet__selective_dense_attention_256": SelectiveDenseAttention,
     "vwformer__vwhead_c64_h4_s256": lambda: VWHead((96, 192, 384, 768), 19, channels=64, num_heads=4),

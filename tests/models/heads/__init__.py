@@ -24,7 +24,12 @@ def pyramid(channels: Sequence[int], H: int, W: int, batch: int = 2) -> list[Ten
     return [torch.randn(batch, c, *side) for c, side in zip(channels, sides(H, W, len(channels)), strict=True)]
 
 
-def assert_matches(name: str, build: Callable[[], nn.Module]) -> None:
+def input_maps(channels: Sequence[int], H: int, W: int) -> list[Tensor]:
+    """Return the maps of a reference vector's pyramid, one image; the first is H x W."""
+    return [make_input([1, c, *side]) for c, side in zip(channels, sides(H, W, len(channels)), strict=True)]
+
+
+def assert_matches(name: str, build: Callable[[], nn.Module], inputs: Sequence[Any] | None = None) -> None:
     """Assert that a module with the authors' weights gives the outputs of the authors' code.
 
     The weights are loaded in the same way as a released file.
@@ -32,6 +37,7 @@ def assert_matches(name: str, build: Callable[[], nn.Module]) -> None:
     Args:
         name: Name of the reference vector.
         build: Function that builds the module.
+        inputs: Arguments of the module; by default the list of maps that the vector describes.
     """
     vector = load_vector(VECTORS / f"{name}.json.gz")
     model = build().eval()
@@ -39,11 +45,11 @@ def assert_matches(name: str, build: Callable[[], nn.Module]) -> None:
     assert not loaded.unexpected and not loaded.dropped and not loaded.resized
     assert sum(parameter.numel() for parameter in model.parameters()) == vector["num_params"]
 
-    _, width, H, W = vector["input_shape"]
-    channels = vector["kwargs"].get("in_channels") or [width] * vector["kwargs"]["levels"]
-    maps = [make_input([1, c, *side]) for c, side in zip(channels, sides(H, W, len(channels)), strict=True)]
+    if inputs is None:
+        _, width, H, W = vector["input_shape"]
+        inputs = [input_maps(vector["kwargs"].get("in_channels") or [width] * vector["kwargs"]["levels"], H, W)]
     with torch.inference_mode():
-        outputs = model(maps)
+        outputs = model(*inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     errors = [relative_error(*pair) for pair in zip(vector["outputs"].values(), outputs, strict=True)]
     assert max(errors) < 1e-5, errors

@@ -246,6 +246,17 @@ def test_heads_fit_a_net_with_three_maps():
         assert without_gradient(model, losses(model)) == []
 
 
+@pytest.mark.parametrize(
+    "head", ["hbformer", *(pytest.param(head, marks=pytest.mark.slow) for head in ("att_swin_unet", "ds_transunet"))]
+)
+def test_our_decoders_read_the_simple_pyramid_of_a_plain_net(head):
+    model = build(head, "test_vit")
+    assert model.backbone.pyramid is not None and model.backbone.strides == [4, 8, 16, 32]
+    assert without_gradient(model, losses(model)) == []
+    with torch.no_grad():
+        assert model.eval().logits(torch.randn(1, 3, 61, 75)).shape == (1, CLASSES, 61, 75)
+
+
 def test_weights_of_a_classifier_load_into_the_backbone():
     model = build("mask_rcnn")
     classifier: Any = timm.create_model("biformer_nano", num_classes=10)

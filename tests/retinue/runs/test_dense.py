@@ -71,6 +71,22 @@ def test_a_killed_run_ends_like_an_undisturbed_run(undisturbed, scenes, tmp_path
     assert_same_run(run, tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_a_killed_run_of_a_decoder_with_two_backbones_ends_like_an_undisturbed_run(scenes, tmp_path):
+    arguments = *command("segmentation", scenes), "head=ds_transunet"
+    undisturbed = start("train", *arguments, folder=tmp_path / "undisturbed")
+    _, err = undisturbed.communicate(timeout=600)
+    assert undisturbed.returncode == 0, err
+    killed = start("train", *arguments, folder=tmp_path / "killed")
+    previous = tmp_path / "killed/run/checkpoints/previous.ckpt"
+    assert stop_when(killed, previous, signal.SIGKILL) == -signal.SIGKILL
+    again = start("train", *arguments, folder=tmp_path / "killed")
+    _, err = again.communicate(timeout=600)
+    assert again.returncode == 0, err
+    assert "going on from" in err
+    assert_same_run(tmp_path / "undisturbed/run", tmp_path / "killed/run")
+
+
 def test_two_processes_count_each_image_once(undisturbed, tmp_path):
     task, run = undisturbed
     shutil.copytree(run, tmp_path / "run")
