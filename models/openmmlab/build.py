@@ -8,12 +8,15 @@ head is built.
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from models.dense import create_backbone
+from models.heads.fpn_lite import FPNLiteHead
+from models.heads.linear import LinearHead
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
@@ -23,8 +26,28 @@ from models.openmmlab.interface import DensePredictor, mixed
 from models.openmmlab.segmentor import DecoderSegmentor, Segmentor
 from retinue.utils.suggestions import nearest
 
-# Our decoders by the name of their head: (in_channels, num_classes, **arguments) -> decoder of four maps.
-DECODERS: dict[str, Callable[..., nn.Module]] = {"vwformer": VWHead}
+
+@dataclass(frozen=True)
+class Decoder:
+    """One of our decoders of segmentation.
+
+    Attributes:
+        create: Function (in_channels, num_classes, **arguments) that builds the decoder of maps.
+        maps: Number of maps that the decoder takes; None for any number.
+        backbone: Arguments of `models.dense.DenseBackbone` that differ from those of the other heads.
+    """
+
+    create: Callable[..., nn.Module]
+    maps: int | None = None
+    backbone: dict[str, Any] = field(default_factory=dict)
+
+
+# Our decoders by the name of their head.
+DECODERS = {
+    "fpn_lite": Decoder(FPNLiteHead),
+    "linear": Decoder(LinearHead, backbone={"simple_pyramid": False, "final_norm": True}),
+    "vwformer": Decoder(VWHead, maps=4),
+}
 # Values of `head.neck`: our necks, for detectors with a feature pyramid.
 NECKS = ("rcnet", "sdanet")
 
@@ -61,10 +84,11 @@ def build_segmentor(cfg: Any, datamodule: Any) -> Segmentor:
     """
     if cfg.head.library != "own":
         return _build_package_model(Segmentor, cfg, datamodule)
-    backbone = create_backbone(cfg.model, cfg.data, datamodule.in_chans, min_stride=FINEST_STRIDE)
+    decoder = DECODERS[cfg.head.name]
+    backbone = create_backbone(cfg.model, cfg.data, datamodule.in_chans, FINEST_STRIDE, **decoder.backbone)
     args = head_changes(cfg.head, cfg.data.kind == "small") | {"num_classes": datamodule.num_classes}
-    create_decoder = partial(DECODERS[cfg.head.name], **args)
-    segmentor = explain_errors(cfg.head.name, lambda: DecoderSegmentor(backbone, create_decoder))
+    create = partial(decoder.create, **args)
+    segmentor = explain_errors(cfg.head.name, lambda: DecoderSegmentor(backbone, create, decoder.maps))
     segmentor.keep_single_precision()
     return segmentor
 

@@ -137,8 +137,9 @@ def fit_config(model: dict[str, Any], backbone: DenseBackbone, num_classes: int)
     synchronised batch norm: `trainer.sync_batchnorm` synchronises it again.
     """
     channels, levels = list(backbone.channels), len(backbone.channels)
-    # A neck adds coarser maps to those of the backbone; eight strides are more than any head uses.
-    strides = [backbone.strides[0] * 2**i for i in range(8)]
+    # A neck that names its number of maps adds coarser ones to those of the backbone.
+    maps = model.get("neck", {}).get("num_outs", levels)
+    strides = [backbone.strides[0] * 2**i for i in range(maps)]
 
     def visit(node: Any) -> None:
         for child in node.values() if isinstance(node, dict) else node:

@@ -62,17 +62,19 @@ class Segmentor(DensePredictor):
 class DecoderSegmentor(Segmentor):
     """Backbone under one of our own decoders (`models/heads/`), trained by cross-entropy.
 
-    A decoder reads four maps. For a backbone with fewer, the last map is subsampled by 2 for each missing map.
-
     Args:
-        backbone: Backbone with at most four maps.
-        create_decoder: Function from the numbers of channels of the four maps to the decoder.
+        backbone: The backbone.
+        create_decoder: Function from the numbers of channels of the maps to the decoder.
+        maps: Number of maps that the decoder reads; None for those of the backbone. For a backbone with fewer, the last
+            map is subsampled by 2 for each missing map.
     """
 
-    def __init__(self, backbone: DenseBackbone, create_decoder: Callable[[list[int]], nn.Module]):
+    def __init__(
+        self, backbone: DenseBackbone, create_decoder: Callable[[list[int]], nn.Module], maps: int | None = None
+    ):
         super().__init__()
         self.backbone = backbone
-        self.missing_maps = 4 - len(backbone.channels)
+        self.missing_maps = 0 if maps is None else maps - len(backbone.channels)
         self.decode_head = create_decoder(backbone.channels + backbone.channels[-1:] * self.missing_maps)
 
     def loss(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:

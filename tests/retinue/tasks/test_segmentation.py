@@ -310,7 +310,10 @@ def test_the_maps_have_the_names_and_values_of_masks(tmp_path: Path):
             np.testing.assert_array_equal(np.array(image), prediction + 1)
 
 
-RECIPES = ("ade20k_80k", "ade20k_160k", "mask2former_160k", "vwformer_160k", "small_segmentation")
+RECIPES = (
+    "ade20k_80k", "ade20k_160k", "linear_40k", "mask2former_160k", "segformer_160k", "vwformer_160k",
+    "small_segmentation",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECIPES)
