@@ -79,6 +79,7 @@ class VWHead(nn.Module):
         ValueError: There are not four maps, or `channels` is not such a multiple.
     """
 
+    maps = 4
     renames = (
         (r"^linear_c(\d)\.(proj\.)?", lambda match: f"laterals.{int(match[1]) - 1}."),
         (r"^linear_fuse\.", "fuse."),

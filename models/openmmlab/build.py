@@ -8,13 +8,13 @@ head is built.
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from omegaconf import OmegaConf
 from torch import nn
 
-from models.dense import create_backbone
+from models.dense import DenseBackbone, create_backbone
 from models.heads.fpn_lite import FPNLiteHead
 from models.heads.linear import LinearHead
 from models.heads.rcnet import RCNet
@@ -26,28 +26,9 @@ from models.openmmlab.interface import DensePredictor, mixed
 from models.openmmlab.segmentor import DecoderSegmentor, Segmentor
 from retinue.utils.suggestions import nearest
 
-
-@dataclass(frozen=True)
-class Decoder:
-    """One of our decoders of segmentation.
-
-    Attributes:
-        create: Function (in_channels, num_classes, **arguments) that builds the decoder of maps.
-        maps: Number of maps that the decoder takes; None for any number.
-        backbone: Arguments of `models.dense.DenseBackbone` that differ from those of the other heads.
-    """
-
-    create: Callable[..., nn.Module]
-    maps: int | None = None
-    backbone: dict[str, Any] = field(default_factory=dict)
-
-
-# Our decoders by the name of their head.
-DECODERS = {
-    "fpn_lite": Decoder(FPNLiteHead),
-    "linear": Decoder(LinearHead, backbone={"simple_pyramid": False, "final_norm": True}),
-    "vwformer": Decoder(VWHead, maps=4),
-}
+# Our decoders by the name of their head: (in_channels, num_classes, **arguments) -> decoder of the backbone's maps. The
+# attribute `maps` of a class is the number of maps that its decoder takes, if this is fixed.
+DECODERS: dict[str, Callable[..., nn.Module]] = {"fpn_lite": FPNLiteHead, "linear": LinearHead, "vwformer": VWHead}
 # Values of `head.neck`: our necks, for detectors with a feature pyramid.
 NECKS = ("rcnet", "sdanet")
 
@@ -84,13 +65,19 @@ def build_segmentor(cfg: Any, datamodule: Any) -> Segmentor:
     """
     if cfg.head.library != "own":
         return _build_package_model(Segmentor, cfg, datamodule)
-    decoder = DECODERS[cfg.head.name]
-    backbone = create_backbone(cfg.model, cfg.data, datamodule.in_chans, FINEST_STRIDE, **decoder.backbone)
+    backbone = _build_backbone(cfg, datamodule, FINEST_STRIDE)
     args = head_changes(cfg.head, cfg.data.kind == "small") | {"num_classes": datamodule.num_classes}
-    create = partial(decoder.create, **args)
-    segmentor = explain_errors(cfg.head.name, lambda: DecoderSegmentor(backbone, create, decoder.maps))
+    decoder = DECODERS[cfg.head.name]
+    create, maps = partial(decoder, **args), getattr(decoder, "maps", None)
+    segmentor = explain_errors(cfg.head.name, lambda: DecoderSegmentor(backbone, create, maps))
     segmentor.keep_single_precision()
     return segmentor
+
+
+def _build_backbone(cfg: Any, datamodule: Any, min_stride: int) -> DenseBackbone:
+    """Build the backbone with the arguments that the head changes (`head.backbone`)."""
+    changes: Any = OmegaConf.to_container(cfg.head.backbone) if "backbone" in cfg.head else {}
+    return create_backbone(cfg.model, cfg.data, datamodule.in_chans, min_stride, **changes)
 
 
 def _build_package_model(interface: type[DensePredictor], cfg: Any, datamodule: Any) -> Any:
@@ -103,7 +90,7 @@ def _build_package_model(interface: type[DensePredictor], cfg: Any, datamodule: 
     from mmengine.config import ConfigDict
     from mmengine.registry import MODELS, DefaultScope
 
-    backbone = create_backbone(cfg.model, cfg.data, datamodule.in_chans, min_stride=finest_stride(config))
+    backbone = _build_backbone(cfg, datamodule, finest_stride(config))
     fit_config(config, backbone, datamodule.num_classes)
     config["backbone"] = {"type": lambda: backbone}
     with DefaultScope.overwrite_default_scope(head.library), warnings.catch_warnings():

@@ -37,6 +37,9 @@ def library(name: str) -> Path:
         warnings.simplefilter("ignore")
         for package in dict.fromkeys(("mmdet", name)):
             importlib.import_module(f"{package}.models")
+        if name == "mmseg":
+            # Put our EoMT into the package's registry.
+            importlib.import_module("models.openmmlab.eomt")
     warnings.filterwarnings("ignore", module=r"mm(engine|cv|det|seg)\b")
     # The packages call torch.meshgrid without `indexing`, and torch attributes the warning to its own module.
     warnings.filterwarnings("ignore", message=r"torch\.meshgrid")

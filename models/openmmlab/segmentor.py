@@ -22,6 +22,7 @@ class Segmentor(DensePredictor):
     """
 
     masks = False
+    decode_head: nn.Module
 
     def loss(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Compute the losses by name, to be added up; `sum_losses` says which losses share a name.
@@ -38,6 +39,12 @@ class Segmentor(DensePredictor):
             sample.gt_sem_seg = PixelData(data=classes[None])
         package: Any = super()
         return sum_losses(package.loss(image, samples))
+
+    def set_progress(self, share: float) -> None:
+        """Tell the head which share of the training's steps is done, if its loss depends on this share."""
+        follow = getattr(self.decode_head, "set_progress", None)
+        if follow is not None:
+            follow(share)
 
     def logits(self, image: Tensor) -> Tensor:
         """Compute a score of each class for each pixel, (B, K, H, W).

@@ -102,16 +102,20 @@ def groups(net: Any, coarse: bool) -> tuple[set[str], list[set[str]]]:
     matcher = net.group_matcher(coarse) if hasattr(net, "group_matcher") else None
     if not isinstance(matcher, dict):
         return set(), []
-    blocks = matcher["blocks"]
-    patterns = [re.compile(blocks)] if isinstance(blocks, str) else [re.compile(pattern) for pattern, _ in blocks]
-    numbered = [pattern for pattern in patterns if pattern.groups]
-    stem, members = set(), []
+    # timm takes the first pattern that matches. Those of blocks have groups of numbers, that of a final norm has none.
+    patterns = [
+        (re.compile(pattern), kind)
+        for kind, specification in matcher.items()
+        for pattern, *_ in ([(specification,)] if isinstance(specification, str) else specification or ())
+    ]
+    stem, blocks = set(), []
     for group in group_parameters(net, matcher).values():
-        if any(pattern.match(name) for pattern in numbered for name in group):
-            members.append(set(group))
-        elif not members:
+        matches = [next(((p.groups, kind) for p, kind in patterns if p.match(name)), (0, "")) for name in group]
+        if any(numbers and kind != "stem" for numbers, kind in matches):
+            blocks.append(set(group))
+        elif not blocks:
             stem |= set(group)
-    return stem, members
+    return stem, blocks
 
 
 def keep_in_evaluation(model: nn.Module, names: Iterable[str]) -> None:
