@@ -71,6 +71,33 @@ def test_a_killed_run_ends_like_an_undisturbed_run(undisturbed, scenes, tmp_path
     assert_same_run(run, tmp_path / "run")
 
 
+HEADS = {
+    "fcos": ("task=detection",), "rtmdet": ("task=detection",), "segformer": (), "fpn_lite": (),
+    "linear": ("recipe.freeze=[backbone]",), "eomt": ("model=deit", "+model.args.dim=48", "+model.args.heads=3"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_a_killed_run_of_a_head_ends_like_an_undisturbed_run(head, scenes, tmp_path):
+    task = "detection" if "task=detection" in HEADS[head] else "segmentation"
+    arguments = [*command(task, scenes), f"head={head}", *HEADS[head]]
+    if head == "eomt":
+        arguments = [argument for argument in arguments if argument not in SWIN]
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    whole = start("train", *arguments, folder=folders[0])
+    _, err = whole.communicate(timeout=400)
+    assert whole.returncode == 0, err
+    killed = start("train", *arguments, folder=folders[1])
+    assert stop_when(killed, folders[1] / "run/checkpoints/previous.ckpt", signal.SIGKILL) == -signal.SIGKILL
+    again = start("train", *arguments, folder=folders[1])
+    _, err = again.communicate(timeout=400)
+    assert again.returncode == 0 and "going on from" in err, err
+    assert_same_run(folders[0] / "run", folders[1] / "run")
+
+
 def test_two_processes_count_each_image_once(undisturbed, tmp_path):
     task, run = undisturbed
     shutil.copytree(run, tmp_path / "run")
