@@ -32,7 +32,9 @@ MULTIPLES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 192, 224, 256, 384
 MAP_NORM = re.compile(r"(?:extra_norms\.|outnorm|norm)(\d)\.(weight|bias|running_mean|running_var|num_batches_tracked)")
 
 
-def create_backbone(model_cfg: Mapping, data_cfg: Mapping, in_chans: int, min_stride: int = 4) -> "DenseBackbone":
+def create_backbone(
+    model_cfg: Mapping, data_cfg: Mapping, in_chans: int, min_stride: int = 4, **changes: Any
+) -> "DenseBackbone":
     """Create the backbone of a detector or segmentor from a `conf/model/*.yaml`.
 
     Its maps have norms if the detection and segmentation code of the net's paper has them. Maps of a plain net, which
@@ -43,13 +45,14 @@ def create_backbone(model_cfg: Mapping, data_cfg: Mapping, in_chans: int, min_st
         data_cfg: A `conf/data/*.yaml`, whose images choose the net's size if `model_cfg` names none.
         in_chans: Number of image channels.
         min_stride: Smallest stride of the maps, in pixels.
+        changes: Arguments of `DenseBackbone` that the head changes; those of `model_cfg` win over them.
 
     Raises:
         ValueError: The size, the name or an argument is unknown, or the net has no pyramid of maps.
     """
     name, args = resolve(model_cfg, size_pixels(data_cfg), under_head=True)
     defaults = {"norms": None, "min_stride": min_stride, "in_chans": in_chans, "simple_pyramid": True}
-    return DenseBackbone(name, **defaults | args)
+    return DenseBackbone(name, **defaults | changes | args)
 
 
 # Beginnings of the names of weights that `DenseBackbone` adds to a net's.
@@ -77,6 +80,8 @@ class DenseBackbone(nn.Module):
             blocks' maps, one for each stride, are chosen by `out_indices`, such as (2, 5, 8, 11). Other nets' maps stay
             as they are.
         enhancer: Name of an enhancer of images, a key of `models.enhancers.ENHANCERS`, which the images pass first.
+        final_norm: Apply the net's final norm to the maps of a net whose maps all have one stride, as the linear
+            evaluations of ViTs do.
         kwargs: Arguments of the net. `img_size` is passed on only to nets that have this argument.
 
     Attributes:
@@ -103,6 +108,7 @@ class DenseBackbone(nn.Module):
         min_stride: int = 1,
         simple_pyramid: bool = False,
         enhancer: str | None = None,
+        final_norm: bool = False,
         **kwargs: Any,
     ):
         super().__init__()
@@ -113,8 +119,10 @@ class DenseBackbone(nn.Module):
         self.net: Any = build_for_any_size(name, kwargs)
         info = list(self.net.feature_info)
         strides = [level["reduction"] for level in info]
-        one_stride = simple_pyramid and len(set(strides)) == 1 and math.log2(strides[0]).is_integer()
-        default_indices = pyramid(name, strides, 1 if one_stride else min_stride)
+        one_stride = len(set(strides)) == 1
+        self.final_norm = final_norm and one_stride
+        has_pyramid = simple_pyramid and one_stride and math.log2(strides[0]).is_integer()
+        default_indices = pyramid(name, strides, 1 if has_pyramid else min_stride)
         indices = default_indices if out_indices is None else list(out_indices)
         if not indices or any(not -len(info) <= i < len(info) for i in indices):
             raise ValueError(f"{name} has maps 0 to {len(info) - 1}, so out_indices cannot be {indices}")
@@ -122,11 +130,11 @@ class DenseBackbone(nn.Module):
         self.channels = [info[i]["num_chs"] for i in indices]
         self.strides = [info[i]["reduction"] for i in indices]
         self.pyramid = None
-        if one_stride:
+        if has_pyramid:
             self.pyramid = SimplePyramid(self.channels[0], self.strides[0], len(indices), max(min_stride, STRIDES[0]))
             self.channels, self.strides = self.pyramid.channels, self.pyramid.strides
         names_before = set(self.net.state_dict()) | set(getattr(self.net, "unused_weights", ()))
-        self.indices = self.net.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)
+        self.indices = self.net.prune_intermediate_layers(indices, prune_norm=not self.final_norm, prune_head=True)
 
         if norms is None:
             norms = getattr(self.net, "map_norms", False)
@@ -151,7 +159,12 @@ class DenseBackbone(nn.Module):
             x = self.enhancer(x)
         x = F.pad(x, (0, padding(W, self.multiple), 0, padding(H, self.multiple)))
         maps = self.net.forward_intermediates(
-            x, indices=self.indices, stop_early=True, output_fmt="NCHW", intermediates_only=True
+            x,
+            indices=self.indices,
+            norm=self.final_norm,
+            stop_early=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
         )
         if self.pyramid is not None:
             maps = self.pyramid(maps)

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from omegaconf import OmegaConf
 from torch import nn
 
-from models.dense import create_backbone
+from models.dense import DenseBackbone, create_backbone
 from models.heads.att_swin_unet import AttSwinUNetHead
 from models.heads.ds_transunet import DSTransUNetHead
+from models.heads.fpn_lite import FPNLiteHead
 from models.heads.hbformer import HBFormerHead
+from models.heads.linear import LinearHead
 from models.heads.prototypes import PrototypeRefinement
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
@@ -27,12 +30,14 @@ from models.openmmlab.interface import DensePredictor, mixed
 from models.openmmlab.segmentor import DecoderSegmentor, Segmentor
 from retinue.utils.suggestions import nearest
 
-# Our decoders by the name of their head: (in_channels, num_classes, **arguments) -> decoder of four maps.
+# Our decoders by the name of their head: (in_channels, num_classes, **arguments) -> decoder of the backbone's maps.
 # A decoder that reads the image takes `in_chans` too.
 DECODERS: dict[str, Callable[..., nn.Module]] = {
     "att_swin_unet": AttSwinUNetHead,
     "ds_transunet": DSTransUNetHead,
+    "fpn_lite": FPNLiteHead,
     "hbformer": HBFormerHead,
+    "linear": LinearHead,
     "vwformer": VWHead,
 }
 # Values of `head.neck`: our necks, for detectors with a feature pyramid.
@@ -71,15 +76,21 @@ def build_segmentor(cfg: Any, datamodule: Any) -> Segmentor:
     """
     if cfg.head.library != "own":
         return _build_package_model(Segmentor, cfg, datamodule)
-    backbone = create_backbone(cfg.model, cfg.data, datamodule.in_chans, min_stride=FINEST_STRIDE)
+    backbone = _build_backbone(cfg, datamodule, FINEST_STRIDE)
     args = head_changes(cfg.head, cfg.data.kind == "small") | {"num_classes": datamodule.num_classes}
     decoder = DECODERS[cfg.head.name]
     if getattr(decoder, "reads_image", False):
         args["in_chans"] = datamodule.in_chans
-    create_decoder = partial(decoder, **args)
-    segmentor = explain_errors(cfg.head.name, lambda: DecoderSegmentor(backbone, create_decoder))
+    create, any_maps = partial(decoder, **args), getattr(decoder, "any_maps", False)
+    segmentor = explain_errors(cfg.head.name, lambda: DecoderSegmentor(backbone, create, any_maps))
     segmentor.keep_single_precision()
     return segmentor
+
+
+def _build_backbone(cfg: Any, datamodule: Any, min_stride: int) -> DenseBackbone:
+    """Build the backbone with the arguments that the head changes (`head.backbone`)."""
+    changes: Any = OmegaConf.to_container(cfg.head.backbone) if "backbone" in cfg.head else {}
+    return create_backbone(cfg.model, cfg.data, datamodule.in_chans, min_stride, **changes)
 
 
 def _build_package_model(interface: type[DensePredictor], cfg: Any, datamodule: Any) -> Any:
@@ -92,7 +103,7 @@ def _build_package_model(interface: type[DensePredictor], cfg: Any, datamodule: 
     from mmengine.config import ConfigDict
     from mmengine.registry import MODELS, DefaultScope
 
-    backbone = create_backbone(cfg.model, cfg.data, datamodule.in_chans, min_stride=finest_stride(config))
+    backbone = _build_backbone(cfg, datamodule, finest_stride(config))
     fit_config(config, backbone, datamodule.num_classes)
     config["backbone"] = {"type": lambda: backbone}
     with DefaultScope.overwrite_default_scope(head.library), warnings.catch_warnings():

@@ -38,6 +38,9 @@ def library(name: str) -> Path:
         for package in dict.fromkeys(("mmdet", name)):
             importlib.import_module(f"{package}.models")
         importlib.import_module("models.openmmlab.mayor")
+        if name == "mmseg":
+            # Put our EoMT into the package's registry.
+            importlib.import_module("models.openmmlab.eomt")
     warnings.filterwarnings("ignore", module=r"mm(engine|cv|det|seg)\b")
     # The packages call torch.meshgrid without `indexing`, and torch attributes the warning to its own module.
     warnings.filterwarnings("ignore", message=r"torch\.meshgrid")
@@ -138,8 +141,9 @@ def fit_config(model: dict[str, Any], backbone: DenseBackbone, num_classes: int)
     synchronised batch norm: `trainer.sync_batchnorm` synchronises it again.
     """
     channels, levels = list(backbone.channels), len(backbone.channels)
-    # A neck adds coarser maps to those of the backbone; eight strides are more than any head uses.
-    strides = [backbone.strides[0] * 2**i for i in range(8)]
+    # A neck that names its number of maps adds coarser ones to those of the backbone.
+    maps = model.get("neck", {}).get("num_outs", levels)
+    strides = [backbone.strides[0] * 2**i for i in range(maps)]
 
     def visit(node: Any) -> None:
         for child in node.values() if isinstance(node, dict) else node:

@@ -23,6 +23,7 @@ class Segmentor(DensePredictor):
     """
 
     masks = False
+    decode_head: nn.Module
 
     def loss(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Compute the losses by name, to be added up; `sum_losses` says which losses share a name.
@@ -39,6 +40,12 @@ class Segmentor(DensePredictor):
             sample.gt_sem_seg = PixelData(data=classes[None])
         package: Any = super()
         return sum_losses(package.loss(image, samples))
+
+    def set_progress(self, share: float) -> None:
+        """Tell the head which share of the training's steps is done, if its loss depends on this share."""
+        follow = getattr(self.decode_head, "set_progress", None)
+        if follow is not None:
+            follow(share)
 
     def logits(self, image: Tensor) -> Tensor:
         """Compute a score of each class for each pixel, (B, K, H, W).
@@ -63,22 +70,27 @@ class Segmentor(DensePredictor):
 class DecoderSegmentor(Segmentor):
     """Backbone under one of our own decoders (`models/heads/`), trained by cross-entropy.
 
-    A decoder reads four maps. For a backbone with fewer, the last map is subsampled by 2 for each missing map. A
-    decoder may have two attributes:
+    A decoder may have three attributes:
 
+    - `any_maps = True`: the decoder reads the backbone's maps, however many. Other decoders read four: for a backbone with
+      fewer, the last map is subsampled by 2 for each missing map.
     - `reads_image = True`: the decoder is called with the maps and the images.
     - `output_weights`: weights of the losses of the decoder's outputs. The decoder then returns a tuple of the logits
       and of auxiliary logits (deep supervision), which may have other sizes and are for training only.
 
     Args:
-        backbone: Backbone with at most four maps.
-        create_decoder: Function from the numbers of channels of the four maps to the decoder.
+        backbone: The backbone.
+        create_decoder: Function from the numbers of channels of the maps to the decoder.
+        any_maps: The decoder's attribute of this name.
     """
 
-    def __init__(self, backbone: DenseBackbone, create_decoder: Callable[[list[int]], nn.Module]):
+    def __init__(
+        self, backbone: DenseBackbone, create_decoder: Callable[[list[int]], nn.Module], any_maps: bool = False
+    ):
         super().__init__()
         self.backbone = backbone
-        self.decode_head: Any = create_decoder(four_channels(backbone))
+        self.any_maps = any_maps
+        self.decode_head: Any = create_decoder(backbone.channels if any_maps else four_channels(backbone))
         self.reads_image = getattr(self.decode_head, "reads_image", False)
         self.output_weights = getattr(self.decode_head, "output_weights", (1.0,))
 
@@ -105,7 +117,8 @@ class DecoderSegmentor(Segmentor):
 
     def outputs(self, image: Tensor) -> tuple[Tensor, ...]:
         """Compute the decoder's logits and its auxiliary logits, each at the decoder's size of its own."""
-        maps = four_maps(self.backbone(image))
+        maps = self.backbone(image)
+        maps = [*maps] if self.any_maps else four_maps(maps)
         outputs = self.decode_head(maps, image) if self.reads_image else self.decode_head(maps)
         return (outputs,) if isinstance(outputs, Tensor) else outputs
 

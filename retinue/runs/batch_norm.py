@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from datamodules.loader import private_rng
 from retinue.tasks.base import Task
+from retinue.tasks.freezing import is_kept_in_evaluation
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,9 @@ class BatchNormStatistics(Callback):
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """Return the batch norms of a net that keep running averages of their statistics."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None and m.momentum]
+    """Return the batch norms of a net that update running averages of their statistics: no frozen ones."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not is_kept_in_evaluation(m)]
+    return [norm for norm in norms if norm.running_mean is not None and norm.momentum]
 
 
 def settling_steps(layers: Sequence[_BatchNorm]) -> int:

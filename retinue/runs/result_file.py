@@ -115,7 +115,7 @@ def show_result(result: dict[str, Any], folder: Path) -> None:
             interval = metrics.get(f"{name}_ci95")
             text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
             table.add_row(name, text + (f"  ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""))
-    for name in ("params", "macs"):
+    for name in ("params", "trainable_params", "macs"):
         if result.get(name):
             table.add_row(name, f"{result[name] / 1e6:,.2f} M")
     for name in ("epochs", "seconds", "images_per_second", "peak_memory_mb"):

@@ -44,6 +44,11 @@ Channels = Annotated[int, AfterValidator(_is_grey_or_colour), Expected("1 or 3")
 Pixels = Annotated[list[Count], Field(min_length=2, max_length=2), Expected("a pair of whole numbers, 1 or more")]
 Sides = Annotated[Count | Pixels, Expected("a number of pixels, 1 or more, or a pair of these")]
 LossWeights = Annotated[dict[str, NonNegative], Expected("a mapping of names to weights, 0 or more")]
+FrozenParts = Annotated[
+    list[Annotated[str, Field(pattern=r"^(backbone|norms|stem|(stage|block)[1-9]\d*(-[1-9]\d*)?)$")]],
+    Field(min_length=1),
+    Expected("a list of backbone, norms, stem, stage1, block1, stage1-2 and the like"),
+]
 Pair = Annotated[list[Positive], Field(min_length=2, max_length=2), Expected("a pair of numbers above 0")]
 
 
@@ -141,6 +146,9 @@ class Recipe(Keys):
         None, description="batch size that a small training set has reduced, in recipes that permit this"
     )
     clip_grad: Positive | None = Field(description="maximum norm of the gradients; null: no clipping")
+    freeze: FrozenParts | None = Field(
+        None, description="parts of the net that stay as they are: [backbone], [norms], [stem,stage1], [stem,block1-8]"
+    )
     optimizer: Optimizer
     schedule: Schedule = Field(description="by step")
     ema: Average = Field(description="average of the weights; if there is one, it is evaluated and saved")

@@ -125,6 +125,8 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints, task.state_dict())
     if resume is None and cfg.weights:
         task.start_from(cfg.weights, cfg.drop_classifier)
+    if task.frozen_modules and not (cfg.weights or cfg.model.get("pretrained")):
+        log.warning("recipe.freeze keeps initial weights; weights=FILE or model.pretrained=true loads trained ones")
     # Everything before this point can fail without leaving a folder behind; from here on files are written.
     if rank_zero_only.rank == 0:
         if cfg.rerun:
@@ -164,6 +166,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
         "metrics": metrics,
         "params": params,
         "macs": macs,
+        **task.frozen_note,
         "epochs": epochs,
         "steps": steps,
         "seconds": round(training_log.seconds, 2),

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from models.complexity import complexity
 from models.weights import load_weights
 from retinue.tasks.compilation import compile_net, seconds_gained
+from retinue.tasks.freezing import freeze, keep_in_evaluation
 from retinue.tasks.optimization import check_optimizer, create_optimizer, create_schedule
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Task(pl.LightningModule):
             every report has.
 
     Raises:
-        ValueError: The recipe's optimiser or schedule is unknown.
+        ValueError: The recipe's optimiser or schedule is unknown, or the net has no part that the recipe freezes.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Task(pl.LightningModule):
         check_optimizer(recipe)
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model  # pyright: ignore[reportCallIssue]
         self.recipe = recipe
+        self.frozen_modules = freeze(model, recipe.get("freeze") or [])
         self.compile_choice, self.cuda_graphs = compile, compile == "reduce-overhead"
         if grad_checkpointing:
             model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
@@ -122,6 +124,13 @@ class Task(pl.LightningModule):
         return complexity(self.model, datamodule.image_size, datamodule.in_chans)
 
     @property
+    def frozen_note(self) -> dict[str, int]:
+        """Entry `trainable_params` of the result, the number of parameters that learn; empty if nothing is frozen."""
+        if not self.frozen_modules:
+            return {}
+        return {"trainable_params": sum(p.numel() for p in self.model.parameters() if p.requires_grad)}
+
+    @property
     def compiled_part(self) -> tuple[nn.Module, bool]:
         """The part of the net that is compiled, and whether all images have one size."""
         return self.model, True
@@ -178,6 +187,10 @@ class Task(pl.LightningModule):
         batches = len(self.trainer.datamodule.train_dataloader())  # pyright: ignore[reportAttributeAccessIssue]
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
+
+    def on_fit_start(self) -> None:
+        # trainer.sync_batchnorm has replaced the batch norms by new modules.
+        keep_in_evaluation(self.model, self.frozen_modules)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout and drop path follow from (seed, epoch, batch, rank), so a resumed run draws the same numbers as a run

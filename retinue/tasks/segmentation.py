@@ -153,6 +153,8 @@ class Segmentation(DensePredictionTask):
         self.inference = Inference(**test)
         # Confusion matrix (K, K) of this rank in the current validation.
         self._val_confusion: Tensor | None = None
+        # Number of steps of the training, from its start on.
+        self._steps = 0
         # Counts and predictions of this rank in the current test.
         self._rank_counts = PixelCounts(num_classes)
         self._rank_pictures: dict[int, Any] = {}
@@ -187,6 +189,13 @@ class Segmentation(DensePredictionTask):
             draw_prediction(path, sample["image"], sample["mask"], prediction, classes)
         if self.predictions_folder:
             self.write_predictions(folder, datamodule)
+
+    def on_train_start(self) -> None:
+        self._steps = self.steps_per_epoch() * (self.trainer.max_epochs or 0)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self.model.set_progress(self.global_step / self._steps)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         return self.sum_losses(self.model.loss(batch["image"], batch["mask"]), len(batch["image"]))

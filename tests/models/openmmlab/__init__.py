@@ -9,8 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 from models.openmmlab.build import build_detector, build_segmentor
 from retinue.utils.paths import CONF
 
-DETECTORS = ("retinanet", "mask_rcnn", "cascade_mask_rcnn", "dino")
-SEGMENTORS = ("semantic_fpn", "upernet", "mask2former", "vwformer", "hbformer", "att_swin_unet", "ds_transunet")
+DETECTORS = ("retinanet", "mask_rcnn", "cascade_mask_rcnn", "dino", "fcos", "rtmdet")
+SEGMENTORS = (
+    "semantic_fpn", "upernet", "mask2former", "vwformer", "segformer", "fpn_lite", "linear",
+    "hbformer", "att_swin_unet", "ds_transunet",
+)  # fmt: skip
 CLASSES = 7
 
 

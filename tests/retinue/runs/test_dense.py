@@ -71,20 +71,31 @@ def test_a_killed_run_ends_like_an_undisturbed_run(undisturbed, scenes, tmp_path
     assert_same_run(run, tmp_path / "run")
 
 
+HEADS = {
+    "fcos": ("task=detection",), "rtmdet": ("task=detection",), "segformer": (), "fpn_lite": (), "ds_transunet": (),
+    "linear": ("recipe.freeze=[backbone]",), "eomt": ("model=deit", "+model.args.dim=48", "+model.args.heads=3"),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_a_killed_run_of_a_decoder_with_two_backbones_ends_like_an_undisturbed_run(scenes, tmp_path):
-    arguments = *command("segmentation", scenes), "head=ds_transunet"
-    undisturbed = start("train", *arguments, folder=tmp_path / "undisturbed")
-    _, err = undisturbed.communicate(timeout=600)
-    assert undisturbed.returncode == 0, err
-    killed = start("train", *arguments, folder=tmp_path / "killed")
-    previous = tmp_path / "killed/run/checkpoints/previous.ckpt"
-    assert stop_when(killed, previous, signal.SIGKILL) == -signal.SIGKILL
-    again = start("train", *arguments, folder=tmp_path / "killed")
-    _, err = again.communicate(timeout=600)
-    assert again.returncode == 0, err
-    assert "going on from" in err
-    assert_same_run(tmp_path / "undisturbed/run", tmp_path / "killed/run")
+@pytest.mark.parametrize("head", HEADS)
+def test_a_killed_run_of_a_head_ends_like_an_undisturbed_run(head, scenes, tmp_path):
+    task = "detection" if "task=detection" in HEADS[head] else "segmentation"
+    arguments = [*command(task, scenes), f"head={head}", *HEADS[head]]
+    if head == "eomt":
+        arguments = [argument for argument in arguments if argument not in SWIN]
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    whole = start("train", *arguments, folder=folders[0])
+    _, err = whole.communicate(timeout=400)
+    assert whole.returncode == 0, err
+    killed = start("train", *arguments, folder=folders[1])
+    assert stop_when(killed, folders[1] / "run/checkpoints/previous.ckpt", signal.SIGKILL) == -signal.SIGKILL
+    again = start("train", *arguments, folder=folders[1])
+    _, err = again.communicate(timeout=400)
+    assert again.returncode == 0 and "going on from" in err, err
+    assert_same_run(folders[0] / "run", folders[1] / "run")
 
 
 def test_two_processes_count_each_image_once(undisturbed, tmp_path):

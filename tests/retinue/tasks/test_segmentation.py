@@ -53,6 +53,9 @@ class Truthful(nn.Module):
         entropy = F.cross_entropy(logits, mask, ignore_index=255)
         return {"decode.loss_ce": entropy, "aux.loss_ce": 0.4 * entropy}
 
+    def set_progress(self, share: float) -> None:
+        pass
+
 
 class Images:
     """Striped masks of two sizes, with ignored upper rows, and images that show the masks.
@@ -319,7 +322,10 @@ def test_the_maps_have_the_names_and_values_of_masks(tmp_path: Path):
             assert (colours[prediction + 1 == meaning["value"]] == meaning["color"]).all()
 
 
-RECIPES = ("ade20k_80k", "ade20k_160k", "mask2former_160k", "vwformer_160k", "small_segmentation")
+RECIPES = (
+    "ade20k_80k", "ade20k_160k", "eomt_31e", "linear_40k", "mask2former_160k", "segformer_160k", "vwformer_160k",
+    "small_segmentation",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECIPES)
