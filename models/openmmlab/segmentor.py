@@ -72,8 +72,8 @@ class DecoderSegmentor(Segmentor):
 
     A decoder may have three attributes:
 
-    - `any_maps = True`: the decoder reads the backbone's maps, however many. Other decoders read four: for a backbone with
-      fewer, the last map is subsampled by 2 for each missing map.
+    - `any_maps = True`: the decoder reads the backbone's maps, however many. Other decoders read four: for a backbone
+      with fewer, the last map is subsampled by 2 for each missing map.
     - `reads_image = True`: the decoder is called with the maps and the images.
     - `output_weights`: weights of the losses of the decoder's outputs. The decoder then returns a tuple of the logits
       and of auxiliary logits (deep supervision), which may have other sizes and are for training only.
