@@ -40,7 +40,7 @@ class Task(pl.LightningModule):
         grad_checkpointing: Recompute blocks in the backward pass, which takes less memory and more time.
 
     Attributes:
-        val_figures: Figures of the last validation by name: `val/loss`, ...
+        val_figures: Figures of the epoch's validation by name: `val/loss`, ...; empty before it.
         save_images: Number of pictures of predictions in a report.
         maps_folder: Folder to which a test of segmentation writes the predicted map of each image. None writes none.
 
@@ -164,6 +164,9 @@ class Task(pl.LightningModule):
         batches = len(self.trainer.datamodule.train_dataloader())  # pyright: ignore[reportAttributeAccessIssue]
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
+
+    def on_train_epoch_start(self) -> None:
+        self.val_figures = {}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout and drop path follow from (seed, epoch, batch, rank), so a resumed run draws the same numbers as a run
