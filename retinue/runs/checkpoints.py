@@ -120,7 +120,8 @@ class Checkpoints(Checkpoint):
             self._stop(trainer, stop)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        score = pl_module.val_figures[self.monitor]
+        # With trainer.check_val_every_n_epoch, an epoch without a validation has no figures.
+        score = pl_module.val_figures.get(self.monitor, -math.inf)
         # A net without a finite figure or loss is never the best; max() would keep a NaN for good.
         is_best = score > self.best and math.isfinite(pl_module.val_figures.get("val/loss", 0.0))
         self.best = score if is_best else self.best

@@ -73,6 +73,7 @@ class Trainer(Keys):
     )
     limit_train_batches: Batches = Field(description="number, or share with a decimal point, of an epoch's batches")
     limit_val_batches: Batches = Field(description="the same for validation")
+    check_val_every_n_epoch: Count = Field(1, description="epochs from one validation to the next")
     log_every_n_steps: Count = Field(description="steps between two rows of metrics.csv")
     deterministic: bool | Literal["warn"] = Field(description="true: refuse operations that are not deterministic")
     sync_batchnorm: bool = Field(description="batch norm's statistics are those of all devices together")

@@ -42,7 +42,7 @@ class Task(pl.LightningModule):
         grad_checkpointing: Recompute blocks in the backward pass, which takes less memory and more time.
 
     Attributes:
-        val_figures: Figures of the last validation by name: `val/loss`, ...
+        val_figures: Figures of the epoch's validation by name: `val/loss`, ...; empty before it.
         save_images: Number of pictures of predictions in a report.
         predictions_folder: Folder to which a test writes the predictions of each image. None writes only those that
             every report has.
@@ -191,6 +191,9 @@ class Task(pl.LightningModule):
     def on_fit_start(self) -> None:
         # trainer.sync_batchnorm has replaced the batch norms by new modules.
         keep_in_evaluation(self.model, self.frozen_modules)
+
+    def on_train_epoch_start(self) -> None:
+        self.val_figures = {}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout and drop path follow from (seed, epoch, batch, rank), so a resumed run draws the same numbers as a run

@@ -1,11 +1,13 @@
 """Checkpoints are written whole or not at all, and the newest readable one is resumed."""
 
 import logging
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from retinue.runs.checkpoints import AtomicCheckpointIO, find_resume
+from retinue.runs.checkpoints import AtomicCheckpointIO, Checkpoints, find_resume
 
 
 @pytest.fixture
@@ -56,3 +58,12 @@ def test_a_checkpoint_that_would_execute_code_is_not_loaded(tmp_path):
     with pytest.raises(ValueError, match="none of the checkpoints"):
         find_resume(tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+def test_an_epoch_without_a_validation_is_saved_and_is_never_the_best(tmp_path, monkeypatch):
+    callback, saved, trainer = Checkpoints(tmp_path, "val/top1"), [], SimpleNamespace(world_size=1)
+    monkeypatch.setattr(callback, "save", lambda trainer, is_best: saved.append(is_best))
+    for top1 in (None, 0.5, None, 0.4, 0.6):
+        task: Any = SimpleNamespace(val_figures={} if top1 is None else {"val/top1": top1})
+        callback.on_train_epoch_end(trainer, task)  # pyright: ignore[reportArgumentType]
+    assert saved == [False, True, False, False, True] and callback.best == 0.6
