@@ -32,7 +32,8 @@ def complexity(
     def flops(batch: int) -> int:
         images = torch.empty(batch, in_chans, *size, device="meta", dtype=dtype)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            functional_call(model, meta, (images,))
+            # With tied weights, a layer that two modules share, as in RTMDet, would keep a tensor on the meta device.
+            functional_call(model, meta, (images,), tie_weights=False)
         return counter.get_total_flops()
 
     # Batch norm in training needs more than one image. Two batch sizes give the cost of the first image including the

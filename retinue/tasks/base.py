@@ -64,7 +64,7 @@ class Task(pl.LightningModule):
         check_optimizer(recipe)
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model  # pyright: ignore[reportCallIssue]
         self.recipe = recipe
-        self.frozen_modules = freeze(model, recipe.get("freeze") or [])
+        self.frozen_modules = freeze(model, recipe["freeze"]) if recipe.get("freeze") else []
         self.compile_choice, self.cuda_graphs = compile, compile == "reduce-overhead"
         if grad_checkpointing:
             model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]

@@ -25,6 +25,15 @@ def test_every_parameter_is_trained_and_images_have_any_size(net):
     assert logits.shape == (1, CLASSES, 61, 75) and not logits.isnan().any()
 
 
+def test_half_precision_trains_every_parameter():
+    model = build("eomt", "deit")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, masks = model.decode_head((model.backbone, torch.randn(2, 3, 64, 96)))
+        loss = losses(model)
+    assert {output.dtype for output in (*scores, *masks)} == {torch.float32}
+    assert without_gradient(model, loss) == []
+
+
 def test_without_masks_training_predicts_as_evaluation_and_masks_change_the_prediction():
     for net in NETS:
         model, image = stir(build("eomt", net)), torch.randn(2, 3, 64, 96)

@@ -15,7 +15,7 @@ from tests.models.openmmlab.test_build import losses
 
 # Numbers of stages and blocks of nets of ours and of timm's; plain nets have no stages.
 NETS = {
-    "swin_nano": (4, 5), "biformer_nano": (4, 5), "deit_tiny": (0, 12), "resnet10t": (4, 4), "convnext_atto": (4, 12),
+    "swin_nano": (4, 8), "biformer_nano": (4, 5), "deit_tiny": (0, 12), "resnet10t": (4, 4), "convnext_atto": (4, 12),
     "vit_tiny_patch16_224": (0, 12), "swin_tiny_patch4_window7_224": (4, 12),
 }  # fmt: skip
 
