@@ -14,9 +14,12 @@ from typing import Any
 from torch import nn
 
 from models.dense import create_backbone
+from models.heads.iml_vit import IMLHead
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
+from models.heads.transdae import TransDAEHead
 from models.heads.vwformer import VWHead
+from models.heads.wau import UNetHead, WAUPyramid
 from models.openmmlab.config import FINEST_STRIDE, finest_stride, fit_config, head_changes, read_model
 from models.openmmlab.detector import Detector
 from models.openmmlab.interface import DensePredictor, mixed
@@ -24,9 +27,14 @@ from models.openmmlab.segmentor import DecoderSegmentor, Segmentor
 from retinue.utils.suggestions import nearest
 
 # Our decoders by the name of their head: (in_channels, num_classes, **arguments) -> decoder of four maps.
-DECODERS: dict[str, Callable[..., nn.Module]] = {"vwformer": VWHead}
-# Values of `head.neck`: our necks, for detectors with a feature pyramid.
-NECKS = ("rcnet", "sdanet")
+DECODERS: dict[str, Callable[..., nn.Module]] = {
+    "iml_vit": IMLHead,
+    "transdae": TransDAEHead,
+    "vwformer": VWHead,
+    "wau": UNetHead,
+}
+# Values of `head.neck`: our necks, for heads with a feature pyramid.
+NECKS = ("rcnet", "sdanet", "wau")
 
 
 def build_detector(cfg: Any, datamodule: Any) -> Detector:
@@ -121,7 +129,9 @@ def explain_errors(head: str, build: Callable[[], Any]) -> Any:
 
 
 def build_own_neck(head: Any, pyramid: dict[str, Any], build: Callable[[dict], nn.Module]) -> nn.Module:
-    """Build the neck that `head.neck` names: RCNet instead of the feature pyramid, or SDANet's attention after it.
+    """Build the neck that `head.neck` names.
+
+    RCNet and the pyramid with WAU take the place of the feature pyramid; SDANet's attention follows it.
 
     Args:
         head: The composed head config.
@@ -138,8 +148,9 @@ def build_own_neck(head: Any, pyramid: dict[str, Any], build: Callable[[dict], n
     if pyramid["type"] != "FPN":
         raise ValueError(f"head.neck={head.neck} is for heads on a feature pyramid, and head={head.name} has none")
     width, levels = pyramid["out_channels"], pyramid["num_outs"]
-    if head.neck == "rcnet":
-        return RCNet(pyramid["in_channels"], width, levels)
+    if head.neck != "sdanet":
+        own = {"rcnet": RCNet, "wau": WAUPyramid}[head.neck]
+        return own(pyramid["in_channels"], width, levels)
     # mmengine's Sequential, unlike torch's, passes the call of `init_weights` on to the pyramid.
     from mmengine.model import Sequential
 

@@ -3,7 +3,7 @@
 mmsegmentation: https://github.com/open-mmlab/mmsegmentation (1.2.2)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.dense import DenseBackbone
 from models.openmmlab.interface import DensePredictor, sum_losses
 from models.openmmlab.meta import on_meta
+from models.weights import rename_all
 from retinue.utils.masks import IGNORED
 
 
@@ -62,7 +63,9 @@ class Segmentor(DensePredictor):
 class DecoderSegmentor(Segmentor):
     """Backbone under one of our own decoders (`models/heads/`), trained by cross-entropy.
 
-    A decoder reads four maps. For a backbone with fewer, the last map is subsampled by 2 for each missing map.
+    A decoder reads four maps. For a backbone with fewer, the last map is subsampled by 2 for each missing map. Two
+    members of a decoder are optional: `losses(logits, mask)` returns further losses by name, and `net_renames` turns
+    the authors' names of the weights of backbone and decoder into those of a segmentor.
 
     Args:
         backbone: Backbone with at most four maps.
@@ -76,14 +79,19 @@ class DecoderSegmentor(Segmentor):
         self.decode_head = create_decoder(backbone.channels + backbone.channels[-1:] * self.missing_maps)
 
     def loss(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Compute the cross-entropy, averaged as mmsegmentation does: ignored pixels add 0 and count as pixels.
+        """Compute the cross-entropy and the decoder's own losses.
+
+        The cross-entropy is averaged as mmsegmentation does: ignored pixels add 0 and count as pixels.
 
         Args:
             image: (B, C, H, W).
             mask: Classes (B, H, W); pixels of 255 are ignored.
         """
-        total = F.cross_entropy(self.logits(image).float(), mask, ignore_index=IGNORED, reduction="sum")
-        return {"loss_ce": total / mask.numel()}
+        logits = self.logits(image).float()
+        total = F.cross_entropy(logits, mask, ignore_index=IGNORED, reduction="sum")
+        further_losses: Any = getattr(self.decode_head, "losses", None)
+        further = {} if further_losses is None else further_losses(logits, mask)
+        return {"loss_ce": total / mask.numel()} | further
 
     def logits(self, image: Tensor) -> Tensor:
         """Compute the logits (B, K, H, W): the decoder's output, upsampled to the images' size."""
@@ -92,3 +100,13 @@ class DecoderSegmentor(Segmentor):
             maps.append(F.max_pool2d(maps[-1], 1, stride=2))
         logits = self.decode_head(maps)
         return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return super().checkpoint_filter(rename_all(state, self._net_renames))
+
+    def is_whole(self, names: Iterable[str]) -> bool:
+        return super().is_whole(rename_all(dict.fromkeys(names), self._net_renames))
+
+    @property
+    def _net_renames(self) -> Any:
+        return getattr(self.decode_head, "net_renames", ())

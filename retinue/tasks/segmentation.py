@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from models.openmmlab.build import Segmentor, build_segmentor
+from retinue.evaluation import manipulation
 from retinue.evaluation.plots import draw_confusion
 from retinue.evaluation.segmentation import PixelCounts, areas, confusion_matrix, figures, summarize, write_iou_csv
 from retinue.evaluation.segmentation_plots import draw_prediction, plot_class_iou
@@ -138,6 +140,7 @@ class Segmentation(DensePredictionTask):
     Attributes:
         counts: Pixel counts of all ranks for the test split, after a test.
         pictures: Predictions (H, W), uint8, that the report draws, by index in the split, after a test.
+        aucs: Area under the ROC curve of each image by index in the split, after a test with two classes.
 
     Raises:
         ValueError: A value of `test` is out of its range.
@@ -155,8 +158,10 @@ class Segmentation(DensePredictionTask):
         # Counts and predictions of this rank in the current test.
         self._rank_counts = PixelCounts(num_classes)
         self._rank_pictures: dict[int, Any] = {}
+        self._rank_aucs: dict[int, float] = {}
         self.counts: PixelCounts | None = None
         self.pictures: dict[int, Any] = {}
+        self.aucs: dict[int, float] = {}
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
@@ -164,7 +169,13 @@ class Segmentation(DensePredictionTask):
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
         assert self.counts is not None
-        return summarize(self.counts, datamodule.class_names)
+        summary = summarize(self.counts, datamodule.class_names)
+        if self.aucs:
+            indices = sorted(self.aucs)
+            areas_of_images = np.stack([self.counts.areas[index] for index in indices])
+            of_pixels = manipulation.summarize(areas_of_images, np.array([self.aucs[index] for index in indices]))
+            summary = summary | of_pixels | {"ci_methods": summary["ci_methods"] | of_pixels["ci_methods"]}
+        return summary
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
         """Write `iou.csv`, `per_class.png`, `confusion.png` and `images/*.png`.
@@ -185,7 +196,7 @@ class Segmentation(DensePredictionTask):
         return self.sum_losses(self.model.loss(batch["image"], batch["mask"]), len(batch["image"]))
 
     def predictions(self, batch: dict[str, Any], inference: Inference) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield the index, the prediction (H, W) and the true mask (H, W) of each image of a batch.
+        """Yield the index, the scores (K, H, W) and the true mask (H, W) of each image of a batch.
 
         The net runs on one image at a time: so predictions do not depend on the batch, and the logits of many classes
         take less memory.
@@ -200,13 +211,13 @@ class Segmentation(DensePredictionTask):
             if index >= 0:
                 if scores.isnan().any():
                     raise ValueError(f"the scores of image {index} are not finite; {NOT_FINITE_ADVICE}")
-                yield index, scores.argmax(0), mask
+                yield index, scores, mask
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if self._val_confusion is None:
             self._val_confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
-        for _, prediction, mask in self.predictions(batch, replace(self.inference, scales=(1.0,), flip=False)):
-            self._val_confusion += confusion_matrix(prediction, mask, self.num_classes)
+        for _, scores, mask in self.predictions(batch, replace(self.inference, scales=(1.0,), flip=False)):
+            self._val_confusion += confusion_matrix(scores.argmax(0), mask, self.num_classes)
 
     def on_validation_epoch_end(self) -> None:
         assert self._val_confusion is not None
@@ -219,7 +230,12 @@ class Segmentation(DensePredictionTask):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images = self.trainer.datamodule.images("test")  # pyright: ignore[reportAttributeAccessIssue]
         step = max(1, len(images) // max(1, self.save_images))
-        for index, prediction, mask in self.predictions(batch, self.inference):
+        for index, scores, mask in self.predictions(batch, self.inference):
+            prediction = scores.argmax(0)
+            if self.num_classes == 2:
+                self._rank_aucs[index] = manipulation.pixel_auc(
+                    (scores[1] - scores[0]).cpu().numpy(), mask.cpu().numpy()
+                )
             self._rank_counts.add(index, confusion_matrix(prediction, mask, self.num_classes).cpu().numpy())
             if self.maps_folder:
                 # The maps have the names and the values of the data set's masks.
@@ -230,12 +246,14 @@ class Segmentation(DensePredictionTask):
                 self._rank_pictures[index] = prediction.to(torch.uint8).cpu().numpy()
 
     def on_test_epoch_end(self) -> None:
-        parts: list[Any] = [(self._rank_counts, self._rank_pictures)]
+        part = (self._rank_counts, self._rank_pictures, self._rank_aucs)
+        parts: list[Any] = [part]
         if self.trainer.world_size > 1:
             parts = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, (self._rank_counts, self._rank_pictures))
-        self._rank_counts, self._rank_pictures = PixelCounts(self.num_classes), {}
-        self.counts, self.pictures = PixelCounts(self.num_classes), {}
-        for counts, pictures in parts:
+            torch.distributed.all_gather_object(parts, part)
+        self._rank_counts, self._rank_pictures, self._rank_aucs = PixelCounts(self.num_classes), {}, {}
+        self.counts, self.pictures, self.aucs = PixelCounts(self.num_classes), {}, {}
+        for counts, pictures, aucs in parts:
             self.counts.merge(counts)
             self.pictures |= pictures
+            self.aucs |= aucs

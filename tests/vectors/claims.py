@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from models.heads.iml_vit import PredictHead
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
@@ -195,6 +196,7 @@ NETS: dict[str, Net] = {
 
 # Heads and necks take several maps: tests/models/heads/ builds and compares them.
 HEADS: dict[str, Callable[[], nn.Module]] = {
+    "iml_vit__predict_head_bn": lambda: PredictHead([256] * 5, 1),
     "rcnet__rcfpn_c64": lambda: RCNet((48, 96, 192), out_channels=64),
     "sdanet__selective_dense_attention_256": SelectiveDenseAttention,
     "vwformer__vwhead_c64_h4_s256": lambda: VWHead((96, 192, 384, 768), 19, channels=64, num_heads=4),

@@ -40,7 +40,8 @@ def assert_matches(name: str, build: Callable[[], nn.Module]) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == vector["num_params"]
 
     _, width, H, W = vector["input_shape"]
-    channels = vector["kwargs"].get("in_channels") or [width] * vector["kwargs"]["levels"]
+    arguments = vector["kwargs"]
+    channels = arguments.get("in_channels") or arguments.get("feature_channels") or [width] * arguments["levels"]
     maps = [make_input([1, c, *side]) for c, side in zip(channels, sides(H, W, len(channels)), strict=True)]
     with torch.inference_mode():
         outputs = model(maps)

@@ -10,7 +10,7 @@ from models.openmmlab.build import build_detector, build_segmentor
 from retinue.utils.paths import CONF
 
 DETECTORS = ("retinanet", "mask_rcnn", "cascade_mask_rcnn", "dino")
-SEGMENTORS = ("semantic_fpn", "upernet", "mask2former", "vwformer")
+SEGMENTORS = ("semantic_fpn", "upernet", "mask2former", "vwformer", "iml_vit", "transdae", "wau")
 CLASSES = 7
 
 

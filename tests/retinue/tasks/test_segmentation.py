@@ -310,7 +310,7 @@ def test_the_maps_have_the_names_and_values_of_masks(tmp_path: Path):
             np.testing.assert_array_equal(np.array(image), prediction + 1)
 
 
-RECIPES = ("ade20k_80k", "ade20k_160k", "mask2former_160k", "vwformer_160k", "small_segmentation")
+RECIPES = ("ade20k_80k", "ade20k_160k", "mask2former_160k", "vwformer_160k", "iml_vit", "small_segmentation")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -325,8 +325,8 @@ def test_recipes_compose_and_drive_optimiser_and_schedule(name):
     total = 1000 * total_epochs(recipe, 1000)
     rates = []
     warmup = recipe["schedule"]["warmup_steps"]
-    # The small recipe's warm-up takes one epoch.
-    warmup = 1000 if warmup is None else warmup
+    # Without a number of steps, the warm-up is a number of epochs.
+    warmup = 1000 * recipe["schedule"]["warmup_epochs"] if warmup is None else warmup
     for step in (0, warmup, total // 2, total - 1):
         schedule.step_update(step)
         rates.append(max(group["lr"] for group in optimizer.param_groups))
