@@ -15,6 +15,7 @@ from models.heads.upsample import (
     create_upsample,
 )
 from models.heads.wau import UNetHead, WAUPyramid
+from models.openmmlab.interface import DensePredictor
 from ops.functional import map_attention
 from retinue.utils.arithmetic import ceil_div
 from tests.models.heads import pyramid, sides, stir, without_gradient
@@ -136,6 +137,12 @@ def test_half_precision_is_close_to_single_precision():
         with torch.autocast("cpu", torch.bfloat16):
             half = head(levels)
     assert F.mse_loss(half.float(), exact).sqrt() < 0.05 * exact.std()
+
+
+def test_biases_of_positions_have_no_weight_decay():
+    names = [f"decode_head.{name}" for name, _ in UNetHead(CHANNELS, 5, channels=(16, 24, 32, 40)).named_parameters()]
+    undecayed = [name for name in names if DensePredictor.undecayed.search(name)]
+    assert undecayed == [f"decode_head.upsamples.{i}.position_bias" for i in range(3)]
 
 
 def test_saved_weights_load():

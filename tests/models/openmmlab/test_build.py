@@ -197,7 +197,16 @@ def test_a_few_steps_on_one_batch_lower_the_loss(head, key):
     assert values[-1] < 0.8 * values[0], values
 
 
-@pytest.mark.parametrize(("head", "neck"), [("retinanet", "rcnet"), ("retinanet", "sdanet"), ("mask_rcnn", "sdanet")])
+@pytest.mark.parametrize(
+    ("head", "neck"),
+    [
+        ("retinanet", "rcnet"),
+        ("retinanet", "sdanet"),
+        ("mask_rcnn", "sdanet"),
+        ("retinanet", "wau"),
+        ("semantic_fpn", "wau"),
+    ],
+)
 def test_our_necks_train_every_parameter(head, neck):
     model = build(head, head__neck=neck)
     assert without_gradient(model, losses(model)) == []
@@ -240,10 +249,19 @@ def test_heads_read_strides_from_4_and_large_data_choose_large_nets():
 
 def test_heads_fit_a_net_with_three_maps():
     three_stages = {"dims": [16, 32, 64], "depths": [1, 1, 1], "heads": [1, 2, 4], "mixers": "window", "norms": False}
-    for head in ("mask_rcnn", "upernet", "vwformer"):
+    for head in ("mask_rcnn", "upernet", "vwformer", "wau"):
         model = build(head, model__args=three_stages)
         assert model.backbone.strides == [4, 8, 16] and not model.backbone.norms
         assert without_gradient(model, losses(model)) == []
+
+
+@pytest.mark.parametrize("head", ["iml_vit", "transdae", "wau"])
+def test_our_decoders_fit_a_plain_vit(head):
+    model = build(head, "deit", model__size="tiny", model__args={"depths": [2], "dim": 32, "heads": 2})
+    assert model.backbone.strides == [4, 8, 16, 32] and model.backbone.pyramid is not None
+    assert without_gradient(model, losses(model)) == []
+    with torch.no_grad():
+        assert model.eval().logits(torch.randn(1, 3, 61, 75)).shape == (1, CLASSES, 61, 75)
 
 
 def test_weights_of_a_classifier_load_into_the_backbone():

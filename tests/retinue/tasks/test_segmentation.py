@@ -188,7 +188,31 @@ def evaluate_rank(rank: int, folder: Path, port: int) -> None:
     (folder / f"{rank}.json").write_text(json.dumps([summary, task.val_figures, sorted(task.pictures)]))
 
 
-def test_two_processes_equal_one(tmp_path: Path):
+@pytest.fixture
+def two_classes(monkeypatch):
+    monkeypatch.setitem(globals(), "K", 2)
+    monkeypatch.setattr(Data, "class_names", NAMES[:2])
+
+
+def test_two_classes_have_the_figures_of_manipulated_pixels(two_classes):
+    task, data = make_task(Truthful(noise=8.0)), Data(5, 2, padding=1)
+    summary = evaluated(task, data)
+    f1s, aucs = [], []
+    for i, image in enumerate(data.set.images):
+        scores = task.model.logits(torch.from_numpy(image)[None])[0].detach().numpy()[:, 3:]
+        mask, predicted = data.set.masks[i][3:] == 1, scores[1] > scores[0]
+        f1s.append(2 * (mask & predicted).sum() / (mask.sum() + predicted.sum()))
+        aucs.append((scores[1] - scores[0])[mask][:, None] > (scores[1] - scores[0])[~mask])
+    assert summary["pixel_f1"] == pytest.approx(np.mean(f1s))
+    assert summary["pixel_auc"] == pytest.approx(np.mean([wins.mean() for wins in aucs]), abs=1e-6)
+    assert 0.5 < summary["pixel_auc"] < 1 and summary["pixel_f1_ci95"][0] < summary["pixel_f1"] < 1
+    assert {"miou", "pixel_f1", "pixel_auc"} <= set(summary["ci_methods"])
+
+
+@pytest.mark.parametrize("classes", [K, 2])
+def test_two_processes_equal_one(classes: int, tmp_path: Path, request: pytest.FixtureRequest):
+    if classes == 2:
+        request.getfixturevalue("two_classes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
