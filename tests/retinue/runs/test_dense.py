@@ -71,6 +71,23 @@ def test_a_killed_run_ends_like_an_undisturbed_run(undisturbed, scenes, tmp_path
     assert_same_run(run, tmp_path / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["iml_vit", "transdae", "wau"])
+def test_a_killed_run_of_our_decoders_ends_like_an_undisturbed_run(head, scenes, tmp_path):
+    arguments = (*command("segmentation", scenes), f"head={head}")
+    folders = [tmp_path / name for name in ("undisturbed", "killed")]
+    for folder in folders:
+        folder.mkdir()
+        run = start("train", *arguments, folder=folder)
+        if folder.name == "killed":
+            assert stop_when(run, folder / "run/checkpoints/previous.ckpt", signal.SIGKILL) == -signal.SIGKILL
+            run = start("train", *arguments, folder=folder)
+        _, err = run.communicate(timeout=400)
+        assert run.returncode == 0, err
+    assert "going on from" in err
+    assert_same_run(*(folder / "run" for folder in folders))
+
+
 def test_two_processes_count_each_image_once(undisturbed, tmp_path):
     task, run = undisturbed
     shutil.copytree(run, tmp_path / "run")
