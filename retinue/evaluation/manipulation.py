@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from retinue.utils.masks import IGNORED
 
@@ -42,6 +41,9 @@ def pixel_auc(scores: np.ndarray, mask: np.ndarray) -> float:
     true = mask[counted] == 1
     if true.all() or not true.any():
         return np.nan
+    # Imported here, since runs without two classes do not need this large library.
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(true, scores[counted]))
 
 
