@@ -184,7 +184,7 @@ def rename_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tens
     renames = RENAMES.get(type(model).__name__)
     filter_fn = timm_filter(model)
     if renames is not None:
-        state = _rename_all(state, renames)
+        state = rename_all(state, renames)
     elif filter_fn is not None:
         # timm's filters raise exceptions of any kind for another net's weights. Then keep the names as they are: the
         # error of `load_weights`, which lists them, explains more.
@@ -216,7 +216,7 @@ def apply_renames(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
         renames: Renames = getattr(module, "renames", ())
         if not renames:
             continue
-        state = _rename_all(state, renames, f"{prefix}." if prefix else "", kept=ranks)
+        state = rename_all(state, renames, f"{prefix}." if prefix else "", kept=ranks)
     layers = {f"{prefix}.weight": module for prefix, module in model.named_modules()}
     result = {}
     for key, value in state.items():
@@ -240,9 +240,7 @@ def join_projections(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Te
     return state
 
 
-def _rename_all(
-    state: dict[str, Tensor], renames: Renames, prefix: str = "", kept: Collection[str] = ()
-) -> dict[str, Tensor]:
+def rename_all(state: dict[str, Any], renames: Renames, prefix: str = "", kept: Collection[str] = ()) -> dict[str, Any]:
     """Apply `renames` to the names that begin with `prefix`, without changing the prefix; names in `kept` stay."""
     result = {}
     for key, value in state.items():

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.heads.upsample import create_upsample
 from ops.attention.varying_window import GRID, RATIOS, CrossAttention, attend_to_contexts
 from retinue.utils.arithmetic import padding
 
@@ -74,9 +75,11 @@ class VWHead(nn.Module):
         dropout: Probability of dropping a whole channel before the classifier.
         city: Use the authors' form for Cityscapes: convolution, batch norm and ReLU on the maps instead of a linear
             layer, nearest-neighbour upsampling, PyTorch's attention without a norm, and no branch of the mean.
+        upsample: Upsampling from stride 8 to stride 4: "bilinear", as in the paper, or the "wau" or "expand" of
+            `models/heads/upsample.py`, which reduce the map to the 48 channels of the finest one.
 
     Raises:
-        ValueError: There are not four maps, or `channels` is not such a multiple.
+        ValueError: There are not four maps, `channels` is not such a multiple, or the upsampler is unknown.
     """
 
     renames = (
@@ -108,6 +111,7 @@ class VWHead(nn.Module):
         short_cut: bool = True,
         dropout: float = 0.1,
         city: bool = False,
+        upsample: str = "bilinear",
     ):
         super().__init__()
         if len(in_channels) != 4:
@@ -129,7 +133,8 @@ class VWHead(nn.Module):
         self.mean = None if city else nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_bn_relu(channels, channels))
         self.attention = nn.ModuleList(VaryingWindowAttention(channels, num_heads, ratio, city) for ratio in RATIOS)
         self.merge = conv_bn_relu((4 if city else 5) * channels, channels)
-        self.refine = conv_bn_relu(channels + widths[0], channels)
+        self.upsample = None if upsample == "bilinear" else create_upsample(upsample, widths[0], channels)
+        self.refine = conv_bn_relu(widths[0] + (channels if self.upsample is None else widths[0]), channels)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
         nn.init.normal_(self.classifier.weight, std=0.01)
@@ -150,5 +155,6 @@ class VWHead(nn.Module):
             branches.append(attended + x if self.short_cut else attended)
         x = self.merge(torch.cat(branches, dim=1))
 
-        x = F.interpolate(x, finest.shape[2:], mode="bilinear")
+        size = finest.shape[2:]
+        x = F.interpolate(x, size, mode="bilinear") if self.upsample is None else self.upsample(finest, x)
         return self.classifier(self.dropout(self.refine(torch.cat((x, finest), dim=1))))

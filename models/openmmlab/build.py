@@ -19,11 +19,14 @@ from models.heads.att_swin_unet import AttSwinUNetHead
 from models.heads.ds_transunet import DSTransUNetHead
 from models.heads.fpn_lite import FPNLiteHead
 from models.heads.hbformer import HBFormerHead
+from models.heads.iml_vit import IMLHead
 from models.heads.linear import LinearHead
 from models.heads.prototypes import PrototypeRefinement
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
+from models.heads.transdae import TransDAEHead
 from models.heads.vwformer import VWHead
+from models.heads.wau import UNetHead, WAUPyramid
 from models.openmmlab.config import FINEST_STRIDE, finest_stride, fit_config, head_changes, read_model
 from models.openmmlab.detector import Detector
 from models.openmmlab.interface import DensePredictor, mixed
@@ -37,11 +40,14 @@ DECODERS: dict[str, Callable[..., nn.Module]] = {
     "ds_transunet": DSTransUNetHead,
     "fpn_lite": FPNLiteHead,
     "hbformer": HBFormerHead,
+    "iml_vit": IMLHead,
     "linear": LinearHead,
+    "transdae": TransDAEHead,
     "vwformer": VWHead,
+    "wau": UNetHead,
 }
-# Values of `head.neck`: our necks, for detectors with a feature pyramid.
-NECKS = ("prototypes", "rcnet", "sdanet")
+# Values of `head.neck`: our necks, for heads with a feature pyramid.
+NECKS = ("prototypes", "rcnet", "sdanet", "wau")
 
 
 def build_detector(cfg: Any, datamodule: Any) -> Detector:
@@ -147,7 +153,9 @@ def explain_errors(head: str, build: Callable[[], Any]) -> Any:
 def build_own_neck(
     head: Any, pyramid: dict[str, Any], num_classes: int, build: Callable[[dict], nn.Module]
 ) -> nn.Module:
-    """Build the neck that `head.neck` names: RCNet instead of the feature pyramid, or another of `NECKS` after it.
+    """Build the neck that `head.neck` names.
+
+    RCNet and the pyramid with WAU take the place of the feature pyramid; the other necks follow it.
 
     Args:
         head: The composed head config.
@@ -165,8 +173,9 @@ def build_own_neck(
     if pyramid["type"] != "FPN":
         raise ValueError(f"head.neck={head.neck} is for heads on a feature pyramid, and head={head.name} has none")
     width, levels = pyramid["out_channels"], pyramid["num_outs"]
-    if head.neck == "rcnet":
-        return RCNet(pyramid["in_channels"], width, levels)
+    if head.neck != "sdanet":
+        own = {"rcnet": RCNet, "wau": WAUPyramid}[head.neck]
+        return own(pyramid["in_channels"], width, levels)
     # mmengine's Sequential, unlike torch's, passes the call of `init_weights` on to the pyramid.
     from mmengine.model import Sequential
 

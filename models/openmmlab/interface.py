@@ -33,12 +33,15 @@ class DensePredictor(nn.Module):
     Attributes:
         masks: Whether the net predicts instance masks.
         backbone: The backbone under the head.
-        undecayed: Pattern of the names of head parameters without weight decay: Mask2Former's queries and levels.
+        undecayed: Pattern of the names of head parameters without weight decay: Mask2Former's queries and levels,
+            TransDAE's levels, and the biases of relative positions of WAU.
     """
 
     masks: bool
     backbone: DenseBackbone
-    undecayed = re.compile(r"decode_head\.(query_embed|query_feat|level_embed)\.")
+    undecayed = re.compile(
+        r"decode_head\.(query_embed|query_feat|level_embed)\.|\.interaction\.level_embed$|\.position_bias$"
+    )
 
     def keep_single_precision(self) -> None:
         """Let some modules compute in float32 in mixed precision.

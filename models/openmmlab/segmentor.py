@@ -3,7 +3,7 @@
 mmsegmentation: https://github.com/open-mmlab/mmsegmentation (1.2.2)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.dense import DenseBackbone, four_channels, four_maps
 from models.openmmlab.interface import DensePredictor, sum_losses
 from models.openmmlab.meta import on_meta
+from models.weights import rename_all
 from retinue.utils.masks import IGNORED
 
 
@@ -70,13 +71,15 @@ class Segmentor(DensePredictor):
 class DecoderSegmentor(Segmentor):
     """Backbone under one of our own decoders (`models/heads/`), trained by cross-entropy.
 
-    A decoder may have three attributes:
+    A decoder may have these members:
 
     - `any_maps = True`: the decoder reads the backbone's maps, however many. Other decoders read four: for a backbone
       with fewer, the last map is subsampled by 2 for each missing map.
     - `reads_image = True`: the decoder is called with the maps and the images.
     - `output_weights`: weights of the losses of the decoder's outputs. The decoder then returns a tuple of the logits
       and of auxiliary logits (deep supervision), which may have other sizes and are for training only.
+    - `losses(logits, mask)`: returns further losses by name.
+    - `net_renames`: turns the authors' names of the weights of backbone and decoder into those of a segmentor.
 
     Args:
         backbone: The backbone.
@@ -95,21 +98,27 @@ class DecoderSegmentor(Segmentor):
         self.output_weights = getattr(self.decode_head, "output_weights", (1.0,))
 
     def loss(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Compute the cross-entropy, averaged as mmsegmentation does: ignored pixels add 0 and count as pixels.
+        """Compute the cross-entropy and the decoder's own losses.
+
+        The cross-entropy is averaged as mmsegmentation does: ignored pixels add 0 and count as pixels.
 
         Args:
             image: (B, C, H, W).
             mask: Classes (B, H, W); pixels of 255 are ignored.
 
         Returns:
-            `loss_ce`, and `aux.loss_ce` of auxiliary logits, both weighted by the decoder's `output_weights`.
+            `loss_ce`, `aux.loss_ce` of auxiliary logits, both weighted by the decoder's `output_weights`, and further
+            losses of the decoder.
         """
-        losses = []
-        for logits, weight in zip(self.outputs(image), self.output_weights, strict=True):
+        losses, outputs = [], self.outputs(image)
+        for logits, weight in zip(outputs, self.output_weights, strict=True):
             logits = to_size_of(logits, image).float()
             total = F.cross_entropy(logits, mask, ignore_index=IGNORED, reduction="sum")
             losses.append(weight * total / mask.numel())
-        return {"loss_ce": losses[0]} | ({"aux.loss_ce": torch.stack(losses[1:]).sum()} if losses[1:] else {})
+        auxiliary = {"aux.loss_ce": torch.stack(losses[1:]).sum()} if losses[1:] else {}
+        further_losses: Any = getattr(self.decode_head, "losses", None)
+        further = {} if further_losses is None else further_losses(to_size_of(outputs[0], image).float(), mask)
+        return {"loss_ce": losses[0]} | auxiliary | further
 
     def logits(self, image: Tensor) -> Tensor:
         """Compute the logits (B, K, H, W): the decoder's output, resized to the images' size."""
@@ -137,6 +146,16 @@ class DecoderSegmentor(Segmentor):
             for name in module.no_weight_decay()
         }
         return super().no_weight_decay() | decoder
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return super().checkpoint_filter(rename_all(state, self._net_renames))
+
+    def is_whole(self, names: Iterable[str]) -> bool:
+        return super().is_whole(rename_all(dict.fromkeys(names), self._net_renames))
+
+    @property
+    def _net_renames(self) -> Any:
+        return getattr(self.decode_head, "net_renames", ())
 
 
 def to_size_of(logits: Tensor, image: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Head(Keys):
     size: Name | None = Field(None, description="a key of sizes; null: small for small data, otherwise full")
     sizes: Section | None = Field(None, description="changes of the package's config by size")
     backbone: Section | None = Field(None, description="arguments of models.dense.DenseBackbone that the head changes")
-    neck: Name | None = Field(None, description="our neck, for detectors with a feature pyramid")
+    neck: Name | None = Field(None, description="our neck, for heads with a feature pyramid")
     args: Section | None = Field(None, description="further changes of the package's config")
 
 

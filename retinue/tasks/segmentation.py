@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.openmmlab.build import Segmentor, build_segmentor
+from retinue.evaluation import manipulation
 from retinue.evaluation.plots import draw_confusion
 from retinue.evaluation.segmentation import PixelCounts, areas, confusion_matrix, figures, summarize, write_iou_csv
 from retinue.evaluation.segmentation_plots import draw_prediction, plot_class_iou, write_map, write_map_classes
@@ -139,6 +140,7 @@ class Segmentation(DensePredictionTask):
         counts: Pixel counts of all ranks for the test split, after a test.
         pictures: Predictions (H, W), uint8, that the report draws, by index in the split, after a test.
         pixels: Number of pixels (K,) of each predicted class by index, after a prediction.
+        aucs: Area under the ROC curve of each image by index in the split, after a test with two classes.
 
     Raises:
         ValueError: A value of `test` is out of its range.
@@ -158,11 +160,13 @@ class Segmentation(DensePredictionTask):
         # Counts and predictions of this rank in the current test.
         self._rank_counts = PixelCounts(num_classes)
         self._rank_pictures: dict[int, Any] = {}
+        self._rank_aucs: dict[int, float] = {}
         self.counts: PixelCounts | None = None
         self.pictures: dict[int, Any] = {}
         # Number of pixels (K,) of each predicted class by index, of this rank and of all ranks.
         self._rank_pixels: dict[int, np.ndarray] = {}
         self.pixels: dict[int, np.ndarray] = {}
+        self.aucs: dict[int, float] = {}
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
@@ -170,7 +174,13 @@ class Segmentation(DensePredictionTask):
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
         assert self.counts is not None
-        return summarize(self.counts, datamodule.class_names)
+        summary = summarize(self.counts, datamodule.class_names)
+        if self.aucs:
+            indices = sorted(self.aucs)
+            areas_of_images = np.stack([self.counts.areas[index] for index in indices])
+            of_pixels = manipulation.summarize(areas_of_images, np.array([self.aucs[index] for index in indices]))
+            summary = summary | of_pixels | {"ci_methods": summary["ci_methods"] | of_pixels["ci_methods"]}
+        return summary
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
         """Write `iou.csv`, `per_class.png`, `confusion.png` and `images/*.png`.
@@ -201,7 +211,7 @@ class Segmentation(DensePredictionTask):
         return self.sum_losses(self.model.loss(batch["image"], batch["mask"]), len(batch["image"]))
 
     def predictions(self, batch: dict[str, Any], inference: Inference) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield the index, the prediction (H, W) and the true mask (H, W) of each image of a batch.
+        """Yield the index, the scores (K, H, W) and the true mask (H, W) of each image of a batch.
 
         The net runs on one image at a time: so predictions do not depend on the batch, and the logits of many classes
         take less memory.
@@ -216,13 +226,13 @@ class Segmentation(DensePredictionTask):
             if index >= 0:
                 if scores.isnan().any():
                     raise ValueError(f"the scores of image {index} are not finite; {NOT_FINITE_ADVICE}")
-                yield index, scores.argmax(0), mask
+                yield index, scores, mask
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if self._val_confusion is None:
             self._val_confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
-        for _, prediction, mask in self.predictions(batch, replace(self.inference, scales=(1.0,), flip=False)):
-            self._val_confusion += confusion_matrix(prediction, mask, self.num_classes)
+        for _, scores, mask in self.predictions(batch, replace(self.inference, scales=(1.0,), flip=False)):
+            self._val_confusion += confusion_matrix(scores.argmax(0), mask, self.num_classes)
 
     def on_validation_epoch_end(self) -> None:
         assert self._val_confusion is not None
@@ -235,7 +245,12 @@ class Segmentation(DensePredictionTask):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images = self.trainer.datamodule.images("test")  # pyright: ignore[reportAttributeAccessIssue]
         step = max(1, len(images) // max(1, self.save_images))
-        for index, prediction, mask in self.predictions(batch, self.inference):
+        for index, scores, mask in self.predictions(batch, self.inference):
+            prediction = scores.argmax(0)
+            if self.num_classes == 2:
+                self._rank_aucs[index] = manipulation.pixel_auc(
+                    (scores[1] - scores[0]).cpu().numpy(), mask.cpu().numpy()
+                )
             self._rank_counts.add(index, confusion_matrix(prediction, mask, self.num_classes).cpu().numpy())
             if self.predictions_folder:
                 self._write_map(images, index, prediction)
@@ -243,16 +258,18 @@ class Segmentation(DensePredictionTask):
                 self._rank_pictures[index] = prediction.to(torch.uint8).cpu().numpy()
 
     def on_test_epoch_end(self) -> None:
-        own = self._rank_counts, self._rank_pictures
-        self._rank_counts, self._rank_pictures = PixelCounts(self.num_classes), {}
-        self.counts, self.pictures = PixelCounts(self.num_classes), {}
-        for counts, pictures in self.gather(own):
+        own = self._rank_counts, self._rank_pictures, self._rank_aucs
+        self._rank_counts, self._rank_pictures, self._rank_aucs = PixelCounts(self.num_classes), {}, {}
+        self.counts, self.pictures, self.aucs = PixelCounts(self.num_classes), {}, {}
+        for counts, pictures, aucs in self.gather(own):
             self.counts.merge(counts)
             self.pictures |= pictures
+            self.aucs |= aucs
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images = self.trainer.datamodule.images("test")  # pyright: ignore[reportAttributeAccessIssue]
-        for index, prediction, _ in self.predictions(batch, self.inference):
+        for index, scores, _ in self.predictions(batch, self.inference):
+            prediction = scores.argmax(0)
             self._write_map(images, index, prediction)
             self._rank_pixels[index] = prediction.flatten().bincount(minlength=self.num_classes).cpu().numpy()
 

@@ -11,6 +11,7 @@ from torch import nn
 from models.heads.att_swin_unet import AttSwinUNetHead, CrossContextualAttention
 from models.heads.ds_transunet import DSTransUNetHead, InteractiveFusion
 from models.heads.hbformer import FusionStep, HBFormerHead
+from models.heads.iml_vit import PredictHead
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
@@ -204,6 +205,7 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "ds_transunet__decoder_128": lambda: DSTransUNetHead((128, 256, 512, 1024), 7),
     "hbformer__mff_decoder_192_96": lambda: FusionStep(192, 96, 96),
     "hbformer__decoder_48": lambda: HBFormerHead((96, 192, 384, 768), 9),
+    "iml_vit__predict_head_bn": lambda: PredictHead([256] * 5, 1),
     "rcnet__rcfpn_c64": lambda: RCNet((48, 96, 192), out_channels=64),
     "sdanet__selective_dense_attention_256": SelectiveDenseAttention,
     "vwformer__vwhead_c64_h4_s256": lambda: VWHead((96, 192, 384, 768), 19, channels=64, num_heads=4),

@@ -47,7 +47,9 @@ def assert_matches(name: str, build: Callable[[], nn.Module], inputs: Sequence[A
 
     if inputs is None:
         _, width, H, W = vector["input_shape"]
-        inputs = [input_maps(vector["kwargs"].get("in_channels") or [width] * vector["kwargs"]["levels"], H, W)]
+        arguments = vector["kwargs"]
+        channels = arguments.get("in_channels") or arguments.get("feature_channels") or [width] * arguments["levels"]
+        inputs = [input_maps(channels, H, W)]
     with torch.inference_mode():
         outputs = model(*inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs

@@ -22,7 +22,7 @@ def test_matches_the_authors_code(name):
     assert_matches(name, HEADS[name])
 
 
-@pytest.mark.parametrize("form", [{}, CITY], ids=["ade20k", "cityscapes"])
+@pytest.mark.parametrize("form", [{}, CITY, {"upsample": "wau"}], ids=["ade20k", "cityscapes", "wau"])
 @pytest.mark.parametrize("image", [(250, 310), (40, 33)])
 def test_every_weight_is_trained_with_images_of_any_size(form, image):
     torch.manual_seed(0)

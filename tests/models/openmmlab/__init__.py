@@ -12,7 +12,7 @@ from retinue.utils.paths import CONF
 DETECTORS = ("retinanet", "mask_rcnn", "cascade_mask_rcnn", "dino", "fcos", "rtmdet")
 SEGMENTORS = (
     "semantic_fpn", "upernet", "mask2former", "vwformer", "segformer", "fpn_lite", "linear",
-    "hbformer", "att_swin_unet", "ds_transunet",
+    "hbformer", "att_swin_unet", "ds_transunet", "iml_vit", "transdae", "wau",
 )  # fmt: skip
 CLASSES = 7
 

@@ -197,7 +197,16 @@ def test_a_few_steps_on_one_batch_lower_the_loss(head, key):
     assert values[-1] < 0.8 * values[0], values
 
 
-@pytest.mark.parametrize(("head", "neck"), [("retinanet", "rcnet"), ("retinanet", "sdanet"), ("mask_rcnn", "sdanet")])
+@pytest.mark.parametrize(
+    ("head", "neck"),
+    [
+        ("retinanet", "rcnet"),
+        ("retinanet", "sdanet"),
+        ("mask_rcnn", "sdanet"),
+        ("retinanet", "wau"),
+        ("semantic_fpn", "wau"),
+    ],
+)
 def test_our_necks_train_every_parameter(head, neck):
     model = build(head, head__neck=neck)
     assert without_gradient(model, losses(model)) == []
@@ -240,14 +249,21 @@ def test_heads_read_strides_from_4_and_large_data_choose_large_nets():
 
 def test_heads_fit_a_net_with_three_maps():
     three_stages = {"dims": [16, 32, 64], "depths": [1, 1, 1], "heads": [1, 2, 4], "mixers": "window", "norms": False}
-    for head in ("mask_rcnn", "rtmdet", "upernet", "vwformer", "fpn_lite"):
+    for head in ("mask_rcnn", "rtmdet", "upernet", "vwformer", "fpn_lite", "wau"):
         model = build(head, model__args=three_stages)
         assert model.backbone.strides in ([4, 8, 16], [8, 16]) and not model.backbone.norms
         assert without_gradient(model, losses(model)) == []
 
 
 @pytest.mark.parametrize(
-    "head", ["hbformer", *(pytest.param(head, marks=pytest.mark.slow) for head in ("att_swin_unet", "ds_transunet"))]
+    "head",
+    [
+        "hbformer",
+        "iml_vit",
+        "transdae",
+        "wau",
+        *(pytest.param(head, marks=pytest.mark.slow) for head in ("att_swin_unet", "ds_transunet")),
+    ],
 )
 def test_our_decoders_read_the_simple_pyramid_of_a_plain_net(head):
     model = build(head, "test_vit")

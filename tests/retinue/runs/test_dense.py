@@ -73,6 +73,7 @@ def test_a_killed_run_ends_like_an_undisturbed_run(undisturbed, scenes, tmp_path
 
 HEADS = {
     "fcos": ("task=detection",), "rtmdet": ("task=detection",), "segformer": (), "fpn_lite": (), "ds_transunet": (),
+    "iml_vit": (), "transdae": (), "wau": (),
     "linear": ("recipe.freeze=[backbone]",), "eomt": ("model=deit", "+model.args.dim=48", "+model.args.heads=3"),
 }  # fmt: skip
 

@@ -194,7 +194,31 @@ def evaluate_rank(rank: int, folder: Path, port: int) -> None:
     (folder / f"{rank}.json").write_text(json.dumps([summary, task.val_figures, sorted(task.pictures)]))
 
 
-def test_two_processes_equal_one(tmp_path: Path):
+@pytest.fixture
+def two_classes(monkeypatch):
+    monkeypatch.setitem(globals(), "K", 2)
+    monkeypatch.setattr(Data, "class_names", NAMES[:2])
+
+
+def test_two_classes_have_the_figures_of_manipulated_pixels(two_classes):
+    task, data = make_task(Truthful(noise=8.0)), Data(5, 2, padding=1)
+    summary = evaluated(task, data)
+    f1s, aucs = [], []
+    for i, image in enumerate(data.set.images):
+        scores = task.model.logits(torch.from_numpy(image)[None])[0].detach().numpy()[:, 3:]
+        mask, predicted = data.set.masks[i][3:] == 1, scores[1] > scores[0]
+        f1s.append(2 * (mask & predicted).sum() / (mask.sum() + predicted.sum()))
+        aucs.append((scores[1] - scores[0])[mask][:, None] > (scores[1] - scores[0])[~mask])
+    assert summary["pixel_f1"] == pytest.approx(np.mean(f1s))
+    assert summary["pixel_auc"] == pytest.approx(np.mean([wins.mean() for wins in aucs]), abs=1e-6)
+    assert 0.5 < summary["pixel_auc"] < 1 and summary["pixel_f1_ci95"][0] < summary["pixel_f1"] < 1
+    assert {"miou", "pixel_f1", "pixel_auc"} <= set(summary["ci_methods"])
+
+
+@pytest.mark.parametrize("classes", [K, 2])
+def test_two_processes_equal_one(classes: int, tmp_path: Path, request: pytest.FixtureRequest):
+    if classes == 2:
+        request.getfixturevalue("two_classes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -324,7 +348,7 @@ def test_the_maps_have_the_names_and_values_of_masks(tmp_path: Path):
 
 RECIPES = (
     "ade20k_80k", "ade20k_160k", "eomt_31e", "linear_40k", "mask2former_160k", "segformer_160k", "vwformer_160k",
-    "small_segmentation",
+    "iml_vit", "small_segmentation",
 )  # fmt: skip
 
 
@@ -340,8 +364,8 @@ def test_recipes_compose_and_drive_optimiser_and_schedule(name):
     total = 1000 * total_epochs(recipe, 1000)
     rates = []
     warmup = recipe["schedule"]["warmup_steps"]
-    # The small recipe's warm-up takes one epoch.
-    warmup = 1000 if warmup is None else warmup
+    # Without a number of steps, the warm-up is a number of epochs.
+    warmup = 1000 * recipe["schedule"]["warmup_epochs"] if warmup is None else warmup
     for step in (0, warmup, total // 2, total - 1):
         schedule.step_update(step)
         rates.append(max(group["lr"] for group in optimizer.param_groups))
