@@ -3,9 +3,11 @@
 Their arguments are those of timm's classes, such as `{name: se, rd_ratio: 0.25}`.
 """
 
-from timm.layers import CecaModule, EcaModule, EffectiveSEModule, GlobalContext, SEModule
 from timm.layers.cbam import CbamModule, LightCbamModule
 from timm.layers.coord_attn import CoordAttn, SimpleCoordAttn, StripAttn
+from timm.layers.eca import CecaModule, EcaModule
+from timm.layers.global_context import GlobalContext
+from timm.layers.squeeze_excite import EffectiveSEModule, SEModule
 
 from ops.gate_registry import register_gate
 
