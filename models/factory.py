@@ -64,19 +64,19 @@ def build(name: str, image: tuple[int, int] | None = None, **args) -> nn.Module:
     gates = args.pop("gates", None)
     if gates is not None and args.get("features_only"):
         # timm's other wrappers take a net apart.
-        args = {"feature_cls": "getter"} | args
+        args.setdefault("feature_cls", "getter")
     if image is not None:
         if timm.models.model_entrypoint(architecture).__module__.startswith("timm."):
             check_image_size(name, image, args)
         args |= image_size_argument(name, image)
     try:
-        net = timm.create_model(name, **args)
+        net: Any = timm.create_model(name, **args)
     except TypeError as error:
         raise ValueError(_one_line_reason(name, error)) from error
     if gates is not None:
         in_chans, *default_size = net.pretrained_cfg["input_size"]
         height, width = image or to_2tuple(args.get("img_size", default_size))
-        insert_gates(net, gates, args.get("in_chans", in_chans), (height, width))
+        insert_gates(net, gates, int(args.get("in_chans", in_chans)), (int(height), int(width)))
     return net
 
 

@@ -6,7 +6,7 @@ wraps for its features keeps its gates. A block's channels and layout follow fro
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -202,7 +202,8 @@ def find_blocks(net: Any) -> list[list[Any]]:
     Raises:
         ValueError: The net tells neither its blocks nor its maps.
     """
-    blocks = net.group_matcher()["blocks"] if hasattr(net, "group_matcher") else ()
+    matcher = net.group_matcher() if hasattr(net, "group_matcher") else None
+    blocks = matcher["blocks"] if isinstance(matcher, Mapping) else ()
     patterns = [(blocks, None)] if isinstance(blocks, str) else blocks
     stages: dict[str, list[nn.Module]] = {}
     for name, module in net.named_modules():
@@ -298,9 +299,7 @@ def _find_layout(net: Any, shape: Sequence[int], image: tuple[int, int]) -> Layo
         ValueError: The output is neither a map nor the tokens of one.
     """
     if len(shape) == 4:
-        fits = {
-            kind: _is_map(shape[first : first + 2], image) for kind, first in (("NCHW", 2), ("NHWC", 1))
-        }
+        fits = {kind: _is_map(shape[first : first + 2], image) for kind, first in (("NCHW", 2), ("NHWC", 1))}
         # Where the number of channels equals a side of the map, timm's nets tell their layout.
         order = ["NHWC", "NCHW"] if str(getattr(net, "output_fmt", "")) == "NHWC" else ["NCHW", "NHWC"]
         kind = next((kind for kind in order if fits[kind]), None)

@@ -1,8 +1,9 @@
 """Registry of gates: what a gate must provide, and how gates are found by name and built.
 
-A gate weights the values of a map by channel or place, and stands after a block or inside it; the net keeps its own
-layers. To add one, write a class in a file of `ops/gates/`, decorated with `@register_gate("<name>")`. The command line,
-`--help`, docs/gates.md and the tests find it by themselves. `models/gates.py` puts gates into nets.
+A gate weights the values of a map by channel or place, and stands after a block or inside it; the net keeps its
+layers. To add one, write a class in a file of `ops/gates/`, decorated with `@register_gate("<name>")`; the command
+line, `--help` and the tests find it by themselves, and `scripts/describe_ops.py` adds it to docs/gates.md. `models/gates.py`
+puts gates into nets.
 
 A gate must provide:
 

@@ -3,13 +3,13 @@
     python scripts/compare_ops.py small=true                       # all ops on the digits, a few epochs each
     python scripts/compare_ops.py ops=[window,agent] seeds=[0,1,2] data=cifar10 recipe.epochs=50
     python scripts/compare_ops.py ops=[window,agent] match=macs tune=8 data=cifar10 recipe.epochs=50
-    python scripts/compare_ops.py kind=gate gates=[none,eca,ela] backbone=timm model.name=resnet50 small=true
+    python scripts/compare_ops.py kind=gate gates=[eca,ela] backbone=timm model.name=resnet50 small=true
     python scripts/compare_ops.py launcher=slurm image_sizes=[224,512] data=imagenet data.root=/data/in1k
 
 All other keys are for train.py. The runs are those of `train.py model=swin model.mixers=<op> seed=<seed> ...`, or with
-`model.gates=<gate>`, in the same folders: a finished run is not repeated, a stopped run is resumed, and the runs of a sweep (`train.py -m ...`) are
-used as they are. An op that fails has its reason in the table, and the other ops go on. Afterwards speed and memory are
-measured, all ops in turn in one process.
+`model.gates=<gate>`, in the same folders: a finished run is not repeated, a stopped run is resumed, and the runs of a
+sweep (`train.py -m ...`) are used as they are. An op that fails has its reason in the table, and the other ops go on.
+Afterwards speed and memory are measured, all ops in turn in one process.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,8 @@ class Options(command_line.Options):
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of the runs")
     small: bool = Field(False, description=f"short runs: {' '.join(SMALL)}")
     baseline: str | None = Field(
-        None, description="op or gate with which the others are compared; null: none for gates; window or the first of ops"
+        None,
+        description="op or gate with which the others are compared; null: none for gates; window or the first of ops",
     )
     match: Literal["macs", "params"] | None = Field(None, description="what all nets have as much of as the baseline's")
     adjust: Literal["width", "depth"] = Field("width", description="what match changes")

@@ -58,9 +58,7 @@ def find_gates() -> dict[str, Class]:
 def list_gate_places() -> dict[str, str]:
     """Return the meaning of each value of a gate's `at`, from `ops.gate_registry.PLACES`."""
     assignments = (node for node in _module(PROJECT / "ops" / "gate_registry.py").body if isinstance(node, ast.Assign))
-    return next(
-        ast.literal_eval(node.value) for node in assignments if ast.unparse(node.targets[0]) == "PLACES"
-    )
+    return next(ast.literal_eval(node.value) for node in assignments if ast.unparse(node.targets[0]) == "PLACES")
 
 
 @cache

@@ -112,8 +112,9 @@ def test_gaussian_adaptive_weights_by_loops():
 
 
 def test_medusa_reads_the_image_and_the_map():
-    gate, (scores,) = build("medusa")
+    gate, context = build("medusa")
     gate.eval()
+    scores = context[0]
     x = torch.randn(2, 16, 13, 9)
     factors = (gate(x, scores) / x - 1)[:, 0]
     assert ((factors > 0) & (factors < 1)).all()
