@@ -1,9 +1,9 @@
 """Registry of gates: what a gate must provide, and how gates are found by name and built.
 
 A gate weights the values of a map by channel or place, and stands after a block or inside it; the net keeps its
-layers. To add one, write a class in a file of `ops/gates/`, decorated with `@register_gate("<name>")`; the command
-line, `--help` and the tests find it by themselves, and `scripts/describe_ops.py` adds it to docs/gates.md. `models/gates.py`
-puts gates into nets.
+layers. To add one, write a class in a file of `ops/gates/`, decorated with `@register_gate("<name>")`. The command line
+and `--help` find it by themselves, and so do the tests. `scripts/describe_ops.py` adds it to docs/gates.md, and
+`models/gates.py` puts gates into nets.
 
 A gate must provide:
 

@@ -1,4 +1,4 @@
-"""Ops or gates compared in one backbone: equal budgets and tuning, runs over seeds, paired statistics, speed, memory."""
+"""Ops or gates compared in one backbone: equal budgets and tuning, runs over seeds, paired statistics, and speed."""
 
 import math
 from collections.abc import Mapping, Sequence
