@@ -96,7 +96,7 @@ class ApplyGate:
 
     Attributes:
         layout: Layout of the output.
-        branch: Apply the gate to the difference of output and input.
+        branch: Apply the gate to the difference of output and input, if these have one shape.
         forward_pass: Has the size of the images and the contexts.
         context: Index of the gate's context, or None.
     """
@@ -110,7 +110,7 @@ class ApplyGate:
         first = output[0] if isinstance(output, tuple) else output
         x = self.layout.to_map(first, self.forward_pass.size)
         arguments = () if self.context is None else (self.forward_pass.contexts[self.context],)
-        if self.branch:
+        if self.branch and first.shape == args[0].shape:
             before = self.layout.to_map(args[0], self.forward_pass.size)
             x = before + module.output_gate(x - before, *arguments)
         else:
@@ -139,11 +139,11 @@ class Trace(NamedTuple):
 
     Attributes:
         stem: The first module that received the images and can hold further modules.
-        shapes: Module -> shapes of its input and of its output.
+        shapes: Module -> shape of its output.
     """
 
     stem: nn.Module
-    shapes: dict[nn.Module, tuple[torch.Size, torch.Size]]
+    shapes: dict[nn.Module, torch.Size]
 
 
 def insert_gates(net: nn.Module, gates: Spec | Sequence, in_chans: int, image: tuple[int, int]) -> None:
@@ -175,8 +175,7 @@ def insert_gates(net: nn.Module, gates: Spec | Sequence, in_chans: int, image: t
     for spec, module, at in targets:
         if module not in trace.shapes:
             raise ValueError(f"{type(inner).__name__} takes no gates: its blocks do not run one by one")
-        taken, returned = trace.shapes[module]
-        layout = _find_layout(inner, returned, image)
+        layout = _find_layout(inner, trace.shapes[module], image)
         gate = create_gate(spec, layout.channels)
         gate.optional = True
         if at == "slot":
@@ -184,8 +183,7 @@ def insert_gates(net: nn.Module, gates: Spec | Sequence, in_chans: int, image: t
             continue
         module.add_module("output_gate", gate)
         context = list(bodies).index(repr(spec)) if repr(spec) in bodies else None
-        branch = at == "branch" and taken == returned
-        module.register_forward_hook(ApplyGate(layout, branch, forward_pass, context))
+        module.register_forward_hook(ApplyGate(layout, at == "branch", forward_pass, context))
         kinds.add(layout.kind)
     if bodies or "tokens" in kinds:
         shared: Any = nn.ModuleList(bodies.values())
@@ -243,7 +241,7 @@ def _find_targets(net: nn.Module, gates: Spec | Sequence) -> Iterator[Target]:
 def _run(
     net: nn.Module, inner: nn.Module, modules: Sequence[nn.Module], in_chans: int, image: tuple[int, int]
 ) -> Trace:
-    """Run a net on the meta device, and record what the modules take and return.
+    """Run a net on the meta device, and record what the modules return.
 
     Args:
         net: The net, or the net in a wrapper.
@@ -255,7 +253,7 @@ def _run(
     Raises:
         ValueError: The net does not take such images, or no module receives them.
     """
-    shapes: dict[nn.Module, tuple[torch.Size, torch.Size]] = {}
+    shapes: dict[nn.Module, torch.Size] = {}
     stems: list[nn.Module] = []
 
     def see(module: nn.Module, args: tuple) -> None:
@@ -265,7 +263,7 @@ def _run(
     def record(module: nn.Module, args: tuple, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
         if args and isinstance(args[0], Tensor) and isinstance(first, Tensor):
-            shapes[module] = (args[0].shape, first.shape)
+            shapes[module] = first.shape
 
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     layers = [m for m in inner.modules() if m is not inner and not isinstance(m, containers)]
