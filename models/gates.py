@@ -305,10 +305,14 @@ def _find_layout(net: Any, shape: Sequence[int], image: tuple[int, int]) -> Layo
             return Layout(kind, shape[1 if kind == "NCHW" else 3])
     if len(shape) == 3:
         extra = next((e for name in ("num_prefix_tokens", "extra") if (e := getattr(net, name, 0))), 0)
-        for e in (extra, 0):
-            for stride in range(1, MAX_STRIDE + 1):
-                if ceil_div(image[0], stride) * ceil_div(image[1], stride) == shape[1] - e:
-                    return Layout("tokens", shape[2], stride, e)
+        layouts = (
+            Layout("tokens", shape[2], stride, e)
+            for e in (extra, 0)
+            for stride in range(1, MAX_STRIDE + 1)
+            if ceil_div(image[0], stride) * ceil_div(image[1], stride) == shape[1] - e
+        )
+        # Tokens of which the net has removed some are one row.
+        return next(layouts, Layout("tokens", shape[2], extra=extra))
     raise ValueError(f"{type(net).__name__} takes no gates: a block returns {tuple(shape)} for an image of {image}")
 
 

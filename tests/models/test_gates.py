@@ -176,6 +176,11 @@ def test_features_only(name):
     assert any("output_gate" in key or ".se." in key for key in net.state_dict())
 
 
+def test_a_net_that_removes_tokens():
+    net: Any = build("evit_small", gates="ela", reduce_at=(1,), depths=(4,), dim=32, heads=2, num_classes=3)
+    assert net(torch.randn(1, 3, 45, 70)).shape == (1, 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["swin_nano", "test_vit"])
 def test_compiles_as_one_graph(name):
