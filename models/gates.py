@@ -298,7 +298,7 @@ def _find_layout(net: Any, shape: Sequence[int], image: tuple[int, int]) -> Layo
     """
     if len(shape) == 4:
         fits = {kind: _is_map(shape[first : first + 2], image) for kind, first in (("NCHW", 2), ("NHWC", 1))}
-        # Where the number of channels equals a side of the map, timm's nets tell their layout.
+        # If the number of channels equals a side of the map, timm's nets tell their layout.
         order = ["NHWC", "NCHW"] if str(getattr(net, "output_fmt", "")) == "NHWC" else ["NCHW", "NHWC"]
         kind = next((kind for kind in order if fits[kind]), None)
         if kind is not None:
