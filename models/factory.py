@@ -7,9 +7,11 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+from models.gates import insert_gates
 from retinue.utils.sizes import resolve
 from retinue.utils.suggestions import nearest
 
@@ -53,20 +55,29 @@ def build(name: str, image: tuple[int, int] | None = None, **args) -> nn.Module:
         name: Name of a net in timm's registry, with or without a tag of weights.
         image: (height, width) of the images in pixels. timm's nets are checked to take them, and built for them if
             they are built for one size; ours take any size.
-        args: Arguments of `timm.create_model`.
+        args: Arguments of `timm.create_model`, and `gates`, as `models.gates.insert_gates` reads them.
 
     Raises:
         ValueError: The name or an argument is unknown, or the net cannot take such images.
     """
     architecture = check_name(name)
+    gates = args.pop("gates", None)
+    if gates is not None and args.get("features_only"):
+        # timm's other wrappers take a net apart.
+        args.setdefault("feature_cls", "getter")
     if image is not None:
         if timm.models.model_entrypoint(architecture).__module__.startswith("timm."):
             check_image_size(name, image, args)
         args |= image_size_argument(name, image)
     try:
-        return timm.create_model(name, **args)
+        net: Any = timm.create_model(name, **args)
     except TypeError as error:
         raise ValueError(_one_line_reason(name, error)) from error
+    if gates is not None:
+        in_chans, *default_size = net.pretrained_cfg["input_size"]
+        height, width = image or to_2tuple(args.get("img_size", default_size))
+        insert_gates(net, gates, int(args.get("in_chans", in_chans)), (int(height), int(width)))
+    return net
 
 
 def image_size_argument(name: str, image: tuple[int, int]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ All loading goes through `load_weights`. Its steps are separate functions, in th
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +72,7 @@ def load_weights(
     - `resize_table(name, value) -> value` of a module: interpolates its position tables, in place of `fit_table`.
     - `own_prefixes`: prefixes in the authors' files that look like a wrapper's, such as `model.`.
     - `optional_weights`: names of the model's weights that the file may lack.
+    - `optional` of a module inside: True if the file may lack the module's weights, which no filter renames.
     - `unused_weights`: names of weights of the file that the model does not need.
 
     Args:
@@ -106,7 +107,7 @@ def load_weights(
     misshapen = {key for key in state if key in model_state and state[key].shape != model_state[key].shape}
     classifier = classifier_of(model, {**state, **model_state})
     unused = {key for key in getattr(model, "unused_weights", ()) if key not in model_state}
-    optional = set(getattr(model, "optional_weights", ()))
+    optional = {*getattr(model, "optional_weights", ()), *_weights_of_optional_modules(model)}
     if drop_classifier:
         unused |= classifier & misshapen
         optional |= classifier
@@ -176,8 +177,22 @@ def rename_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tens
     """Return the weights of a checkpoint under the model's names.
 
     A model with a `checkpoint_filter` renames them itself. For a net of timm's, our `RENAMES` come first, else timm's
-    own filter. `apply_renames` follows after `RENAMES` and where there is neither.
+    own filter. `apply_renames` follows after `RENAMES` and where there is neither. The weights of optional modules keep
+    their names.
     """
+    own = {key: state[key] for key in _weights_of_optional_modules(model) if key in state}
+    return _rename_authors(model, {key: value for key, value in state.items() if key not in own}) | own
+
+
+def _weights_of_optional_modules(model: nn.Module) -> Iterator[str]:
+    """Yield the names of the weights of the modules whose attribute `optional` is True."""
+    for prefix, module in model.named_modules():
+        if getattr(module, "optional", False):
+            yield from (f"{prefix}.{key}" for key in module.state_dict())
+
+
+def _rename_authors(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint under the model's names, as `rename_weights` does."""
     model_filter: Any = getattr(model, "checkpoint_filter", None)
     if model_filter is not None:
         return model_filter(state)

@@ -1,14 +1,15 @@
-"""Compare attention ops in one backbone, with the same recipe and seeds: accuracy, size, speed and memory.
+"""Compare attention ops or gates in one backbone, with the same recipe and seeds: accuracy, size, speed and memory.
 
     python scripts/compare_ops.py small=true                       # all ops on the digits, one seed of three epochs
     python scripts/compare_ops.py ops=[window,agent] seeds=[0,1,2] data=cifar10 recipe.epochs=50
     python scripts/compare_ops.py ops=[window,agent] match=macs tune=8 data=cifar10 recipe.epochs=50
+    python scripts/compare_ops.py kind=gate gates=[eca,ela] backbone=timm model.name=resnet50 small=true
     python scripts/compare_ops.py launcher=slurm image_sizes=[224,512] data=imagenet data.root=/data/in1k
 
-All other keys are for train.py. The runs are those of `train.py model=swin model.mixers=<op> seed=<seed> ...`, in the
-same folders: a finished run is not repeated, a stopped run is resumed, and the runs of a sweep (`train.py -m ...`) are
-used as they are. An op that fails has its reason below the table, and the other ops go on. Afterwards speed and memory
-are measured, all ops in turn in one process.
+All other keys are for train.py. The runs are those of `train.py model=swin model.mixers=<op> seed=<seed> ...`, or with
+`model.gates=<gate>`, in the same folders: a finished run is not repeated, a stopped run is resumed, and the runs of a
+sweep (`train.py -m ...`) are used as they are. An op that fails has its reason below the table, and the other ops go
+on. Afterwards speed and memory are measured, all ops in turn in one process.
 """
 
 from collections.abc import Sequence
@@ -19,12 +20,13 @@ from pydantic import Field
 from timm.layers import to_2tuple
 
 from models import model_name
-from ops import list_ops
+from ops.gate_registry import NONE
 from retinue.benchmarks.timing import describe_device, pick_device, print_rows, write_csv
 from retinue.results.compare_ops import (
     SMALL,
     Comparison,
     check_ops,
+    choices_of,
     compare,
     make_comparison_page,
     measure,
@@ -39,14 +41,19 @@ from retinue.utils.paths import CONF
 
 
 class Options(command_line.Options):
+    kind: Literal["op", "gate"] = Field("op", description="what is compared")
     ops: list[str] | None = Field(None, min_length=1, description="ops to compare; null: all")
-    backbone: str = Field("swin", description="backbone in conf/model that takes mixers")
+    gates: list[str] | None = Field(
+        None, min_length=1, description="gates to compare with kind=gate; none: no gate; null: all"
+    )
+    backbone: str = Field("swin", description="backbone in conf/model; kind=op: one that takes mixers")
     seeds: list[int] | None = Field(
         None, min_length=1, description="seeds of the runs; null: 0, 1 and 2, or 0 alone with small"
     )
     small: bool = Field(False, description=f"short runs of one seed: {' '.join(SMALL)}")
     baseline: str | None = Field(
-        None, description="op with which the others are compared; null: window, or the first of ops"
+        None,
+        description="op or gate with which the others are compared; null: none for gates; window or the first of ops",
     )
     match: Literal["macs", "params"] | None = Field(None, description="what all nets have as much of as the baseline's")
     adjust: Literal["width", "depth"] = Field("width", description="what match changes")
@@ -65,18 +72,32 @@ class Options(command_line.Options):
     out: Path = Field(Path("compare_ops"), description="folder of the table, the plot and the page")
 
 
+def read_names(options: Options) -> list[str]:
+    """Return the names of the ops or gates that are compared.
+
+    Raises:
+        ValueError: Ops are named for `kind=gate`, or gates for `kind=op`.
+    """
+    named = {"op": options.ops, "gate": options.gates}
+    for kind, names in named.items():
+        if kind != options.kind and names is not None:
+            raise ValueError(f"{kind}s are compared with kind={kind}, not kind={options.kind}")
+    return named[options.kind] or choices_of(options.kind)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options, overrides = Options.parse_some(arguments)
-    ops = list_ops() if options.ops is None else options.ops
-    baseline = options.baseline or ("window" if "window" in ops else ops[0])
-    check_ops([*ops, baseline])
+    ops = read_names(options)
+    default = NONE if options.kind == "gate" else "window" if "window" in ops else ops[0]
+    baseline = options.baseline or default
+    check_ops([*ops, baseline], options.kind)
     device = pick_device(options.device)
     seeds = ([0] if options.small else [0, 1, 2]) if options.seeds is None else options.seeds
     if options.small:
         overrides = [*SMALL, *overrides]
 
     register_resolvers()
-    shared = ("backbone", "folder", "launcher", "match", "adjust", "tune", "space", "test_sizes")
+    shared = ("kind", "backbone", "folder", "launcher", "match", "adjust", "tune", "space", "test_sizes")
     comparison = Comparison(
         ops=list(dict.fromkeys([*ops, baseline])),
         baseline=baseline,
@@ -98,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows:
         if row.get("failed"):
             print(f"{row['what']} failed: {row['failed']}")
-    table, plot, page = (options.out / name for name in ("ops.csv", "ops.png", "ops.html"))
+    table, plot, page = (options.out / f"{options.kind}s.{ending}" for ending in ("csv", "png", "html"))
     write_csv(table, rows)
     plot_ops(plot, rows, figure, image_sizes[0], title)
     write_text(page, make_comparison_page(comparison, entries, run))

@@ -1,6 +1,6 @@
-"""Generate docs/ops.md, the table of all ops: mechanism, source, family, growth of the cost, reach, MACs and time.
+"""Generate docs/ops.md, the table of all ops with their mechanism, source and costs, and docs/gates.md, that of gates.
 
-python scripts/describe_ops.py                               # after a change of an op
+python scripts/describe_ops.py                               # after a change of an op or gate
 python scripts/describe_ops.py measure=[agent,window]      # time these ops first, on the CPU of this machine
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from retinue.results.compare_ops import check_ops
-from retinue.results.ops_overview import OVERVIEW, measure_times, overview
+from retinue.results.ops_overview import GATES_OVERVIEW, OVERVIEW, gates_overview, measure_times, overview
 from retinue.utils import command_line
 from retinue.utils.errors import user_errors
 from retinue.utils.files import write_text
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.measure:
         measure_times(options.measure, options.rounds)
     write_text(OVERVIEW, overview())
+    write_text(GATES_OVERVIEW, gates_overview())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ops compared in one backbone: equal budgets, equal tuning, runs over seeds, paired statistics, speed and memory."""
+"""Ops or gates compared in one backbone: equal budgets and tuning, runs over seeds, paired statistics, and speed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,8 @@ import optuna
 from omegaconf import DictConfig, OmegaConf
 from timm.layers import to_2tuple
 
-from ops import list_ops
+from ops import list_gates, list_ops
+from ops.gate_registry import NONE
 from ops.registry import family_of
 from retinue.benchmarks.models import Setting, benchmark
 from retinue.benchmarks.op_properties import cost_exponent
@@ -36,20 +37,31 @@ TUNING_SEED = 1000
 PREFIXES = {"inference": "infer", "training": "train"}
 
 
-def check_ops(names: Sequence[str]) -> None:
-    """Raise a ValueError with the nearest name if one of the names is no op."""
+# Kind of what is compared -> the key of the section `model` that takes its names.
+KEYS = {"op": "mixers", "gate": "gates"}
+
+
+def choices_of(kind: str) -> list[str]:
+    """Return the names that can be compared: the ops, or `none` and the gates."""
+    return list_ops() if kind == "op" else [NONE, *list_gates()]
+
+
+def check_ops(names: Sequence[str], kind: str = "op") -> None:
+    """Raise a ValueError with the nearest name if one of the names is no op, or no gate for the kind "gate"."""
+    choices = choices_of(kind)
     for name in names:
-        if name not in list_ops():
-            raise ValueError(f"no op is called {name!r}.{nearest(name, list_ops())} There are: {', '.join(list_ops())}")
+        if name not in choices:
+            raise ValueError(f"no {kind} is called {name!r}.{nearest(name, choices)} There are: {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison of ops in one backbone.
+    """A comparison of ops or gates in one backbone.
 
     Attributes:
-        backbone: Name in conf/model of a backbone that takes mixers.
-        ops: Names of ops.
+        kind: "op" or "gate".
+        backbone: Name in conf/model of a backbone; for ops, of one that takes mixers.
+        ops: Names of ops or gates.
         baseline: The op whose net is the budget, and with which the others are compared.
         seeds: Seeds of the runs.
         overrides: Further overrides of train.py.
@@ -62,6 +74,7 @@ class Comparison:
         test_sizes: Further image sizes, in pixels, at which each run is tested.
     """
 
+    kind: str
     backbone: str
     ops: Sequence[str]
     baseline: str
@@ -76,8 +89,9 @@ class Comparison:
     test_sizes: Sequence[int] = ()
 
     def choices(self, op: str) -> list[str]:
-        """Return the overrides of train.py that choose an op in the backbone."""
-        return [f"model={self.backbone}", f"model.mixers={op}", *self.overrides]
+        """Return the overrides of train.py that choose an op or a gate in the backbone."""
+        chosen = [] if op == NONE else [f"model.{KEYS[self.kind]}={op}"]
+        return [f"model={self.backbone}", *chosen, *self.overrides]
 
     @cached_property
     def config(self) -> DictConfig:
@@ -121,7 +135,7 @@ def compare(comparison: Comparison) -> dict[str, Entry]:
     """
     if comparison.tune and TUNING_SEED in comparison.seeds:
         raise ValueError(f"seed {TUNING_SEED} is that of the trials: choose other seeds for the comparison")
-    entries = {op: Entry(comparison.choices(op), describe(op)) for op in comparison.ops}
+    entries = {op: Entry(comparison.choices(op), describe(op, comparison.kind)) for op in comparison.ops}
     figure = comparison.figure
     if comparison.match:
         match_budgets(comparison, entries)
@@ -147,8 +161,10 @@ def compare(comparison: Comparison) -> dict[str, Entry]:
     return entries
 
 
-def describe(op: str) -> Row:
+def describe(op: str, kind: str) -> Row:
     """Return the columns that do not depend on a run, or the reason why the op cannot be run."""
+    if kind == "gate":
+        return {"what": op}
     columns: Row = {"what": op, "family": family_of(op)}
     try:
         exponent = cost_exponent(op)
@@ -168,7 +184,7 @@ def match_budgets(comparison: Comparison, entries: Mapping[str, Entry]) -> None:
         if op == comparison.baseline:
             continue
         try:
-            arguments = budgets.match({**model, "mixers": op}, setting, budget, comparison.adjust)
+            arguments = budgets.match({**model, KEYS[comparison.kind]: op}, setting, budget, comparison.adjust)
         except Exception as error:
             # The op cannot be built, which must not stop the others.
             entry.columns["failed"] = one_line(error)

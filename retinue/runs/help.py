@@ -4,6 +4,7 @@
 --help model              the choices of a group
 --help model=swin         one choice: its keys with their meanings; a net's sizes and arguments
 --help ops                the token mixers; `--help ops=agent` shows the arguments of one
+--help gates              the gates; `--help gates=ela` shows the arguments of one
 --help experiment=swin    the rows of a paper's tables
 """
 
@@ -15,17 +16,28 @@ from collections.abc import Iterable, Iterator, Sequence
 import yaml
 
 from retinue.runs.schema import PROGRAMS, Checkpoint, Ops, meaning
-from retinue.runs.signatures import Argument, Class, find_net, find_ops, list_arguments, list_softmax_options
+from retinue.runs.signatures import (
+    Argument,
+    Class,
+    find_gates,
+    find_net,
+    find_ops,
+    list_arguments,
+    list_gate_places,
+    list_softmax_options,
+)
 from retinue.utils.paths import CONF, list_group
 from retinue.utils.suggestions import nearest
 
-GROUPS = ("model", "ops", "task", "head", "data", "recipe", "trainer", "logger", "callbacks", "hydra/launcher",
+GROUPS = ("model", "ops", "gates", "task", "head", "data", "recipe", "trainer", "logger", "callbacks", "hydra/launcher",
           "experiment")  # fmt: skip
 WIDTH = 100  # characters in a line
 FLAGS = ("--help", "-h")
 
-# Arguments that every op and every net receives from the net or the task, not from the user.
-OP_GIVEN = ("dim", "num_heads", "place")
+# Groups of classes in `ops/` -> the key that takes their names, and the function that finds the classes.
+CLASSES = {"ops": ("model.mixers", find_ops), "gates": ("model.gates", find_gates)}
+# Arguments that every op, gate and net receives from the net or the task, not from the user.
+OP_GIVEN = ("dim", "num_heads", "place", "channels", "device", "dtype")
 NET_GIVEN = ("num_classes", "in_chans", "device", "dtype")
 
 EXAMPLES = {
@@ -71,9 +83,7 @@ def write_help(program: str, arguments: Sequence[str]) -> None:
 
 def list_choices(group: str) -> list[str]:
     """Return the names that `group=` takes, sorted; for experiments `<paper>/<row>`."""
-    if group == "ops":
-        return list(find_ops())
-    return list_group(group)
+    return list(CLASSES[group][1]()) if group in CLASSES else list_group(group)
 
 
 def _overview(program: str) -> list[str]:
@@ -92,6 +102,7 @@ def _overview(program: str) -> list[str]:
         *_table(_own_keys(program)),
         "",
         "model.mixers= takes the ops: one for all stages, or a list with an entry for each stage.",
+        "model.gates= takes the gates in the same way, for any net.",
         "",
         "--help GROUP          the choices of a group, such as --help model",
         "--help GROUP=CHOICE   keys and meanings, such as --help model=swin, --help ops=agent",
@@ -114,15 +125,17 @@ def _topic(topic: str) -> list[str]:
     if choice not in choices and not (CONF / group / f"{choice}.yaml").is_file():
         known = papers if group == "experiment" and "/" not in choice else choices
         raise ValueError(f"{group}={choice} is not there.{nearest(choice, known)} There are: {', '.join(known)}")
-    if group == "ops":
-        return _op(choice)
+    if group in CLASSES:
+        return _class(group, choice)
     lines = _keys(group, choice)
     return lines + _net(choice) if group == "model" else lines
 
 
 def _choices(group: str, choices: Iterable[str]) -> list[str]:
     """Return a line for each choice: its name and the first sentence of its docstring or comment."""
-    meanings = {name: _op_summary(name) if group == "ops" else _header(group, name) for name in choices}
+    meanings = {
+        name: CLASSES[group][1]()[name].summary if group in CLASSES else _header(group, name) for name in choices
+    }
     lines = [f"{group}=", *_table(meanings.items()), ""]
     return [*lines, f"--help {group}=CHOICE shows one of them."]
 
@@ -141,19 +154,19 @@ def _rows(paper: str, experiments: Iterable[str]) -> list[str]:
     return [f"experiment={paper}/ROW:", *_table((name, _header("experiment", name)) for name in names)]
 
 
-def _op_summary(name: str) -> str:
-    return find_ops()[name].summary
-
-
-def _op(name: str) -> list[str]:
-    op = find_ops()[name]
+def _class(group: str, name: str) -> list[str]:
+    key, find = CLASSES[group]
+    op = find()[name]
     paragraphs = [textwrap.fill(" ".join(part.split()), WIDTH) for part in op.description.split("\n\n")]
     arguments = list_arguments(op, OP_GIVEN)
     example = arguments[0] if arguments else None
-    lines = [f"model.mixers={name}: {_module_summary(op)}", "", *"\n\n".join(paragraphs).splitlines(), ""]
+    lines = [f"{key}={name}: {_module_summary(op)}", "", *"\n\n".join(paragraphs).splitlines(), ""]
+    if group == "gates":
+        places = _table((f"at={place}", text) for place, text in list_gate_places().items())
+        lines += ["Place in the net, given like an argument; by default that of its paper:", *places, ""]
     if example is None:
         return [*lines, "It takes no arguments."]
-    usage = f"model.mixers='{{name: {name}, {example.name}: ...}}'"
+    usage = f"{key}='{{name: {name}, {example.name}: ...}}'"
     lines += [f"Arguments, as in {usage}:", *_arguments(arguments)]
     options = list_softmax_options(op)
     return [*lines, "", "Options of its softmax, given like the arguments:", *_arguments(options)] if options else lines

@@ -51,6 +51,9 @@ class Ops(Keys):
     )
 
 
+Gates = Annotated[str | dict | list, Expected("a gate's name, a mapping, or a list")]
+
+
 class Model(Keys):
     """`conf/model/*.yaml`; further keys are arguments of the net."""
 
@@ -59,6 +62,9 @@ class Model(Keys):
     size: Name | None = Field(None, description="a key of sizes; null: the first size that suits the images")
     sizes: Section | None = Field(None, description="nets of timm's registry with arguments of timm.create_model")
     pretrained: bool = Field(False, description="download timm's weights")
+    gates: Gates | None = Field(
+        None, description="gates on the maps of any net: a name, a mapping with arguments, or a list by stage"
+    )
     args: Section | None = Field(None, description="further arguments of the net")
 
 

@@ -45,29 +45,49 @@ class Class:
         return re.split(r"^[A-Z]\w+:$", ast.get_docstring(self.node) or "", maxsplit=1, flags=re.MULTILINE)[0].strip()
 
 
-@cache
 def find_ops() -> dict[str, Class]:
     """Return the class of every op that is registered with `@register_op("name")`, by name."""
-    ops = {}
+    return _find_registered("register_op")
+
+
+def find_gates() -> dict[str, Class]:
+    """Return the class of every gate that is registered with `@register_gate("name")`, by name."""
+    return _find_registered("register_gate")
+
+
+def list_gate_places() -> dict[str, str]:
+    """Return the meaning of each value of a gate's `at`, from `ops.gate_registry.PLACES`."""
+    assignments = (node for node in _module(PROJECT / "ops" / "gate_registry.py").body if isinstance(node, ast.Assign))
+    return next(ast.literal_eval(node.value) for node in assignments if ast.unparse(node.targets[0]) == "PLACES")
+
+
+@cache
+def _find_registered(decorator_name: str) -> dict[str, Class]:
+    """Return the classes below `ops/` that a decorator registers, by name."""
+    classes = {}
     for path in sorted((PROJECT / "ops").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if "@register_op(" not in text:
+        if f"@{decorator_name}(" not in text:
             continue
         for node in ast.parse(text).body:
             if not isinstance(node, ast.ClassDef):
                 continue
             for decorator in node.decorator_list:
-                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "register_op":
-                    ops[ast.literal_eval(decorator.args[0])] = Class(node, path)
-    return dict(sorted(ops.items()))
+                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == decorator_name:
+                    classes[ast.literal_eval(decorator.args[0])] = Class(node, path)
+    return dict(sorted(classes.items()))
+
+
+def _timm_folder() -> Path:
+    spec = find_spec("timm")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def find_net(name: str) -> Class | None:
     """Return the class of the net that is registered as `name`, ours or timm's; None if its source does not tell."""
     definition = re.compile(rf"^def {re.escape(name.partition('.')[0])}\(", re.MULTILINE)
-    spec = find_spec("timm")
-    assert spec is not None and spec.origin is not None
-    for folder in (PROJECT / "models" / "backbones", Path(spec.origin).parent / "models"):
+    for folder in (PROJECT / "models" / "backbones", _timm_folder() / "models"):
         for path in sorted(folder.glob("*.py")):
             if definition.search(path.read_text(encoding="utf-8")):
                 return _returned_class(name.partition(".")[0], path)
@@ -170,12 +190,13 @@ def _meanings(docstring: str | None) -> dict[str, str]:
 
 
 def _find_class(name: str, path: Path) -> Class | None:
-    """Return the class called `name` in the module at `path`, defined there or imported from the project."""
+    """Return the class called `name` in the module at `path`, defined there or imported from the project or timm."""
     for node in _module(path).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return Class(node, path)
         if isinstance(node, ast.ImportFrom) and node.module and name in {alias.name for alias in node.names}:
-            source = PROJECT / f"{node.module.replace('.', '/')}.py"
+            root = _timm_folder().parent if node.module.startswith("timm.") else PROJECT
+            source = root / f"{node.module.replace('.', '/')}.py"
             return _find_class(name, source) if not node.level and source.is_file() else None
     return None
 

@@ -60,6 +60,23 @@ def test_ops_are_compared_and_a_broken_one_does_not_stop_the_others(tmp_path, mo
     assert table()["window"]["top1"] == rows["window"]["top1"]
 
 
+def test_gates_are_compared_with_the_net_without_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compare_ops.main(["kind=gate", "gates=[ela]", "seeds=[0]", *QUICK[1:]])
+    with open("compare_ops/gates.csv", newline="") as file:
+        rows = {row["what"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"none", "ela"}
+    # Four blocks of 32, 64, 128 and 256 channels, with 9 parameters for each channel.
+    added = float(rows["ela"]["params_m"]) - float(rows["none"]["params_m"])
+    assert added * 1e6 == pytest.approx(9 * 480)
+    configs = [yaml.safe_load(path.read_text()) for path in tmp_path.rglob("config.yaml")]
+    assert {cfg["model"]["gates"] for cfg in configs} == {None, "ela"}
+    with pytest.raises(ValueError, match=r"no gate is called 'elaa'\. Did you mean 'ela'"):
+        compare_ops.main(["kind=gate", "gates=[elaa]"])
+    with pytest.raises(ValueError, match="gates are compared with kind=gate, not kind=op"):
+        compare_ops.main(["gates=[ela]"])
+
+
 def test_ops_are_matched_tuned_and_tested_at_other_sizes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     chosen = ["ops=[conv_enhanced_window]", "baseline=window", "match=macs", "tune=2", "test_sizes=[8,24]"]

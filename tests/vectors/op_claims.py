@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from models.backbones import lola_specvit
 from models.backbones.hyper_zzw import SlowFastBlock
 from models.enhancers import FeatEnHancer
 from ops import Place, create_op
+from ops.gate_registry import create_gate
 from tests.vectors import cfsr
 from tests.vectors.blocks import Block, LaMambaBlock, LocalRegionBlock, RegionLayer, TokenAggregationBlock
 from tests.vectors.kinds import Chain, Op, Part
@@ -35,6 +37,22 @@ def cfsr_parts(block: Any, x: Tensor) -> tuple[Tensor, ...]:
     """Return the outputs of the mixer, of the MLP and of a block for maps (B, H, W, C), in (B, C, H, W)."""
     outputs = (block.mixer(block.norm1(x)), block.mlp(block.norm2(x)), block(x))
     return tuple(out.permute(0, 3, 1, 2) for out in outputs)
+
+
+def subspace_attention(dim: int, groups: int) -> nn.Module:
+    """Return the gate ULSAM, for which the authors' separate weights of each group of channels are joined."""
+    gate = create_gate({"name": "ulsam", "groups": groups}, dim)
+    names = {"conv_dws": "scale", "bn_dws": "scale_norm", "conv_point": "score", "bn_point": "score_norm"}
+
+    def join(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        parts: dict[str, list[Tensor]] = {}
+        for key, value in state.items():
+            layer, name = key.split(".")[-2:]
+            parts.setdefault(f"{names.get(layer, layer)}.{name}", []).append(value)
+        return {key: torch.cat(values) if values[0].ndim else values[0] for key, values in parts.items()}
+
+    gate.checkpoint_filter = join
+    return gate
 
 
 # The authors' blocks are always shifted by 1
@@ -292,6 +310,8 @@ PARTS: dict[str, Part | Block] = {
             net["block"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
         ),
     ),
+    "psa__psa_p_c64": Part(lambda: create_gate("psa", 64)),
+    "psa__psa_s_c64": Part(lambda: create_gate({"name": "psa", "form": "sequential"}, 64)),
     "rat__basic_layer_c64": Block(RegionLayer),
     "rcmha__d48_h6_n40_causal_mem8": Part(
         lambda: create_op("relative_conv", 48, 6, mode="causal1d", reach=64),
@@ -301,5 +321,7 @@ PARTS: dict[str, Part | Block] = {
         lambda: create_op("relative_conv", 48, 6, mode="1d", reach=64),
         lambda op, x: (op.attend_sequence(x.transpose(0, 1)).transpose(0, 1),),
     ),
+    "ulsam__c64_g1": Part(lambda: subspace_attention(64, 1), lambda gate, x: (gate(x), gate(x) - x)),
+    "ulsam__c64_g4": Part(lambda: subspace_attention(64, 4), lambda gate, x: (gate(x), gate(x) - x)),
     **{f"cfsr__x{scale}": Part(lambda scale=scale: cfsr.CFSR(scale, merged=True)) for scale in (2, 3, 4)},
 }

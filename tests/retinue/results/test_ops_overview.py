@@ -1,10 +1,10 @@
-"""The page docs/ops.md follows from the ops: `python scripts/describe_ops.py` writes it."""
+"""The pages docs/ops.md and docs/gates.md follow from the code: `python scripts/describe_ops.py` writes them."""
 
 import pytest
 
-from ops import list_ops
+from ops import list_gates, list_ops
 from retinue.benchmarks.op_properties import cost_exponent, count_macs, reach
-from retinue.results.ops_overview import OVERVIEW, overview
+from retinue.results.ops_overview import GATES_OVERVIEW, OVERVIEW, gates_overview, overview
 from scripts import describe_ops
 
 
@@ -12,6 +12,12 @@ def test_the_page_follows_from_the_ops():
     page = overview()
     assert OVERVIEW.read_text(encoding="utf-8") == page, "run python scripts/describe_ops.py"
     assert [f"| `{name}` |" in page for name in list_ops()] == [True] * len(list_ops())
+
+
+def test_the_page_of_gates_follows_from_the_gates():
+    page = gates_overview()
+    assert GATES_OVERVIEW.read_text(encoding="utf-8") == page, "run python scripts/describe_ops.py"
+    assert all(f"| `{name}` |" in page for name in list_gates())
 
 
 @pytest.mark.parametrize(
