@@ -7,13 +7,14 @@ head is built.
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from models.dense import create_backbone
+from models.heads.losses import PixelLoss, create_losses
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
 from models.heads.vwformer import VWHead
@@ -49,30 +50,47 @@ def build_detector(cfg: Any, datamodule: Any) -> Detector:
     return detector
 
 
-def build_segmentor(cfg: Any, datamodule: Any) -> Segmentor:
+def build_segmentor(
+    cfg: Any,
+    datamodule: Any,
+    losses: Mapping[str, Any] | None = None,
+    class_weights: Sequence[float] | None = None,
+) -> Segmentor:
     """Build the segmentor of a composed config for the data's classes, with initial weights.
 
     Args:
         cfg: The config; `cfg.model`, `cfg.head` and `cfg.data` are read.
         datamodule: The data module; `in_chans` and `num_classes` are read.
+        losses: Losses with their weights, as in `create_losses`. None or empty takes the head's own losses.
+        class_weights: Weight of each class in these losses; None weights all equally.
 
     Raises:
-        ValueError: The size or an argument of the head is unknown, or the backbone does not fit.
+        ValueError: The size or an argument of the head is unknown, the backbone does not fit, a loss is wrong, or the
+            head has no logits per pixel in training.
     """
+    create = partial(create_losses, losses, class_weights, datamodule.num_classes) if losses else None
     if cfg.head.library != "own":
-        return _build_package_model(Segmentor, cfg, datamodule)
+        return _build_package_model(Segmentor, cfg, datamodule, create)
     backbone = create_backbone(cfg.model, cfg.data, datamodule.in_chans, min_stride=FINEST_STRIDE)
     args = head_changes(cfg.head, cfg.data.kind == "small") | {"num_classes": datamodule.num_classes}
     create_decoder = partial(DECODERS[cfg.head.name], **args)
-    segmentor = explain_errors(cfg.head.name, lambda: DecoderSegmentor(backbone, create_decoder))
+    segmentor = explain_errors(
+        cfg.head.name, lambda: DecoderSegmentor(backbone, create_decoder, create() if create else ())
+    )
     segmentor.keep_single_precision()
     return segmentor
 
 
-def _build_package_model(interface: type[DensePredictor], cfg: Any, datamodule: Any) -> Any:
+def _build_package_model(
+    interface: type[DensePredictor],
+    cfg: Any,
+    datamodule: Any,
+    create: Callable[[float], list[PixelLoss]] | None = None,
+) -> Any:
     """Build the package's model, mixed with our interface, on our backbone.
 
-    The package initialises the weights of its own parts; the backbone keeps its own initialisation.
+    The package initialises the weights of its own parts; the backbone keeps its own initialisation. `create` creates
+    the losses on logits per pixel, times a factor, that replace the head's own losses.
     """
     head = cfg.head
     config = read_model(head, cfg.data.kind == "small")
@@ -82,6 +100,8 @@ def _build_package_model(interface: type[DensePredictor], cfg: Any, datamodule: 
     backbone = create_backbone(cfg.model, cfg.data, datamodule.in_chans, min_stride=finest_stride(config))
     fit_config(config, backbone, datamodule.num_classes)
     config["backbone"] = {"type": lambda: backbone}
+    if create is not None:
+        _replace_losses(config, head.name, create)
     with DefaultScope.overwrite_default_scope(head.library), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if head.get("neck") is not None:
@@ -96,6 +116,18 @@ def _build_package_model(interface: type[DensePredictor], cfg: Any, datamodule: 
             model.init_weights()
     model.keep_single_precision()
     return model
+
+
+def _replace_losses(config: dict[str, Any], head: str, create: Callable[[float], list[PixelLoss]]) -> None:
+    """Replace the losses of a segmentor's heads in place; an auxiliary head keeps the factor of its own loss."""
+    if "loss_decode" not in config["decode_head"]:
+        raise ValueError(
+            f"head={head} has a loss of its own, which matches masks: task.losses needs logits per pixel, "
+            "as of head=semantic_fpn, upernet or vwformer"
+        )
+    for part in filter(None, (config["decode_head"], config.get("auxiliary_head"))):
+        created = create(part["loss_decode"]["loss_weight"])
+        part["loss_decode"] = [{"type": lambda loss=loss: loss} for loss in created]
 
 
 def explain_errors(head: str, build: Callable[[], Any]) -> Any:

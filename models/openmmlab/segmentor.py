@@ -3,13 +3,14 @@
 mmsegmentation: https://github.com/open-mmlab/mmsegmentation (1.2.2)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dense import DenseBackbone
+from models.heads.losses import PixelLoss
 from models.openmmlab.interface import DensePredictor, sum_losses
 from models.openmmlab.meta import on_meta
 from retinue.utils.masks import IGNORED
@@ -60,30 +61,41 @@ class Segmentor(DensePredictor):
 
 
 class DecoderSegmentor(Segmentor):
-    """Backbone under one of our own decoders (`models/heads/`), trained by cross-entropy.
+    """Backbone under one of our own decoders (`models/heads/`).
 
     A decoder reads four maps. For a backbone with fewer, the last map is subsampled by 2 for each missing map.
 
     Args:
         backbone: Backbone with at most four maps.
         create_decoder: Function from the numbers of channels of the four maps to the decoder.
+        losses: Losses of training; by default cross-entropy as mmsegmentation averages it.
     """
 
-    def __init__(self, backbone: DenseBackbone, create_decoder: Callable[[list[int]], nn.Module]):
+    def __init__(
+        self,
+        backbone: DenseBackbone,
+        create_decoder: Callable[[list[int]], nn.Module],
+        losses: Sequence[PixelLoss] = (),
+    ):
         super().__init__()
         self.backbone = backbone
         self.missing_maps = 4 - len(backbone.channels)
         self.decode_head = create_decoder(backbone.channels + backbone.channels[-1:] * self.missing_maps)
+        self.losses = nn.ModuleList(losses)
 
     def loss(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Compute the cross-entropy, averaged as mmsegmentation does: ignored pixels add 0 and count as pixels.
+        """Compute the `losses`, by default the cross-entropy, averaged as mmsegmentation does.
+
+        In mmsegmentation's mean of the cross-entropy, ignored pixels add 0 and count as pixels.
 
         Args:
             image: (B, C, H, W).
             mask: Classes (B, H, W); pixels of 255 are ignored.
         """
-        total = F.cross_entropy(self.logits(image).float(), mask, ignore_index=IGNORED, reduction="sum")
-        return {"loss_ce": total / mask.numel()}
+        logits = self.logits(image).float()
+        if self.losses:
+            return {str(loss.loss_name): loss(logits, mask) for loss in self.losses}
+        return {"loss_ce": F.cross_entropy(logits, mask, ignore_index=IGNORED, reduction="sum") / mask.numel()}
 
     def logits(self, image: Tensor) -> Tensor:
         """Compute the logits (B, K, H, W): the decoder's output, upsampled to the images' size."""

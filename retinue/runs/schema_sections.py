@@ -44,6 +44,10 @@ Channels = Annotated[int, AfterValidator(_is_grey_or_colour), Expected("1 or 3")
 Pixels = Annotated[list[Count], Field(min_length=2, max_length=2), Expected("a pair of whole numbers, 1 or more")]
 Sides = Annotated[Count | Pixels, Expected("a number of pixels, 1 or more, or a pair of these")]
 LossWeights = Annotated[dict[str, NonNegative], Expected("a mapping of names to weights, 0 or more")]
+PixelLosses = Annotated[
+    dict[str, Positive | dict[str, NonNegative]],
+    Expected("a mapping of losses to weights above 0, or to mappings of weight and parameters"),
+]
 Pair = Annotated[list[Positive], Field(min_length=2, max_length=2), Expected("a pair of numbers above 0")]
 
 
@@ -288,8 +292,31 @@ class Inference(Keys):
 class SegmentationTask(Task):
     """`conf/task/segmentation.yaml`."""
 
-    figure: Literal["miou", "pixel_accuracy", "mean_accuracy"] = Field(description=FIGURE)
+    figure: Literal["miou", "pixel_accuracy", "mean_accuracy", "dice"] = Field(description=FIGURE)
+    figures: Literal["medical"] | None = Field(
+        None, description="medical: also Dice, HD95, IoU, sensitivity and specificity, as means over images"
+    )
+    spacing: Pair | None = Field(
+        None, description="vertical and horizontal distance between the masks' pixels in mm, for HD95; null: in pixels"
+    )
+    losses: PixelLosses | None = Field(
+        None,
+        description="cross_entropy, focal, dice, tversky and boundary with their weights, as {cross_entropy: 1, "
+        "tversky: {weight: 1, beta: 0.8}}; null: the head's own",
+    )
+    class_weights: Annotated[list[NonNegative], Field(min_length=1)] | None = Field(
+        None, description="weight of each class in task.losses; null: all equal"
+    )
     test: Inference = Field(description="how images become predictions; docs/segmentation.md explains it")
+
+    @model_validator(mode="after")
+    def _has_what_a_key_needs(self) -> Self:
+        if self.class_weights and not self.losses:
+            raise ValueError("task.class_weights needs task.losses, such as task.losses={cross_entropy: 1}")
+        for key, given in (("task.spacing", self.spacing), ("task.figure=dice", self.figure == "dice")):
+            if given and not self.figures:
+                raise ValueError(f"{key} needs task.figures=medical")
+        return self
 
 
 class Data(Keys):

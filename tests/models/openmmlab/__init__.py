@@ -39,9 +39,9 @@ def make_config(head: str, model: str = "biformer", size: str | None = None, **c
     return cfg
 
 
-def build(head: str, model: str = "biformer", **changes: Any) -> Any:
+def build(head: str, model: str = "biformer", losses: Any = None, class_weights: Any = None, **changes: Any) -> Any:
     """Build a detector or a segmentor for `CLASSES` classes, with weights that follow from the seed 0."""
     torch.manual_seed(0)
-    build_head = build_detector if head in DETECTORS else build_segmentor
     data = SimpleNamespace(num_classes=CLASSES, in_chans=3, has_masks=True)
-    return build_head(make_config(head, model, **changes), data)
+    cfg = make_config(head, model, **changes)
+    return build_detector(cfg, data) if head in DETECTORS else build_segmentor(cfg, data, losses, class_weights)
