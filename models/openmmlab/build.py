@@ -21,6 +21,7 @@ from models.heads.vwformer import VWHead
 from models.openmmlab.config import FINEST_STRIDE, finest_stride, fit_config, head_changes, read_model
 from models.openmmlab.detector import Detector
 from models.openmmlab.interface import DensePredictor, mixed
+from models.openmmlab.panoptic import PanopticSegmentor
 from models.openmmlab.segmentor import DecoderSegmentor, Segmentor
 from retinue.utils.suggestions import nearest
 
@@ -81,6 +82,19 @@ def build_segmentor(
     return segmentor
 
 
+def build_panoptic(cfg: Any, datamodule: Any) -> PanopticSegmentor:
+    """Build the panoptic segmentor of a composed config for the data's classes, with initial weights.
+
+    Args:
+        cfg: The config; `cfg.model`, `cfg.head` and `cfg.data` are read.
+        datamodule: The data module; `in_chans`, `num_classes` and `num_things` are read.
+
+    Raises:
+        ValueError: The size or an argument of the head is unknown, or the backbone does not fit.
+    """
+    return _build_package_model(PanopticSegmentor, cfg, datamodule)
+
+
 def _build_package_model(
     interface: type[DensePredictor],
     cfg: Any,
@@ -98,7 +112,7 @@ def _build_package_model(
     from mmengine.registry import MODELS, DefaultScope
 
     backbone = create_backbone(cfg.model, cfg.data, datamodule.in_chans, min_stride=finest_stride(config))
-    fit_config(config, backbone, datamodule.num_classes)
+    fit_config(config, backbone, datamodule.num_classes, getattr(datamodule, "num_things", 0))
     config["backbone"] = {"type": lambda: backbone}
     if create is not None:
         _replace_losses(config, head.name, create)

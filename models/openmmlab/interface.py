@@ -17,7 +17,9 @@ NET_PREFIX = "backbone.net."
 # Modules whose outputs (first pattern) or inputs (second pattern) become float32 in mixed precision. The packages'
 # heads compute coordinates and resize logits in the type of their maps, and bfloat16 would round the coordinates in a
 # large image to multiples of up to 8 pixels. mmdetection 2 and mmsegmentation 0 had `force_fp32` at these places.
-FLOAT32_OUTPUT = re.compile(r"(rpn|bbox|mask|decode)_head(\.\d+)?$|(cls|reg)_branches\.\d+$|\.(value_proj|conv_seg)$")
+FLOAT32_OUTPUT = re.compile(
+    r"(rpn|bbox|mask|decode|panoptic)_head(\.\d+)?$|(cls|reg)_branches\.\d+$|\.(value_proj|conv_seg)$"
+)
 FLOAT32_INPUT = re.compile(r"_roi_extractor(\.\d+)?$")
 
 
@@ -36,7 +38,7 @@ class DensePredictor(nn.Module):
 
     masks: bool
     backbone: DenseBackbone
-    undecayed = re.compile(r"decode_head\.(query_embed|query_feat|level_embed)\.")
+    undecayed = re.compile(r"(decode|panoptic)_head\.(query_embed|query_feat|level_embed)\.")
 
     def keep_single_precision(self) -> None:
         """Let some modules compute in float32 in mixed precision.

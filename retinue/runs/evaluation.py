@@ -54,8 +54,8 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
     pl.seed_everything(cfg.seed, verbose=False)
     if not cfg.weights and not cfg.model.get("pretrained"):
         raise ValueError("nothing to evaluate: give run=DIR, weights=FILE, or model=timm model.pretrained=true")
-    if cfg.save_maps and cfg.task.name != "segmentation":
-        raise ValueError(f"save_maps=true is for task=segmentation, not task={cfg.task.name}")
+    if cfg.save_maps and cfg.task.name not in ("segmentation", "panoptic"):
+        raise ValueError(f"save_maps=true is for task=segmentation or panoptic, not task={cfg.task.name}")
     datamodule = build_data(cfg)
     task = build_task(cfg, datamodule)
     task.save_images = cfg.save_images

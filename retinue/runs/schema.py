@@ -23,6 +23,7 @@ from retinue.runs.schema_sections import (
     DetectionTask,
     Keys,
     Name,
+    PanopticTask,
     PathText,
     Positive,
     Section,
@@ -131,7 +132,9 @@ class Evaluation(Common):
     save_images: WholeNumber = Field(
         description="number of pictures of predictions beside the truth, for detection and segmentation"
     )
-    save_maps: bool = Field(description="true: write the predicted map of each test image, for segmentation")
+    save_maps: bool = Field(
+        description="true: write the predicted map of each test image, for segmentation and panoptic"
+    )
 
 
 class Sections(Keys):
@@ -181,9 +184,17 @@ class Segmentation(Sections):
     recipe: DenseRecipe
 
 
+class Panoptic(Sections):
+    """Sections of panoptic segmentation."""
+
+    task: PanopticTask
+    data: DenseData
+    recipe: DenseRecipe
+
+
 PROGRAMS: dict[str, type[Common]] = {"train": Training, "eval": Evaluation}
 TASKS: dict[str, type[Sections]] = {
-    "classification": Classification, "detection": Detection, "segmentation": Segmentation,
+    "classification": Classification, "detection": Detection, "segmentation": Segmentation, "panoptic": Panoptic,
 }  # fmt: skip
 # Keys whose interpolations Hydra resolves only in the run itself.
 IN_THE_RUN = ("run_dir", "logger", "callbacks")

@@ -218,7 +218,7 @@ class ClassificationRecipe(Recipe):
 
 
 class DenseRecipe(Recipe):
-    """`conf/recipe/*.yaml` for detection and segmentation."""
+    """`conf/recipe/*.yaml` for detection, segmentation and panoptic segmentation."""
 
     augment: DenseAugment = Field(description="augmentation; docs/data.md explains it")
 
@@ -272,6 +272,12 @@ class DetectionTask(Task):
     """`conf/task/detection.yaml`."""
 
     figure: Literal["box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"] = Field(description=FIGURE)
+
+
+class PanopticTask(Task):
+    """`conf/task/panoptic.yaml`."""
+
+    figure: Literal["pq", "pq_things", "pq_stuff", "sq", "rq"] = Field(description=FIGURE)
 
 
 class Inference(Keys):
@@ -355,7 +361,7 @@ class ClassificationData(Data):
 
 
 class DenseData(Data):
-    """`conf/data/*.yaml` for detection and segmentation."""
+    """`conf/data/*.yaml` for detection, segmentation and panoptic segmentation."""
 
     image_size: Pixels | None = Field(
         None, description="[short, long], maximum of the shorter and of the longer side in pixels"
