@@ -21,7 +21,7 @@ class PanopticSegmentor(Detector):
     def masks(self) -> bool:
         return True
 
-    def predict(self, image: Tensor, sizes: Tensor, original_sizes: Tensor) -> list[tuple[Tensor, dict[int, int]]]:
+    def segments(self, image: Tensor, sizes: Tensor, original_sizes: Tensor) -> list[tuple[Tensor, dict[int, int]]]:
         """Predict the segments of images.
 
         Args:
@@ -39,7 +39,7 @@ class PanopticSegmentor(Detector):
         package: Any = super(Detector, self)
         results = []
         for sample in package.predict(image, self._samples(image, sizes, original_sizes), rescale=True):
-            # A pixel's code is its label, plus a multiple of the offset that numbers the things; no segment has label K.
+            # The code of a pixel is its label, for things plus a multiple of the offset; K is the label of no segment.
             codes, ids = sample.pred_panoptic_seg.sem_seg[0].unique(return_inverse=True)
             labels = (codes % INSTANCE_OFFSET).tolist()
             no_segment = ids == labels.index(net.num_classes) if net.num_classes in labels else ids < 0

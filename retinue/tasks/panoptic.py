@@ -32,6 +32,7 @@ class Panoptic(Detection):
     """
 
     model: PanopticSegmentor  # pyright: ignore[reportIncompatibleVariableOverride]
+    methods = ("loss", "segments")
 
     def __init__(self, model: nn.Module, recipe: Mapping, *, num_classes: int, **kwargs):
         super().__init__(model, recipe, num_classes=num_classes, **kwargs)
@@ -61,7 +62,7 @@ class Panoptic(Detection):
         images = datamodule.images(split)
         counts, results, pictures = self._rank_images
         step = max(1, len(images) // max(1, self.save_images))
-        predictions = self.model.predict(batch["image"], batch["sizes"], batch["original_sizes"])
+        predictions = self.model.segments(batch["image"], batch["sizes"], batch["original_sizes"])
         for index, (ids, labels) in zip(batch["index"].tolist(), predictions, strict=True):
             # Images that pad the last batch of a rank have the index -1.
             if index < 0:
