@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from mmdet.evaluation.functional import INSTANCE_OFFSET
 
 from models.openmmlab.build import build_panoptic
 from models.openmmlab.panoptic import PanopticSegmentor
@@ -62,6 +61,9 @@ def test_images_without_segments_train_every_parameter():
 
 def test_codes_of_the_package_become_segments(monkeypatch):
     model = build()
+    # The package can be imported once the first head is built.
+    from mmdet.evaluation.functional import INSTANCE_OFFSET
+
     codes = torch.tensor([[CLASSES, 2, 2 + INSTANCE_OFFSET], [CLASSES - 1, CLASSES - 1, CLASSES]])
     package = type(model).__mro__[4]
     sample = SimpleNamespace(pred_panoptic_seg=SimpleNamespace(sem_seg=codes[None]))
