@@ -50,8 +50,7 @@ def check_masks(images: MaskedImages, classes: Sequence[str], split: str) -> Non
     if objects <= missing and ignored:
         raise ValueError(
             f"{images.folders[1]}: no mask has a pixel of {names}, and 255 marks pixels that are ignored. If 255 is an "
-            "object here, its pixels must have the number of its class, such as 1; for each mask file f: "
-            "Image.open(f).point(lambda value: value // 255).save(f), with Image from PIL"
+            "object here, data.values says so: the mask value of each class, such as data.values=[0,255]"
         )
     if missing and split == "train" and count == len(images):
         warn("%s: no training mask has a pixel of %s, so it cannot be learnt", images.folders[1], names)

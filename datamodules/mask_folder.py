@@ -13,11 +13,12 @@ class MaskFolder(SegmentationData):
     """Images in `root`/images/{train,val[,test]}/** and masks in `root`/masks/{train,val[,test]}/**.
 
     An image and its mask have the same path but for the suffix. A mask is a PNG with one channel or with a palette,
-    whose values are the classes 0 to K - 1; 255 is always ignored. Without a test folder, the test split is the
-    validation split.
+    whose values are the classes 0 to K - 1, or `values`; 255 is ignored unless it is the value of a class. Without a
+    test folder, the test split is the validation split.
 
     Args:
         classes: names of the classes, by value, or the number of classes.
+        values: mask value of each class, such as [0, 255]. None numbers them from 0.
         ignore: further values that are ignored.
         background_ignored: whether the value 0 is ignored and the classes are 1 to K.
         common: arguments of `DensePredictionData`.
@@ -30,6 +31,7 @@ class MaskFolder(SegmentationData):
         self,
         *,
         classes: int | Sequence[str] | None = None,
+        values: Sequence[int] | None = None,
         ignore: Sequence[int] = (),
         background_ignored: bool = False,
         **common: Any,
@@ -47,7 +49,18 @@ class MaskFolder(SegmentationData):
         if len(set(names)) < len(names):
             raise ValueError(f"data.classes names {max(names, key=names.count)!r} twice")
         self.class_names = names
-        self.values = {first + label: label for label in range(len(names))}
+        if values is None:
+            values = range(first, first + len(names))
+        elif background_ignored:
+            raise ValueError("data.values names the classes' mask values: data.ignore=[0], not data.background_ignored")
+        elif not (
+            isinstance(values, list | tuple)
+            and all(isinstance(value, int) and 0 <= value <= 255 for value in values)
+            and len(set(values)) == len(values) == len(names)
+        ):
+            raise ValueError(f"data.values must be {len(names)} different mask values from 0 to 255, not {values!r}")
+        self.values = {value: label for label, value in enumerate(values)}
+        self.background = self.values.get(0) if len(names) > 1 else None
         ignored_values = [0, *ignore] if background_ignored else ignore
         for value in ignored_values:
             if value in self.values:

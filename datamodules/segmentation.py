@@ -36,7 +36,7 @@ class MaskedImages(EncodedImages):
         images: folder that the images' names are relative to.
         masks: folder that the masks' names are relative to.
         pairs: names of each image and of its mask.
-        values: label of each value that a mask file may have; 255 is ignored in every data set.
+        values: label of each value that a mask file may have; the value 255 is ignored unless it has a label here.
 
     Raises:
         ValueError: if a mask has another size than its image, more than one channel, or a value that `values` lacks;
@@ -161,7 +161,12 @@ class SegmentationData(DensePredictionData):
 
     Args:
         common: arguments of `DensePredictionData`.
+
+    Attributes:
+        background: label of the background, which is no object. None if all classes are objects.
     """
+
+    background: int | None = None
 
     def __init__(self, **common: Any):
         super().__init__(**common)

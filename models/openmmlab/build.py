@@ -7,7 +7,7 @@ head is built.
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from models.heads.fpn_lite import FPNLiteHead
 from models.heads.hbformer import HBFormerHead
 from models.heads.iml_vit import IMLHead
 from models.heads.linear import LinearHead
+from models.heads.losses import PixelLoss, create_losses
 from models.heads.prototypes import PrototypeRefinement
 from models.heads.rcnet import RCNet
 from models.heads.sdanet import SelectiveDenseAttention
@@ -30,6 +31,7 @@ from models.heads.wau import UNetHead, WAUPyramid
 from models.openmmlab.config import FINEST_STRIDE, finest_stride, fit_config, head_changes, read_model
 from models.openmmlab.detector import Detector
 from models.openmmlab.interface import DensePredictor, mixed
+from models.openmmlab.panoptic import PanopticSegmentor
 from models.openmmlab.segmentor import DecoderSegmentor, Segmentor
 from retinue.utils.suggestions import nearest
 
@@ -70,27 +72,51 @@ def build_detector(cfg: Any, datamodule: Any) -> Detector:
     return detector
 
 
-def build_segmentor(cfg: Any, datamodule: Any) -> Segmentor:
+def build_segmentor(
+    cfg: Any,
+    datamodule: Any,
+    losses: Mapping[str, Any] | None = None,
+    class_weights: Sequence[float] | None = None,
+) -> Segmentor:
     """Build the segmentor of a composed config for the data's classes, with initial weights.
 
     Args:
         cfg: The config; `cfg.model`, `cfg.head` and `cfg.data` are read.
         datamodule: The data module; `in_chans` and `num_classes` are read.
+        losses: Losses with their weights, as in `create_losses`. None or empty takes the head's own losses.
+        class_weights: Weight of each class in these losses; None weights all equally.
 
     Raises:
-        ValueError: The size or an argument of the head is unknown, or the backbone does not fit.
+        ValueError: The size or an argument of the head is unknown, the backbone does not fit, a loss is wrong, or the
+            head has no logits per pixel in training.
     """
+    create = partial(create_losses, losses, class_weights, datamodule.num_classes) if losses else None
     if cfg.head.library != "own":
-        return _build_package_model(Segmentor, cfg, datamodule)
+        return _build_package_model(Segmentor, cfg, datamodule, create)
     backbone = _build_backbone(cfg, datamodule, FINEST_STRIDE)
     args = head_changes(cfg.head, cfg.data.kind == "small") | {"num_classes": datamodule.num_classes}
     decoder = DECODERS[cfg.head.name]
     if getattr(decoder, "reads_image", False):
         args["in_chans"] = datamodule.in_chans
-    create, any_maps = partial(decoder, **args), getattr(decoder, "any_maps", False)
-    segmentor = explain_errors(cfg.head.name, lambda: DecoderSegmentor(backbone, create, any_maps))
+    create_decoder, any_maps = partial(decoder, **args), getattr(decoder, "any_maps", False)
+    segmentor = explain_errors(
+        cfg.head.name, lambda: DecoderSegmentor(backbone, create_decoder, any_maps, create() if create else ())
+    )
     segmentor.keep_single_precision()
     return segmentor
+
+
+def build_panoptic(cfg: Any, datamodule: Any) -> PanopticSegmentor:
+    """Build the panoptic segmentor of a composed config for the data's classes, with initial weights.
+
+    Args:
+        cfg: The config; `cfg.model`, `cfg.head` and `cfg.data` are read.
+        datamodule: The data module; `in_chans`, `num_classes` and `num_things` are read.
+
+    Raises:
+        ValueError: The size or an argument of the head is unknown, or the backbone does not fit.
+    """
+    return _build_package_model(PanopticSegmentor, cfg, datamodule)
 
 
 def _build_backbone(cfg: Any, datamodule: Any, min_stride: int) -> DenseBackbone:
@@ -99,10 +125,16 @@ def _build_backbone(cfg: Any, datamodule: Any, min_stride: int) -> DenseBackbone
     return create_backbone(cfg.model, cfg.data, datamodule.in_chans, min_stride, **changes)
 
 
-def _build_package_model(interface: type[DensePredictor], cfg: Any, datamodule: Any) -> Any:
+def _build_package_model(
+    interface: type[DensePredictor],
+    cfg: Any,
+    datamodule: Any,
+    create: Callable[[float], list[PixelLoss]] | None = None,
+) -> Any:
     """Build the package's model, mixed with our interface, on our backbone.
 
-    The package initialises the weights of its own parts; the backbone keeps its own initialisation.
+    The package initialises the weights of its own parts; the backbone keeps its own initialisation. `create` creates
+    the losses on logits per pixel, times a factor, that replace the head's own losses.
     """
     head = cfg.head
     config = read_model(head, cfg.data.kind == "small")
@@ -110,8 +142,10 @@ def _build_package_model(interface: type[DensePredictor], cfg: Any, datamodule: 
     from mmengine.registry import MODELS, DefaultScope
 
     backbone = _build_backbone(cfg, datamodule, finest_stride(config))
-    fit_config(config, backbone, datamodule.num_classes)
+    fit_config(config, backbone, datamodule.num_classes, getattr(datamodule, "num_things", 0))
     config["backbone"] = {"type": lambda: backbone}
+    if create is not None:
+        _replace_losses(config, head.name, create)
     with DefaultScope.overwrite_default_scope(head.library), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if head.get("neck") is not None:
@@ -126,6 +160,18 @@ def _build_package_model(interface: type[DensePredictor], cfg: Any, datamodule: 
             model.init_weights()
     model.keep_single_precision()
     return model
+
+
+def _replace_losses(config: dict[str, Any], head: str, create: Callable[[float], list[PixelLoss]]) -> None:
+    """Replace the losses of a segmentor's heads in place; an auxiliary head keeps the factor of its own loss."""
+    if "loss_decode" not in config["decode_head"]:
+        raise ValueError(
+            f"head={head} has a loss of its own, which matches masks: task.losses needs logits per pixel, "
+            "as of head=semantic_fpn, upernet or vwformer"
+        )
+    for part in filter(None, (config["decode_head"], config.get("auxiliary_head"))):
+        created = create(part["loss_decode"]["loss_weight"])
+        part["loss_decode"] = [{"type": lambda loss=loss: loss} for loss in created]
 
 
 def explain_errors(head: str, build: Callable[[], Any]) -> Any:

@@ -129,16 +129,17 @@ def finest_stride(model: dict[str, Any]) -> int:
     The config counts four maps of strides 4 to 32, and a neck's `start_level` is the number of fine maps that it skips.
     Our backbones give only the maps that are read, so that nothing remains to be skipped.
     """
-    reader = model.get("neck") or model["decode_head"]
+    reader = model.get("neck") or model.get("panoptic_head") or model["decode_head"]
     skipped = 4 - len(reader["in_channels"]) + reader.pop("start_level", 0)
     return FINEST_STRIDE * 2**skipped
 
 
-def fit_config(model: dict[str, Any], backbone: DenseBackbone, num_classes: int) -> None:
+def fit_config(model: dict[str, Any], backbone: DenseBackbone, num_classes: int, num_things: int = 0) -> None:
     """Set in place what follows from the backbone's maps and the number of classes.
 
-    These are the classes, the class weights, the channels and strides of the maps, and batch norm instead of
-    synchronised batch norm: `trainer.sync_batchnorm` synchronises it again.
+    These are the classes, of which a panoptic head distinguishes things and stuff, the class weights, the channels and
+    strides of the maps, and batch norm instead of synchronised batch norm: `trainer.sync_batchnorm` synchronises it
+    again.
     """
     channels, levels = list(backbone.channels), len(backbone.channels)
     # A neck that names its number of maps adds coarser ones to those of the backbone.
@@ -153,6 +154,8 @@ def fit_config(model: dict[str, Any], backbone: DenseBackbone, num_classes: int)
             return
         if "num_classes" in node:
             node["num_classes"] = num_classes
+        if "num_things_classes" in node:
+            node |= {"num_things_classes": num_things, "num_stuff_classes": num_classes - num_things}
         if isinstance(node.get("class_weight"), list):
             # The last weight is for "no object".
             node["class_weight"] = [1.0] * num_classes + node["class_weight"][-1:]
@@ -165,6 +168,8 @@ def fit_config(model: dict[str, Any], backbone: DenseBackbone, num_classes: int)
     visit(model)
     if "neck" in model:
         model["neck"]["in_channels"] = channels
+    elif "panoptic_head" in model:
+        model["panoptic_head"]["in_channels"] = channels
     else:
         model["decode_head"] |= {"in_channels": channels, "in_index": list(range(levels))}
     if model.get("auxiliary_head"):

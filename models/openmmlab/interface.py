@@ -18,7 +18,7 @@ NET_PREFIX = "backbone.net."
 # heads compute coordinates and resize logits in the type of their maps, and bfloat16 would round the coordinates in a
 # large image to multiples of up to 8 pixels. mmdetection 2 and mmsegmentation 0 had `force_fp32` at these places.
 FLOAT32_OUTPUT = re.compile(
-    r"(rpn|bbox|mask|decode)_head(\.\d+)?$|(cls|reg)_branches\.\d+$|rtm_reg\.\d+$|\.(value_proj|conv_seg|conv_reg)$"
+    r"(rpn|bbox|mask|decode|panoptic)_head(\.\d+)?$|(cls|reg)_branches\.\d+$|rtm_reg\.\d+$|\.(value_proj|conv_seg|conv_reg)$"
 )
 FLOAT32_INPUT = re.compile(r"_roi_extractor(\.\d+)?$")
 
@@ -40,7 +40,7 @@ class DensePredictor(nn.Module):
     masks: bool
     backbone: DenseBackbone
     undecayed = re.compile(
-        r"decode_head\.(query_embed|query_feat|level_embed)\.|\.interaction\.level_embed$|\.position_bias$"
+        r"(decode|panoptic)_head\.(query_embed|query_feat|level_embed)\.|\.interaction\.level_embed$|\.position_bias$"
     )
 
     def keep_single_precision(self) -> None:

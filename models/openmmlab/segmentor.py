@@ -3,7 +3,7 @@
 mmsegmentation: https://github.com/open-mmlab/mmsegmentation (1.2.2)
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dense import DenseBackbone, four_channels, four_maps
+from models.heads.losses import PixelLoss
 from models.openmmlab.interface import DensePredictor, sum_losses
 from models.openmmlab.meta import on_meta
 from models.weights import rename_all
@@ -69,7 +70,7 @@ class Segmentor(DensePredictor):
 
 
 class DecoderSegmentor(Segmentor):
-    """Backbone under one of our own decoders (`models/heads/`), trained by cross-entropy.
+    """Backbone under one of our own decoders (`models/heads/`).
 
     A decoder may have these members:
 
@@ -85,10 +86,15 @@ class DecoderSegmentor(Segmentor):
         backbone: The backbone.
         create_decoder: Function from the numbers of channels of the maps to the decoder.
         any_maps: The decoder's attribute of this name.
+        losses: Losses of training, in place of the cross-entropy and of the decoder's own losses.
     """
 
     def __init__(
-        self, backbone: DenseBackbone, create_decoder: Callable[[list[int]], nn.Module], any_maps: bool = False
+        self,
+        backbone: DenseBackbone,
+        create_decoder: Callable[[list[int]], nn.Module],
+        any_maps: bool = False,
+        losses: Sequence[PixelLoss] = (),
     ):
         super().__init__()
         self.backbone = backbone
@@ -96,9 +102,10 @@ class DecoderSegmentor(Segmentor):
         self.decode_head: Any = create_decoder(backbone.channels if any_maps else four_channels(backbone))
         self.reads_image = getattr(self.decode_head, "reads_image", False)
         self.output_weights = getattr(self.decode_head, "output_weights", (1.0,))
+        self.losses = nn.ModuleList(losses)
 
     def loss(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Compute the cross-entropy and the decoder's own losses.
+        """Compute `losses`, or by default the cross-entropy and the decoder's own losses.
 
         The cross-entropy is averaged as mmsegmentation does: ignored pixels add 0 and count as pixels.
 
@@ -107,18 +114,24 @@ class DecoderSegmentor(Segmentor):
             mask: Classes (B, H, W); pixels of 255 are ignored.
 
         Returns:
-            `loss_ce`, `aux.loss_ce` of auxiliary logits, both weighted by the decoder's `output_weights`, and further
-            losses of the decoder.
+            The losses by name, `loss_ce` by default, weighted by the decoder's `output_weights`. Those of auxiliary logits
+            are summed as `aux.<name>`.
         """
-        losses, outputs = [], self.outputs(image)
-        for logits, weight in zip(outputs, self.output_weights, strict=True):
-            logits = to_size_of(logits, image).float()
-            total = F.cross_entropy(logits, mask, ignore_index=IGNORED, reduction="sum")
-            losses.append(weight * total / mask.numel())
-        auxiliary = {"aux.loss_ce": torch.stack(losses[1:]).sum()} if losses[1:] else {}
+        outputs = [to_size_of(logits, image).float() for logits in self.outputs(image)]
+        main, *auxiliary = (
+            {name: weight * loss for name, loss in self._pixel_losses(logits, mask).items()}
+            for logits, weight in zip(outputs, self.output_weights, strict=True)
+        )
+        losses = dict(main)
+        if auxiliary:
+            losses |= {f"aux.{name}": torch.stack([terms[name] for terms in auxiliary]).sum() for name in main}
         further_losses: Any = getattr(self.decode_head, "losses", None)
-        further = {} if further_losses is None else further_losses(to_size_of(outputs[0], image).float(), mask)
-        return {"loss_ce": losses[0]} | auxiliary | further
+        return losses if self.losses or further_losses is None else losses | further_losses(outputs[0], mask)
+
+    def _pixel_losses(self, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        if self.losses:
+            return {str(loss.loss_name): loss(logits, mask) for loss in self.losses}
+        return {"loss_ce": F.cross_entropy(logits, mask, ignore_index=IGNORED, reduction="sum") / mask.numel()}
 
     def logits(self, image: Tensor) -> Tensor:
         """Compute the logits (B, K, H, W): the decoder's output, resized to the images' size."""

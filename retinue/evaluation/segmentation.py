@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,21 +45,27 @@ class PixelCounts:
     Attributes:
         confusion: int64 (K, K), the confusion matrix of all images.
         areas: the `areas` (3, K) of each image, by its position in the split.
+        distances: the distances (K,) of the predicted from the true class in each image, by its position; empty unless
+            medical figures are computed.
     """
 
     def __init__(self, num_classes: int):
         self.confusion = np.zeros((num_classes, num_classes), np.int64)
         self.areas: dict[int, np.ndarray] = {}
+        self.distances: dict[int, np.ndarray] = {}
 
-    def add(self, index: int, confusion: np.ndarray) -> None:
-        """Add the confusion matrix (K, K) of the image at a position."""
+    def add(self, index: int, confusion: np.ndarray, distances: np.ndarray | None = None) -> None:
+        """Add the confusion matrix (K, K), and possibly the distances (K,), of the image at a position."""
         self.confusion += confusion
         self.areas[index] = areas(confusion)
+        if distances is not None:
+            self.distances[index] = distances
 
     def merge(self, other: PixelCounts) -> None:
         """Add the images that another process has counted."""
         self.confusion += other.confusion
         self.areas |= other.areas
+        self.distances |= other.distances
 
 
 def areas(confusion: np.ndarray) -> np.ndarray:
@@ -70,13 +76,13 @@ def areas(confusion: np.ndarray) -> np.ndarray:
 def class_iou(areas: np.ndarray) -> np.ndarray:
     """Return the intersection over union of each class, (K,); NaN for a class that is neither true nor predicted."""
     correct, predicted, true = areas
-    return _divide(correct, predicted + true - correct)
+    return divide(correct, predicted + true - correct)
 
 
 def class_accuracy(areas: np.ndarray) -> np.ndarray:
     """Return the share of each class's pixels that is correct, (K,); NaN for a class without pixels."""
     correct, _, true = areas
-    return _divide(correct, true)
+    return divide(correct, true)
 
 
 def figures(areas: np.ndarray) -> dict[str, float]:
@@ -113,15 +119,17 @@ def summarize(
     """
     images = np.stack([counts.areas[index] for index in sorted(counts.areas)])  # (N, 3, K)
     total = images.sum(0)
-    intervals = _bootstrap(images, resamples, seed) if len(images) > 1 else [None] * len(FIGURES)
-    intervals = {f"{name}_ci95": interval for name, interval in zip(FIGURES, intervals, strict=True)}
+    limits = bootstrap(images, _rates, resamples, seed)
+    intervals = {
+        f"{name}_ci95": pair.tolist() if len(images) > 1 else None for name, pair in zip(FIGURES, limits, strict=True)
+    }
     return {
         "n": len(images),
         **figures(total),
         **intervals,
         "ci_methods": dict.fromkeys(FIGURES, f"percentile bootstrap over images, {resamples} resamples, seed {seed}"),
         "per_class": {
-            name: {"iou": _json_number(iou), "accuracy": _json_number(accuracy), "pixels": int(pixels)}
+            name: {"iou": json_number(iou), "accuracy": json_number(accuracy), "pixels": int(pixels)}
             for name, iou, accuracy, pixels in zip(
                 class_names, class_iou(total), class_accuracy(total), total[2], strict=True
             )
@@ -140,18 +148,30 @@ def write_iou_csv(path: str | Path, counts: PixelCounts, class_names: Sequence[s
             writer.writerow([name, *("" if math.isnan(rate) else f"{rate:.6g}" for rate in rates), true, predicted])
 
 
-def _bootstrap(images: np.ndarray, resamples: int, seed: int) -> list[list[float]]:
-    """Return the 95 % intervals of the figures; a resample draws images with replacement and adds up their areas."""
-    n, (_, *shape) = len(images), images.shape
-    # (N, 3·K); float64 represents whole numbers up to 2^53 exactly.
+def bootstrap(images: np.ndarray, figures: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int) -> np.ndarray:
+    """Return the 95 % intervals of figures by a bootstrap over images, (F, 2); NaN for a single image.
+
+    Args:
+        images: (N, ...), what the images add to a sum. A resample draws images with replacement.
+        figures: function from such a sum to the figures (F,), of which an undefined one is NaN.
+        resamples: number of resamples.
+        seed: seed of the resamples.
+    """
+    n, shape = len(images), images.shape[1:]
+    # float64 represents whole numbers up to 2^53 exactly.
     flat = images.reshape(n, -1).astype(np.float64)
     rng = np.random.default_rng(seed)
-    resampled = np.empty((resamples, len(FIGURES)))
-    for i in range(resamples):
+    total = figures(images.sum(0))
+    resampled = np.empty((resamples, len(total)))
+    for i in range(resamples if n > 1 else 0):
         # Number of times that each image is drawn.
         draws = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
-        resampled[i] = _rates((draws @ flat).reshape(shape))
-    return np.nanpercentile(resampled, [2.5, 97.5], axis=0).T.tolist()
+        resampled[i] = figures((draws @ flat).reshape(shape))
+    intervals = np.full((len(total), 2), np.nan)
+    if n > 1:
+        defined = np.isfinite(total)
+        intervals[defined] = np.nanpercentile(resampled[:, defined], [2.5, 97.5], axis=0).T
+    return intervals
 
 
 def _rates(areas: np.ndarray) -> np.ndarray:
@@ -162,11 +182,11 @@ def _rates(areas: np.ndarray) -> np.ndarray:
     return np.array([np.nanmean(class_iou(areas)), correct.sum() / true.sum(), np.nanmean(class_accuracy(areas))])
 
 
-def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Return part / whole, NaN for a whole of 0."""
-    return np.divide(part, whole, where=whole > 0, out=np.full(len(whole), np.nan))
+    return np.divide(part, whole, where=whole > 0, out=np.full(whole.shape, np.nan))
 
 
-def _json_number(value: float) -> float | None:
+def json_number(value: float) -> float | None:
     """Return the value, or None for NaN, which JSON lacks."""
     return None if math.isnan(value) else float(value)

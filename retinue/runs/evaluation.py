@@ -50,8 +50,8 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
     """
     folder = Path(cfg.run_dir)
     prepare(cfg)
-    if cfg.save_maps and cfg.task.name != "segmentation":
-        raise ValueError(f"save_maps=true is for task=segmentation, not task={cfg.task.name}")
+    if cfg.save_maps and cfg.task.name not in ("segmentation", "panoptic"):
+        raise ValueError(f"save_maps=true is for task=segmentation or panoptic, not task={cfg.task.name}")
     datamodule = build_data(cfg)
     task = load_task(cfg, datamodule)
     task.save_images = cfg.save_images

@@ -24,6 +24,7 @@ from retinue.runs.schema_sections import (
     DetectionTask,
     Keys,
     Name,
+    PanopticTask,
     PathText,
     Positive,
     Section,
@@ -147,7 +148,7 @@ class Evaluation(Inference):
     save_predictions: bool = Field(
         description="true: write the prediction of each test image: probabilities, or maps; detections always are"
     )
-    save_maps: bool = Field(description="the same as save_predictions, for segmentation")
+    save_maps: bool = Field(description="the same as save_predictions, for segmentation and panoptic")
 
 
 class Prediction(Inference):
@@ -205,9 +206,17 @@ class Segmentation(Sections):
     recipe: DenseRecipe
 
 
+class Panoptic(Sections):
+    """Sections of panoptic segmentation."""
+
+    task: PanopticTask
+    data: DenseData
+    recipe: DenseRecipe
+
+
 PROGRAMS: dict[str, type[Common]] = {"train": Training, "eval": Evaluation, "predict": Prediction}
 TASKS: dict[str, type[Sections]] = {
-    "classification": Classification, "detection": Detection, "segmentation": Segmentation,
+    "classification": Classification, "detection": Detection, "segmentation": Segmentation, "panoptic": Panoptic,
 }  # fmt: skip
 # Keys whose interpolations Hydra resolves only in the run itself.
 IN_THE_RUN = ("run_dir", "logger", "callbacks")

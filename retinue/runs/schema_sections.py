@@ -49,6 +49,10 @@ FrozenParts = Annotated[
     Field(min_length=1),
     Expected("a list of backbone, norms, stem, stage1, block1, stage1-2 and the like"),
 ]
+PixelLosses = Annotated[
+    dict[str, Positive | dict[str, NonNegative]],
+    Expected("a mapping of losses to weights above 0, or to mappings of weight and parameters"),
+]
 Pair = Annotated[list[Positive], Field(min_length=2, max_length=2), Expected("a pair of numbers above 0")]
 
 
@@ -223,7 +227,7 @@ class ClassificationRecipe(Recipe):
 
 
 class DenseRecipe(Recipe):
-    """`conf/recipe/*.yaml` for detection and segmentation."""
+    """`conf/recipe/*.yaml` for detection, segmentation and panoptic segmentation."""
 
     augment: DenseAugment = Field(description="augmentation; docs/data.md explains it")
 
@@ -296,6 +300,12 @@ class DetectionTask(Task):
     )
 
 
+class PanopticTask(Task):
+    """`conf/task/panoptic.yaml`."""
+
+    figure: Literal["pq", "pq_things", "pq_stuff", "sq", "rq"] = Field(description=FIGURE)
+
+
 class Inference(Keys):
     """`task.test` of segmentation."""
 
@@ -314,8 +324,31 @@ class Inference(Keys):
 class SegmentationTask(Task):
     """`conf/task/segmentation.yaml`."""
 
-    figure: Literal["miou", "pixel_accuracy", "mean_accuracy"] = Field(description=FIGURE)
+    figure: Literal["miou", "pixel_accuracy", "mean_accuracy", "dice"] = Field(description=FIGURE)
+    figures: Literal["medical"] | None = Field(
+        None, description="medical: also Dice, HD95, IoU, sensitivity and specificity, as means over images"
+    )
+    spacing: Pair | None = Field(
+        None, description="vertical and horizontal distance between the masks' pixels in mm, for HD95; null: in pixels"
+    )
+    losses: PixelLosses | None = Field(
+        None,
+        description="cross_entropy, focal, dice, tversky and boundary with their weights, as {cross_entropy: 1, "
+        "tversky: {weight: 1, beta: 0.8}}; null: the head's own",
+    )
+    class_weights: Annotated[list[NonNegative], Field(min_length=1)] | None = Field(
+        None, description="weight of each class in task.losses; null: all equal"
+    )
     test: Inference = Field(description="how images become predictions; docs/segmentation.md explains it")
+
+    @model_validator(mode="after")
+    def _has_what_a_key_needs(self) -> Self:
+        if self.class_weights and not self.losses:
+            raise ValueError("task.class_weights needs task.losses, such as task.losses={cross_entropy: 1}")
+        for key, given in (("task.spacing", self.spacing), ("task.figure=dice", self.figure == "dice")):
+            if given and not self.figures:
+                raise ValueError(f"{key} needs task.figures=medical")
+        return self
 
 
 class Data(Keys):
@@ -360,7 +393,7 @@ class ClassificationData(Data):
 
 
 class DenseData(Data):
-    """`conf/data/*.yaml` for detection and segmentation."""
+    """`conf/data/*.yaml` for detection, segmentation and panoptic segmentation."""
 
     image_size: Pixels | None = Field(
         None, description="[short, long], maximum of the shorter and of the longer side in pixels"

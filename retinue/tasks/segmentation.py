@@ -13,6 +13,14 @@ from torch import Tensor, nn
 
 from models.openmmlab.build import Segmentor, build_segmentor
 from retinue.evaluation import manipulation
+from retinue.evaluation.medical import (
+    RATES,
+    add_medical_figures,
+    image_distances,
+    image_rates,
+    mean_figures,
+    with_counts,
+)
 from retinue.evaluation.plots import draw_confusion
 from retinue.evaluation.segmentation import PixelCounts, areas, confusion_matrix, figures, summarize, write_iou_csv
 from retinue.evaluation.segmentation_plots import draw_prediction, plot_class_iou, write_map, write_map_classes
@@ -134,6 +142,8 @@ class Segmentation(DensePredictionTask):
         recipe: As in `Task`.
         num_classes: Number of classes.
         test: How images become predictions in a test: the fields of `Inference`.
+        figures: "medical" adds the figures of `retinue.evaluation.medical`; None does not.
+        spacing: Distances between the pixels of a mask (vertical, horizontal) in mm. None measures in pixels.
         kwargs: Further arguments of `Task`.
 
     Attributes:
@@ -149,14 +159,26 @@ class Segmentation(DensePredictionTask):
     model: Segmentor
     methods = ("loss", "logits")
 
-    def __init__(self, model: nn.Module, recipe: Mapping, *, num_classes: int, test: Mapping, **kwargs):
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Mapping,
+        *,
+        num_classes: int,
+        test: Mapping,
+        figures: str | None = None,
+        spacing: Sequence[float] | None = None,
+        **kwargs,
+    ):
         super().__init__(model, recipe, **kwargs)
-        self.num_classes = num_classes
+        self.num_classes, self.medical, self.spacing = num_classes, figures == "medical", spacing
         self.inference = Inference(**test)
         # Confusion matrix (K, K) of this rank in the current validation.
         self._val_confusion: Tensor | None = None
         # Number of steps of the training, from its start on.
         self._steps = 0
+        # Sums (2, 4, K) of the medical rates of this rank's images in the current validation.
+        self._val_rates: Any = 0.0
         # Counts and predictions of this rank in the current test.
         self._rank_counts = PixelCounts(num_classes)
         self._rank_pictures: dict[int, Any] = {}
@@ -170,7 +192,7 @@ class Segmentation(DensePredictionTask):
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
-        return build_segmentor(cfg, datamodule)
+        return build_segmentor(cfg, datamodule, cfg.task.get("losses"), cfg.task.get("class_weights"))
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
         assert self.counts is not None
@@ -180,6 +202,9 @@ class Segmentation(DensePredictionTask):
             areas_of_images = np.stack([self.counts.areas[index] for index in indices])
             of_pixels = manipulation.summarize(areas_of_images, np.array([self.aucs[index] for index in indices]))
             summary = summary | of_pixels | {"ci_methods": summary["ci_methods"] | of_pixels["ci_methods"]}
+        if self.medical:
+            unit = "px" if self.spacing is None else "mm"
+            add_medical_figures(summary, self.counts, datamodule.class_names, datamodule.background, unit)
         return summary
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
@@ -232,13 +257,22 @@ class Segmentation(DensePredictionTask):
         if self._val_confusion is None:
             self._val_confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
         for _, scores, mask in self.predictions(batch, replace(self.inference, scales=(1.0,), flip=False)):
-            self._val_confusion += confusion_matrix(scores.argmax(0), mask, self.num_classes)
+            confusion = confusion_matrix(scores.argmax(0), mask, self.num_classes)
+            self._val_confusion += confusion
+            if self.medical:
+                self._val_rates += with_counts(image_rates(areas(confusion.cpu().numpy())))
 
     def on_validation_epoch_end(self) -> None:
         assert self._val_confusion is not None
         confusion = self.trainer.strategy.reduce(self._val_confusion, reduce_op="sum")
         self._val_confusion = None
         self.val_figures = {f"val/{name}": value for name, value in figures(areas(confusion.cpu().numpy())).items()}
+        if self.medical:
+            rates = torch.as_tensor(self._val_rates, dtype=torch.float64).expand(2, len(RATES), self.num_classes)
+            rates = self.trainer.strategy.reduce(rates.clone().to(self.device), reduce_op="sum").cpu().numpy()
+            self._val_rates = 0.0
+            means, _ = mean_figures(rates, self.trainer.datamodule.background)  # pyright: ignore[reportAttributeAccessIssue]
+            self.val_figures |= {f"val/{name}": float(mean) for name, mean in zip(RATES, means, strict=True)}
         # Callbacks that monitor a figure read it from Lightning's log.
         self.log_dict(self.val_figures, logger=False)
 
@@ -247,11 +281,15 @@ class Segmentation(DensePredictionTask):
         step = max(1, len(images) // max(1, self.save_images))
         for index, scores, mask in self.predictions(batch, self.inference):
             prediction = scores.argmax(0)
+            confusion, distances = confusion_matrix(prediction, mask, self.num_classes).cpu().numpy(), None
             if self.num_classes == 2:
                 self._rank_aucs[index] = manipulation.pixel_auc(
                     (scores[1] - scores[0]).cpu().numpy(), mask.cpu().numpy()
                 )
-            self._rank_counts.add(index, confusion_matrix(prediction, mask, self.num_classes).cpu().numpy())
+            if self.medical:
+                labels = prediction.cpu().numpy(), mask.cpu().numpy()
+                distances = image_distances(*labels, self.num_classes, self.spacing)
+            self._rank_counts.add(index, confusion, distances)
             if self.predictions_folder:
                 self._write_map(images, index, prediction)
             if index % step == 0 and index < step * self.save_images:

@@ -1,5 +1,6 @@
-"""Masks as data sets store them: the label of pixels that do not count, and COCO's run lengths."""
+"""Masks: the label of pixels that do not count, COCO's run lengths, and distances."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,3 +45,15 @@ def run_lengths(segmentation: Any, height: int, width: int) -> Any:
     if isinstance(segmentation["counts"], list):
         return coco_mask.frPyObjects(segmentation, height, width)
     return segmentation
+
+
+def distances_from(region: np.ndarray, spacing: Sequence[float] = (1.0, 1.0)) -> np.ndarray:
+    """Return the distance of each pixel from the nearest pixel of a region, float64 (H, W).
+
+    Args:
+        region: bool (H, W), with at least one pixel of the region.
+        spacing: Distances between the centres of neighbours (vertical, horizontal), the unit of the result.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    return np.asarray(distance_transform_edt(~region, sampling=spacing))

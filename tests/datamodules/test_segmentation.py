@@ -92,11 +92,28 @@ def test_masks_of_0_and_255_are_an_error_that_says_what_to_do(tmp_path, split, a
         ValueError, match=f"masks/{split}: no mask has a pixel of cat, and 255 marks pixels that are ig"
     ):
         data.images(split)
-    for name in "abc":
-        path = tmp_path / f"masks/{split}/{name}.png"
-        image = Image.open(path).point(lambda value: value // 255)  # pyright: ignore[reportOperatorIssue]
-        image.save(path)
-    assert data.images(split)[0]["mask"][0, -1] == (0 if "background_ignored" in arguments else 1)
+    values = [255] if "background_ignored" in arguments else [0, 255]
+    data = mask_folder(
+        tmp_path, classes=arguments["classes"], values=values, ignore=[0, 1] if len(values) == 1 else [1]
+    )
+    image = data.images(split)
+    assert image[0]["mask"][0].tolist() == ([255, 0] if len(values) == 1 else [0, 1])
+    assert image.mask_values.tolist() == values and data.background == (None if len(values) == 1 else 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"values": [0, 1]}, r"data.values must be 3 different mask values from 0 to 255, not \[0, 1\]"),
+        ({"values": [0, 1, 1]}, "data.values must be 3 different mask values"),
+        ({"values": [0, 1, 256]}, "data.values must be 3 different mask values"),
+        ({"values": [1, 2, 3], "background_ignored": True}, r"data.ignore=\[0\], not data.background_ignored"),
+        ({"values": [0, 1, 255], "ignore": [255]}, "data.ignore has 255, the mask value of class 'dog'"),
+    ],
+)
+def test_wrong_mask_values_are_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mask_folder(tmp_path, **arguments)
 
 
 def test_classes_without_a_pixel_are_warned_of_once(tmp_path, caplog):

@@ -42,12 +42,14 @@ def make_config(head: str, model: str = "biformer", size: str | None = None, **c
     return cfg
 
 
-def build(head: str, model: str = "biformer", **changes: Any) -> Any:
+def build(head: str, model: str = "biformer", losses: Any = None, class_weights: Any = None, **changes: Any) -> Any:
     """Build a detector or a segmentor for `CLASSES` classes, with weights that follow from the seed 0."""
     torch.manual_seed(0)
     cfg = make_config(head, model, **changes)
-    build_head = build_detector if cfg.head.task == "detection" else build_segmentor
-    return build_head(cfg, SimpleNamespace(num_classes=CLASSES, in_chans=3, has_masks=True))
+    data = SimpleNamespace(num_classes=CLASSES, in_chans=3, has_masks=True)
+    if cfg.head.task == "detection":
+        return build_detector(cfg, data)
+    return build_segmentor(cfg, data, losses, class_weights)
 
 
 def load_head(name: str) -> Any:

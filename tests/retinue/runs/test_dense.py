@@ -193,5 +193,5 @@ def test_an_image_without_its_mask_is_an_error(cli, scenes, tmp_path):
 
 def test_maps_are_for_segmentation(cli):
     outcome = cli("eval", "model=swin", "weights=nowhere.pth", "save_maps=true", "trainer=cpu")
-    assert outcome.error == "error: save_maps=true is for task=segmentation, not task=classification"
+    assert outcome.error == "error: save_maps=true is for task=segmentation or panoptic, not task=classification"
     assert cli.files() == []

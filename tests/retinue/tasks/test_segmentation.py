@@ -98,7 +98,7 @@ class Images:
 
 
 class Data(pl.LightningDataModule):
-    class_names, num_classes, image_size, in_chans = NAMES, K, (48, 64), 3
+    class_names, num_classes, image_size, in_chans, background = NAMES, K, (48, 64), 3, 0
 
     def __init__(self, count: int, batch_size: int, shrink: int = 1, padding: int = 0):
         super().__init__()
@@ -117,10 +117,10 @@ class Data(pl.LightningDataModule):
     test_dataloader = val_dataloader
 
 
-def make_task(net: nn.Module | None = None, **test: Any) -> Segmentation:
+def make_task(net: nn.Module | None = None, figures: str | None = None, **test: Any) -> Segmentation:
     config: Any = OmegaConf.to_container(OmegaConf.load(CONF / "task/segmentation.yaml"))
     recipe = {"optimizer": {"name": "adamw"}, "schedule": {"kind": "cosine"}}
-    return Segmentation(net or Truthful(), recipe, num_classes=K, test=config["test"] | test)
+    return Segmentation(net or Truthful(), recipe, num_classes=K, test=config["test"] | test, figures=figures)
 
 
 def evaluated(task: Segmentation, data: Data, devices: int = 1) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def evaluate_rank(rank: int, folder: Path, port: int) -> None:
     # OpenMP hangs after a fork.
     torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    task = make_task(Truthful(8.0))
+    task = make_task(Truthful(8.0), figures="medical")
     task.save_images = 5
     summary = evaluated(task, Data(5, 1, padding=1), devices=2)
     (folder / f"{rank}.json").write_text(json.dumps([summary, task.val_figures, sorted(task.pictures)]))
@@ -223,10 +223,29 @@ def test_two_processes_equal_one(classes: int, tmp_path: Path, request: pytest.F
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.start_processes(evaluate_rank, (tmp_path, port), nprocs=2, start_method="fork")
-    task = make_task(Truthful(8.0))
+    task = make_task(Truthful(8.0), figures="medical")
     summary = evaluated(task, Data(5, 1))
     for number in range(2):
-        assert json.loads((tmp_path / f"{number}.json").read_text()) == [summary, task.val_figures, [0, 1, 2, 3, 4]]
+        parallel, val_figures, pictures = json.loads((tmp_path / f"{number}.json").read_text())
+        assert parallel == summary and pictures == [0, 1, 2, 3, 4]
+        # Sums of rates over images depend on their order by rounding.
+        assert val_figures == pytest.approx(task.val_figures, rel=1e-12)
+
+
+def test_medical_figures_of_a_validation_and_a_test():
+    """The net predicts no road, so in each image with road its Dice is 0 and its HD95 the diagonal."""
+    task, data = make_task(figures="medical"), Data(4, 2)
+    with torch.no_grad():
+        for image in data.set.images:
+            image[0][image[0] == 3] = 2
+    summary = evaluated(task, data)
+    assert summary["per_class"]["sky"] | {"dice": 1, "hd95": 0, "sensitivity": 1} == summary["per_class"]["sky"]
+    road, sizes = summary["per_class"]["road"], [mask.shape for mask in data.set.masks if (mask == 3).any()]
+    assert road["dice"] == road["image_iou"] == road["sensitivity"] == 0 and road["specificity"] == 1
+    assert road["hd95"] == pytest.approx(np.mean([np.hypot(*size) for size in sizes]))
+    assert summary["dice"] == pytest.approx(np.mean([summary["per_class"][name]["dice"] for name in NAMES[1:]]))
+    for name in ("dice", "image_iou", "sensitivity", "specificity"):
+        assert task.val_figures[f"val/{name}"] == pytest.approx(summary[name])
 
 
 def test_losses_are_added_up_and_tracked_by_name():
