@@ -22,6 +22,7 @@ from retinue.evaluation.detection import (
     write_results,
 )
 from retinue.evaluation.detection_plots import plot_class_ap, plot_detections, plot_precision_recall
+from retinue.evaluation.lvis import evaluate_federated
 from retinue.tasks.dense_prediction import DensePredictionTask
 from retinue.utils.arithmetic import round_up
 from retinue.utils.files import write_text
@@ -121,7 +122,7 @@ class Detection(DensePredictionTask):
         return merge(detections)
 
     def _evaluate(self, detections: list[ImageDetections], datamodule: Any, split: str) -> dict[str, Accuracy]:
-        """Compute COCO's figures of a split.
+        """Compute COCO's figures of a split, or LVIS's if its annotations are federated.
 
         Every rank computes them: if one rank did, the others would only wait for it.
         """
@@ -130,10 +131,11 @@ class Detection(DensePredictionTask):
         evaluated = [ids[image.index] for image in detections]
         results = coco_results(detections, ids, categories)
         kinds = ("box", "mask") if self.model.masks and datamodule.has_masks else ("box",)
-        return {kind: evaluate(kind, results, images.truth, evaluated, categories) for kind in kinds}
+        rules = evaluate if images.index.federated is None else evaluate_federated
+        return {kind: rules(kind, results, images.truth, evaluated, categories) for kind in kinds}
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
-        """Return the number `n` of images, COCO's twelve figures of boxes and masks, and figures by class.
+        """Return the number `n` of images, the figures of boxes and masks (COCO's or LVIS's), and figures by class.
 
         Names are `box_ap`, ..., `mask_ap`, ...; `per_class` is a dictionary by class.
         """
