@@ -82,10 +82,11 @@ class BDD100K(DetectionData):
             for label in frame.get("labels") or ():
                 if not label.get("box2d"):
                     continue
-                name = SYNONYMS.get(label.get("category"), label.get("category"))
+                name = str(label.get("category"))
+                name = SYNONYMS.get(name, name)
                 category = IGNORED.get(name, name)
                 if category not in ids:
-                    hint = nearest(str(category), ids)
+                    hint = nearest(category, ids)
                     raise ValueError(f"{path}: {frame['name']} has a {category!r}, which is no class of BDD100K.{hint}")
                 annotations.append(
                     {

@@ -69,23 +69,23 @@ def read_federated(
     """
     if not any(NEGATIVE in image for image in images):
         return None
-    ids = {category["id"] for category in categories}
+    # Ids are compared as text, since what the file has in a list may not be hashable.
+    ids = {str(category["id"]) for category in categories}
     pairs: dict[str, np.ndarray] = {}
     for key in (NEGATIVE, NOT_EXHAUSTIVE):
         rows = []
         for position, image in enumerate(images):
             found = image.get(key)
-            if not (isinstance(found, list) and ids.issuperset(found)):
+            if not (isinstance(found, list) and ids.issuperset(map(str, found))):
                 expected = "expected a list of category ids of the file, as in LVIS"
                 raise ValueError(f"{source}: image {image.get('id')} has {key!r} {found!r}: {expected}")
             rows += [(position, labels[id]) for id in found if id in labels]
         pairs[key] = np.array(rows, np.int64).reshape(-1, 2)
-    by_id = {category["id"]: category.get("frequency") for category in categories}
-    frequencies = {label: by_id[id] for id, label in labels.items()}
-    if set(frequencies.values()) <= {None}:
+    frequency = {category["id"]: category.get("frequency") for category in categories}
+    by_label = [frequency[id] for id in sorted(labels, key=lambda id: labels[id])]
+    if set(frequency.values()) == {None}:
         return Federated(None, pairs[NEGATIVE], pairs[NOT_EXHAUSTIVE])
-    for label, frequency in frequencies.items():
-        if frequency not in FREQUENCIES:
-            raise ValueError(f"{source}: label {label} has the frequency {frequency!r}: expected r, c or f")
-    by_label = [frequencies[label] for label in range(len(frequencies))]
+    for id, letter in frequency.items():
+        if letter not in FREQUENCIES:
+            raise ValueError(f"{source}: category {id} has the frequency {letter!r}: expected r, c or f")
     return Federated(by_label, pairs[NEGATIVE], pairs[NOT_EXHAUSTIVE])

@@ -22,10 +22,15 @@ FRAMES = [
         "attributes": {"weather": "clear", "scene": "city street", "timeofday": "night"},
         "labels": [
             label("person", 10, 20, 29.5, 39), LANE, label("motor", 0, 0, 9, 9, occluded=True),
-            label("other vehicle", 40, 10, 49, 19), label("traffic sign", 50, 5, 59, 9), label("car", 1, 1, 5, 5, crowd=True),
+            label("other vehicle", 40, 10, 49, 19), label("traffic sign", 50, 5, 59, 9),
+            label("car", 1, 1, 5, 5, crowd=True),
         ],
     },
-    {"name": "b.jpg", "attributes": {"weather": "snowy", "scene": "undefined", "timeofday": "dawn/dusk"}, "labels": None},
+    {
+        "name": "b.jpg",
+        "attributes": {"weather": "snowy", "scene": "undefined", "timeofday": "dawn/dusk"},
+        "labels": None,
+    },
 ]  # fmt: skip
 
 
@@ -97,7 +102,7 @@ def test_errors_in_labels_are_one_line(root, content, message):
 @pytest.mark.parametrize(
     ("arguments", "content", "message"),
     [
-        ({"attribute": "whether"}, None, "data.attribute must be weather, scene, timeofday, not 'whether'. Did you mean"),
+        ({"attribute": "whether"}, None, "data.attribute must be weather, scene, timeofday, not 'whether'. Did you"),
         ({"val_labels": "v.json"}, None, "v.json cannot be read: No such file or directory"),
         ({}, change_frame(attributes={"weather": "clera"}), "a.jpg has the weather 'clera', which is unknown. Did you"),
         ({}, change_frame(attributes=None), "val.json: no image has the attribute weather"),

@@ -1,5 +1,7 @@
 """YOLO's layout: the YAML file, boxes and polygons as pycocotools sees them, and errors in text files."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +9,8 @@ from pycocotools import mask as rle
 
 from datamodules.yolo import YOLO
 
+# pycocotools warns with NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
 WIDTH, HEIGHT = 310, 250
 POLYGON = "1 0.1 0.2 0.5 0.2 0.6 0.8 0.2 0.6"
 
@@ -60,13 +64,14 @@ def test_polygons_are_masks(root):
     data = make_data(root)
     sample = data.images("train")[0]
     points = np.array(POLYGON.split()[1:], float).reshape(-1, 2) * (WIDTH, HEIGHT)
-    encoded = rle.frPyObjects([points.ravel().tolist(), [0, 0, WIDTH, 0, 0, HEIGHT]], HEIGHT, WIDTH)
+    polygons: Any = [points.ravel().tolist(), [0, 0, WIDTH, 0, 0, HEIGHT]]
+    encoded: Any = rle.frPyObjects(polygons, HEIGHT, WIDTH)
     np.testing.assert_array_equal(sample["masks"], rle.decode(encoded).transpose(2, 0, 1))
     assert sample["labels"].tolist() == [1, 0]
     np.testing.assert_allclose(sample["boxes"][0], [*points.min(0), *points.max(0)])
     truth = data.images("val").truth["annotations"]
-    assert truth[0]["area"] == pytest.approx(rle.area(encoded)[0], rel=0.01)
-    np.testing.assert_allclose(truth[0]["bbox"], rle.toBbox(encoded)[0], atol=1)
+    assert truth[0]["area"] == pytest.approx(rle.area(encoded[0]), rel=0.01)
+    np.testing.assert_allclose(truth[0]["bbox"], rle.toBbox(encoded[0]), atol=1)
 
 
 def test_keypoints_are_left_out(root):
@@ -79,14 +84,15 @@ def test_lists_of_images_and_names_by_number(root):
     """COCO in Ultralytics' layout lists the images in text files, and its classes are a mapping."""
     (root / "lists").mkdir()
     (root / "lists/train.txt").write_text("../train/images/c.jpg\n./../train/images/a.b.jpg\n", encoding="utf-8-sig")
-    content = "path: nowhere\ntrain: [lists/train.txt]\nval: valid/images\ntest: valid/images\nnames: {2: kite, 0: cat, 1: dog}"
+    content = "path: nowhere\ntrain: [lists/train.txt]\nval: valid/images\ntest: valid/images\nnames: "
+    content += "{2: kite, 0: cat, 1: dog}"
     (root / "other.yaml").write_text(content)
     data = make_data(root, config="other.yaml")
     assert data.names("train") == ["train/images/c.jpg", "train/images/a.b.jpg"]
     assert list(data.splits) == ["train", "val", "test"]
     assert data.class_names == ["cat", "dog", "kite"]
     (root / "other.yaml").write_text(content.replace("nowhere", str(root / "lists")).replace("lists/train", "train"))
-    with pytest.raises(ValueError, match="val is 'valid/images', but there is no .*lists/valid/images"):
+    with pytest.raises(ValueError, match=r"val is 'valid/images', but there is no .*lists/valid/images"):
         make_data(root, config="other.yaml").images("val")
 
 
