@@ -19,6 +19,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from pytorch_lightning.utilities import rank_zero_only
 
+from datamodules.federated import Federated, read_federated
 from retinue.utils.masks import encloses_pixels, run_lengths
 from retinue.utils.suggestions import nearest
 
@@ -54,6 +55,7 @@ class CocoIndex:
         segmentations: uint8, all masks in marshal's format, one after another. None means that some annotation has no
             mask, or all are without pixels.
         spans: int64 (A, 2), first byte of each mask in `segmentations` and the byte after its last one.
+        federated: the categories that were looked for in each image, if the file is LVIS's. None means all categories.
     """
 
     source: str
@@ -71,6 +73,7 @@ class CocoIndex:
     maskless: np.ndarray
     segmentations: np.ndarray | None
     spans: np.ndarray
+    federated: Federated | None = None
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -98,7 +101,8 @@ class CocoIndex:
         names = ("annotation_ids", "labels", "boxes", "areas", "crowd", "unused", "maskless", "spans")
         per_annotation = {name: getattr(self, name)[rows] for name in names}
         image_index = (np.cumsum(images) - 1)[self.image_index[rows]]
-        return replace(self, image_index=image_index, **per_image, **per_annotation)
+        federated = None if self.federated is None else self.federated.select(images)
+        return replace(self, image_index=image_index, federated=federated, **per_image, **per_annotation)
 
     def segmentation(self, annotation: int) -> list | dict:
         """Return the mask of an annotation in the form that the file has."""
@@ -154,6 +158,8 @@ class CocoIndex:
             for row, annotation in enumerate(annotations):
                 annotation["segmentation"] = self.segmentation(row)
         categories = [{"id": id, "name": name} for id, name in self.categories.items()]
+        if self.federated is not None:
+            self.federated.add_to(images, categories)
         return {"images": images, "annotations": annotations, "categories": categories}
 
 
@@ -234,7 +240,7 @@ def index_coco(content: Any, source: str, classes: Sequence[str] | None = None) 
         categories=names,
         ids=ids,
         sizes=sizes,
-        files=np.array([str(name).encode() for name in images.column("file_name")]),
+        files=np.array([name.encode() for name in images.file_names()]),
         image_index=image_index[order],
         annotation_ids=annotations.unique_integers("id")[order],
         labels=labels[order],
@@ -245,6 +251,9 @@ def index_coco(content: Any, source: str, classes: Sequence[str] | None = None) 
         maskless=maskless,
         segmentations=np.frombuffer(b"".join(blobs), np.uint8) if blobs else None,
         spans=np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1),
+        federated=read_federated(
+            images.entries, categories.entries, {id: label for label, id in enumerate(names)}, source
+        ),
     )
     if index.degenerate.all():
         raise ValueError(f"{source}: none of the {len(rows)} boxes [x, y, width, height] lies inside its image")
@@ -302,6 +311,12 @@ class _Entries:
         except (KeyError, TypeError):
             row = next(i for i, entry in enumerate(self.entries) if not isinstance(entry, dict) or key not in entry)
             raise ValueError(f"{self.name}[{row}] has no {key!r}") from None
+
+    def file_names(self) -> list[str]:
+        """Return the name of each image's file: `file_name`, or in LVIS the folder and the file in `coco_url`."""
+        if all("coco_url" in entry and "file_name" not in entry for entry in self.entries):
+            return ["/".join(str(url).split("/")[-2:]) for url in self.column("coco_url")]
+        return [str(name) for name in self.column("file_name")]
 
     def integers(self, key: str) -> np.ndarray:
         """Return a column of whole numbers, int64."""

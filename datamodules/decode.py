@@ -3,6 +3,9 @@
 import io
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
 
 import numpy as np
 import simplejpeg
@@ -155,7 +158,7 @@ def read_size(path: str | os.PathLike) -> tuple[int, int]:
         BrokenImage: if the file cannot be read or is no image.
     """
     try:
-        with Image.open(io.BytesIO(read_file(path))) as image:
+        with _open_regular(path) as file, Image.open(file) as image:
             return image.height, image.width
     except Exception as error:
         raise BrokenImage(str(error)) from error
@@ -168,8 +171,14 @@ def read_file(path: str | os.PathLike) -> bytes:
         BrokenImage: if the path is a FIFO, a device or a folder. Reading a FIFO or a device could wait for ever.
         OSError: if the file cannot be read.
     """
+    with _open_regular(path) as file:
+        return file.read()
+
+
+@contextmanager
+def _open_regular(path: str | os.PathLike) -> Iterator[BinaryIO]:
     # Without O_NONBLOCK, opening a FIFO waits for a writer.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise BrokenImage("it is no regular file, but a FIFO or a device")
-        return file.read()
+        yield file

@@ -3,7 +3,7 @@
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,13 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 
 from datamodules.coco_format import CocoIndex
-from datamodules.decode import read_file
+from datamodules.decode import BrokenImage, read_file, read_size
 from datamodules.dense_prediction import DensePredictionData
 from datamodules.dense_transforms import normalise_padded, pad_images
 from datamodules.images import EncodedImages
 from datamodules.split_checks import check_labels
 from retinue.utils.arithmetic import round_up
+from retinue.utils.suggestions import nearest
 
 logger = logging.getLogger(__name__)
 # Every process of a run reads the data, so only the first one says what it finds.
@@ -268,6 +269,38 @@ def check_classes(classes: Any) -> list[str] | None:
     if len(set(names)) < len(names):
         raise ValueError(f"data.classes names {max(names, key=names.count)!r} twice")
     return names
+
+
+def choose_names(classes: list[str] | None, found: Iterable[str]) -> list[str]:
+    """Return the names of the classes by label: `classes`, or without them the names in the training data, sorted.
+
+    Raises:
+        ValueError: if a name in `classes` is not in the training data and seems to be mistyped.
+    """
+    names = sorted(set(found))
+    for name in set(classes or ()).difference(names):
+        # A class may lack training images, but here the name is probably mistyped.
+        if hint := nearest(name, set(names).difference(classes or ())):
+            raise ValueError(f"data.classes has {name!r}, which no training image has.{hint}")
+    return classes or names
+
+
+def image_entry(position: int, folder: Path, name: str) -> dict[str, Any]:
+    """Return an image in COCO's format for annotations without sizes; the size is in the header of the file.
+
+    Args:
+        position: id of the image.
+        folder: folder that `name` is relative to.
+        name: name of the file.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
+    try:
+        height, width = read_size(folder / name)
+    except BrokenImage as error:
+        raise ValueError(f"the size of {folder / name} cannot be read: {error}") from error
+    return {"id": position, "file_name": name, "height": height, "width": width}
 
 
 def check_files(index: CocoIndex, folder: Path) -> None:

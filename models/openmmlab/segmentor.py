@@ -114,8 +114,8 @@ class DecoderSegmentor(Segmentor):
             mask: Classes (B, H, W); pixels of 255 are ignored.
 
         Returns:
-            The losses by name, `loss_ce` by default, weighted by the decoder's `output_weights`. Those of auxiliary logits
-            are summed as `aux.<name>`.
+            The losses by name, `loss_ce` by default, weighted by the decoder's `output_weights`. Those of auxiliary
+            logits are summed as `aux.<name>`.
         """
         outputs = [to_size_of(logits, image).float() for logits in self.outputs(image)]
         main, *auxiliary = (

@@ -171,7 +171,7 @@ def average(accuracies: Sequence[Accuracy]) -> Accuracy:
     for name in FIGURES:
         values = [value for accuracy in accuracies if (value := accuracy.figures[name]) is not None]
         figures[name] = sum(values) / len(values) if values else None
-    precision = np.ma.masked_invalid([accuracy.precision for accuracy in accuracies]).mean(0)
+    precision = np.ma.masked_invalid([accuracy.size_precision for accuracy in accuracies]).mean(0)
     return Accuracy(figures, precision.filled(np.nan))
 
 
@@ -194,6 +194,32 @@ def evaluate(
         image_ids: ids of the images to evaluate.
         category_ids: id of each class, by label.
     """
+    objects, detections = prepare(kind, results, truth, image_ids)
+    # pycocotools prints its progress and its summary.
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOeval(as_coco(truth, objects), as_coco(truth, detections), IOU_TYPES[kind])
+        evaluator.params.imgIds, evaluator.params.catIds = list(image_ids), list(category_ids)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    figures = {name: None if value < 0 else float(value) for name, value in zip(FIGURES, evaluator.stats, strict=True)}
+    # Precision for 100 detections per image, sorted by category id; it is put in the order of the labels.
+    precision = evaluator.eval["precision"][..., -1]
+    precision = precision[:, :, np.argsort(np.argsort(category_ids))]
+    return Accuracy(figures, np.where(precision < 0, np.nan, precision))
+
+
+def prepare(
+    kind: str, results: Sequence[Mapping[str, Any]], truth: Mapping[str, Any], image_ids: Sequence[Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return copies of the objects and of the detections in the form that pycocotools evaluates.
+
+    Args:
+        kind: `box` or `mask`.
+        results: detections in COCO's results format (`coco_results`).
+        truth: annotations in COCO's format.
+        image_ids: ids of the images to evaluate.
+    """
     evaluated_ids = set(image_ids)
     annotations = [annotation for annotation in truth["annotations"] if annotation["image_id"] in evaluated_ids]
     # The annotations are copied because pycocotools writes into them. Their ids start at 1 because pycocotools treats a
@@ -208,18 +234,7 @@ def evaluate(
                 annotation |= {"iscrowd": 1, "segmentation": box}
             annotation["segmentation"] = run_lengths(annotation["segmentation"], *sizes[annotation["image_id"]])
     detections = [{**result, "id": i, "iscrowd": 0, "area": _area(kind, result)} for i, result in enumerate(results, 1)]
-    # pycocotools prints its progress and its summary.
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = COCOeval(_coco(truth, objects), _coco(truth, detections), IOU_TYPES[kind])
-        evaluator.params.imgIds, evaluator.params.catIds = list(image_ids), list(category_ids)
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    figures = {name: None if value < 0 else float(value) for name, value in zip(FIGURES, evaluator.stats, strict=True)}
-    # Precision for 100 detections per image, sorted by category id; it is put in the order of the labels.
-    precision = evaluator.eval["precision"][..., -1]
-    precision = precision[:, :, np.argsort(np.argsort(category_ids))]
-    return Accuracy(figures, np.where(precision < 0, np.nan, precision))
+    return objects, detections
 
 
 def per_class(
@@ -263,7 +278,8 @@ def _area(kind: str, result: Mapping[str, Any]) -> float:
     return result["bbox"][2] * result["bbox"][3] if kind == "box" else float(rle.area(result["segmentation"]))
 
 
-def _coco(truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -> COCO:
+def as_coco(truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -> COCO:
+    """Return pycocotools' index of the annotations of `truth`'s images and categories."""
     coco: Any = COCO()
     coco.dataset = {"images": truth["images"], "categories": truth["categories"], "annotations": annotations}
     coco.createIndex()

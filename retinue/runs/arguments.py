@@ -47,7 +47,7 @@ def quote_paths(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
 def choose_for_few_images(arguments: Sequence[str]) -> list[str]:
     """Add the small recipe, head and model to a command line of `train.py` whose data have few training images.
 
-    This is for data=voc and data=coco_json, which may be of any size. `data.kind=` on the command line decides instead;
+    This is for the data sets in `COUNTS`, which may be of any size. `data.kind=` on the command line decides instead;
     so does an experiment, and a recipe is kept. What is added is printed to standard error.
     """
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument and not argument.startswith("-"))
@@ -92,5 +92,21 @@ def _count_coco(section: Mapping[str, Any]) -> int | None:
     return len(json.loads(path.read_text(encoding="utf-8-sig"))["images"])
 
 
+def _count_yolo(section: Mapping[str, Any]) -> int:
+    """Return the number of training images."""
+    # The data modules import torch, which the overview of --help does without.
+    from datamodules.yolo import list_split, read_config
+
+    config = Path(section["root"], section["config"]).expanduser()
+    return len(list_split(read_config(config), config, "train"))
+
+
+def _count_csv(section: Mapping[str, Any]) -> int:
+    """Return the number of images in the training file."""
+    from datamodules.box_csv import read_boxes
+
+    return len(read_boxes(Path(section["root"], section["train"]).expanduser(), section["columns"]))
+
+
 # Data sets that may be of any size -> function that counts the training images.
-COUNTS = {"voc": _count_voc, "coco_json": _count_coco}
+COUNTS = {"voc": _count_voc, "coco_json": _count_coco, "yolo": _count_yolo, "box_csv": _count_csv}

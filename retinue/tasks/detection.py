@@ -32,6 +32,7 @@ from retinue.evaluation.detection_plots import (
     plot_precision_recall,
     write_precision_csv,
 )
+from retinue.evaluation.lvis import evaluate_federated
 from retinue.evaluation.plots import draw_confusion
 from retinue.tasks.dense_prediction import DensePredictionTask
 from retinue.tasks.detection_inference import DetectionInference
@@ -145,7 +146,7 @@ class Detection(DensePredictionTask):
     def _evaluate(
         self, detections: list[ImageDetections], datamodule: Any, split: str
     ) -> tuple[dict[str, Accuracy], dict[str, dict[str, Accuracy]]]:
-        """Compute COCO's figures of a split, and those of each set if the split joins several.
+        """Compute COCO's figures of a split (LVIS's if it is federated), and those of each set if it joins several.
 
         Every rank computes them: if one rank did, the others would only wait for it.
 
@@ -156,10 +157,12 @@ class Detection(DensePredictionTask):
         ids = images.ids.tolist()
         kinds = ("box", "mask") if self.model.masks and datamodule.has_masks else ("box",)
 
+        rules = evaluate if images.index.federated is None else evaluate_federated
+
         def accuracies(part: list[ImageDetections]) -> dict[str, Accuracy]:
             evaluated = [ids[image.index] for image in part]
             results = coco_results(part, ids, categories)
-            return {kind: evaluate(kind, results, images.truth, evaluated, categories) for kind in kinds}
+            return {kind: rules(kind, results, images.truth, evaluated, categories) for kind in kinds}
 
         sets = {
             name: accuracies([image for image in detections if image.index in positions])
@@ -170,7 +173,7 @@ class Detection(DensePredictionTask):
         return {kind: average([accuracy[kind] for accuracy in sets.values()]) for kind in kinds}, sets
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
-        """Return the number `n` of images, COCO's twelve figures of boxes and masks, and figures by set and by class.
+        """Return the number `n` of images, the figures of boxes and masks, and those by set and by class.
 
         Names are `box_ap`, ..., `mask_ap`, ...; `per_class` is a dictionary by class. If the test split joins several
         sets, the figures are means over the sets, and those of a set have its name: `hidden/n`, `hidden/box_ap`, ...

@@ -9,6 +9,7 @@ from retinue.runs import arguments
 from retinue.runs.arguments import choose_for_few_images, quote_brackets
 from tests.datamodules import test_detection as coco
 from tests.datamodules.test_voc import write_year
+from tests.datamodules.test_yolo import write_images
 
 
 def composed(cli, *overrides):
@@ -52,6 +53,16 @@ def test_few_images_of_a_json_file(cli, tmp_path):
     config, err = composed(cli, "data=coco_json", *paths)
     assert (config["data"]["kind"], config["recipe"]["epochs"]) == ("small", 8)
     assert "data=coco_json has 5 training images" in err
+
+
+def test_few_images_of_text_files_and_of_a_table(tmp_path):
+    write_images(tmp_path, {"a": "0 0.5 0.5 0.2 0.4", "b": None})
+    (tmp_path / "data.yaml").write_text("train: images\nnames: [cat]\n")
+    (tmp_path / "train.csv").write_text("a.jpg,1,2,3,4,cat\na.jpg,5,6,7,8,cat\nb.jpg,1,2,3,4,cat\n")
+    for data in ("data=yolo", "data=box_csv"):
+        given = [data, f"data.root={tmp_path}"]
+        assert choose_for_few_images(given) == [data, "data.kind=small", "recipe=small_detection", given[1]]
+        assert choose_for_few_images([data, "data.root=nowhere"]) == [data, "data.root=nowhere"]
 
 
 @pytest.mark.parametrize("content", [None, "no json", "[]", json.dumps({"images": 3})])
