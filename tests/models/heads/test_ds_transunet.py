@@ -124,7 +124,7 @@ def test_images_of_any_number_of_channels():
 
 
 def test_pretrained_weights_of_the_coarse_backbone_load(tmp_path):
-    net = timm.create_model("swin_nano", patch=8, dim=8, heads=(1, 1, 2, 4))
+    net: Any = timm.create_model("swin_nano", patch=8, dim=8, heads=(1, 1, 2, 4))
     torch.save(net.state_dict(), tmp_path / "nano.pth")
     file = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "nano.pth")}}
     head: Any = DSTransUNetHead(CHANNELS, 5, channels=16, window=4, coarse=NANO | file)
