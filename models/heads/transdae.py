@@ -85,7 +85,7 @@ class InterScaleInteraction(nn.Module):
         self.restore = nn.ModuleList(nn.Conv2d(dim, width, 1) for width in channels)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        size = maps[-1].shape[2:]
+        size = (maps[-1].shape[2], maps[-1].shape[3])
         tokens = [
             reduce(F.adaptive_avg_pool2d(x, size).flatten(2).transpose(1, 2)) + embed
             for reduce, x, embed in zip(self.reduce, maps, self.level_embed, strict=True)
