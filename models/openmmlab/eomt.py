@@ -144,16 +144,17 @@ class EoMTHead(Mask2FormerHead):
         """
         backbone, image = x
         net: Any = backbone.net
+        blocks: Any = net.blocks
         H, W = image.shape[2:]
         image = F.pad(image, (0, padding(W, backbone.multiple), 0, padding(H, backbone.multiple)))
-        tokens, size = first_tokens(net, image, len(net.blocks) - self.num_blocks)
+        tokens, size = first_tokens(net, image, len(blocks) - self.num_blocks)
         tokens = torch.cat([self.query_feat.weight.expand(len(image), -1, -1), tokens], dim=1)
         # Our blocks also need the size of the map.
         arguments, keyword = ((size,), "mask") if isinstance(net, PlainBackbone) else ((), "attn_mask")
         recompute = net.grad_checkpointing and torch.is_grad_enabled()
 
         outputs = []
-        for block, probability in zip(net.blocks[-self.num_blocks :], self.mask_probabilities, strict=True):
+        for block, probability in zip(blocks[-self.num_blocks :], self.mask_probabilities, strict=True):
             masks = {}
             if self.training:
                 outputs.append(self.predictions(net.norm(tokens), size))
