@@ -48,7 +48,7 @@ class Ops(Keys):
     """`ops`."""
 
     backend: Literal["auto", "torch", "triton"] = Field(
-        description="triton: kernels, or an error; torch: no kernels; auto: where they can run"
+        description="triton: kernels, or an error; torch: none; auto: where they can run"
     )
 
 

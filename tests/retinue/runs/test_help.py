@@ -10,7 +10,7 @@ import sys
 import pytest
 from pydantic import BaseModel
 
-from ops import list_ops
+from ops import list_gates, list_ops
 from retinue.results.experiments import experiments
 from retinue.runs import schema, schema_sections
 from retinue.runs.help import GROUPS, OP_GIVEN, list_choices
@@ -53,6 +53,13 @@ def test_every_op_is_listed_with_its_first_line_and_shown_with_its_arguments(cli
         assert outcome.code == 0
         for argument in list_arguments(op, OP_GIVEN):
             assert argument.meaning and f"  {argument.name}" in outcome.out, (name, argument)
+
+
+def test_every_gate_is_listed_and_shows_its_arguments_and_places(cli):
+    assert list_choices("gates") == list_gates()
+    text = cli("train", "--help", "gates=ela").out
+    assert all(words in text for words in ("model.gates=ela", "form='base'", "ELA-B", "at=branch", "at=stage"))
+    assert "rd_ratio=1.0 / 16" in cli("train", "--help", "gates=se").out
 
 
 def test_a_model_shows_its_sizes_names_and_arguments(cli):
