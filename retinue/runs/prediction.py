@@ -70,7 +70,8 @@ def predict_here(cfg: DictConfig) -> None:
     trainer.predict(task, datamodule=datamodule, return_predictions=False)
     if not trainer.is_global_zero:
         return
-    names, described = datamodule.names("test"), task.describe_predictions(datamodule)
+    # Ranks give their images one after the other.
+    names, described = datamodule.names("test"), dict(sorted(task.describe_predictions(datamodule).items()))
     broken = [name for index, name in enumerate(names) if index not in described]
     if not described:
         raise ValueError(f"images={cfg.images}: none of the {len(names)} images can be read, such as {names[0]}")

@@ -43,7 +43,7 @@ class DetectionInference:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the only view is the image itself; its detections are then left as they are."""
+        """True if the only view is the image itself, whose detections are then left as they are."""
         return list(self.scales) == [1.0] and not self.flip
 
     def __call__(self, predict: Predict, image: Tensor, sizes: Tensor, original_sizes: Tensor) -> list[Detections]:
