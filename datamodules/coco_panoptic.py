@@ -22,7 +22,7 @@ from datamodules.decode import BrokenImage, check_pixels, read_file
 from datamodules.detection import DetectionData, check_files
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PanopticIndex(CocoIndex):
     """Segments of a data set as the annotations of a `CocoIndex`; their masks are read from PNG files.
 

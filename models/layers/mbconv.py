@@ -1,6 +1,7 @@
 """Inverted bottlenecks (MBConv) of CoAtNet's and MOAT's kind, for maps of any size."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from timm.models.maxxvit import MaxxVitConvCfg, MbConvBlock
@@ -45,8 +46,8 @@ def mbconv(in_dim: int, dim: int, stride: int = 1, drop_path: float = 0.0, pool:
     if stride == 2:
         block.shortcut.pool = HalvingPool(pool)
         if config.get("padding") == "same":
-            dim = block.conv2_kxk.out_channels
-            block.conv2_kxk = HalvingConv2d(dim, dim, dim, bias=False)
+            strided: Any = block.conv2_kxk
+            block.conv2_kxk = HalvingConv2d(strided.in_channels, strided.out_channels, strided.groups, bias=False)
     return block
 
 

@@ -224,6 +224,7 @@ def test_repeat_factors_follow_the_rarest_class_of_an_image(root):
     loader = data.train_dataloader()
     assert [data.images("train").index.ids[i] for i in range(4)] == [12, 5, 30, 31]
     # A kite is in one of four images, a dog in two, and a cat in three.
+    assert loader.sampler.factors is not None
     np.testing.assert_allclose(loader.sampler.factors, [2, 2**0.5, (4 / 3) ** 0.5, (4 / 3) ** 0.5])
     assert make_data(root).train_dataloader().sampler.factors is None
     with pytest.raises(ValueError, match=r"data\.sampler must be repeat_factor or null, not 'balanced'"):
