@@ -377,12 +377,14 @@ def plot_ops(path: str | Path, rows: Sequence[Mapping[str, Any]], figure: str, i
     )
     left.set(xlabel=f"test {figure} (bar: 95 % confidence interval over seeds)")
     measured = [row for row in rows if speed in row]
-    right.scatter([row[speed] for row in measured], [row[figure] for row in measured], color="#0072b2")
+    speeds = [row[speed] for row in measured]
+    right.scatter(speeds, [row[figure] for row in measured], color="#0072b2")
     for row in measured:
         point = (row[speed], row[figure])
         right.annotate(row["what"], point, textcoords="offset points", xytext=(4, 4), fontsize="x-small")
     right.set(xlabel=f"training images/s at {image_size} pixels", ylabel=f"test {figure}")
-    if measured:
+    # The labels of a logarithmic axis overlap if it spans less than a decade or so.
+    if speeds and max(speeds) > 5 * min(speeds):
         right.set_xscale("log")
     for axes in (left, right):
         axes.grid(alpha=0.3)
