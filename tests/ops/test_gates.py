@@ -14,7 +14,7 @@ from ops.gate_registry import create_gate, create_gate_context, place_of
 SIZES = ((1, 1), (3, 20), (7, 7), (13, 9))
 
 
-def build(spec, dim=16) -> tuple[Any, Any]:
+def build(spec, dim=16) -> tuple[Any, tuple[Any, ...]]:
     """Return a gate and the arguments that it takes after the map, for images of 26 x 18 pixels."""
     torch.manual_seed(1)
     gate, body = create_gate(spec, dim), create_gate_context(spec, 3)
