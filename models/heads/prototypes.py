@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops.precision import without_autocast
+
 
 class Objects(NamedTuple):
     """Objects in a batch of images, from which prototypes are computed.
@@ -81,7 +83,7 @@ class PrototypeRefinement(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         objects, self.objects = self.objects, None
         # Sums over many positions and similarities near the threshold need single precision.
-        with torch.autocast(maps[0].device.type, enabled=False):
+        with without_autocast(maps[0]):
             # Without gradients, a pass in training mode only estimates batch norm's statistics.
             if self.training and objects is not None and torch.is_grad_enabled():
                 for level, x in enumerate(maps):

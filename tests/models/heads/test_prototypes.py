@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models import complexity
 from models.heads.prototypes import Objects, PrototypeRefinement, regions_of
 from tests.models.heads import pyramid
 from tests.models.openmmlab import build
@@ -107,3 +108,4 @@ def test_a_detector_learns_prototypes_while_it_trains(head, net):
     image, sizes, *_ = detection_batch()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert len(model.eval().predict(image, sizes, sizes)) == 2
+    assert complexity(model, (64, 96))[0] == sum(p.numel() for p in model.parameters())
