@@ -55,7 +55,7 @@ class Federated:
 def read_federated(
     images: Sequence[Any], categories: Sequence[Any], labels: Mapping[int, int], source: str
 ) -> Federated | None:
-    """Read which categories were looked for in the images of an LVIS file, or return None for a file without these keys.
+    """Read which categories were looked for in the images of an LVIS file; None for a file without these keys.
 
     Args:
         images: images of the file.
