@@ -1,4 +1,4 @@
-"""What LVIS says about the completeness of its annotations (arXiv:1908.03195, lvisdataset.org; API under BSD 2-Clause).
+"""Completeness of LVIS's annotations (arXiv:1908.03195, lvisdataset.org; API under BSD 2-Clause).
 
 LVIS is federated: an image is annotated for a part of the categories only. Evaluation has to know which.
 """
@@ -55,7 +55,7 @@ class Federated:
 def read_federated(
     images: Sequence[Any], categories: Sequence[Any], labels: Mapping[int, int], source: str
 ) -> Federated | None:
-    """Return what an LVIS file says about completeness, or None for a file without these keys.
+    """Read which categories were looked for in the images of an LVIS file; None for a file without these keys.
 
     Args:
         images: images of the file.

@@ -50,7 +50,7 @@ def evaluate_federated(
     """
     images = {image["id"]: image for image in truth["images"]}
     objects, detections = prepare(kind, _best(results), truth, image_ids)
-    # By category: its objects and detections, the images in which it was looked for, and those where it is incomplete.
+    # Each has an entry per category: objects, detections, images where it was looked for, and where it is incomplete.
     objects_of, detections_of = defaultdict[int, list](list), defaultdict[int, list](list)
     looked_for, incomplete = defaultdict[int, set](set), defaultdict[int, set](set)
     for id in image_ids:
