@@ -170,9 +170,6 @@ class Sections(Keys):
     def _belongs_to_one_task(cls, values: Any) -> Any:
         """Refuse data, a head and a recipe of another task; each has a key `task`, which a recipe may lack."""
         task = values["task"]["name"]
-        # Without a choice, the section has only the key that train.yaml and eval.yaml give to all nets.
-        if not {"name", "sizes"} & set(values.get("model") or ()):
-            raise ValueError(refuse_choice("model", "null"))
         for group in ("data", "head", "recipe"):
             section = values.get(group)
             if not isinstance(section, Mapping):
