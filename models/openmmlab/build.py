@@ -219,8 +219,8 @@ def build_own_neck(
     if pyramid["type"] != "FPN":
         raise ValueError(f"head.neck={head.neck} is for heads on a feature pyramid, and head={head.name} has none")
     width, levels = pyramid["out_channels"], pyramid["num_outs"]
-    if head.neck != "sdanet":
-        own = {"rcnet": RCNet, "wau": WAUPyramid}[head.neck]
+    if head.neck in ("rcnet", "wau"):
+        own = RCNet if head.neck == "rcnet" else WAUPyramid
         return own(pyramid["in_channels"], width, levels)
     # mmengine's Sequential, unlike torch's, passes the call of `init_weights` on to the pyramid.
     from mmengine.model import Sequential

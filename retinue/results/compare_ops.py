@@ -294,10 +294,7 @@ def figures(entry: Entry, figure: str) -> dict[int, float]:
 
 
 def summarise_row(row: Row) -> Row:
-    """Return the columns for the terminal: a mean and its interval in one, and of the costs only training speed.
-
-    The reason of a failure is left out: it would leave the other columns no room.
-    """
+    """Return the columns for the terminal: a mean with its interval, only training speed, and no long reasons."""
     shown: Row = {}
     for name, value in row.items():
         low, high = row.get(f"{name}_low"), row.get(f"{name}_high")

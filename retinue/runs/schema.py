@@ -1,8 +1,8 @@
 """The schema of the composed configs of the programs: the type, the range and the meaning of every key.
 
 `check_values` refuses a config with a wrong value before anything is written, and `--help` shows the meanings. The
-sections are in `retinue.runs.schema_sections`. Keys that only one class knows are checked by that class: those of one
-data set, of a net or of a head, and further arguments of an optimiser, a logger or a callback.
+sections are in `retinue.runs.schema_sections` and `schema_tasks`. Keys that only one class knows are checked by that
+class: those of one data set, of a net or of a head, and further arguments of an optimiser, a logger or a callback.
 """
 
 from collections.abc import Mapping
@@ -16,22 +16,19 @@ from retinue.runs.schema_messages import Expected, one_line, refuse_choice
 from retinue.runs.schema_sections import (
     ClassificationData,
     ClassificationRecipe,
-    ClassificationTask,
     Count,
     DenseData,
     DenseRecipe,
     DetectionData,
-    DetectionTask,
     Keys,
     Name,
-    PanopticTask,
     PathText,
     Positive,
     Section,
-    SegmentationTask,
     Trainer,
     WholeNumber,
 )
+from retinue.runs.schema_tasks import ClassificationTask, DetectionTask, PanopticTask, SegmentationTask
 from retinue.utils.paths import CONF, list_group
 
 MAX_SEED = 2**32 - 1

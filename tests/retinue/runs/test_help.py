@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from ops import list_gates, list_ops
 from retinue.results.experiments import experiments
-from retinue.runs import schema, schema_sections
+from retinue.runs import schema, schema_sections, schema_tasks
 from retinue.runs.help import GROUPS, OP_GIVEN, list_choices
 from retinue.runs.signatures import find_net, find_ops, list_arguments
 from retinue.utils.paths import CONF, PROJECT
@@ -26,7 +26,10 @@ def test_the_overview_is_one_screen(cli, program):
     assert len(lines) <= SCREEN and max(map(len, lines)) <= 100
     text = "\n".join(lines)
     assert f"Usage: python {program}.py" in text and all(group in text for group in GROUPS)
-    assert "classification, detection, segmentation" in text and f"{len(list_choices('model'))}   --help model" in text
+    assert (
+        "classification, detection, panoptic, segmentation" in text
+        and f"{len(list_choices('model'))}   --help model" in text
+    )
 
 
 @pytest.mark.parametrize("program", ["train", "eval"])
@@ -181,7 +184,7 @@ def test_the_meanings_of_keys_without_a_group_are_in_the_overview(cli):
 
 @pytest.mark.parametrize("group", ["data", "recipe", "task", "trainer", "head"])
 def test_no_yaml_repeats_the_schemas_meaning_of_a_key(group):
-    sections = [section for module in (schema, schema_sections) for section in vars(module).values()]
+    sections = [section for module in (schema, schema_sections, schema_tasks) for section in vars(module).values()]
     sections = [section for section in sections if isinstance(section, type) and issubclass(section, BaseModel)]
     meanings = {field.description for section in sections for field in section.model_fields.values()} - {None}
     assert len(meanings) > 80

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from datamodules.transforms import CROP_MODES, INTERPOLATIONS
 from retinue.evaluation.segmentation import FIGURES
 from retinue.runs.schema import check_values, schema
-from retinue.runs.schema_sections import ClassificationData, SegmentationTask
+from retinue.runs.schema_sections import ClassificationData
+from retinue.runs.schema_tasks import SegmentationTask
 from retinue.tasks.optimization import SCHEDULES
 from tests.retinue.runs.test_config import composed
 
@@ -89,9 +90,9 @@ TRAIN = {
     "data must be one of ade20k,": ["data=null"],
     "model must be one of agent,": ["model=null"],
     "trainer must be one of auto, cpu, ddp, fsdp, gpu, not null": ["trainer=null"],
-    "task must be one of classification, detection, segmentation, not null": ["task=null"],
+    "task must be one of classification, detection, panoptic, segmentation, not null": ["task=null"],
     "logger must be one of none, tensorboard, wandb, not null": ["logger=null"],
-    "head must be one of cascade_mask_rcnn,": ["head=null"],
+    "head must be one of att_swin_unet, cascade_mask_rcnn,": ["head=null"],
     "callbacks must be one of early_stopping, none, not null": ["callbacks=null"],
 }  # fmt: skip
 
@@ -211,6 +212,6 @@ def test_the_choices_are_those_of_the_classes():
 
     assert choices(ClassificationData, "interpolation") == INTERPOLATIONS
     assert choices(ClassificationData, "crop_mode") == CROP_MODES
-    assert get_args(SegmentationTask.model_fields["figure"].annotation) == FIGURES
+    assert get_args(SegmentationTask.model_fields["figure"].annotation) == (*FIGURES, "dice")
     schedule = schema("train", "detection").model_fields["recipe"].annotation.model_fields["schedule"].annotation  # pyright: ignore
     assert sorted(get_args(schedule.model_fields["kind"].annotation)) == sorted(SCHEDULES)

@@ -1,0 +1,139 @@
+"""Types, ranges and meanings of the keys of the section `task`."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from retinue.runs.schema_sections import (
+    Count,
+    Keys,
+    LossWeights,
+    Name,
+    NonNegative,
+    Pair,
+    PathText,
+    PixelLosses,
+    Pixels,
+    Positive,
+    PositiveShare,
+    Share,
+)
+
+
+class Task(Keys):
+    """Keys that the tasks have in common."""
+
+    eval_batch: Count = Field(description="images in a batch of eval.py")
+    compile: bool | Literal["auto"] = Field(
+        description="compile the backbone by torch.compile; auto: on a GPU, if the training is long enough"
+    )
+    channels_last: bool = Field(description="keep images and the weights of convolutions in channels-last memory")
+    grad_checkpointing: bool = Field(description="recompute blocks in the backward pass: less memory, more time")
+
+
+FIGURE = "figure that chooses the best checkpoint (in validation) and that a sweep compares (in the test)"
+
+
+class Distillation(Keys):
+    """`task.distillation`."""
+
+    teacher: Name | None = Field(
+        description="name of a timm net, such as regnety_160.deit_in1k; null trains without a teacher"
+    )
+    weights: PathText | None = Field(description="weights file of the teacher; null takes timm's pretrained weights")
+    mode: Literal["soft", "hard"] = Field(
+        description="soft: KL divergence at `temperature`; hard: cross-entropy with the teacher's most likely class"
+    )
+    alpha: Share = Field(description="share of the teacher's part in the loss")
+    temperature: Positive = Field(description="divisor of the logits in mode soft")
+    tokens: NonNegative = Field(
+        description="weight of the squared distance of the final tokens from those of the teacher, for ViT-shaped nets"
+    )
+
+
+class ClassificationTask(Task):
+    """`conf/task/classification.yaml`."""
+
+    compile: bool | Literal["reduce-overhead", "auto"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        description="compile the net by torch.compile; auto: on a GPU, if the training is long enough; "
+        "reduce-overhead: also replay its kernels as CUDA graphs, on one GPU"
+    )
+    figure: Literal["top1", "top5"] = Field(description=FIGURE)
+    loss_weights: LossWeights = Field(
+        {}, description="weights of the net's auxiliary losses by name; those not named are the paper's"
+    )
+    distillation: Distillation
+
+
+class DetectionInference(Keys):
+    """`task.test` of detection."""
+
+    scales: Annotated[list[Positive], Field(min_length=1)] = Field(
+        [1.0], description="factors of the image's size; with several, the detections are merged"
+    )
+    flip: bool = Field(False, description="also detect in the mirror image")
+    nms_iou: PositiveShare = Field(
+        0.5, description="with several views: IoU from which the box with the lower score is removed"
+    )
+    max_per_image: Count = Field(100, description="with several views: maximum number of detections of an image")
+
+
+class DetectionTask(Task):
+    """`conf/task/detection.yaml`."""
+
+    figure: Literal["box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"] = Field(description=FIGURE)
+    test: DetectionInference = Field(
+        DetectionInference(),  # pyright: ignore[reportCallIssue]
+        description="how images become detections in a test; docs/detection.md explains it",
+    )
+
+
+class PanopticTask(Task):
+    """`conf/task/panoptic.yaml`."""
+
+    figure: Literal["pq", "pq_things", "pq_stuff", "sq", "rq"] = Field(description=FIGURE)
+
+
+class Inference(Keys):
+    """`task.test` of segmentation."""
+
+    mode: Literal["whole", "slide"] = Field(
+        description="whole: the net runs on the whole image; slide: on windows, whose logits are averaged"
+    )
+    crop: Pixels = Field(description="height and width of a window in pixels, in mode slide")
+    stride: Pixels = Field(description="vertical and horizontal distance between windows in pixels, in mode slide")
+    scales: Annotated[list[Positive], Field(min_length=1)] = Field(
+        description="factors of the image's size; the papers' multi-scale test has 0.5, 0.75, ..., 1.75 with flip"
+    )
+    flip: bool = Field(description="also average over the mirror image")
+    multiple: Count | None = Field(description="enlarge images to sides that are multiples of this number of pixels")
+
+
+class SegmentationTask(Task):
+    """`conf/task/segmentation.yaml`."""
+
+    figure: Literal["miou", "pixel_accuracy", "mean_accuracy", "dice"] = Field(description=FIGURE)
+    figures: Literal["medical"] | None = Field(
+        None, description="medical: also Dice, HD95, IoU, sensitivity and specificity, as means over images"
+    )
+    spacing: Pair | None = Field(
+        None, description="vertical and horizontal distance between the masks' pixels in mm, for HD95; null: in pixels"
+    )
+    losses: PixelLosses | None = Field(
+        None,
+        description="cross_entropy, focal, dice, tversky and boundary with their weights, as {cross_entropy: 1, "
+        "tversky: {weight: 1, beta: 0.8}}; null: the head's own",
+    )
+    class_weights: Annotated[list[NonNegative], Field(min_length=1)] | None = Field(
+        None, description="weight of each class in task.losses; null: all equal"
+    )
+    test: Inference = Field(description="how images become predictions; docs/segmentation.md explains it")
+
+    @model_validator(mode="after")
+    def _has_what_a_key_needs(self) -> Self:
+        if self.class_weights and not self.losses:
+            raise ValueError("task.class_weights needs task.losses, such as task.losses={cross_entropy: 1}")
+        for key, given in (("task.spacing", self.spacing), ("task.figure=dice", self.figure == "dice")):
+            if given and not self.figures:
+                raise ValueError(f"{key} needs task.figures=medical")
+        return self
