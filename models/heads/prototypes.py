@@ -61,6 +61,8 @@ class PrototypeRefinement(nn.Module):
         objects: Objects of the next batch, in training.
     """
 
+    # A detector without prototypes loads, too.
+    optional = True
     prototypes: Tensor
     seen: Tensor
 

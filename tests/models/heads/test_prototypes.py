@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from models import complexity
 from models.heads.prototypes import Objects, PrototypeRefinement, regions_of
+from models.weights import load_weights
 from tests.models.heads import pyramid
 from tests.models.openmmlab import build
 from tests.models.openmmlab.test_build import detection_batch, losses, without_gradient
@@ -89,6 +90,15 @@ def test_without_prototypes_nothing_changes_and_saved_prototypes_load():
     other = PrototypeRefinement(4, 3, num_classes=2)
     other.load_state_dict(copy.deepcopy(neck.state_dict()))
     assert torch.equal(other.prototypes, neck.prototypes)
+
+
+def test_a_detector_without_prototypes_loads():
+    plain, refined = build("retinanet"), build("retinanet", head__neck="prototypes")
+    for parameter in refined.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert load_weights(refined, plain.state_dict()).missing == ["neck.1.prototypes", "neck.1.seen"]
+    weight = "neck.{}lateral_convs.0.conv.weight"
+    assert torch.equal(refined.state_dict()[weight.format("0.")], plain.state_dict()[weight.format("")])
 
 
 @pytest.mark.parametrize(
