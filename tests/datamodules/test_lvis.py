@@ -73,7 +73,8 @@ def test_the_task_evaluates_by_the_rules_of_lvis(tmp_path):
     # The second detection is of a category that was looked for and not found.
     found = ImageDetections(0, (40, 50), boxes, np.array([0.5, 0.9], np.float32), np.array([1, 2]), None)
     task = SimpleNamespace(model=SimpleNamespace(masks=False))
-    accuracy = Detection._evaluate(task, [found], data, "val")["box"]  # type: ignore[arg-type]
+    accuracies, _ = Detection._evaluate(task, [found], data, "val")  # type: ignore[arg-type]
+    accuracy = accuracies["box"]
     assert accuracy.figures["ap_frequent"] == pytest.approx(1)
     assert accuracy.figures["ap_common"] is None
     assert "ar300" in accuracy.figures

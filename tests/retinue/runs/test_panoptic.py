@@ -10,6 +10,7 @@ from tests.panoptic_folder import CATEGORIES, NAMES, write_panoptic
 from tests.retinue.runs.cli import SWIN, result, rows, start
 
 
+@pytest.mark.slow
 def test_a_panoptic_run_and_its_results(cli, tmp_path):
     """A tool of COCO's finds a segment for each id of each predicted map, with a category of the data."""
     write_panoptic(tmp_path / "data", {"train": 6, "val": 3})
