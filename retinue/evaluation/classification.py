@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from retinue.evaluation.statistics import draw_images
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -224,10 +226,7 @@ def _bootstrap(predictions: Predictions, resamples: int, seed: int) -> tuple[lis
     gap = (predictions.correct - predictions.confidence.astype(np.float64))[order] / n
     loss = predictions.loss.astype(np.float64)[order] / n
     losses, gaps = np.empty(resamples), np.empty((resamples, len(starts)))
-    rng = np.random.default_rng(seed)
-    for i in range(resamples):
-        # Number of times that each image is drawn.
-        draws = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
+    for i, draws in enumerate(draw_images(n, resamples, seed)):
         losses[i] = draws @ loss
         gaps[i] = np.add.reduceat(draws * gap, starts)
 
