@@ -99,7 +99,9 @@ def check_nets(nets: Sequence[Net], figure: str | None) -> str:
                 )
     known = [name for name, value in first.observed().items() if np.isfinite(value)]
     if figure is not None and figure not in known:
-        raise ValueError(f"there is no figure {figure!r} to compare.{nearest(figure, known)} There are: {known}")
+        raise ValueError(
+            f"there is no figure {figure!r} to compare.{nearest(figure, known)} There are: {', '.join(known)}"
+        )
     return known[0] if figure is None else figure
 
 

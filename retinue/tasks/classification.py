@@ -96,6 +96,7 @@ class Classification(Task):
             "top1": self.predictions.correct,
             "top5": top5,
             "loss": self.predictions.loss,
+            "brier": self.predictions.brier,
         }
         return Contributions("classification", images, arrays)
 

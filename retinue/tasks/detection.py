@@ -191,7 +191,7 @@ class Detection(DensePredictionTask):
         images; it is None where the figure is, and for a single image.
         """
         images = datamodule.images("test")
-        figures = {
+        figures: dict[str, Any] = {
             f"{kind}_{name}": value
             for kind, accuracy in self.accuracies.items()
             for name, value in accuracy.figures.items()

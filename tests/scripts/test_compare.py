@@ -19,7 +19,13 @@ def make_test(outputs, model, seed, accuracy, images=IMAGES):
     rng = np.random.default_rng([len(model), seed])
     right = rng.random(len(images)) < accuracy
     folder = make_run(outputs, model, seed, float(right.mean()))
-    arrays = {"label": np.arange(len(images)) % 5, "top1": right, "top5": right | True, "loss": 1.0 - right}
+    arrays = {
+        "label": np.arange(len(images)) % 5,
+        "top1": right,
+        "top5": right | True,
+        "loss": 1.0 - right,
+        "brier": 2.0 * ~right,
+    }
     Contributions("classification", images, arrays).write(folder)
     return right
 
@@ -59,7 +65,13 @@ def test_runs_are_paired_by_seed(tmp_path):
 def test_figures_of_contributions_are_those_of_the_tests(tmp_path):
     predictions = predict(300, 7)
     right = predictions.correct
-    arrays = {"label": predictions.label, "top1": right, "top5": right, "loss": predictions.loss}
+    arrays = {
+        "label": predictions.label,
+        "top1": right,
+        "top5": right,
+        "loss": predictions.loss,
+        "brier": predictions.brier,
+    }
     Contributions("classification", np.arange(300).astype(str), arrays).write(tmp_path)
     observed = Contributions.read(tmp_path).observed()
     per_class = [right[predictions.label == label].mean() for label in range(7)]
@@ -72,7 +84,7 @@ def test_mistakes_are_answered_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="a comparison needs two nets, but all runs are of a"):
         compare.main([str(tmp_path)])
     make_test(tmp_path, "bb", 0, 0.6)
-    with pytest.raises(ValueError, match=r"there is no figure .top2. to compare\. Did you mean .top1."):
+    with pytest.raises(ValueError, match=r"there is no figure .top2. to compare\. Did you mean .top5."):
         compare.main([str(tmp_path), "figure=top2"])
     with pytest.raises(ValueError, match="there is no net 'b'"):
         compare.main([str(tmp_path), "baseline=b"])

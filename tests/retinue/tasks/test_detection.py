@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mmdet
@@ -70,6 +71,7 @@ class Images:
     """Grey pictures with the sizes of the truth's images."""
 
     ids = np.array(IMAGES)
+    index = SimpleNamespace(federated=None)
 
     def __init__(self, truth: dict[str, Any]):
         self.truth = truth
