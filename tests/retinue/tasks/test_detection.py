@@ -152,7 +152,9 @@ def test_perfect_detections_score_one():
         names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar10", "ar100", "ar_small", "ar_large")
         assert [figures[f"{kind}_{name}"] for name in names] == [ONE] * len(names)
         assert figures[f"{kind}_ar1"] < 1
-    assert [list(values.values())[1:] for values in figures["per_class"].values()] == [[ONE, ONE]] * 3
+    assert [list(values.values())[1:] for values in figures["per_class"].values()] == [
+        [ONE, ONE, [ONE, ONE], [ONE, ONE]]
+    ] * 3
     assert list(figures["per_class"]) == NAMES
     json.dumps(figures, allow_nan=False)
 
