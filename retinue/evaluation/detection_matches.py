@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FIGURES = ("ap", "ap50", "ap75")
 # Number of thresholds of intersection over union, from 0.5 to 0.95.
 NUM_THRESHOLDS = 10
+# Number of resamples for the intervals of a test; 1,000 of COCO's 5,000 images would take a minute and more.
+RESAMPLES = 300
 # Levels of recall at which precision is read, as in pycocotools.
 RECALLS = np.linspace(0, 1, 101)
 
@@ -67,8 +69,9 @@ class Matches:
         labels = {id: label for label, id in enumerate(category_ids)}
         places = np.array([(positions[cell["image_id"]], labels[cell["category_id"]]) for cell in cells], int)
         places = places.reshape(-1, 2)
-        detections = np.repeat(places, [len(cell["dtScores"]) for cell in cells], 0)
-        objects = np.repeat(places, [np.count_nonzero(cell["gtIgnore"] == 0) for cell in cells], 0)
+        num_detections = np.array([len(cell["dtScores"]) for cell in cells], int)
+        num_objects = np.array([np.count_nonzero(cell["gtIgnore"] == 0) for cell in cells], int)
+        detections, objects = places.repeat(num_detections, 0), places.repeat(num_objects, 0)
         none = [np.zeros((NUM_THRESHOLDS, 0), bool)]
         right = np.concatenate([*none, *(cell["dtMatches"] != 0 for cell in cells)], 1)
         ignored = np.concatenate([*none, *(cell["dtIgnore"].astype(bool) for cell in cells)], 1)
@@ -169,7 +172,7 @@ class Matches:
         overall = [_mean(_mean(precision[rows].mean(0), 1), 0) for rows in thresholds]
         return np.array([*overall, *of_classes])
 
-    def intervals(self, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    def intervals(self, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
         """Return the 95 % percentile intervals of `figures` by a bootstrap over images, (3 + K, 2); NaN for one image.
 
         Precision is accumulated anew in each resample: a mean of figures of single images would be another figure.

@@ -26,6 +26,7 @@ from retinue.evaluation.detection import (
 )
 from retinue.evaluation.detection_confusion import BACKGROUND, confusion_matrix
 from retinue.evaluation.detection_matches import FIGURES as AP_FIGURES
+from retinue.evaluation.detection_matches import RESAMPLES
 from retinue.evaluation.detection_plots import (
     MIN_DRAWN_SCORE,
     plot_class_ap,
@@ -201,7 +202,7 @@ class Detection(DensePredictionTask):
             figures |= name_intervals(f"{kind}_", pairs)
         figures["ci_methods"] = dict.fromkeys(
             [f"{kind}_{name}" for kind in intervals for name in AP_FIGURES],
-            "percentile bootstrap over images, accumulated anew, 1000 resamples, seed 0",
+            f"percentile bootstrap over images, accumulated anew, {RESAMPLES} resamples, seed 0",
         )
         for name, positions in datamodule.sets("test").items():
             figures[f"{name}/n"] = sum(image.index in positions for image in self.detections)

@@ -53,7 +53,7 @@ def test_paired_difference_is_the_paired_t_test():
     assert difference == pytest.approx((np.mean(a - b), interval.low, interval.high, reference.pvalue, same_within))
     # Two one-sided tests with the margin `same_within`.
     one_sided = [
-        stats.ttest_1samp(a - b + sign * same_within, 0, alternative=alternative)[1]
+        np.array(stats.ttest_1samp(a - b + sign * same_within, 0, alternative=alternative))[1]
         for sign, alternative in ((1, "greater"), (-1, "less"))
     ]
     assert max(one_sided) == pytest.approx(0.05)

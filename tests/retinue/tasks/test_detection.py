@@ -185,7 +185,7 @@ def test_only_boxes_are_evaluated_if_data_or_detector_have_no_masks(without, mon
     data = Data(make_truth())
     figures = run_test(data, masks=without != "detector").test_figures(data)
     assert "box_ap" in figures and not [name for name in figures if "mask" in name]
-    assert set(figures["per_class"]["two"]) == {"n", "box_ap"}
+    assert set(figures["per_class"]["two"]) == {"n", "box_ap", "box_ap_ci95"}
 
 
 def test_figures_of_data_without_objects_are_no_numbers():
