@@ -108,8 +108,10 @@ def percentile_intervals(observed: np.ndarray, resampled: np.ndarray) -> np.ndar
         resampled: (R, F), the figures of each resample; a resample in which a figure is undefined does not count.
     """
     intervals = np.full((len(observed), 2), np.nan)
+    defined = np.isfinite(observed)
     if len(resampled):
-        defined = np.isfinite(observed) & np.isfinite(resampled).any(0)
+        defined &= np.isfinite(resampled).any(0)
+    if len(resampled) and defined.any():
         intervals[defined] = np.nanpercentile(resampled[:, defined], [2.5, 97.5], axis=0).T
     return intervals
 
