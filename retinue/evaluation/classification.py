@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from retinue.evaluation.statistics import draw_images, percentile_intervals
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,6 +30,7 @@ class Predictions:
         topk: int (N, k), the k most probable classes, in descending order of their probability.
         scores: float (N, k), probabilities of `topk`.
         loss: float (N,), cross-entropy of each image.
+        brier: float (N,), Brier score of each image (`topk_predictions`), 0 to 2.
     """
 
     index: np.ndarray
@@ -35,6 +38,7 @@ class Predictions:
     topk: np.ndarray
     scores: np.ndarray
     loss: np.ndarray
+    brier: np.ndarray
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -65,6 +69,9 @@ def topk_predictions(
 ) -> Predictions:
     """Return the predictions for one batch.
 
+    The Brier score of an image is the sum over the classes of (probability - truth)^2, where the truth is 1 for the
+    label and 0 for the other classes (Brier 1950, Verification of Forecasts Expressed in Terms of Probability).
+
     Args:
         logits: (B, K), of any float type.
         label: (B,), 0 to K - 1.
@@ -88,12 +95,15 @@ def topk_predictions(
     rows = np.flatnonzero(position[labels] >= 0)
     log_probs = logits.detach()[rows][:, classes].float().log_softmax(1)
     top_log_probs, top = log_probs.topk(min(k, len(classes)))
+    rows_of_labels = np.arange(len(rows)), position[labels[rows]]
+    probs = log_probs.exp().cpu().numpy()
     return Predictions(
         index=index.cpu().numpy()[rows],
         label=labels[rows],
         topk=classes[top.cpu().numpy()],
         scores=top_log_probs.exp().cpu().numpy(),
-        loss=-log_probs.cpu().numpy()[np.arange(len(rows)), position[labels[rows]]],
+        loss=-log_probs.cpu().numpy()[rows_of_labels],
+        brier=(probs**2).sum(1) - 2 * probs[rows_of_labels] + 1,
     )
 
 
@@ -108,7 +118,8 @@ def summarize(
         resamples: number of resamples of the bootstrap.
         seed: seed of the bootstrap.
 
-    Returns: `top1`, `top5`, `loss`, `ece` (expected calibration error) and `mean_class_accuracy` (over the classes that
+    Returns: `top1`, `top5`, `loss`, `brier` (mean Brier score), `ece` (expected calibration error), `adaptive_ece`,
+        `aurc` (area under the risk-coverage curve) and `mean_class_accuracy` (over the classes that
         have images), each with its interval `<name>_ci95` [low, high]; `n`, the number of images; `ci_methods`; and
         `per_class`: {name: {n, accuracy, ci95}}. A rate is None for a class without images. A bootstrap interval is
         None for a single image. If several classes have the same name, their labels follow the name.
@@ -136,6 +147,7 @@ def summarize(
     if variance := (accuracy * (1 - accuracy))[present] @ (1 / counts[present]) / present.sum() ** 2:
         effective = min(effective, mean * (1 - mean) / variance)
     loss_interval, ece_interval = _bootstrap(predictions, resamples, seed) if n > 1 else (None, None)
+    brier_interval, aurc_interval = selective_intervals(predictions, resamples, seed) if n > 1 else (None, None)
 
     repeated = {name for name, count in Counter(class_names).items() if count > 1}
     keys = [f"{name} ({label})" if name in repeated else name for label, name in enumerate(class_names)]
@@ -150,6 +162,11 @@ def summarize(
         "loss_ci95": loss_interval,
         "ece": float(np.abs(calibration_gaps(predictions)).sum()),
         "ece_ci95": ece_interval,
+        "adaptive_ece": adaptive_error(predictions.confidence, correct),
+        "brier": float(predictions.brier.mean(dtype=np.float64)),
+        "brier_ci95": brier_interval,
+        "aurc": risk_coverage_area(predictions.confidence, correct),
+        "aurc_ci95": aurc_interval,
         "mean_class_accuracy": float(mean),
         "mean_class_accuracy_ci95": wilson(mean, effective).tolist(),
         "ci_methods": {
@@ -157,6 +174,8 @@ def summarize(
             "top5": "Wilson score",
             "loss": f"percentile bootstrap, {bootstrap}",
             "ece": f"bootstrap test inversion, {bootstrap}",
+            "brier": f"percentile bootstrap, {bootstrap}",
+            "aurc": f"percentile bootstrap, {bootstrap}",
             "mean_class_accuracy": "Wilson score, effective number of images",
             "per_class": "Wilson score",
         },
@@ -214,6 +233,51 @@ def calibration_gaps(predictions: Predictions) -> np.ndarray:
     return np.bincount(calibration_bins(predictions.confidence), gap, CALIBRATION_BINS) / len(predictions)
 
 
+def adaptive_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Return the calibration error over bins that hold equally many images (Nguyen and O'Connor 2015).
+
+    Confidences pile up near 1, where bins of equal width hold most images; bins of equal numbers adapt to that.
+
+    Args:
+        confidence: (N,), probability of the most probable class.
+        correct: bool (N,), whether that class is the label.
+    """
+    gaps = (correct - confidence.astype(np.float64))[np.argsort(confidence, kind="stable")]
+    parts = np.array_split(gaps, min(CALIBRATION_BINS, len(gaps)))
+    return float(sum(abs(part.sum()) for part in parts) / len(gaps))
+
+
+def risk_coverage_area(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Return the area under the risk-coverage curve (Geifman et al., ICLR 2019, arXiv:1805.08206).
+
+    A net that answers only the n images of which it is most confident has a risk, its share of wrong answers; the area
+    is the mean of the risk over n = 1, ..., N. Images of equal confidence count as wrong by their common share.
+
+    Args:
+        confidence: (N,), probability of the most probable class.
+        correct: bool (N,), whether that class is the label.
+    """
+    _, level, counts = np.unique(-confidence, return_inverse=True, return_counts=True)
+    wrong = (np.bincount(level, ~correct) / counts).repeat(counts)
+    return float((wrong.cumsum() / np.arange(1, len(wrong) + 1)).mean())
+
+
+def selective_intervals(predictions: Predictions, resamples: int, seed: int) -> tuple[list[float], list[float]]:
+    """Return the 95 % intervals of the mean Brier score and of the area under the risk-coverage curve."""
+    n, confidence, correct = len(predictions), predictions.confidence, predictions.correct
+    _, level = np.unique(-confidence, return_inverse=True)
+    ranks = np.arange(1, n + 1)
+    resampled = np.empty((resamples, 2))
+    for i, draws in enumerate(draw_images(n, resamples, seed)):
+        counts = np.bincount(level, draws)
+        share = np.bincount(level, draws * ~correct) / np.maximum(counts, 1)
+        wrong = share.repeat(counts.astype(int))
+        resampled[i] = draws @ predictions.brier / n, (wrong.cumsum() / ranks).mean()
+    observed = np.array([predictions.brier.mean(), risk_coverage_area(confidence, correct)])
+    brier, aurc = percentile_intervals(observed, resampled).tolist()
+    return brier, aurc
+
+
 def _bootstrap(predictions: Predictions, resamples: int, seed: int) -> tuple[list[float], list[float]]:
     """Return the 95 % intervals of the mean loss and of the expected calibration error."""
     n = len(predictions)
@@ -224,10 +288,7 @@ def _bootstrap(predictions: Predictions, resamples: int, seed: int) -> tuple[lis
     gap = (predictions.correct - predictions.confidence.astype(np.float64))[order] / n
     loss = predictions.loss.astype(np.float64)[order] / n
     losses, gaps = np.empty(resamples), np.empty((resamples, len(starts)))
-    rng = np.random.default_rng(seed)
-    for i in range(resamples):
-        # Number of times that each image is drawn.
-        draws = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
+    for i, draws in enumerate(draw_images(n, resamples, seed)):
         losses[i] = draws @ loss
         gaps[i] = np.add.reduceat(draws * gap, starts)
 

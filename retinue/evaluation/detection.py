@@ -19,6 +19,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from retinue.evaluation.detection_matches import Matches, cells_of
 from retinue.utils.files import write_text
 from retinue.utils.masks import encloses_pixels, run_lengths
 
@@ -149,10 +150,12 @@ class Accuracy:
             figure.
         size_precision: (10, 101, K, 4), precision at each threshold in `IOUS`, at recall 0, 0.01, ..., 1, for each
             label and for each of `SIZES`. NaN for a label without objects of the size.
+        matches: the matches from which average precision follows for any choice of the images.
     """
 
     figures: dict[str, float | None]
     size_precision: np.ndarray
+    matches: Matches
 
     @property
     def precision(self) -> np.ndarray:
@@ -165,14 +168,21 @@ class Accuracy:
         return self.precision.mean((0, 1))
 
 
-def average(accuracies: Sequence[Accuracy]) -> Accuracy:
-    """Average accuracies of several sets; a figure or a class that a set lacks is averaged over the other sets."""
+def average(accuracies: Sequence[Accuracy], positions: Sequence[np.ndarray], num_images: int) -> Accuracy:
+    """Average accuracies of several sets; a figure or a class that a set lacks is averaged over the other sets.
+
+    Args:
+        accuracies: accuracy of each set.
+        positions: positions of each set's images among the images of all sets.
+        num_images: number of images of all sets.
+    """
     figures = {}
     for name in FIGURES:
         values = [value for accuracy in accuracies if (value := accuracy.figures[name]) is not None]
         figures[name] = sum(values) / len(values) if values else None
     precision = np.ma.masked_invalid([accuracy.size_precision for accuracy in accuracies]).mean(0)
-    return Accuracy(figures, precision.filled(np.nan))
+    matches = Matches.join([accuracy.matches for accuracy in accuracies], positions, num_images)
+    return Accuracy(figures, precision.filled(np.nan), matches)
 
 
 def evaluate(
@@ -206,7 +216,8 @@ def evaluate(
     # Precision for 100 detections per image, sorted by category id; it is put in the order of the labels.
     precision = evaluator.eval["precision"][..., -1]
     precision = precision[:, :, np.argsort(np.argsort(category_ids))]
-    return Accuracy(figures, np.where(precision < 0, np.nan, precision))
+    matches = Matches.from_cells(cells_of(evaluator), image_ids, category_ids)
+    return Accuracy(figures, np.where(precision < 0, np.nan, precision), matches)
 
 
 def prepare(

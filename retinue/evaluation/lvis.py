@@ -14,6 +14,7 @@ import numpy as np
 from pycocotools.cocoeval import COCOeval
 
 from retinue.evaluation.detection import IOU_TYPES, IOUS, Accuracy, as_coco, prepare
+from retinue.evaluation.detection_matches import Matches, cells_of
 
 # Largest number of detections of an image, over all categories.
 MAX_DETECTIONS = 300
@@ -67,6 +68,7 @@ def evaluate_federated(
 
     shape = (len(IOUS), len(category_ids), len(AREAS))
     precision, recall = np.full((len(IOUS), 101, *shape[1:]), np.nan), np.full(shape, np.nan)
+    cells = []
     # A category is evaluated on the images in which it was looked for. All images with all categories of LVIS would be
     # 24 million pairs.
     for label, category in enumerate(category_ids):
@@ -84,10 +86,12 @@ def evaluate_federated(
                 if matches is not None and matches["image_id"] in incomplete[category]:
                     matches["dtIgnore"] |= matches["dtMatches"] == 0
             evaluator.accumulate()
+        cells += cells_of(evaluator)
         precision[:, :, label] = evaluator.eval["precision"][:, :, 0, :, 0]
         recall[:, label] = evaluator.eval["recall"][:, 0, :, 0]
     precision, recall = (np.where(values < 0, np.nan, values) for values in (precision, recall))
-    return Accuracy(_figures(precision, recall, truth["categories"], category_ids), precision)
+    matches = Matches.from_cells(cells, image_ids, category_ids)
+    return Accuracy(_figures(precision, recall, truth["categories"], category_ids), precision, matches)
 
 
 def _best(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from retinue.evaluation.statistics import draw_images, percentile_intervals
 from retinue.utils.files import replacing
 from retinue.utils.masks import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Names of the figures, in the order of `_rates`.
+# Names of the figures, in the order of `rates`.
 FIGURES = ("miou", "pixel_accuracy", "mean_accuracy")
 
 
@@ -96,7 +97,7 @@ def figures(areas: np.ndarray) -> dict[str, float]:
     """
     if not areas[2].sum():
         raise ValueError(f"there is nothing to evaluate: all pixels of the masks are {IGNORED}, which is ignored")
-    return dict(zip(FIGURES, _rates(areas).tolist(), strict=True))
+    return dict(zip(FIGURES, rates(areas).tolist(), strict=True))
 
 
 def summarize(
@@ -119,7 +120,7 @@ def summarize(
     """
     images = np.stack([counts.areas[index] for index in sorted(counts.areas)])  # (N, 3, K)
     total = images.sum(0)
-    limits = bootstrap(images, _rates, resamples, seed)
+    limits = bootstrap(images, rates, resamples, seed)
     intervals = {
         f"{name}_ci95": pair.tolist() if len(images) > 1 else None for name, pair in zip(FIGURES, limits, strict=True)
     }
@@ -157,24 +158,15 @@ def bootstrap(images: np.ndarray, figures: Callable[[np.ndarray], np.ndarray], r
         resamples: number of resamples.
         seed: seed of the resamples.
     """
-    n, shape = len(images), images.shape[1:]
     # float64 represents whole numbers up to 2^53 exactly.
-    flat = images.reshape(n, -1).astype(np.float64)
-    rng = np.random.default_rng(seed)
-    total = figures(images.sum(0))
-    resampled = np.empty((resamples, len(total)))
-    for i in range(resamples if n > 1 else 0):
-        # Number of times that each image is drawn.
-        draws = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
-        resampled[i] = figures((draws @ flat).reshape(shape))
-    intervals = np.full((len(total), 2), np.nan)
-    if n > 1:
-        defined = np.isfinite(total)
-        intervals[defined] = np.nanpercentile(resampled[:, defined], [2.5, 97.5], axis=0).T
-    return intervals
+    n, flat = len(images), images.reshape(len(images), -1).astype(np.float64)
+    resampled = [
+        figures((draws @ flat).reshape(images.shape[1:])) for draws in draw_images(n, resamples if n > 1 else 0, seed)
+    ]
+    return percentile_intervals(figures(images.sum(0)), np.array(resampled))
 
 
-def _rates(areas: np.ndarray) -> np.ndarray:
+def rates(areas: np.ndarray) -> np.ndarray:
     """Return the values of `FIGURES`, NaN if there are no pixels."""
     if not areas[2].sum():
         return np.full(len(FIGURES), np.nan)

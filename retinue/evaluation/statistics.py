@@ -1,11 +1,11 @@
-"""Figures over several seeds: mean, confidence interval, and paired differences between two nets."""
+"""Figures over images and seeds: means, confidence intervals, bootstrap, and paired differences between two nets."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import bdtr, stdtr, stdtrit
 
 
 class Summary(NamedTuple):
@@ -57,28 +57,106 @@ class Difference(NamedTuple):
 
     Attributes:
         mean: Mean of a - b.
-        low: Lower end of its 95 % confidence interval by Student's t.
+        low: Lower end of its 95 % confidence interval.
         high: Upper end of the interval.
-        p: p-value of the paired t-test, two-sided, that the mean difference is 0.
+        p: p-value, two-sided, of the test that the mean difference is 0.
+        same_within: Smallest margin within which a and b are equal by two one-sided tests of level 5 % (Schuirmann
+            1987): the larger absolute end of the 90 % interval.
     """
 
     mean: float
     low: float
     high: float
     p: float
+    same_within: float
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """Compare two nets by values that belong together, such as those of runs with the same seed.
+    """Compare two nets by values that belong together, such as those of runs with the same seed, by Student's t.
 
-    With one pair, interval and p are NaN; p is NaN also if all differences are equal, since nothing tells their spread.
+    With one pair, all but the mean is NaN; p is also NaN if all differences are equal, since the spread is unknown.
 
     Raises:
         ValueError: There is no value, or the numbers of values differ.
     """
-    n, mean, std, half_width = summarise([x - y for x, y in zip(a, b, strict=True)])
-    p = 2 * float(stdtr(n - 1, -abs(mean) / std * math.sqrt(n))) if std > 0 else math.nan
-    return Difference(mean, mean - half_width, mean + half_width, p)
+    n, mean, std, _ = summarise([x - y for x, y in zip(a, b, strict=True)])
+    if n == 1:
+        return Difference(mean, math.nan, math.nan, math.nan, math.nan)
+    difference = _by_t(mean, std / math.sqrt(n), n - 1)
+    return difference if std > 0 else difference._replace(p=math.nan)
+
+
+def _by_t(mean: float, error: float, freedom: float) -> Difference:
+    """Return the difference whose standard error has these degrees of freedom."""
+    half, half90 = (float(stdtrit(freedom, level)) * error for level in (0.975, 0.95))
+    p = 2 * float(stdtr(freedom, -abs(mean) / error)) if error > 0 else float(mean == 0)
+    return Difference(mean, mean - half, mean + half, p, abs(mean) + half90)
+
+
+def draw_images(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield for each resample of n images how often it draws each of them: float64 (n,)."""
+    rng = np.random.default_rng(seed)
+    for _ in range(resamples):
+        yield np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
+
+
+def percentile_intervals(observed: np.ndarray, resampled: np.ndarray) -> np.ndarray:
+    """Return the 95 % percentile intervals of figures, (F, 2); NaN for an undefined figure, or without resamples.
+
+    Args:
+        observed: (F,), the figures; NaN if undefined.
+        resampled: (R, F), the figures of each resample; a resample in which a figure is undefined does not count.
+    """
+    intervals = np.full((len(observed), 2), np.nan)
+    defined = np.isfinite(observed)
+    if len(resampled):
+        defined &= np.isfinite(resampled).any(0)
+    if len(resampled) and defined.any():
+        intervals[defined] = np.nanpercentile(resampled[:, defined], [2.5, 97.5], axis=0).T
+    return intervals
+
+
+def bootstrap_difference(observed: Sequence[float], resampled: np.ndarray) -> Difference:
+    """Compare two nets on the same test images, over n pairs of runs with the same seed.
+
+    One pair has the percentile interval of the bootstrap over images. With several pairs, the interval covers the
+    choice of the seeds as well as that of the images. A hierarchical bootstrap, which resamples the seeds too, has the
+    wrong length for few seeds, so it is replaced by its two parts of the variance: the one over the seeds, by Student's
+    t as in `paired_difference`, and what the images add that all seeds share, by the bootstrap. The degrees of freedom
+    are Satterthwaite's (1946).
+
+    Args:
+        observed: (n,), difference of the figure in each pair.
+        resampled: (R, n), the same in each resample of the images, which all pairs share.
+    """
+    differences = np.asarray(observed, np.float64)
+    resampled = resampled[np.isfinite(resampled).all(1)]
+    n, mean = len(differences), float(differences.mean())
+    if n == 1:
+        low, low90, high90, high = np.percentile(resampled[:, 0], [2.5, 5, 95, 97.5]).tolist()
+        # The observed difference counts as one more resample, so that p is never 0.
+        tails = (resampled[:, 0] <= 0).sum(), (resampled[:, 0] >= 0).sum()
+        p = min(1.0, 2 * (min(tails) + 1) / (len(resampled) + 1))
+        return Difference(mean, low, high, float(p), max(abs(low90), abs(high90)))
+    over_images = resampled.mean(1).var(ddof=1)
+    # Noise of the images that differs between the seeds is a part of the variance over the seeds already.
+    noise = (resampled - resampled.mean(1, keepdims=True)).var(0, ddof=1).sum() / (n - 1) / n
+    over_seeds = differences.var(ddof=1) / n
+    # Seeds that happen to agree tell no less than the images do.
+    variance = max(over_images, over_seeds + max(0.0, over_images - noise))
+    freedom = (n - 1) * (variance / over_seeds) ** 2 if over_seeds > 0 else math.inf
+    return _by_t(mean, math.sqrt(variance), freedom)
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the p-value of McNemar's exact test (1947), two-sided, that two nets are right equally often.
+
+    Args:
+        a: bool (N,), whether the first net is right about each image.
+        b: bool (N,), the same of the second net.
+    """
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -273,7 +273,10 @@ def test_at(comparison: Comparison, entries: Mapping[str, Entry], size: int, fig
 
 
 def add_differences(comparison: Comparison, entries: Mapping[str, Entry], figure: str) -> None:
-    """Add each op's difference to the baseline over seeds: mean, 95 % interval, and p by a paired t-test after Holm."""
+    """Add each op's difference to the baseline over seeds: mean, 95 % interval, `same_within`, and p after Holm.
+
+    The test is a paired t-test; `retinue.evaluation.statistics.Difference` describes the columns.
+    """
     base = figures(entries[comparison.baseline], figure)
     tested: dict[str, float] = {}
     for op, entry in entries.items():
@@ -283,6 +286,7 @@ def add_differences(comparison: Comparison, entries: Mapping[str, Entry], figure
             continue
         difference = paired_difference([own[seed] for seed in seeds], [base[seed] for seed in seeds])
         entry.columns |= {"diff": difference.mean, "diff_low": difference.low, "diff_high": difference.high}
+        entry.columns["same_within"] = difference.same_within
         tested[op] = difference.p
     for op, p in zip(tested, holm(list(tested.values())), strict=True):
         entries[op].columns["p"] = None if math.isnan(p) else p

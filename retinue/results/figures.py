@@ -5,9 +5,33 @@ from collections.abc import Sequence
 from retinue.results.collection import Run
 
 # Fractions of 1, which tables show in %.
-FRACTIONS = ("top1", "top5", "mean_class_accuracy", "ece", "miou", "dice", "image_iou", "box_ap", "mask_ap", "pq")
+FRACTIONS = (
+    "top1",
+    "top5",
+    "mean_class_accuracy",
+    "ece",
+    "adaptive_ece",
+    "miou",
+    "dice",
+    "image_iou",
+    "box_ap",
+    "mask_ap",
+    "pq",
+)
 COUNTS = ("params", "macs")
-LOWER_IS_BETTER = ("loss", "ece", "hd95", "params", "macs", "seconds", "memory_mb", "peak_mb", "ms_per_image")
+LOWER_IS_BETTER = (
+    "loss",
+    "brier",
+    "ece",
+    "aurc",
+    "hd95",
+    "params",
+    "macs",
+    "seconds",
+    "memory_mb",
+    "peak_mb",
+    "ms_per_image",
+)
 
 
 def main_figures(runs: Sequence[Run]) -> list[str]:

@@ -70,7 +70,7 @@ def make_data(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
         "sets": [name for name, _ in data_sets.most_common()],
         "groups": [
             {
-                "name": _name(group),
+                "name": net_name(group),
                 "set": _data_set(group),
                 "key": group.key,
                 "config": _config_text(group.runs[0]),
@@ -116,7 +116,8 @@ def _data_set(group: Group) -> str:
     return f"{values['data']} ({task}, evaluated{at_size})"
 
 
-def _name(group: Group) -> str:
+def net_name(group: Group) -> str:
+    """Return the name of the net of a group, with the settings that tell the group from others."""
     settings = [
         f"{key.rpartition('.')[2]}={value}"
         for key, value in group.key.items()

@@ -221,10 +221,16 @@ def result_labels(cfg: DictConfig) -> dict[str, str]:
 
 
 def test(cfg: DictConfig, task: Task, datamodule: pl.LightningDataModule) -> dict[str, Any]:
-    """Return the figures of the task's net on the test split: `test/top1`, `test/top1_ci95`, ..."""
+    """Return the figures of the task's net on the test split: `test/top1`, `test/top1_ci95`, ...
+
+    What each image adds to them is written into the run's folder, for comparisons with other runs.
+    """
     strategy = "ddp" if world_size(cfg) > 1 else "auto"
     build_trainer(cfg, logger=False, strategy=strategy).test(task, datamodule=datamodule, verbose=False)
-    return {f"test/{name}": value for name, value in task.test_figures(datamodule).items()}
+    figures = {f"test/{name}": value for name, value in task.test_figures(datamodule).items()}
+    if task.trainer.is_global_zero:
+        task.contributions(datamodule).write(Path(cfg.run_dir))
+    return figures
 
 
 def build_data(cfg: DictConfig) -> Any:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from models.complexity import complexity
 from models.weights import load_weights
+from retinue.evaluation.contributions import Contributions
 from retinue.tasks.compilation import compile_net, seconds_gained
 from retinue.tasks.freezing import freeze, keep_in_evaluation
 from retinue.tasks.optimization import check_optimizer, create_optimizer, create_schedule
@@ -101,6 +102,10 @@ class Task(pl.LightningModule):
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
         """Return the figures of the last test by name, the same on all ranks."""
+        raise NotImplementedError
+
+    def contributions(self, datamodule: Any) -> Contributions:
+        """Return what each image of the last test adds to the figures, the same on all ranks."""
         raise NotImplementedError
 
     def write_report(self, folder: Path, datamodule: Any) -> None:

@@ -14,6 +14,7 @@ from models.factory import create_model
 from models.plain import PlainBackbone
 from ops.losses import loss_weights
 from retinue.evaluation.classification import Predictions, check_finite, summarize, topk_predictions
+from retinue.evaluation.contributions import Contributions
 from retinue.evaluation.plots import draw_probabilities, plot_confusion, plot_reliability
 from retinue.evaluation.predictions import write_predictions_csv, write_probabilities
 from retinue.tasks.base import Task
@@ -84,6 +85,20 @@ class Classification(Task):
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
         assert self.predictions is not None
         return summarize(self.predictions, datamodule.class_names)
+
+    def contributions(self, datamodule: Any) -> Contributions:
+        assert self.predictions is not None
+        names = datamodule.names("test")
+        images = np.array([names[index] for index in self.predictions.index])
+        top5 = (self.predictions.topk[:, :5] == self.predictions.label[:, None]).any(1)
+        arrays = {
+            "label": self.predictions.label,
+            "top1": self.predictions.correct,
+            "top5": top5,
+            "loss": self.predictions.loss,
+            "brier": self.predictions.brier,
+        }
+        return Contributions("classification", images, arrays)
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
         """Write `predictions.csv`, `confusion.png` and `reliability.png`; with `predictions_folder` predictions."""

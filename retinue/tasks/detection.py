@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from models.complexity import complexity
 from models.openmmlab.build import Detector, build_detector
 from models.openmmlab.config import learns_masks
+from retinue.evaluation.contributions import Contributions
 from retinue.evaluation.detection import (
     Accuracy,
     ImageDetections,
@@ -23,6 +25,8 @@ from retinue.evaluation.detection import (
     write_results,
 )
 from retinue.evaluation.detection_confusion import BACKGROUND, confusion_matrix
+from retinue.evaluation.detection_matches import FIGURES as AP_FIGURES
+from retinue.evaluation.detection_matches import RESAMPLES
 from retinue.evaluation.detection_plots import (
     MIN_DRAWN_SCORE,
     plot_class_ap,
@@ -170,27 +174,56 @@ class Detection(DensePredictionTask):
         }
         if not sets:
             return accuracies(detections), {}
-        return {kind: average([accuracy[kind] for accuracy in sets.values()]) for kind in kinds}, sets
+        positions = [
+            np.array([row for row, image in enumerate(detections) if image.index in part], int)
+            for part in datamodule.sets(split).values()
+        ]
+        averages = {
+            kind: average([accuracy[kind] for accuracy in sets.values()], positions, len(detections)) for kind in kinds
+        }
+        return averages, sets
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
-        """Return the number `n` of images, the figures of boxes and masks, and those by set and by class.
+        """Return the number `n` of images, the figures of boxes and masks, and the figures by set and by class.
 
         Names are `box_ap`, ..., `mask_ap`, ...; `per_class` is a dictionary by class. If the test split joins several
-        sets, the figures are means over the sets, and those of a set have its name: `hidden/n`, `hidden/box_ap`, ...
+        sets, the figures are means over the sets, and the figures of a set have its name: `hidden/n`, `hidden/box_ap`.
+        Average precision, also at 50 and 75 % and of each class, has an interval `<name>_ci95` by a bootstrap over the
+        images; it is None where the figure is, and for a single image.
         """
         images = datamodule.images("test")
-        figures = {
+        figures: dict[str, Any] = {
             f"{kind}_{name}": value
             for kind, accuracy in self.accuracies.items()
             for name, value in accuracy.figures.items()
         }
+        intervals = {kind: accuracy.matches.intervals() for kind, accuracy in self.accuracies.items()}
+        for kind, pairs in intervals.items():
+            figures |= name_intervals(f"{kind}_", pairs)
+        figures["ci_methods"] = dict.fromkeys(
+            [f"{kind}_{name}" for kind in intervals for name in AP_FIGURES],
+            f"percentile bootstrap over images, accumulated anew, {RESAMPLES} resamples, seed 0",
+        )
         for name, positions in datamodule.sets("test").items():
             figures[f"{name}/n"] = sum(image.index in positions for image in self.detections)
             for kind, accuracy in self.set_accuracies[name].items():
                 figures |= {f"{name}/{kind}_{figure}": accuracy.figures[figure] for figure in VALIDATION_FIGURES}
+                figures |= name_intervals(f"{name}/{kind}_", accuracy.matches.intervals())
         evaluated = images.ids[[image.index for image in self.detections]].tolist()
         classes = per_class(self.accuracies, images.truth, evaluated, datamodule.category_ids, datamodule.class_names)
+        for kind, pairs in intervals.items():
+            for row, pair in zip(classes.values(), pairs[len(AP_FIGURES) :], strict=True):
+                row[f"{kind}_ap_ci95"] = interval_or_none(pair)
         return {"n": len(self.detections), **figures, "per_class": classes}
+
+    def contributions(self, datamodule: Any) -> Contributions:
+        names = [datamodule.images("test").name(image.index) for image in self.detections]
+        arrays = {
+            f"{kind}_{name}": values
+            for kind, accuracy in self.accuracies.items()
+            for name, values in accuracy.matches.arrays().items()
+        }
+        return Contributions("detection", np.array(names), arrays)
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
         """Write the predictions, `pr_*.png`, `pr_curves.csv`, `per_class.png`, `confusion.*` and `images/*.png`.
@@ -256,3 +289,14 @@ class Detection(DensePredictionTask):
         image = datamodule.images("test").image(index)
         [detections] = (detections for detections in self.detections if detections.index == index)
         plot_detections(path, image, detections, None, datamodule.category_ids, datamodule.class_names)
+
+
+def name_intervals(prefix: str, intervals: np.ndarray) -> dict[str, list[float] | None]:
+    """Return the intervals of `ap`, `ap50` and `ap75` as `<prefix>ap_ci95`, ..., from those of `Matches.intervals`."""
+    overall = zip(AP_FIGURES, intervals[: len(AP_FIGURES)], strict=True)
+    return {f"{prefix}{name}_ci95": interval_or_none(pair) for name, pair in overall}
+
+
+def interval_or_none(pair: np.ndarray) -> list[float] | None:
+    """Return the ends of an interval, or None for an undefined one, which JSON lacks."""
+    return None if np.isnan(pair).any() else pair.tolist()

@@ -11,6 +11,7 @@ from torch import nn
 
 from models.openmmlab.build import build_panoptic
 from models.openmmlab.panoptic import PanopticSegmentor
+from retinue.evaluation.contributions import Contributions
 from retinue.evaluation.panoptic import Segments, figures, match, summarize, write_pq_csv, write_segments
 from retinue.evaluation.segmentation_plots import draw_prediction
 from retinue.tasks.detection import Detection
@@ -100,6 +101,15 @@ class Panoptic(Detection):
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
         return summarize(self.counts, datamodule.class_names, datamodule.num_things)
+
+    def contributions(self, datamodule: Any) -> Contributions:
+        indices, images = sorted(self.counts), datamodule.images("test")
+        names = [images.name(index) for index in indices]
+        arrays = {
+            "counts": np.stack([self.counts[index] for index in indices]),
+            "num_things": np.array(datamodule.num_things),
+        }
+        return Contributions("panoptic", np.array(names), arrays)
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
         """Write `pq.csv`, `images/*.png` and, beside the maps, `panoptic.json` in COCO's format of results."""

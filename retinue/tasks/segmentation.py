@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.openmmlab.build import Segmentor, build_segmentor
 from retinue.evaluation import manipulation
+from retinue.evaluation.contributions import Contributions
 from retinue.evaluation.medical import (
     RATES,
     add_medical_figures,
@@ -206,6 +207,13 @@ class Segmentation(DensePredictionTask):
             unit = "px" if self.spacing is None else "mm"
             add_medical_figures(summary, self.counts, datamodule.class_names, datamodule.background, unit)
         return summary
+
+    def contributions(self, datamodule: Any) -> Contributions:
+        assert self.counts is not None
+        indices, images = sorted(self.counts.areas), datamodule.images("test")
+        areas_of_images = np.stack([self.counts.areas[index] for index in indices])
+        names = [images.name(index) for index in indices]
+        return Contributions("segmentation", np.array(names), {"areas": areas_of_images})
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
         """Write `iou.csv`, `per_class.png`, `confusion.png` and `images/*.png`.

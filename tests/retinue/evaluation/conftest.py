@@ -16,7 +16,8 @@ def predict(num_images: int, num_classes: int, seed: int = 0, sharpness: float =
     probs /= probs.sum(1, keepdims=True)
     topk = np.argsort(-probs, 1)[:, :5]
     loss = -np.log(probs[np.arange(num_images), label])
-    return Predictions(np.arange(num_images), label, topk, np.take_along_axis(probs, topk, 1), loss)
+    brier = ((probs - np.eye(num_classes)[label]) ** 2).sum(1)
+    return Predictions(np.arange(num_images), label, topk, np.take_along_axis(probs, topk, 1), loss, brier)
 
 
 @pytest.fixture

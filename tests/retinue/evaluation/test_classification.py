@@ -18,10 +18,8 @@ CLASS_NAMES = [f"class {i}" for i in range(10)]
 
 def guesses(label: list[int], top1: list[int], confidence: list[float]) -> Predictions:
     """Return predictions with the most probable class only."""
-    n = len(label)
-    return Predictions(
-        np.arange(n), np.array(label), np.array(top1)[:, None], np.array(confidence)[:, None], np.full(n, 0.5)
-    )
+    columns = np.array(label), np.array(top1)[:, None], np.array(confidence)[:, None]
+    return Predictions(np.arange(len(label)), *columns, np.full(len(label), 0.5), np.full(len(label), 0.25))
 
 
 def test_a_batch_gives_the_most_probable_classes_and_the_cross_entropy_of_each_image():
@@ -45,6 +43,8 @@ def test_a_subset_is_selected_before_the_softmax_and_keeps_the_class_numbers():
         batch_predictions.topk, torch.tensor([6, 4, 0])[subset_logits.argsort(1, descending=True)]
     )
     np.testing.assert_allclose(batch_predictions.scores.sum(1), 1, rtol=1e-6)
+    error = subset_logits.softmax(1) - torch.eye(3)[[0, 0, 1]]
+    np.testing.assert_allclose(batch_predictions.brier, (error**2).sum(1), rtol=1e-5)
     np.testing.assert_allclose(
         batch_predictions.loss, F.cross_entropy(subset_logits, torch.tensor([0, 0, 1]), reduction="none"), rtol=1e-5
     )
@@ -59,11 +59,11 @@ def test_an_invalid_subset_is_refused(subset):
 def test_parts_are_joined_by_index_without_padding_and_repeats(predictions):
     def part(rows: list[int], index: list[int]) -> Predictions:
         p = predictions
-        return Predictions(np.array(index), p.label[rows], p.topk[rows], p.scores[rows], p.loss[rows])
+        return Predictions(np.array(index), p.label[rows], p.topk[rows], p.scores[rows], p.loss[rows], p.brier[rows])
 
     joined = Predictions.concatenate([part([3, 1, 0], [3, 1, -1]), part([2, 0, 3, 5], [2, 0, 3, -1])])
     assert len(joined) == 4
-    for column in ("index", "label", "topk", "scores", "loss"):
+    for column in ("index", "label", "topk", "scores", "loss", "brier"):
         np.testing.assert_array_equal(getattr(joined, column), getattr(predictions, column)[:4])
 
 
@@ -109,6 +109,22 @@ def test_calibration_error_in_closed_form():
     # Both confidences are in the first bin, which includes its upper limit.
     edge = summarize(guesses([0, 0], [0, 1], [0.03, 1 / 15]), ["a", "b"])
     assert edge["ece"] == pytest.approx(1 / 2 - (0.03 + 1 / 15) / 2)
+
+
+def test_adaptive_error_and_risk_coverage_equal_their_definitions():
+    p = predict(500, 10)
+    confidence, wrong = p.confidence, ~p.correct
+    figures, order = summarize(p, CLASS_NAMES), np.argsort(-confidence)
+    risks = [wrong[order[: n + 1]].mean() for n in range(500)]
+    assert figures["aurc"] == pytest.approx(np.mean(risks))
+    assert figures["aurc_ci95"][0] < figures["aurc"] < figures["aurc_ci95"][1]
+    assert figures["brier_ci95"][0] < figures["brier"] < figures["brier_ci95"][1]
+    # 15 bins of 33 or 34 images, from the least confident upwards.
+    bins = np.array_split(order[::-1], 15)
+    gaps = [len(part) / 500 * abs(p.correct[part].mean() - confidence[part].mean()) for part in bins]
+    assert figures["adaptive_ece"] == pytest.approx(sum(gaps), abs=1e-3)
+    # Equal confidences give the share of wrong answers whatever the order.
+    assert summarize(guesses([0, 0, 0, 0], [1, 0, 0, 1], [0.5] * 4), ["a", "b"])["aurc"] == pytest.approx(0.5)
 
 
 def test_bootstrap_intervals_have_the_width_that_theory_predicts():
@@ -158,7 +174,7 @@ def test_classes_with_the_same_name_stay_apart():
 
 
 def test_invalid_predictions_are_refused(predictions):
-    empty = Predictions(*(getattr(predictions, f)[:0] for f in ("index", "label", "topk", "scores", "loss")))
+    empty = Predictions(*(getattr(predictions, f)[:0] for f in ("index", "label", "topk", "scores", "loss", "brier")))
     with pytest.raises(ValueError, match="no predictions"):
         summarize(empty, CLASS_NAMES)
     with pytest.raises(ValueError, match="label 9 has no name: there are 9 classes"):

@@ -19,6 +19,7 @@ def make_predictions() -> Predictions:
         topk=np.array([[0, 2, 1], [1, 0, 2]]),
         scores=np.array([[0.75, 0.2, 0.05], [0.6, 0.3, 0.1]]),
         loss=np.array([0.28768207, 2.3025851]),
+        brier=np.array([0.105, 1.26]),
     )
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mmdet
@@ -70,6 +71,7 @@ class Images:
     """Grey pictures with the sizes of the truth's images."""
 
     ids = np.array(IMAGES)
+    index = SimpleNamespace(federated=None)
 
     def __init__(self, truth: dict[str, Any]):
         self.truth = truth
@@ -150,7 +152,9 @@ def test_perfect_detections_score_one():
         names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar10", "ar100", "ar_small", "ar_large")
         assert [figures[f"{kind}_{name}"] for name in names] == [ONE] * len(names)
         assert figures[f"{kind}_ar1"] < 1
-    assert [list(values.values())[1:] for values in figures["per_class"].values()] == [[ONE, ONE]] * 3
+    assert [list(values.values())[1:] for values in figures["per_class"].values()] == [
+        [ONE, ONE, [ONE, ONE], [ONE, ONE]]
+    ] * 3
     assert list(figures["per_class"]) == NAMES
     json.dumps(figures, allow_nan=False)
 
@@ -181,7 +185,7 @@ def test_only_boxes_are_evaluated_if_data_or_detector_have_no_masks(without, mon
     data = Data(make_truth())
     figures = run_test(data, masks=without != "detector").test_figures(data)
     assert "box_ap" in figures and not [name for name in figures if "mask" in name]
-    assert set(figures["per_class"]["two"]) == {"n", "box_ap"}
+    assert set(figures["per_class"]["two"]) == {"n", "box_ap", "box_ap_ci95"}
 
 
 def test_figures_of_data_without_objects_are_no_numbers():
