@@ -368,21 +368,16 @@ def plot_ops(path: str | Path, rows: Sequence[Mapping[str, Any]], figure: str, i
     speed = f"train_images_per_s@{image_size}"
     picture = Figure((11, max(3.5, 0.3 * len(rows) + 1.5)), dpi=150, layout="constrained")
     left, right = picture.subplots(1, 2)
-    left.errorbar(
-        [row[figure] for row in rows],
-        [row["what"] for row in rows],
-        xerr=_error_bars(rows, figure),
-        fmt="o",
-        color="#0072b2",
-        capsize=3,
-    )
+    values, names = [row[figure] for row in rows], [row["what"] for row in rows]
+    left.errorbar(values, names, xerr=_error_bars(rows, figure), fmt="o", color="#0072b2", capsize=3)
     left.set(xlabel=f"test {figure} (bar: 95 % confidence interval over seeds)")
     measured = [row for row in rows if speed in row]
     speeds = [row[speed] for row in measured]
     right.scatter(speeds, [row[figure] for row in measured], color="#0072b2")
     for row in measured:
-        point = (row[speed], row[figure])
-        right.annotate(row["what"], point, textcoords="offset points", xytext=(4, 4), fontsize="x-small")
+        right.annotate(
+            row["what"], (row[speed], row[figure]), textcoords="offset points", xytext=(4, 4), fontsize="x-small"
+        )
     right.set(xlabel=f"training images/s at {image_size} pixels", ylabel=f"test {figure}")
     # The labels of a logarithmic axis overlap if it spans less than a decade or so.
     if speeds and max(speeds) > 5 * min(speeds):
@@ -397,7 +392,5 @@ def plot_ops(path: str | Path, rows: Sequence[Mapping[str, Any]], figure: str, i
 def _error_bars(rows: Sequence[Mapping[str, Any]], figure: str) -> list[list[float]]:
     """Return the lengths of the bars below and above each mean; 0 where there is no interval."""
     ends = [(row[f"{figure}_low"], row[figure], row[f"{figure}_high"]) for row in rows]
-    return [
-        [0 if low is None else mean - low for low, mean, _ in ends],
-        [0 if high is None else high - mean for _, mean, high in ends],
-    ]
+    below = [0.0 if low is None else mean - low for low, mean, _ in ends]
+    return [below, [0.0 if high is None else high - mean for _, mean, high in ends]]
