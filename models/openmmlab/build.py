@@ -230,7 +230,7 @@ def build_own_neck(
         if head.neck == "sdanet"
         else PrototypeRefinement(width, levels, num_classes)
     )
-    neck = Sequential(build(pyramid), refinement)
+    neck: Any = Sequential(build(pyramid), refinement)
     # Weights of a detector with the pyramid alone lack the number of the layer.
     neck.renames = ((r"^(?!\d)", "0."),)
     return neck
