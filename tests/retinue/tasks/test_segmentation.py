@@ -388,6 +388,7 @@ def test_recipes_compose_and_drive_optimiser_and_schedule(name):
     for step in (0, warmup, total // 2, total - 1):
         schedule.step_update(step)
         rates.append(max(group["lr"] for group in optimizer.param_groups))
-    assert rates[1] == pytest.approx(recipe["optimizer"]["lr"], rel=0.02)
+    # A decay counts from the first step, so some of it is over after the warm-up.
+    assert rates[1] == pytest.approx(recipe["optimizer"]["lr"], rel=0.05)
     assert rates[1] > rates[2] > rates[3]
     assert rates[3] < 0.02 * rates[1]
