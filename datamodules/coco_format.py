@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 from pytorch_lightning.utilities import rank_zero_only
 
 from datamodules.federated import Federated, read_federated
-from retinue.utils.masks import encloses_pixels, run_lengths
+from retinue.utils.coco_masks import encloses_pixels, run_lengths
 from retinue.utils.suggestions import nearest
 
 logger = logging.getLogger(__name__)

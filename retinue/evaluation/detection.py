@@ -20,8 +20,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from retinue.evaluation.detection_matches import Matches, cells_of
+from retinue.utils.coco_masks import encloses_pixels, run_lengths
 from retinue.utils.files import write_text
-from retinue.utils.masks import encloses_pixels, run_lengths
 
 if TYPE_CHECKING:
     from torch import Tensor
