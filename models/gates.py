@@ -22,8 +22,8 @@ from retinue.utils.arithmetic import ceil_div
 
 # Largest stride of tokens relative to the image, in pixels
 MAX_STRIDE = 128
-# Names of the slots of timm's blocks right after the spatial convolution, which hold an identity if they are not used:
-# that of anti-aliasing in ResNet's blocks, and that of SE in inverted residual blocks and in RegNet's
+# Names of the slots of timm's blocks right after the spatial convolution, which hold an identity if they are not used.
+# ResNet's blocks have one for anti-aliasing; inverted residual blocks and those of RegNet have one for SE.
 CONV_SLOTS = ("aa", "se")
 
 

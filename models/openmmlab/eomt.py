@@ -30,6 +30,11 @@ from retinue.utils.arithmetic import ceil_div, padding
 
 # Exponent of the fall of the probability with which a block masks its queries' attention.
 ANNEALING_POWER = 0.9
+# Arguments of Mask2Former's head in the fitted config that EoMT has no use for: it has no decoders, and one map.
+UNUSED = {
+    "in_index", "feat_channels", "out_channels", "num_transformer_feat_level", "pixel_decoder",
+    "enforce_decoder_input_project", "positional_encoding", "transformer_decoder",
+}  # fmt: skip
 NEEDED = "EoMT needs a plain ViT, such as model=deit or timm's vit_small_patch16_224"
 
 
@@ -78,10 +83,11 @@ class EoMTHead(Mask2FormerHead):
         loss_dice: Config of the dice loss of the masks.
         train_cfg: Configs of the assigner and the sampler, and the numbers of sampled points.
         align_corners: False.
-        mask2former: Further arguments of Mask2Former's decoders, which this head lacks.
+        mask2former: Arguments of Mask2Former's head that this head has no use for (`UNUSED`).
 
     Raises:
         ValueError: The backbone has several maps.
+        TypeError: An argument is unknown.
     """
 
     def __init__(
@@ -99,6 +105,8 @@ class EoMTHead(Mask2FormerHead):
         align_corners: bool = False,
         **mask2former: Any,
     ):
+        for name in mask2former.keys() - UNUSED:
+            raise TypeError(f"EoMTHead.__init__() got an unexpected keyword argument {name!r}")
         if len(in_channels) != 1:
             raise ValueError(f"{NEEDED}, not a net with {len(in_channels)} maps")
         # The constructor of Mask2Former's head would create its decoders.

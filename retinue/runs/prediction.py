@@ -92,8 +92,10 @@ def build_unlabelled(cfg: DictConfig) -> Any:
     """Return the data module of the images, prepared as the test images of `cfg.data` are.
 
     Raises:
-        ValueError: there are no images, or the classes of the net are unknown.
+        ValueError: the task is not one that predicts, there are no images, or the classes of the net are unknown.
     """
+    if cfg.task.name not in UNLABELLED:
+        raise ValueError(f"predict.py is for {', '.join(UNLABELLED)}, not task={cfg.task.name}")
     if cfg.images is None:
         raise ValueError("images=DIR is needed: a folder of images, a pattern such as 'photos/**/*.jpg', or a file")
     data, is_classifier = resolved_data(cfg), cfg.task.name == "classification"

@@ -168,18 +168,16 @@ class Detection(DensePredictionTask):
             results = coco_results(part, ids, categories)
             return {kind: rules(kind, results, images.truth, evaluated, categories) for kind in kinds}
 
-        sets = {
-            name: accuracies([image for image in detections if image.index in positions])
+        rows = {
+            name: [row for row, image in enumerate(detections) if image.index in positions]
             for name, positions in datamodule.sets(split).items()
         }
-        if not sets:
+        if not rows:
             return accuracies(detections), {}
-        positions = [
-            np.array([row for row, image in enumerate(detections) if image.index in part], int)
-            for part in datamodule.sets(split).values()
-        ]
+        sets = {name: accuracies([detections[row] for row in part]) for name, part in rows.items()}
+        places = [np.array(part, int) for part in rows.values()]
         averages = {
-            kind: average([accuracy[kind] for accuracy in sets.values()], positions, len(detections)) for kind in kinds
+            kind: average([accuracy[kind] for accuracy in sets.values()], places, len(detections)) for kind in kinds
         }
         return averages, sets
 

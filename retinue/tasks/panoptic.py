@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from models.openmmlab.build import build_panoptic
@@ -81,12 +80,9 @@ class Panoptic(Detection):
 
     def _gather_images(self) -> tuple[dict[int, Any], ...]:
         """Return what all ranks have found, by image, and forget that of this rank."""
-        found, self._rank_images = self._rank_images, ({}, {}, {})
-        parts: list[Any] = [found]
-        if self.trainer.world_size > 1:
-            parts = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, found)
-        return tuple({index: value for part in parts for index, value in part[i].items()} for i in range(len(found)))
+        own, self._rank_images = self._rank_images, ({}, {}, {})
+        parts = self.gather(own)
+        return tuple({index: value for part in parts for index, value in part[i].items()} for i in range(len(own)))
 
     def on_validation_epoch_end(self) -> None:
         counts, *_ = self._gather_images()

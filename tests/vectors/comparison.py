@@ -37,8 +37,8 @@ def assert_reproduces(claim: Net | Op | Part | Block, vector: Mapping[str, Any])
     if max(errors) < TOLERANCE:
         return
     model, x = model.double(), x.double()
-    # Rounding inside a net decides between choices that are nearly tied, such as a top-k. Then a changed input of about
-    # that size gives the vector's outputs.
+    # Rounding inside a net decides between choices that are nearly tied, such as a top-k. Then an input that is changed
+    # by as much as rounding matters gives the vector's outputs.
     for perturbed in _perturbed(claim, model, vector, x, CHOICE_NOISE):
         if max(relative_error(*pair) for pair in zip(vector["outputs"].values(), perturbed, strict=True)) < TOLERANCE:
             return

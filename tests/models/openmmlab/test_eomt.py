@@ -104,3 +104,8 @@ def test_recomputed_blocks_give_the_same_gradients():
 def test_other_nets_are_refused(net, args, reason):
     with pytest.raises(ValueError, match=reason):
         build("eomt", net, model__args=args)
+
+
+def test_an_unknown_argument_is_refused():
+    with pytest.raises(ValueError, match="EoMTHead takes no argument 'num_query'"):
+        build("eomt", "deit", head__args={"decode_head": {"num_query": 20}})

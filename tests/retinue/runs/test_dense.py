@@ -9,7 +9,7 @@ import torch
 
 from datamodules.scenes import write_scenes
 from tests.retinue.runs.cli import SWIN, averages_shards, result, rows, start, stop_when
-from tests.retinue.runs.test_resume import assert_same_run
+from tests.retinue.runs.test_resume import assert_a_killed_run_ends_the_same, assert_same_run
 
 FIGURES = {"detection": ("box_ap", "mask_ap", "box_ar100", "box_ap_small"), "segmentation": ("miou", "pixel_accuracy")}
 
@@ -73,7 +73,7 @@ def test_a_killed_run_ends_like_an_undisturbed_run(undisturbed, scenes, tmp_path
 
 HEADS = {
     "fcos": ("task=detection",), "rtmdet": ("task=detection",), "segformer": (), "fpn_lite": (), "ds_transunet": (),
-    "iml_vit": (), "transdae": (), "wau": (),
+    "hbformer": (), "att_swin_unet": (), "iml_vit": (), "transdae": (), "wau": (),
     "linear": ("recipe.freeze=[backbone]",), "eomt": ("model=deit", "+model.args.dim=48", "+model.args.heads=3"),
 }  # fmt: skip
 
@@ -85,18 +85,7 @@ def test_a_killed_run_of_a_head_ends_like_an_undisturbed_run(head, scenes, tmp_p
     arguments = [*command(task, scenes), f"head={head}", *HEADS[head]]
     if head == "eomt":
         arguments = [argument for argument in arguments if argument not in SWIN]
-    folders = [tmp_path / name for name in ("whole", "killed")]
-    for folder in folders:
-        folder.mkdir()
-    whole = start("train", *arguments, folder=folders[0])
-    _, err = whole.communicate(timeout=400)
-    assert whole.returncode == 0, err
-    killed = start("train", *arguments, folder=folders[1])
-    assert stop_when(killed, folders[1] / "run/checkpoints/previous.ckpt", signal.SIGKILL) == -signal.SIGKILL
-    again = start("train", *arguments, folder=folders[1])
-    _, err = again.communicate(timeout=400)
-    assert again.returncode == 0 and "going on from" in err, err
-    assert_same_run(folders[0] / "run", folders[1] / "run")
+    assert_a_killed_run_ends_the_same(arguments, tmp_path)
 
 
 def test_two_processes_count_each_image_once(undisturbed, tmp_path):

@@ -1,12 +1,10 @@
 """Runs that freeze parts of the net."""
 
-import signal
-
 import pytest
 import torch
 
-from tests.retinue.runs.cli import SMALL, result, start, stop_when
-from tests.retinue.runs.test_resume import assert_same_run
+from tests.retinue.runs.cli import SMALL, result, start
+from tests.retinue.runs.test_resume import assert_a_killed_run_ends_the_same
 
 CNN = ("model=timm", "model.name=resnet10t", "+model.args.drop_path_rate=0.2", "recipe.freeze=[stem,stage1,norms]")
 
@@ -45,19 +43,7 @@ def test_a_wrong_part_is_one_line(value, message, cli):
 @pytest.mark.slow
 def test_a_killed_run_with_frozen_parts_ends_the_same(tmp_path):
     command = (*CNN, *SMALL, "recipe.epochs=3", "checkpoint.every_steps=1", "hydra.run.dir=run")
-    folders = [tmp_path / name for name in ("undisturbed", "killed")]
-    for folder in folders:
-        folder.mkdir()
-    run = start("train", *command, folder=folders[0])
-    _, err = run.communicate(timeout=300)
-    assert run.returncode == 0, err
-    killed = start("train", *command, folder=folders[1])
-    previous = folders[1] / "run/checkpoints/previous.ckpt"
-    assert stop_when(killed, previous, signal.SIGKILL) == -signal.SIGKILL
-    again = start("train", *command, folder=folders[1])
-    _, err = again.communicate(timeout=300)
-    assert again.returncode == 0 and "going on from" in err, err
-    assert_same_run(folders[0] / "run", folders[1] / "run")
+    assert_a_killed_run_ends_the_same(command, tmp_path)
 
 
 @pytest.mark.slow

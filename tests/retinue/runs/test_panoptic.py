@@ -10,16 +10,20 @@ from tests.panoptic_folder import CATEGORIES, NAMES, write_panoptic
 from tests.retinue.runs.cli import SWIN, result, rows, start
 
 
-@pytest.mark.slow
-def test_a_panoptic_run_and_its_results(cli, tmp_path):
-    """A tool of COCO's finds a segment for each id of each predicted map, with a category of the data."""
-    write_panoptic(tmp_path / "data", {"train": 6, "val": 3})
+def train(cli):
     outcome = cli(
         "train", *SWIN, "data=coco_panoptic", "data.kind=small", "data.root=data", "data.image_size=[64,96]",
         "data.num_workers=0", "logger=none", "trainer=cpu", "recipe.epochs=1", "recipe.batch_size=2",
         "recipe.optimizer.lr_batch_size=2", "hydra.run.dir=run",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.slow
+def test_a_panoptic_run_and_its_results(cli, tmp_path):
+    """A tool of COCO's finds a segment for each id of each predicted map, with a category of the data."""
+    write_panoptic(tmp_path / "data", {"train": 6, "val": 3})
+    train(cli)
     trained = result(tmp_path / "run")
     assert (trained["task"], trained["head"], trained["metrics"]["test/n"]) == ("panoptic", "mask2former_panoptic", 3)
     assert 0 <= trained["metrics"]["test/pq"] <= 1 and list(trained["metrics"]["test/per_class"]) == NAMES
@@ -31,6 +35,8 @@ def test_a_panoptic_run_and_its_results(cli, tmp_path):
     )
     assert outcome.code == 0, outcome.err
     assert result(tmp_path / "evaluation")["metrics"] == trained["metrics"]
+    outcome = cli("predict", "run=run", "images=data", "trainer=cpu")
+    assert "predict.py is for classification, detection, segmentation, not task=panoptic" in outcome.error
     assert len([*(tmp_path / "evaluation/images").glob("*.png")]) == 2 and (tmp_path / "evaluation/pq.csv").is_file()
     annotations = json.loads((tmp_path / "evaluation/panoptic.json").read_text())["annotations"]
     truth = json.loads((tmp_path / "data/annotations/panoptic_val2017.json").read_text())
@@ -47,12 +53,7 @@ def test_a_panoptic_run_and_its_results(cli, tmp_path):
 @pytest.mark.slow
 def test_two_processes_equal_one(cli, tmp_path):
     write_panoptic(tmp_path / "data", {"train": 6, "val": 5})
-    outcome = cli(
-        "train", *SWIN, "data=coco_panoptic", "data.kind=small", "data.root=data", "data.image_size=[64,96]",
-        "data.num_workers=0", "logger=none", "trainer=cpu", "recipe.epochs=1", "recipe.batch_size=2",
-        "recipe.optimizer.lr_batch_size=2", "hydra.run.dir=run",
-    )  # fmt: skip
-    assert outcome.code == 0, outcome.err
+    train(cli)
     # Images of several sizes in one batch are padded, so the batches must be the same.
     common = ("run=run", "trainer=cpu", "batch_size=1", "save_maps=true")
     assert cli("eval", *common, "hydra.run.dir=one").code == 0

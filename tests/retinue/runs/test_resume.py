@@ -26,6 +26,22 @@ def undisturbed(tmp_path_factory):
     return folder / "run"
 
 
+def assert_a_killed_run_ends_the_same(arguments, folder):
+    """Run a training twice below `folder`, once killed and resumed, and compare the two runs."""
+    whole, killed = (folder / name for name in ("whole", "killed"))
+    for place in (whole, killed):
+        place.mkdir()
+    run = start("train", *arguments, folder=whole)
+    _, err = run.communicate(timeout=400)
+    assert run.returncode == 0, err
+    run = start("train", *arguments, folder=killed)
+    assert stop_when(run, killed / "run/checkpoints/previous.ckpt", signal.SIGKILL) == -signal.SIGKILL
+    again = start("train", *arguments, folder=killed)
+    _, err = again.communicate(timeout=400)
+    assert again.returncode == 0 and "going on from" in err, err
+    assert_same_run(whole / "run", killed / "run")
+
+
 def assert_same_run(one, other):
     for name in ("last", "best"):
         a, b = (torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True) for folder in (one, other))
