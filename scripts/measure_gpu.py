@@ -1,4 +1,4 @@
-"""Measure every target of speed on a GPU in under ten minutes, the most important ones first.
+"""Measure every target of speed on a GPU in some twenty minutes, the most important ones first.
 
     python scripts/measure_gpu.py out=measured
     python scripts/measure_gpu.py out=measured sections=[routed_attention,swin_tiny] seconds=200

@@ -43,11 +43,18 @@ def install() -> bool:
         ValueError: A package of OpenMMLab is not installed.
     """
     require_openmmlab("a head of mmdetection or mmsegmentation")
-    if NAME not in sys.modules and importlib.util.find_spec(NAME) is None:
+    if NAME not in sys.modules and not is_compiled():
         sys.modules[NAME] = sys.modules[__name__]
         module: Any = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
         module.MultiScaleDeformableAttnFunction = DeformableAttention
     return sys.modules.get(NAME) is sys.modules[__name__]
+
+
+def is_compiled() -> bool:
+    """Tell whether a compiled extension of mmcv is installed."""
+    if NAME in sys.modules:
+        return sys.modules[NAME] is not sys.modules[__name__]
+    return importlib.util.find_spec(NAME) is not None
 
 
 def __getattr__(name: str) -> Callable:

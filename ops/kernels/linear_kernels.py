@@ -8,12 +8,12 @@ channels of values. P and Q are D and E after padding, and a part is a chunk of 
     gain                         (num_heads,): learned factor on the weights; read if GAINED
     states                       (B * num_heads, chunks, P, Q): sum of features times values of each part of the keys
     key_sums, key_maxima         (B * num_heads, chunks, P): sum of the features; with softmax features, maximum of the
-                                 keys times LOG2E, which the part's features are relative to
+                                 keys, which the part's features are relative to
     value_sums                   (B * num_heads, chunks, Q): sum of the values; used if SUBTRACT
     state                        (B * num_heads, P, Q): mean over all keys of features times values, weighted by the
                                  softmax for softmax features, minus the product of both means if SUBTRACT
     key_sum, key_maximum         (B * num_heads, P): mean of the features; for softmax features, their sum, and the
-                                 maximum of the keys times LOG2E
+                                 maximum of the keys
     value_mean                   (B * num_heads, Q): mean of the values
     dstates, dkey_means          shaped like states and key_sums: parts of the gradients of `state`, without the factor
                                  on the weights, and of the mean of the features; for chunks of the queries
@@ -32,6 +32,8 @@ channels of values. P and Q are D and E after padding, and a part is a chunk of 
 
 `dstate` has the values' type; other sums and means are float32. Products of matrices have operands of
 the values' type. The kernels use means where the definition has sums, since means stay in the range of half precision.
+Softmax features subtract the maximum before they multiply by LOG2E: rounded products of large keys would differ by more
+than the exponential's own error.
 """
 
 import triton
@@ -83,8 +85,8 @@ def _query_features(x, D: tl.constexpr, P: tl.constexpr, FEATURES: tl.constexpr)
     valid = (tl.arange(0, P) < D)[None, :]
     x = x.to(tl.float32)
     if FEATURES == "softmax":
-        x = tl.where(valid, x * LOG2E, float("-inf"))
-        weights = tl.exp2(x - tl.max(x, 1)[:, None])
+        x = tl.where(valid, x, float("-inf"))
+        weights = tl.exp2((x - tl.max(x, 1)[:, None]) * LOG2E)
         features = weights / tl.sum(weights, 1)[:, None]
         derivatives = features
     else:
@@ -112,10 +114,10 @@ def sum_keys(
         x = load_rows(k + image * k_batch + head * D, row, k_token, valid, D, P).to(tl.float32)
         values = load_rows(v + image * v_batch + head * E, row, v_token, valid, E, Q)
         if FEATURES == "softmax":
-            x = tl.where(valid[:, None], x * LOG2E, float("-inf"))
+            x = tl.where(valid[:, None], x, float("-inf"))
             new_maximum = tl.maximum(key_maximum, tl.max(x, 0))
-            features = tl.exp2(x - new_maximum[None, :])
-            rescale = tl.exp2(key_maximum - new_maximum)
+            features = tl.exp2((x - new_maximum[None, :]) * LOG2E)
+            rescale = tl.exp2((key_maximum - new_maximum) * LOG2E)
             state = state * rescale[:, None]
             key_sum = key_sum * rescale
             key_maximum = new_maximum
@@ -153,8 +155,8 @@ def combine_keys(
         if FEATURES == "softmax":
             part_maximum = tl.load(key_maxima + part * P + tl.arange(0, P))
             new_maximum = tl.maximum(maximum, part_maximum)
-            rescale = tl.exp2(maximum - new_maximum)
-            part_rescale = tl.exp2(part_maximum - new_maximum)
+            rescale = tl.exp2((maximum - new_maximum) * LOG2E)
+            part_rescale = tl.exp2((part_maximum - new_maximum) * LOG2E)
             total = total * rescale[:, None] + part_state * part_rescale[:, None]
             key_total = key_total * rescale + part_sum * part_rescale
             maximum = new_maximum
@@ -321,7 +323,7 @@ def backward_keys(
         values = load_rows(v + image * v_batch + head * E, row, v_token, valid, E, Q)
         dfeatures = tl.dot(values, tl.trans(operand), input_precision=PRECISION) + key_shift[None, :]
         if FEATURES == "softmax":
-            features = tl.exp2(x * LOG2E - tl.load(key_maximum + image_head * P + tl.arange(0, P))[None, :])
+            features = tl.exp2((x - tl.load(key_maximum + image_head * P + tl.arange(0, P))[None, :]) * LOG2E)
             derivatives = features
         else:
             features, derivatives = _pointwise_features(x, FEATURES)

@@ -1,7 +1,6 @@
 """Multi-scale deformable attention, the op of DINO and Mask2Former: our form against mmcv's."""
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -102,7 +101,7 @@ def candidates(device: str) -> dict[str, Callable[..., Step]]:
     """
     steps: dict[str, Callable[..., Step]] = {OURS: partial(autograd_step, deformable_attention)}
     cuda = torch.device(device).type == "cuda"
-    if cuda and importlib.util.find_spec(mmcv_ext.NAME) is not None:
+    if cuda and mmcv_ext.is_compiled():
         steps[COMPILED_MMCV] = partial(extension_step, mmcv_ext.NAME)
     else:
         steps[PLAIN_MMCV] = partial(autograd_step, mmcvs_plain_attention)
