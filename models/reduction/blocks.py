@@ -26,6 +26,10 @@ class ReducedBlock(nn.Module):
         last: Whether the block is the last one of the net.
     """
 
+    norm1: Any
+    norm2: Any
+    mlp: Any
+
     def __init__(
         self, block: nn.Module, index: int, extra: int, reduction: Reduction, forward_pass: ForwardPass, last: bool
     ):
@@ -102,13 +106,15 @@ class ReducedBlock(nn.Module):
         """Return what is added to the products of queries and keys, (B, 1, 1, E + n), or None."""
         if counts is None:
             return None
-        return F.pad(counts.log(), (self.extra, 0))[:, None, None].to(like.dtype)
+        exact = torch.promote_types(counts.dtype, like.dtype)
+        return F.pad(counts.to(exact).log(), (self.extra, 0))[:, None, None].to(like.dtype)
 
 
 class PlainReducedBlock(ReducedBlock):
     """Block of `models.plain` with full attention."""
 
     mixer: Any
+    drop_path: Any
 
     def __init__(self, block: Any, *args: Any, **kwargs: Any):
         super().__init__(block, *args, **kwargs)
@@ -139,6 +145,10 @@ class TimmReducedBlock(ReducedBlock):
     """Block of timm's VisionTransformer with its standard attention."""
 
     attn: Any
+    ls1: Any
+    ls2: Any
+    drop_path1: Any
+    drop_path2: Any
 
     @staticmethod
     def takes(block: Any) -> bool:

@@ -39,7 +39,7 @@ class Groups(NamedTuple):
 
     @property
     def all_of_one(self) -> bool:
-        """Whether no token was merged or dropped."""
+        """True if no token was merged or dropped."""
         return self.owner.shape[1] == self.home.shape[1]
 
     def counts(self) -> Tensor:

@@ -44,8 +44,8 @@ class WholeMaps:
 def insert_reduction(net: nn.Module, spec: Spec) -> None:
     """Let the last blocks of a net reduce tokens.
 
-    The blocks from the first one that reduces tokens to the last one must have full attention, since the tokens that are
-    left are no map. A reduction that reduces nothing, such as ToMe with r=0, leaves the net as it is.
+    From the first block that reduces tokens on, the blocks must have full attention, since the tokens that are left are
+    no map. A reduction that reduces nothing, such as ToMe with r=0, leaves the net as it is.
 
     Args:
         net: The net, which is changed in place; also one that timm has wrapped in a `FeatureGetterNet`.
@@ -59,8 +59,8 @@ def insert_reduction(net: nn.Module, spec: Spec) -> None:
     inner: Any = net.model if isinstance(net, FeatureGetterNet) else net
     kind = type(inner).__name__
     if not isinstance(inner, PlainBackbone | VisionTransformer):
-        raise ValueError(f"{kind} takes no reduction: its tokens must stay a map; ViT-shaped nets such as deit take one")
-    blocks = list(inner.blocks)
+        raise ValueError(f"{kind} takes no reduction: its tokens must stay a map. Nets such as deit take one")
+    blocks: Any = inner.blocks
     first = len(blocks)
     while first and any(cls.takes(blocks[first - 1]) for cls in BLOCKS):
         first -= 1
@@ -72,7 +72,7 @@ def insert_reduction(net: nn.Module, spec: Spec) -> None:
     if not reduce_at:
         return
     if not fits:
-        raise ValueError(f"{kind} takes no reduction: its last block must be a ViT's, with full attention without a bias")
+        raise ValueError(f"{kind} takes no reduction: its last block must be a ViT's, with full attention and no bias")
     extra = inner.extra if isinstance(inner, PlainBackbone) else inner.num_prefix_tokens
     if reduction.needs_class_token and getattr(inner, "cls_token", None) is None:
         name = spec if isinstance(spec, str) else spec["name"]
@@ -83,5 +83,5 @@ def insert_reduction(net: nn.Module, spec: Spec) -> None:
     forward_pass = ForwardPass()
     for i in range(reduce_at[0], len(blocks)):
         cls = next(cls for cls in BLOCKS if cls.takes(blocks[i]))
-        inner.blocks[i] = cls(blocks[i], i, extra, reduction, forward_pass, last=i == len(blocks) - 1)
+        blocks[i] = cls(blocks[i], i, extra, reduction, forward_pass, last=i == len(blocks) - 1)
     inner.forward_intermediates = WholeMaps(inner, forward_pass, extra, reduction.restores)

@@ -2,8 +2,8 @@
 
 A reduction merges or drops tokens of a ViT-shaped net between its blocks or inside them; it has no weights. To add one,
 write a subclass of `Reduction` in a file of `models/reduction/`, decorated with `@register_reduction("<name>")`. The
-command line, `--help` and `scripts/compare_reduction.py` find it by themselves, and so do the tests. The class docstring
-says in one sentence how tokens become fewer, then the paper and `Args:`.
+command line, `--help` and `scripts/compare_reduction.py` find it by themselves, and so do the tests. The first line of
+the class docstring says how tokens become fewer; the file's docstring names the paper.
 """
 
 import inspect
