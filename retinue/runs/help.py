@@ -112,8 +112,7 @@ def _overview(program: str) -> list[str]:
         "--help GROUP          the choices of a group, such as --help model",
         "--help GROUP=CHOICE   keys and meanings, such as --help model=swin, --help ops=agent",
         "--help experiment=PAPER   the rows of a paper's tables, such as --help experiment=swin",
-        "--cfg job             the composed config with every key",
-        "--hydra-help          Hydra's own flags",
+        "--cfg job, --hydra-help   the composed config with every key; Hydra's own flags",
     ]
 
 

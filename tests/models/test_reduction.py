@@ -58,7 +58,11 @@ class ReducedNet(Net):
     ("vector", "net"),
     [
         ("evit__deit_s_k70_fuse", ReducedNet("deit_small", {"reduction": "evit"})),
-        ("evit__deit_s_k70", ReducedNet("vit_small_patch16_224", {"reduction": {"name": "evit", "fuse": False}})),
+        pytest.param(
+            "evit__deit_s_k70",
+            ReducedNet("vit_small_patch16_224", {"reduction": {"name": "evit", "fuse": False}}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_evits_vectors_hold_for_other_nets_with_its_reduction(vector, net):
@@ -264,8 +268,9 @@ def test_maps_have_all_tokens(reduction, left):
     assert stay.sum(1).tolist() == [0 if merges else 15 - left] * 2
 
 
-@pytest.mark.parametrize("reduction", list_reductions())
-@pytest.mark.parametrize("name", ["deit_tiny", "test_vit"])
+@pytest.mark.parametrize(
+    ("name", "reduction"), [("deit_tiny", "tome"), ("deit_tiny", "evit"), ("deit_tiny", "eet"), ("test_vit", "tome")]
+)
 def test_dense_features(name, reduction):
     arguments = {key: value for key, value in NETS[name].items() if key not in ("img_size", "patch", "patch_size")}
     net = DenseBackbone(name, reduction=reduction, simple_pyramid=True, **arguments)

@@ -38,7 +38,9 @@ def test_a_run_is_tested_with_reductions(tmp_path, monkeypatch):
     result = json.loads((run / "result.json").read_text())
     assert float(plain["top1"]) == float(same["top1"]) == float(evit[0]["top1"]) == result["metrics"]["test/top1"]
     assert float(plain["macs_g"]) == float(same["macs_g"]) == pytest.approx(result["macs"] / 1e9)
-    net = build("deit_tiny", patch=4, depths=(4,), dim=48, img_size=16, num_classes=10, reduction={"name": "tome", "keep": 0.25})
+    net = build(
+        "deit_tiny", patch=4, depths=(4,), dim=48, img_size=16, num_classes=10, reduction={"name": "tome", "keep": 0.25}
+    )
     assert merged["arguments"] == "keep=0.25" and float(merged["macs_g"]) == complexity(net, 16, 3)[1] / 1e9
     assert all(float(row["images_per_s"]) > 0 and float(row["top1_low"]) <= float(row["top1"]) for row in table)
     assert float(plain["speedup"]) == 1
