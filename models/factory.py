@@ -12,6 +12,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from models.gates import insert_gates
+from models.reduction import insert_reduction
 from retinue.utils.sizes import resolve
 from retinue.utils.suggestions import nearest
 
@@ -55,14 +56,15 @@ def build(name: str, image: tuple[int, int] | None = None, **args) -> nn.Module:
         name: Name of a net in timm's registry, with or without a tag of weights.
         image: (height, width) of the images in pixels. timm's nets are checked to take them, and built for them if
             they are built for one size; ours take any size.
-        args: Arguments of `timm.create_model`, and `gates`, as `models.gates.insert_gates` reads them.
+        args: Arguments of `timm.create_model`, `reduction`, as `models.reduction.insert_reduction` reads it, and
+            `gates`, as `models.gates.insert_gates` reads them.
 
     Raises:
         ValueError: The name or an argument is unknown, or the net cannot take such images.
     """
     architecture = check_name(name)
-    gates = args.pop("gates", None)
-    if gates is not None and args.get("features_only"):
+    gates, reduction = args.pop("gates", None), args.pop("reduction", None)
+    if (gates is not None or reduction is not None) and args.get("features_only"):
         # timm's other wrappers take a net apart.
         args.setdefault("feature_cls", "getter")
     if image is not None:
@@ -73,6 +75,8 @@ def build(name: str, image: tuple[int, int] | None = None, **args) -> nn.Module:
         net: Any = timm.create_model(name, **args)
     except TypeError as error:
         raise ValueError(_one_line_reason(name, error)) from error
+    if reduction is not None:
+        insert_reduction(net, reduction)
     if gates is not None:
         in_chans, *default_size = net.pretrained_cfg["input_size"]
         height, width = image or to_2tuple(args.get("img_size", default_size))

@@ -26,13 +26,16 @@ from ops.attention.spectral_gating import SpectralGating
 from ops.registry import Spec
 
 
-class PlainBlock(plain.Block):
+class SpectralBlock(plain.Block):
     """Block of ViT-shaped nets in which spectral gating and the MLP have one residual connection together."""
 
     def forward(self, x: Tensor, size: Sequence[int], **context) -> Tensor:
-        if isinstance(self.mixer, SpectralGating):
-            return x + self.drop_path(self.mlp(self.norm2(self.mix(self.norm1(x), size, **context))))
-        return super().forward(x, size, **context)
+        return x + self.drop_path(self.mlp(self.norm2(self.mix(self.norm1(x), size, **context))))
+
+
+def plain_block(dim: int, mixer: nn.Module, *args: Any) -> plain.Block:
+    """Return a block for a mixer: `SpectralBlock` for spectral gating, else ViT's block."""
+    return (SpectralBlock if isinstance(mixer, SpectralGating) else plain.Block)(dim, mixer, *args)
 
 
 class SpectFormer(plain.PlainBackbone):
@@ -47,7 +50,7 @@ class SpectFormer(plain.PlainBackbone):
         **kwargs: Further arguments of `PlainBackbone`.
     """
 
-    block = PlainBlock
+    block: Any = staticmethod(plain_block)
     renames = ((r"^(blocks\.\d+)\.(?:filter|attn)\.", r"\1.mixer."),)
 
     def __init__(

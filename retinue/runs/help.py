@@ -5,6 +5,7 @@
 --help model=swin         one choice: its keys with their meanings; a net's sizes and arguments
 --help ops                the token mixers; `--help ops=agent` shows the arguments of one
 --help gates              the gates; `--help gates=ela` shows the arguments of one
+--help reduction          the token reductions; `--help reduction=tome` shows the arguments of one
 --help experiment=swin    the rows of a paper's tables
 """
 
@@ -22,6 +23,7 @@ from retinue.runs.signatures import (
     find_gates,
     find_net,
     find_ops,
+    find_reductions,
     list_arguments,
     list_gate_places,
     list_softmax_options,
@@ -29,15 +31,19 @@ from retinue.runs.signatures import (
 from retinue.utils.paths import CONF, list_group
 from retinue.utils.suggestions import nearest
 
-GROUPS = ("model", "ops", "gates", "task", "head", "data", "recipe", "trainer", "logger", "callbacks", "hydra/launcher",
-          "experiment")  # fmt: skip
+GROUPS = ("model", "ops", "gates", "reduction", "task", "head", "data", "recipe", "trainer", "logger", "callbacks",
+          "hydra/launcher", "experiment")  # fmt: skip
 WIDTH = 100  # characters in a line
 FLAGS = ("--help", "-h")
 
-# Groups of classes in `ops/` -> the key that takes their names, and the function that finds the classes.
-CLASSES = {"ops": ("model.mixers", find_ops), "gates": ("model.gates", find_gates)}
-# Arguments that every op, gate and net receives from the net or the task, not from the user.
-OP_GIVEN = ("dim", "num_heads", "place", "channels", "device", "dtype")
+# Groups of classes -> the key that takes their names, and the function that finds the classes.
+CLASSES = {
+    "ops": ("model.mixers", find_ops),
+    "gates": ("model.gates", find_gates),
+    "reduction": ("model.reduction", find_reductions),
+}
+# Arguments that every op, gate, reduction and net receives from the net or the task, not from the user.
+OP_GIVEN = ("dim", "num_heads", "place", "channels", "first", "depth", "device", "dtype")
 NET_GIVEN = ("num_classes", "in_chans", "device", "dtype")
 
 EXAMPLES = {
@@ -106,8 +112,7 @@ def _overview(program: str) -> list[str]:
         "--help GROUP          the choices of a group, such as --help model",
         "--help GROUP=CHOICE   keys and meanings, such as --help model=swin, --help ops=agent",
         "--help experiment=PAPER   the rows of a paper's tables, such as --help experiment=swin",
-        "--cfg job             the composed config with every key",
-        "--hydra-help          Hydra's own flags",
+        "--cfg job, --hydra-help   the composed config with every key; Hydra's own flags",
     ]
 
 

@@ -107,24 +107,40 @@ def _train_job(cfg: DictConfig) -> float:
     return train(cfg)[f"test/{cfg.task.figure}"]
 
 
-def evaluate_run(run: Path, overrides: Sequence[str]) -> Path:
-    """Evaluate a finished run with some keys changed, unless that is done, and return the evaluation's folder.
+def compose_evaluation(run: Path, overrides: Sequence[str]) -> DictConfig:
+    """Compose the config of an evaluation of a run, as eval.py does.
 
     Args:
         run: Folder of the run.
         overrides: Overrides of eval.py, such as `data.image_size=32`.
 
     Raises:
-        ValueError: An override is wrong, or the net does not take such images.
+        ValueError: There is no such run, or an override is wrong.
     """
     with initialize_config_dir(str(CONF), version_base="1.3"):
         choices = allow_run_keys([f"run={run}", *overrides])
         cfg = compose("eval", [*choices, "run_dir=${evaluation_folder:}"])
+        # The folder follows from the config as composed, before the run's own values are filled in.
+        cfg.run_dir = str(cfg.run_dir)
+    return with_run(cfg, choices, ())
+
+
+def evaluate_run(run: Path, overrides: Sequence[str]) -> Path:
+    """Evaluate a finished run with some keys changed, unless that is done, and return the evaluation's folder.
+
+    Args:
+        run: Folder of the run.
+        overrides: As in `compose_evaluation`.
+
+    Raises:
+        ValueError: An override is wrong, or the net does not take such images.
+    """
+    cfg = compose_evaluation(run, overrides)
     folder = Path(cfg.run_dir)
     # A run that was trained anew has another result than the one that was evaluated.
     is_done = read_result(folder) is not None and _modified(folder) > _modified(run)
     if not is_done:
-        evaluate(with_run(cfg, choices, ()))
+        evaluate(cfg)
     return folder
 
 

@@ -50,6 +50,7 @@ class Ops(Keys):
 
 
 Gates = Annotated[str | dict | list, Expected("a gate's name, a mapping, or a list")]
+Reduction = Annotated[str | dict, Expected("a reduction's name, or a mapping")]
 
 
 class Model(Keys):
@@ -62,6 +63,9 @@ class Model(Keys):
     pretrained: bool = Field(False, description="download timm's weights")
     gates: Gates | None = Field(
         None, description="gates on the maps of any net: a name, a mapping with arguments, or a list by stage"
+    )
+    reduction: Reduction | None = Field(
+        None, description="token reduction of a ViT-shaped net: a name, or a mapping with arguments"
     )
     args: Section | None = Field(None, description="further arguments of the net")
 

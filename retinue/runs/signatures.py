@@ -55,6 +55,11 @@ def find_gates() -> dict[str, Class]:
     return _find_registered("register_gate")
 
 
+def find_reductions() -> dict[str, Class]:
+    """Return the class of every token reduction that is registered with `@register_reduction("name")`, by name."""
+    return _find_registered("register_reduction")
+
+
 def list_gate_places() -> dict[str, str]:
     """Return the meaning of each value of a gate's `at`, from `ops.gate_registry.PLACES`."""
     assignments = (node for node in _module(PROJECT / "ops" / "gate_registry.py").body if isinstance(node, ast.Assign))
@@ -63,9 +68,9 @@ def list_gate_places() -> dict[str, str]:
 
 @cache
 def _find_registered(decorator_name: str) -> dict[str, Class]:
-    """Return the classes below `ops/` that a decorator registers, by name."""
+    """Return the classes below `ops/` and `models/reduction/` that a decorator registers, by name."""
     classes = {}
-    for path in sorted((PROJECT / "ops").rglob("*.py")):
+    for path in sorted(path for folder in ("ops", "models/reduction") for path in (PROJECT / folder).rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         if f"@{decorator_name}(" not in text:
             continue

@@ -10,11 +10,12 @@ import sys
 import pytest
 from pydantic import BaseModel
 
+from models.reduction import list_reductions
 from ops import list_gates, list_ops
 from retinue.results.experiments import experiments
 from retinue.runs import schema, schema_sections, schema_tasks
 from retinue.runs.help import GROUPS, OP_GIVEN, list_choices
-from retinue.runs.signatures import find_net, find_ops, list_arguments
+from retinue.runs.signatures import find_net, find_ops, find_reductions, list_arguments
 from retinue.utils.paths import CONF, PROJECT
 
 SCREEN = 40  # lines
@@ -63,6 +64,15 @@ def test_every_gate_is_listed_and_shows_its_arguments_and_places(cli):
     text = cli("train", "--help", "gates=ela").out
     assert all(words in text for words in ("model.gates=ela", "form='base'", "ELA-B", "at=branch", "at=stage"))
     assert "rd_ratio=1.0 / 16" in cli("train", "--help", "gates=se").out
+
+
+def test_every_reduction_is_listed_and_shows_its_arguments(cli):
+    assert list_choices("reduction") == list_reductions()
+    assert all(words in cli("train", "--help", "reduction=tome").out for words in ("model.reduction=tome", "keep=0.5"))
+    for name, reduction in find_reductions().items():
+        assert "model.reduction=" in cli("train", "--help", f"reduction={name}").out
+        arguments = list_arguments(reduction, OP_GIVEN)
+        assert arguments and all(argument.meaning and argument.default for argument in arguments)
 
 
 def test_a_model_shows_its_sizes_names_and_arguments(cli):
