@@ -186,7 +186,8 @@ def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -
 
 
 def _best_checkpoint(run: Path) -> Path:
-    for name in ("best.ckpt", "last.ckpt"):
+    # retinue.runs.checkpoints has the same names.
+    for name in ("average.safetensors", "best.ckpt", "last.ckpt"):
         if (run / "checkpoints" / name).exists():
             return run / "checkpoints" / name
     raise ValueError(f"{run} has no checkpoint yet")

@@ -39,6 +39,7 @@ class Checkpoint(Keys):
 
     every_minutes: Positive | None = Field(description="minutes between two checkpoints in an epoch; null: no limit")
     every_steps: Count | None = Field(description="steps between two checkpoints in an epoch; null: no limit")
+    top_k: Count | None = Field(None, description="number of best epochs whose checkpoints are kept; null: the best one")
 
 
 class Ops(Keys):

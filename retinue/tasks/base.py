@@ -19,7 +19,8 @@ from models.weights import load_weights
 from retinue.evaluation.contributions import Contributions
 from retinue.tasks.compilation import compile_net, seconds_gained
 from retinue.tasks.freezing import freeze, keep_in_evaluation
-from retinue.tasks.optimization import check_optimizer, create_optimizer, create_schedule
+from retinue.tasks.optimization import check_optimizer, clip_adaptively, create_optimizer, create_schedule
+from retinue.tasks.plateau import PlateauScheduler
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Task(pl.LightningModule):
             graphs; or "auto", which compiles on a GPU if the training is long enough to pay for it.
         channels_last: Keep the weights of convolutions in channels-last memory.
         grad_checkpointing: Recompute blocks in the backward pass, which takes less memory and more time.
+        figure: Name of the validation figure, without `val/`, that a plateau schedule follows.
 
     Attributes:
         val_figures: Figures of the epoch's validation by name: `val/loss`, ...; empty before it.
@@ -60,11 +62,12 @@ class Task(pl.LightningModule):
         compile: bool | str = False,
         channels_last: bool = True,
         grad_checkpointing: bool = False,
+        figure: str | None = None,
     ):
         super().__init__()
         check_optimizer(recipe)
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model  # pyright: ignore[reportCallIssue]
-        self.recipe = recipe
+        self.recipe, self.figure = recipe, figure
         self.frozen_modules = freeze(model, recipe["freeze"]) if recipe.get("freeze") else []
         self.compile_choice, self.cuda_graphs = compile, compile == "reduce-overhead"
         if grad_checkpointing:
@@ -183,6 +186,14 @@ class Task(pl.LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        if self.recipe.get("clip_mode") == "agc":
+            clip_adaptively(self.model, gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def steps_per_epoch(self) -> int:
         """Return the number of optimiser steps of an epoch.
 
@@ -197,8 +208,25 @@ class Task(pl.LightningModule):
         # trainer.sync_batchnorm has replaced the batch norms by new modules.
         keep_in_evaluation(self.model, self.frozen_modules)
 
+    def on_train_start(self) -> None:
+        # A run that is resumed within an epoch does not start this epoch again.
+        self._plan_validation()
+
     def on_train_epoch_start(self) -> None:
         self.val_figures = {}
+        self._plan_validation()
+
+    def _plan_validation(self) -> None:
+        """Validate every `val_every` epochs and in the last epoch, if the recipe says so."""
+        if (every := self.recipe.get("val_every")) is not None:
+            is_last = self.current_epoch + 1 == self.trainer.max_epochs
+            self.trainer.check_val_every_n_epoch = 1 if is_last else every
+
+    def on_train_epoch_end(self) -> None:
+        schedule = self.lr_schedulers()
+        # TrainingLog has logged the rate of the epoch, and Checkpoints saves the new one.
+        if isinstance(schedule, PlateauScheduler) and self.val_figures:
+            schedule.observe(self.val_figures[f"val/{self.figure}"], self.global_step)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout and drop path follow from (seed, epoch, batch, rank), so a resumed run draws the same numbers as a run
