@@ -224,6 +224,10 @@ class ClassificationAugment(Keys):
     device: Literal["gpu"] | None = Field(
         None, description="gpu: auto_augment and color_jitter change batches on the device that trains; null: the CPU"
     )
+    sizes: Annotated[list[Sides], Field(min_length=1)] | None = Field(
+        None, description="sizes of training images in pixels, in stages of equal length; null: data.image_size"
+    )
+    size_by: Literal["step"] | None = Field(None, description="step: each batch draws one of the sizes")
     decode: Literal["reduced"] | None = Field(
         None, description="reduced: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crop permits"
     )

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models import load_weights
+from models.complexity import complexity
 from models.merging import contiguous, mean, read_state
 from ops.backend import set_backend
 from retinue.evaluation.plots import plot_curves
@@ -124,6 +125,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     datamodule.batch_size = per_device_batch(cfg)
     check_limits(cfg, datamodule)
     task = build_task(cfg, datamodule)
+    check_sizes(task, datamodule)
     checkpoints = folder / "checkpoints"
     resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints, task.state_dict())
     if resume is None and cfg.weights:
@@ -231,6 +233,20 @@ def check_limits(cfg: DictConfig, datamodule: pl.LightningDataModule) -> None:
                 f"trainer.limit_{split}_batches={share:g} of {count} batches is less than one; "
                 f"trainer.limit_{split}_batches=1 takes one batch"
             )
+
+
+def check_sizes(task: Task, datamodule: Any) -> None:
+    """Refuse sizes of training images that the net does not take.
+
+    Raises:
+        ValueError: `recipe.augment.sizes` has such a size.
+    """
+    for size in datamodule.size_schedule.sizes if datamodule.size_schedule else ():
+        try:
+            complexity(task.model, size, datamodule.in_chans)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"recipe.augment.sizes: the net takes no images of {size} px ({reason})") from error
 
 
 def result_labels(cfg: DictConfig) -> dict[str, str]:

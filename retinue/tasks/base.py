@@ -149,7 +149,7 @@ class Task(pl.LightningModule):
     @property
     def compiled_part(self) -> tuple[nn.Module, bool]:
         """The part of the net that is compiled, and whether all images have one size."""
-        return self.model, True
+        return self.model, self.recipe["augment"].get("sizes") is None
 
     def setup(self, stage: str) -> None:
         if not self.compile_choice:

@@ -32,8 +32,8 @@ def check_optimizer(recipe: Mapping) -> None:
     """Check that timm has the recipe's optimiser, and that the schedule is one of `SCHEDULES`.
 
     Raises:
-        ValueError: The optimiser or the schedule is unknown, a step schedule has no milestones, or a plateau schedule no
-            patience or gamma.
+        ValueError: The optimiser or the schedule is unknown, a step schedule has no milestones, or a plateau schedule
+            no patience or gamma.
     """
     name, known = recipe["optimizer"]["name"], [str(entry) for entry in timm.optim.list_optimizers()]
     if name not in known:
