@@ -3,8 +3,8 @@
 - Mean: model soups (Wortsman et al., arXiv:2203.05482); the mean of the last or best checkpoints of one training.
 - Task arithmetic: a base plus scaled differences from the base (Ilharco et al., arXiv:2212.04089).
 
-A state is a mapping of names to tensors. Floating-point values are computed in float64 and returned in their type; other
-values, such as counters and indices, are those of the first state.
+A state is a mapping of names to tensors. Floating-point values are computed in float64 and returned in their type;
+other values, such as counters and indices, are those of the first state.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -115,14 +115,6 @@ class Training(Common):
     callbacks: Objects
 
     @model_validator(mode="after")
-    def _has_no_sharded_average(self) -> Self:
-        if self.trainer.strategy == "fsdp" and self.recipe.ema.decay is not None:  # pyright: ignore[reportAttributeAccessIssue]
-            raise ValueError(
-                "trainer.strategy=fsdp has no average of the weights: recipe.ema.decay=null, or trainer=ddp"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _has_graphs_on_one_device_for_one_size(self) -> Self:
         several = self.trainer.devices * self.trainer.num_nodes > 1
         if several and self.task.compile == "reduce-overhead":  # pyright: ignore[reportAttributeAccessIssue]

@@ -398,8 +398,6 @@ def quiet_libraries() -> None:
         ".*in eval mode at the start of training.*",
         ".*srun. command is available.*",
         ".*isinstance.treespec, LeafSpec.*",
-        # Our configure_model shards the net only if there is no average of the weights.
-        ".*overrides the configure_model.*",
         # Tasks collect predictions themselves.
         ".*predict returned None.*",
         # Logged figures have been summed over the ranks already.
