@@ -115,6 +115,15 @@ class Training(Common):
     callbacks: Objects
 
     @model_validator(mode="after")
+    def _clips_whole_weights(self) -> Self:
+        if self.trainer.strategy == "fsdp" and self.recipe.clip_mode == "agc":  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(
+                "trainer.strategy=fsdp has no recipe.clip_mode=agc, which needs whole weights: recipe.clip_mode=null clips "
+                "by the norm of all gradients, or trainer.strategy=ddp"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_graphs_on_one_device_for_one_size(self) -> Self:
         several = self.trainer.devices * self.trainer.num_nodes > 1
         if several and self.task.compile == "reduce-overhead":  # pyright: ignore[reportAttributeAccessIssue]
