@@ -1,13 +1,13 @@
 """Merge the weights of several nets of one kind into one file.
 
-    python scripts/merge_weights.py RUN RUN RUN save=soup.safetensors                    # their mean: a uniform soup
-    python scripts/merge_weights.py RUN RUN RUN method=greedy save=soup.safetensors      # by validation
-    python scripts/merge_weights.py A.ckpt B.ckpt method=arithmetic base=C.safetensors scales=[0.5,-0.3] save=D.safetensors
+    python scripts/merge_weights.py RUN RUN RUN save=soup.safetensors                  # their mean: a uniform soup
+    python scripts/merge_weights.py RUN RUN RUN method=greedy save=soup.safetensors    # by validation
+    python scripts/merge_weights.py A.ckpt B.ckpt method=arithmetic base=C.ckpt scales=[0.5,-0.3] save=D.safetensors
 
-A net is the folder of a run, which stands for its best weights, or a weights file. A greedy soup takes nets in the order
-of their figure on the validation split of the runs' data, and keeps each net with which the soup's figure does not fall
-(model soups, arXiv:2203.05482). Task arithmetic adds scaled differences from a base (arXiv:2212.04089). `eval.py run=RUN
-weights=soup.safetensors` tests the result.
+A net is the folder of a run, which stands for its best weights, or a weights file. A greedy soup takes nets in the
+order of their figure on the validation split of the runs' data, and keeps each net with which the soup's figure does
+not fall (model soups, arXiv:2203.05482). Task arithmetic adds scaled differences from a base (arXiv:2212.04089).
+`eval.py run=RUN weights=soup.safetensors` tests the result.
 """
 
 import json

@@ -118,8 +118,8 @@ class Training(Common):
     def _clips_whole_weights(self) -> Self:
         if self.trainer.strategy == "fsdp" and self.recipe.clip_mode == "agc":  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(
-                "trainer.strategy=fsdp has no recipe.clip_mode=agc, which needs whole weights: recipe.clip_mode=null clips "
-                "by the norm of all gradients, or trainer.strategy=ddp"
+                "trainer.strategy=fsdp has no recipe.clip_mode=agc, which needs whole weights: recipe.clip_mode=null "
+                "clips by the norm of all gradients, or trainer.strategy=ddp"
             )
         return self
 
