@@ -35,7 +35,7 @@ class EMA(Callback):
         self._averages: list[Tensor] = []
         self._currents: list[Tensor] = []
         # Weights in training of the checkpoint from which the run is resumed.
-        self._resumed: dict[str, Tensor] | None = None
+        self._resumed: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # A resumed net holds the checkpoint's `state_dict` now, which is the average.
@@ -132,7 +132,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
+def _load(module: nn.Module, state: dict[str, Any]) -> None:
     """Load the state of a whole net into a net that may be sharded."""
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True))

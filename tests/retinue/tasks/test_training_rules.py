@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from retinue.tasks.optimization import (
     batch_scale,
@@ -32,6 +32,11 @@ class Classifier(nn.Module):
         self.mix = nn.Conv2d(12, 12, 3, groups=12)
         self.point = nn.Conv2d(12, 8, 1)
         self.head = nn.Linear(8, 5)
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def plateau():
@@ -77,8 +82,8 @@ def test_adaptive_clipping_follows_its_definition_and_leaves_the_classifier():
     for parameter in net.parameters():
         parameter.grad = torch.randn_like(parameter)
     net.fc.weight.data[0] = 0
-    net.fc.weight.grad[1] *= 1e-4
-    before = {name: parameter.grad.double() for name, parameter in net.named_parameters()}
+    gradient(net.fc.weight)[1] *= 1e-4
+    before = {name: gradient(parameter).double() for name, parameter in net.named_parameters()}
     clip_adaptively(net, 0.02)
     for name, parameter in net.named_parameters():
         expected = before[name].clone()
@@ -88,9 +93,9 @@ def test_adaptive_clipping_follows_its_definition_and_leaves_the_classifier():
             norm = float(expected[unit].norm())
             if norm > limit:
                 expected[unit] = expected[unit] * (limit / norm)
-        assert torch.allclose(parameter.grad.double(), expected, rtol=1e-5, atol=0), name
-    assert torch.equal(net.head.weight.grad.double(), before["head.weight"])
-    assert not torch.equal(net.embed.weight.grad.double(), before["embed.weight"])
+        assert torch.allclose(gradient(parameter).double(), expected, rtol=1e-5, atol=0), name
+    assert torch.equal(gradient(net.head.weight).double(), before["head.weight"])
+    assert not torch.equal(gradient(net.embed.weight).double(), before["embed.weight"])
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [(None, 0.25), ("sqrt", 0.5)])
@@ -110,7 +115,7 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest():
     adamw = torch.optim.AdamW(twin.parameters(), 0.01, betas=(0.9, 0.95), eps=1e-7, weight_decay=0.0)
     for parameter, copy in zip(net.parameters(), twin.parameters(), strict=True):
         parameter.grad = torch.randn_like(parameter)
-        copy.grad = parameter.grad.clone()
+        copy.grad = gradient(parameter).clone()
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     optimizer.step()
     adamw.step()
@@ -119,7 +124,7 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest():
         change = (parameter.detach() - before[name]).flatten(1 if parameter.ndim > 1 else 0)
         if name in ("fc.weight", "point.weight"):
             # The step has the singular vectors of the gradient and singular values near 1, scaled as AdamW's steps are.
-            u, _, v = torch.linalg.svd(parameter.grad.flatten(1), full_matrices=False)
+            u, _, v = torch.linalg.svd(gradient(parameter).flatten(1), full_matrices=False)
             values = torch.diagonal(u.T @ (-change) @ v.T) / (0.01 * 0.2 * math.sqrt(max(change.shape)))
             assert values.min() > 0.5 and values.max() < 1.3, (name, values)
         else:
