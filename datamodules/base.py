@@ -18,6 +18,7 @@ from datamodules.images import EncodedImages, LabelledImages
 from datamodules.loader import BatchFetcher, ImageSet, Loader, TrainLoader, stack
 from datamodules.resident import Labels, Residents, fits
 from datamodules.sampler import EvalSampler, TrainSampler, repeat_factors
+from datamodules.sizes import SizeSchedule
 from datamodules.split_checks import check_labels, warn_of_few_images
 from datamodules.transforms import PILLOW_MODES, Augment, EvalTransform, TrainTransform
 
@@ -163,6 +164,11 @@ class ImageData(pl.LightningDataModule, ABC):
             ValueError: if they are not as expected.
         """
 
+    @property
+    def size_schedule(self) -> SizeSchedule | None:
+        """Sizes of the training images if they change during training; None if they have the data's size."""
+        return None
+
     def groups(self, images: Any) -> np.ndarray | None:
         """Return the group (N,) of each training image if a batch should hold images of one group only, else None."""
         return None
@@ -190,7 +196,7 @@ class ImageData(pl.LightningDataModule, ABC):
             factors = repeat_factors(*self.image_classes(images), len(images), self.repeat_threshold)
         sampler = TrainSampler(
             len(images), self.batch_size, seed=self.seed, repeats=self.repeats, groups=self.groups(images),
-            factors=factors, **self._ranks,
+            factors=factors, size_of=self.size_schedule, **self._ranks,
         )  # fmt: skip
         fetch, residents = self._source("train")
         return TrainLoader(fetch, sampler, residents=residents, **self._loader_arguments("train"))
@@ -292,6 +298,10 @@ class ClassificationData(ImageData):
             mean=self.mean,
             in_chans=self.in_chans,
         )
+        # Transforms of training samples by size, if the size changes during training.
+        self._by_size = {
+            size: train(self.augment, size, mean=self.mean, in_chans=self.in_chans) for size in self.augment.sizes or ()
+        }
         self._batch_transform: BatchTransform | None = None
         self._residents: dict[str, Residents] = {}
 
@@ -302,6 +312,13 @@ class ClassificationData(ImageData):
     @abstractmethod
     def load(self, split: str) -> LabelledImages: ...
 
+    @property
+    def size_schedule(self) -> SizeSchedule | None:
+        if self.augment.sizes is None:
+            return None
+        epochs = self.trainer.max_epochs if self.trainer and self.trainer.max_epochs else 1
+        return SizeSchedule(self.augment.sizes, self.augment.size_by == "step", self.seed, epochs)
+
     def image_classes(self, images: LabelledImages) -> tuple[np.ndarray, np.ndarray]:
         return np.arange(len(images)), images.labels
 
@@ -310,7 +327,8 @@ class ClassificationData(ImageData):
 
     def _source(self, split: str) -> tuple[BatchFetcher, Callable[[dict], dict] | None]:
         images, train, device = self.images(split), self.train_transform, self._gpu
-        if device is not None and fits(images, train if split == "train" else self.eval_transform):
+        changes = split == "train" and self.augment.sizes is not None
+        if device is not None and not changes and fits(images, train if split == "train" else self.eval_transform):
             if split not in self._residents:
                 self._residents[split] = (
                     Residents.of_training(images, train, device) if split == "train"
@@ -318,11 +336,12 @@ class ClassificationData(ImageData):
                 )  # fmt: skip
             residents = self._residents[split]
             return BatchFetcher(Labels(images), residents.draw, self.collate), residents
-        if split == "train" and self.augment.decode is not None and isinstance(images, EncodedImages):
+        if split != "train":
+            return super()._source(split)
+        if self.augment.decode is not None and isinstance(images, EncodedImages):
             images = copy.copy(images)
             images.undecoded = True
-            return BatchFetcher(images, train, self.collate), None
-        return super()._source(split)
+        return BatchFetcher(images, train, self.collate, self._by_size), None
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         if self._batch_transform is None:

@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.decode import BrokenImage
 from datamodules.sampler import EvalSampler, Plan, TrainSampler
+from datamodules.sizes import Size
 
 logger = logging.getLogger(__name__)
 
@@ -138,31 +139,45 @@ class BatchFetcher(Dataset):
         dataset: the data set to read.
         transform: transform of a sample.
         collate: function that joins samples to a batch.
+        by_size: transforms of samples for the sizes that plans name.
 
     Raises:
         ValueError: if `MAX_ATTEMPTS` images in a row are broken; raised when a batch is read.
     """
 
     def __init__(
-        self, dataset: ImageSet, transform: Callable[[dict], dict], collate: Callable[[Sequence[dict]], dict] = stack
+        self,
+        dataset: ImageSet,
+        transform: Callable[[dict], dict],
+        collate: Callable[[Sequence[dict]], dict] = stack,
+        by_size: Mapping[Size, Callable[[dict], dict]] | None = None,
     ):
         self.dataset, self.transform, self.collate = dataset, transform, collate
+        self.by_size = {} if by_size is None else by_size
 
     def __getitem__(self, plan: Plan) -> dict:
         broken: list[tuple[int, str]] = []
+        transform = self.transform if plan.size is None else self.by_size[plan.size]
         with private_rng():
             pairs = zip(plan.index, plan.copy, strict=True)
-            batch = self.collate([self._sample(index, copy, plan.key, broken) for index, copy in pairs])
+            batch = self.collate([self._sample(index, copy, plan.key, transform, broken) for index, copy in pairs])
         batch["broken"] = broken
         return batch if plan.seed is None else batch | {"seed": plan.seed}
 
-    def _sample(self, index: int, copy: int, key: tuple[int, int] | None, broken: list[tuple[int, str]]) -> dict:
+    def _sample(
+        self,
+        index: int,
+        copy: int,
+        key: tuple[int, int] | None,
+        transform: Callable[[dict], dict],
+        broken: list[tuple[int, str]],
+    ) -> dict:
         if key is not None:
             seed_rng(*key, index, copy)
         for _ in range(MAX_ATTEMPTS):
             try:
                 sample = self.dataset[index] if index >= 0 else self.dataset.blank
-                return self.transform(sample) | {"index": np.int64(index)}
+                return transform(sample) | {"index": np.int64(index)}
             except BrokenImage as error:
                 broken.append((index, str(error)))
                 index = -1 if key is None else random.randrange(len(self.dataset))

@@ -6,13 +6,14 @@ the same samples per step as one process with B·W samples.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from datamodules.images import index_in_class
+from datamodules.sizes import Size
 from retinue.utils.arithmetic import ceil_div
 
 
@@ -24,12 +25,14 @@ class Plan(NamedTuple):
         copy: (B,) number of each sample among the repeats of its image within the epoch, from 0.
         key: (seed, epoch), the source of the samples' randomness. None means that nothing is random.
         seed: seed of what is drawn once for the whole batch; None in evaluation.
+        size: size of the images; None is the data's.
     """
 
     index: list[int]
     copy: list[int]
     key: tuple[int, int] | None = None
     seed: int | None = None
+    size: Size | None = None
 
 
 class TrainSampler(Sampler[Plan]):
@@ -49,6 +52,7 @@ class TrainSampler(Sampler[Plan]):
             epoch. None means no groups.
         factors: (length,) expected number of times, at least 1, that each sample is drawn for the order of an epoch, of
             which the first `length` entries are taken; see `repeat_factors`. None draws each sample once.
+        size_of: size of the images of a batch by (epoch, step). None is the data's size.
         rank: global rank of this process.
         world_size: number of processes.
 
@@ -65,13 +69,14 @@ class TrainSampler(Sampler[Plan]):
         repeats: int = 1,
         groups: np.ndarray | None = None,
         factors: np.ndarray | None = None,
+        size_of: Callable[[int, int], Size] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ):
         if length < world_size:
             raise ValueError(f"{length} training images cannot be shared among {world_size} processes")
         self.length, self.seed, self.repeats, self.groups = length, seed, repeats, groups
-        self.factors = factors
+        self.factors, self.size_of = factors, size_of
         self.batch_size = min(batch_size, length // world_size)
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
@@ -97,9 +102,11 @@ class TrainSampler(Sampler[Plan]):
         for step in range(start, len(self)):
             entries = slice(step * size + self.rank, (step + 1) * size, self.world_size)
             batch_rng = random.Random(repr((self.seed, self.epoch, step, self.rank)))
+            size_of_images = self.size_of(self.epoch, step) if self.size_of else None
             yield Plan(
-                order[entries].tolist(), copy[entries].tolist(), (self.seed, self.epoch), batch_rng.getrandbits(63)
-            )
+                order[entries].tolist(), copy[entries].tolist(), (self.seed, self.epoch), batch_rng.getrandbits(63),
+                size_of_images,
+            )  # fmt: skip
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of `epoch`; an epoch that is being resumed continues where it stopped."""

@@ -19,6 +19,7 @@ from torchvision.transforms import Compose
 
 from datamodules.auto_augment import OpSampler, accelerate, apply_ops
 from datamodules.decode import EncodedJPEG
+from datamodules.sizes import Size
 from retinue.utils.suggestions import nearest
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -55,6 +56,9 @@ class Augment:
         label_smoothing: share of a mixed target that is spread over all classes. Without mixing, the loss smooths.
         device: gpu applies `auto_augment` and `color_jitter` to batches on the device that trains; the ops and their
             strengths are drawn on the CPU all the same. None applies them on the CPU.
+        sizes: sizes of training images, each a side or (height, width): stages of equal length in which the size of all
+            images is the next one. None means the data's image size.
+        size_by: step draws one of `sizes` for each batch instead. See `datamodules.sizes`.
         decode: reduced decodes JPEGs at 1/2, 1/4 or 1/8 of their size where the crop stays at least as large as the
             image size. None decodes them whole.
     """
@@ -77,6 +81,8 @@ class Augment:
     label_smoothing: float = 0.0
     device: str | None = None
     decode: str | None = None
+    sizes: tuple[Size, ...] | None = None
+    size_by: str | None = None
 
     @classmethod
     def from_config(cls, config: Mapping | None) -> "Augment":
@@ -89,6 +95,8 @@ class Augment:
         for key in ("scale", "ratio"):
             if values.get(key) is not None:
                 values[key] = tuple(values[key])
+        if values.get("sizes") is not None:
+            values["sizes"] = tuple(size if isinstance(size, int) else tuple(size) for size in values["sizes"])
         augment = cls(**values)
         augment._check()
         return augment
@@ -111,6 +119,9 @@ class Augment:
         require(self.erasing_mode in ("pixel", "rand", "const"), "erasing_mode", "pixel, rand or const")
         require(self.device in (None, "gpu"), "device", "gpu or null")
         require(self.decode in (None, "reduced"), "decode", "reduced or null")
+        require(self.sizes is None or len(self.sizes) > 0, "sizes", "one or more sizes, or null")
+        require(self.size_by in (None, "step"), "size_by", "step or null")
+        require(self.size_by is None or self.sizes is not None, "size_by", "null without augment.sizes")
 
 
 def _is_range(value: Any) -> bool:

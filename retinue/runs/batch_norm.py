@@ -95,6 +95,8 @@ def estimate(trainer: pl.Trainer, task: Task, batches: int) -> None:
         layer.momentum = None
     task.model.train()
     loader = trainer.datamodule.train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
+    # Statistics for evaluation are those of images of the data's size.
+    loader.sampler.size_of = None
     with private_rng(task.device), trainer.precision_plugin.train_step_context():
         for batch in islice(loader, batches):
             task.observe(trainer.strategy.batch_to_device(batch))

@@ -24,6 +24,8 @@ from retinue.utils.files import link_or_copy, remove_temporaries, replacing
 log = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+# Mean of the best epochs' weights, which is tested with recipe.average_best.
+AVERAGE = "average.safetensors"
 # Keys of every checkpoint from which a run goes on.
 WHOLE = {"state_dict", "global_step", "epoch", "optimizer_states", "lr_schedulers", "loops", "callbacks"}
 # A complete checkpoint that has not been renamed to LAST yet.
@@ -58,6 +60,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Checkpoints(Checkpoint):
     """Keep `last.ckpt`, the checkpoint before it as `previous.ckpt`, and `best.ckpt` by a validation figure.
 
+    With `top_k`, the checkpoints of the `top_k` best epochs are kept too, as `epoch-0012.ckpt` and the like.
+
     A checkpoint is saved at the end of every epoch; within an epoch every `every_steps` steps and every
     `every_minutes` minutes; and when SIGTERM, Ctrl-C or SIGUSR2 (Slurm's time limit is near) asks the run to stop. The
     run then saves at the next optimiser step, or after a validation that is under way. A signal that comes more than
@@ -69,24 +73,45 @@ class Checkpoints(Checkpoint):
         monitor: name of the figure, such as `val/top1`; its highest value is the best.
         every_minutes: minutes between two checkpoints within an epoch; None for no limit.
         every_steps: optimiser steps between two checkpoints within an epoch; None for no limit.
+        top_k: number of best epochs whose checkpoints are kept; None keeps the best one only, as `best.ckpt`.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
     # Optimiser steps after which the ranks agree on whether to save or stop. Each agreement waits for the GPU.
     AGREE_EVERY = 20
 
-    def __init__(self, folder: Path, monitor: str, every_minutes: float | None = None, every_steps: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        monitor: str,
+        every_minutes: float | None = None,
+        every_steps: int | None = None,
+        top_k: int | None = None,
+    ):
         self.folder, self.monitor = folder, monitor
-        self.every_minutes, self.every_steps = every_minutes, every_steps
+        self.every_minutes, self.every_steps, self.top_k = every_minutes, every_steps, top_k
         self.best = float("-inf")
+        # Figure of each epoch whose checkpoint is kept, by the number of epochs that were finished.
+        self.kept: dict[int, float] = {}
         self._saved_at = time.monotonic()
         self._signal, self._asked_at = 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "kept": self.kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+        # Checkpoints of before `top_k` have no such entry.
+        self.kept = state_dict.get("kept", {})
+
+    @property
+    def best_epochs(self) -> list[int]:
+        """The kept epochs from the best to the worst; of epochs with equal figures the earlier one is better."""
+        return sorted(self.kept, key=lambda epoch: (-self.kept[epoch], epoch))
+
+    def path_of(self, epoch: int) -> Path:
+        """Return the path of the checkpoint of a kept epoch."""
+        return self.folder / f"epoch-{epoch:04}.ckpt"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -120,11 +145,15 @@ class Checkpoints(Checkpoint):
             self._stop(trainer, stop)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        # With trainer.check_val_every_n_epoch, an epoch without a validation has no figures.
+        # With recipe.val_every, an epoch without a validation has no figures.
         score = pl_module.val_figures.get(self.monitor, -math.inf)
         # A net without a finite figure or loss is never the best; max() would keep a NaN for good.
-        is_best = score > self.best and math.isfinite(pl_module.val_figures.get("val/loss", 0.0))
+        is_finite = math.isfinite(score) and math.isfinite(pl_module.val_figures.get("val/loss", 0.0))
+        is_best = is_finite and score > self.best
         self.best = score if is_best else self.best
+        if self.top_k is not None and is_finite:
+            self.kept[trainer.current_epoch + 1] = score
+            self.kept = {epoch: self.kept[epoch] for epoch in self.best_epochs[: self.top_k]}
         self.save(trainer, is_best)
         stop, _ = self._agree(trainer, self._signal, False, always=True)
         if stop:
@@ -150,9 +179,14 @@ class Checkpoints(Checkpoint):
             if is_best:
                 # Write best.ckpt first: after a kill in between, the older last.ckpt repeats the epoch and rewrites it.
                 link_or_copy(new, self.folder / BEST)
+            if trainer.current_epoch + 1 in self.kept:
+                link_or_copy(new, self.path_of(trainer.current_epoch + 1))
             if last.exists():
                 os.replace(last, self.folder / PREVIOUS)
             os.replace(new, last)
+            for path in self.folder.glob("epoch-*.ckpt"):
+                if path not in map(self.path_of, self.kept):
+                    path.unlink()
             discard(run)
         self._saved_at = time.monotonic()
 

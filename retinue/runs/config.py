@@ -178,7 +178,7 @@ def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -
             section = key.split(".")[0] if key in groups else key
             OmegaConf.update(run_cfg, section, OmegaConf.select(cfg, section), force_add=True)
         if cfg.weights is None:
-            run_cfg.weights = str(_best_checkpoint(folder))
+            run_cfg.weights = str(best_checkpoint(folder))
         cfg = run_cfg
     cfg.trainer.accumulate_grad_batches = 1
     batch_size = cfg.task.eval_batch if cfg.batch_size is None else cfg.batch_size
@@ -187,8 +187,14 @@ def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -
     return cfg
 
 
-def _best_checkpoint(run: Path) -> Path:
-    for name in ("best.ckpt", "last.ckpt"):
+def best_checkpoint(run: Path) -> Path:
+    """Return the file with the weights of a run that are tested, or so far the newest ones.
+
+    Raises:
+        ValueError: the run has no checkpoint yet.
+    """
+    # retinue.runs.checkpoints has the same names.
+    for name in ("average.safetensors", "best.ckpt", "last.ckpt"):
         if (run / "checkpoints" / name).exists():
             return run / "checkpoints" / name
     raise ValueError(f"{run} has no checkpoint yet")

@@ -42,6 +42,7 @@ NOT_RESULT = {
     ),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
     "data": ("num_workers", "own"),
+    "task": ("log_grad_norm",),
 }
 
 # Section or key -> the key that switches it off when it is null.

@@ -42,6 +42,9 @@ class Pruning(Callback):
         self._trial: optuna.Trial | None = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self.monitor not in pl_module.val_figures:
+            # With recipe.val_every, this epoch had no validation.
+            return
         epoch = trainer.current_epoch + 1
         in_warmup = trainer.global_step < self.warmup_steps
         stop = trainer.is_global_zero and self._must_stop(epoch, pl_module.val_figures[self.monitor], in_warmup)

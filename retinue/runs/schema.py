@@ -39,6 +39,9 @@ class Checkpoint(Keys):
 
     every_minutes: Positive | None = Field(description="minutes between two checkpoints in an epoch; null: no limit")
     every_steps: Count | None = Field(description="steps between two checkpoints in an epoch; null: no limit")
+    top_k: Count | None = Field(
+        None, description="number of best epochs whose checkpoints are kept; null: the best one"
+    )
 
 
 class Ops(Keys):
@@ -116,18 +119,22 @@ class Training(Common):
     callbacks: Objects
 
     @model_validator(mode="after")
-    def _has_no_sharded_average(self) -> Self:
-        if self.trainer.strategy == "fsdp" and self.recipe.ema.decay is not None:  # pyright: ignore[reportAttributeAccessIssue]
+    def _clips_whole_weights(self) -> Self:
+        if self.trainer.strategy == "fsdp" and self.recipe.clip_mode == "agc":  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(
-                "trainer.strategy=fsdp has no average of the weights: recipe.ema.decay=null, or trainer=ddp"
+                "trainer.strategy=fsdp has no recipe.clip_mode=agc, which needs whole weights: recipe.clip_mode=null "
+                "clips by the norm of all gradients, or trainer.strategy=ddp"
             )
         return self
 
     @model_validator(mode="after")
-    def _has_graphs_on_one_device(self) -> Self:
+    def _has_graphs_on_one_device_for_one_size(self) -> Self:
         several = self.trainer.devices * self.trainer.num_nodes > 1
         if several and self.task.compile == "reduce-overhead":  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError("task.compile=reduce-overhead is for one device: task.compile=true compiles for several")
+        sizes = getattr(self.recipe.augment, "sizes", None)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.task.compile == "reduce-overhead" and sizes is not None:  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError("task.compile=reduce-overhead is for one image size: task.compile=true takes several")
         return self
 
 

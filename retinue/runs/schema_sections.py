@@ -77,7 +77,6 @@ class Trainer(Keys):
     )
     limit_train_batches: Batches = Field(description="number, or share with a decimal point, of an epoch's batches")
     limit_val_batches: Batches = Field(description="the same for validation")
-    check_val_every_n_epoch: Count = Field(1, description="epochs from one validation to the next")
     log_every_n_steps: Count = Field(description="steps between two rows of metrics.csv")
     deterministic: bool | Literal["warn"] = Field(description="true: refuse operations that are not deterministic")
     sync_batchnorm: bool = Field(description="batch norm's statistics are those of all devices together")
@@ -86,11 +85,14 @@ class Trainer(Keys):
 class Optimizer(Keys):
     """`recipe.optimizer`; further keys are arguments of timm's optimisers."""
 
-    name: Name = Field(description="adamw, lamb, sgd or any other optimiser of timm")
+    name: Name = Field(description="adamw, lamb, sgd, muon or any other optimiser of timm")
     lr: Positive = Field(
         description="all learning rates are for lr_batch_size images a step; they scale linearly with batch_size"
     )
     lr_batch_size: Count = Field(description="images a step that the learning rates are for")
+    lr_scaling: Literal["sqrt"] | None = Field(
+        None, description="sqrt: they scale with the square root of batch_size; null: linearly"
+    )
     weight_decay: NonNegative = Field(description="norms and biases have none")
     layer_decay: PositiveShare | None = Field(
         None, description="factor on the learning rate from each layer to the one below"
@@ -106,8 +108,8 @@ class Optimizer(Keys):
 class Schedule(Keys):
     """`recipe.schedule`."""
 
-    kind: Literal["cosine", "step", "poly"] = Field(
-        description="step needs milestones (in epochs) and gamma; poly needs power"
+    kind: Literal["cosine", "step", "poly", "plateau"] = Field(
+        description="step needs milestones (in epochs) and gamma; poly needs power; plateau needs patience and gamma"
     )
     warmup_epochs: NonNegative | None = Field(None, description="epochs in which the learning rate rises linearly")
     warmup_steps: WholeNumber | None = Field(None, description="steps in which the learning rate rises linearly")
@@ -116,17 +118,23 @@ class Schedule(Keys):
     milestones: Annotated[list[NonNegative], Field(min_length=1)] | None = Field(
         None, description="epochs after which the learning rate is multiplied by gamma"
     )
-    gamma: Positive | None = Field(None, description="factor of the learning rate at a milestone")
+    gamma: Positive | None = Field(None, description="factor of the learning rate at a milestone or a plateau")
+    patience: WholeNumber | None = Field(
+        None, description="validations without a better figure after which the next one is a plateau"
+    )
     power: Positive | None = Field(None, description="exponent of the polynomial")
 
     @model_validator(mode="after")
     def _has_what_its_kind_needs(self) -> Self:
         for kind, key, example in (
             ("step", "milestones", "[8,11]"), ("step", "gamma", "0.1"), ("poly", "power", "0.9"),
+            ("plateau", "patience", "5"), ("plateau", "gamma", "0.1"),
         ):  # fmt: skip
             if self.kind == kind and getattr(self, key) is None:
                 name = f"recipe.schedule.{key}"
                 raise ValueError(f"recipe.schedule.kind={kind} needs {name}, such as +{name}={example}")
+        if self.kind == "plateau" and self.gamma is not None and self.gamma >= 1:
+            raise ValueError(f"recipe.schedule.gamma must be below 1 with kind=plateau, not {self.gamma:g}")
         if self.warmup_epochs is None and self.warmup_steps is None:
             raise ValueError("recipe.schedule.warmup_epochs or warmup_steps must be a number (0: no warm-up), not null")
         return self
@@ -150,13 +158,30 @@ class Recipe(Keys):
     reduced_from: Count | None = Field(
         None, description="batch size that a small training set has reduced, in recipes that permit this"
     )
+    val_every: Count | None = Field(
+        None, description="epochs from one validation to the next; the last epoch has one too; null: 1"
+    )
+    average_best: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="number of best checkpoints whose mean is tested; null: the best one is tested"
+    )
     clip_grad: Positive | None = Field(description="maximum norm of the gradients; null: no clipping")
+    clip_mode: Literal["agc"] | None = Field(
+        None,
+        description="agc: clip_grad is the largest ratio of the norms of an output's gradient and of its weights, "
+        "such as 0.01",
+    )
     freeze: FrozenParts | None = Field(
         None, description="parts of the net that stay as they are: [backbone], [norms], [stem,stage1], [stem,block1-8]"
     )
     optimizer: Optimizer
     schedule: Schedule = Field(description="by step")
     ema: Average = Field(description="average of the weights; if there is one, it is evaluated and saved")
+
+    @model_validator(mode="after")
+    def _clips_by_a_number(self) -> Self:
+        if self.clip_mode is not None and self.clip_grad is None:
+            raise ValueError(f"recipe.clip_mode={self.clip_mode} needs recipe.clip_grad, such as recipe.clip_grad=0.01")
+        return self
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:
@@ -199,6 +224,10 @@ class ClassificationAugment(Keys):
     device: Literal["gpu"] | None = Field(
         None, description="gpu: auto_augment and color_jitter change batches on the device that trains; null: the CPU"
     )
+    sizes: Annotated[list[Sides], Field(min_length=1)] | None = Field(
+        None, description="sizes of training images in pixels, in stages of equal length; null: data.image_size"
+    )
+    size_by: Literal["step"] | None = Field(None, description="step: each batch draws one of the sizes")
     decode: Literal["reduced"] | None = Field(
         None, description="reduced: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crop permits"
     )

@@ -29,6 +29,7 @@ class Task(Keys):
     )
     channels_last: bool = Field(description="keep images and the weights of convolutions in channels-last memory")
     grad_checkpointing: bool = Field(description="recompute blocks in the backward pass: less memory, more time")
+    log_grad_norm: bool = Field(False, description="log the norm of the gradients, before clipping, as train/grad_norm")
 
 
 FIGURE = "figure that chooses the best checkpoint (in validation) and that a sweep compares (in the test)"

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ from pytorch_lightning.plugins.environments import (
 )
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
+from safetensors.torch import save_file
+from torch import Tensor
 
 from models import load_weights
+from models.complexity import complexity
+from models.merging import contiguous, mean, read_state
 from ops.backend import set_backend
 from retinue.evaluation.plots import plot_curves
 from retinue.runs.batch_norm import BatchNormStatistics
-from retinue.runs.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints, find_resume
+from retinue.runs.checkpoints import AVERAGE, BEST, LAST, AtomicCheckpointIO, Checkpoints, find_resume
 from retinue.runs.config import PRECISIONS, check, per_device_batch, world_size
 from retinue.runs.ema import EMA
 from retinue.runs.folders import foreign_content, no_empty_folder, refuse_inside_a_run
@@ -121,6 +125,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     datamodule.batch_size = per_device_batch(cfg)
     check_limits(cfg, datamodule)
     task = build_task(cfg, datamodule)
+    check_sizes(task, datamodule)
     checkpoints = folder / "checkpoints"
     resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints, task.state_dict())
     if resume is None and cfg.weights:
@@ -144,7 +149,10 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     if cfg.recipe.ema.decay is not None:
         callbacks.append(EMA(cfg.recipe.ema.decay, cfg.recipe.ema.warmup))
     statistics = BatchNormStatistics()
-    callbacks += [statistics, training_log, Checkpoints(checkpoints, f"val/{cfg.task.figure}", **cfg.checkpoint)]
+    kept = [count for count in (cfg.checkpoint.get("top_k"), cfg.recipe.get("average_best")) if count is not None]
+    settings = dict(cfg.checkpoint) | {"top_k": max(kept, default=None)}
+    saving = Checkpoints(checkpoints, f"val/{cfg.task.figure}", **settings)
+    callbacks += [statistics, training_log, saving]
     loggers = [MetricsCSV(folder / "metrics.csv", step)]
     loggers += [instantiate(spec, from_step=step) for spec in cfg.logger.values()]
     steps_per_epoch = images // cfg.recipe.batch_size
@@ -153,10 +161,10 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     trainer.fit(task, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     epochs, steps = trainer.current_epoch, trainer.global_step
 
-    best = checkpoints / BEST
     # A strategy may have sharded the net of the trained task, so build a new one for the test.
     task = build_task(cfg, datamodule)
-    load_weights(task.model, best if best.exists() else checkpoints / LAST)
+    averaged = saving.best_epochs[: cfg.recipe.get("average_best") or 0]
+    load_weights(task.model, weights_to_test(saving, averaged))
     metrics = test(cfg, task, datamodule)
     params, macs = task.complexity(datamodule)
     result = {
@@ -169,6 +177,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
         **task.frozen_note,
         "epochs": epochs,
         "steps": steps,
+        **({"averaged_epochs": averaged} if averaged else {}),
         "seconds": round(training_log.seconds, 2),
         "session_seconds": round(time.monotonic() - began, 2),
         "images_per_second": training_log.images_per_second,
@@ -184,6 +193,18 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
         write_result(folder, result)
         draw_curves(folder)
     return result
+
+
+def weights_to_test(checkpoints: Checkpoints, averaged: Sequence[int]) -> Path | dict[str, Tensor]:
+    """Return the mean of the weights of the epochs `averaged`, which is also written, or the path of the best ones."""
+    folder = checkpoints.folder
+    if not averaged:
+        return folder / BEST if (folder / BEST).exists() else folder / LAST
+    state = mean(read_state(checkpoints.path_of(epoch)) for epoch in averaged)
+    if rank_zero_only.rank == 0:
+        with replacing(folder / AVERAGE) as path:
+            save_file(contiguous(state), path)
+    return state
 
 
 def draw_curves(folder: Path) -> None:
@@ -212,6 +233,20 @@ def check_limits(cfg: DictConfig, datamodule: pl.LightningDataModule) -> None:
                 f"trainer.limit_{split}_batches={share:g} of {count} batches is less than one; "
                 f"trainer.limit_{split}_batches=1 takes one batch"
             )
+
+
+def check_sizes(task: Task, datamodule: Any) -> None:
+    """Refuse sizes of training images that the net does not take.
+
+    Raises:
+        ValueError: `recipe.augment.sizes` has such a size.
+    """
+    for size in datamodule.size_schedule.sizes if datamodule.size_schedule else ():
+        try:
+            complexity(task.model, size, datamodule.in_chans)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"recipe.augment.sizes: the net takes no images of {size} px ({reason})") from error
 
 
 def result_labels(cfg: DictConfig) -> dict[str, str]:
@@ -248,7 +283,7 @@ def build_data(cfg: DictConfig) -> Any:
 def build_task(cfg: DictConfig, datamodule: Any) -> Any:
     """Return the LightningModule of `cfg.task` with its net."""
     return instantiate(
-        _arguments(cfg.task, "name", "figure", "eval_batch", "losses", "class_weights"),
+        _arguments(cfg.task, "name", "eval_batch", "losses", "class_weights"),
         model=get_class(cfg.task._target_).build_net(cfg, datamodule),
         recipe=OmegaConf.to_container(cfg.recipe, resolve=True),
         num_classes=datamodule.num_classes,
@@ -363,8 +398,6 @@ def quiet_libraries() -> None:
         ".*in eval mode at the start of training.*",
         ".*srun. command is available.*",
         ".*isinstance.treespec, LeafSpec.*",
-        # Our configure_model shards the net only if there is no average of the weights.
-        ".*overrides the configure_model.*",
         # Tasks collect predictions themselves.
         ".*predict returned None.*",
         # Logged figures have been summed over the ranks already.

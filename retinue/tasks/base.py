@@ -19,7 +19,9 @@ from models.weights import load_weights
 from retinue.evaluation.contributions import Contributions
 from retinue.tasks.compilation import compile_net, seconds_gained
 from retinue.tasks.freezing import freeze, keep_in_evaluation
-from retinue.tasks.optimization import check_optimizer, create_optimizer, create_schedule
+from retinue.tasks.not_finite import save_batch
+from retinue.tasks.optimization import check_optimizer, clip_adaptively, create_optimizer, create_schedule
+from retinue.tasks.plateau import PlateauScheduler
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class Task(pl.LightningModule):
             graphs; or "auto", which compiles on a GPU if the training is long enough to pay for it.
         channels_last: Keep the weights of convolutions in channels-last memory.
         grad_checkpointing: Recompute blocks in the backward pass, which takes less memory and more time.
+        figure: Name of the validation figure, without `val/`, that a plateau schedule follows.
+        log_grad_norm: Log the mean norm of the gradients over the steps, before clipping, as `train/grad_norm`.
 
     Attributes:
         val_figures: Figures of the epoch's validation by name: `val/loss`, ...; empty before it.
@@ -60,18 +64,25 @@ class Task(pl.LightningModule):
         compile: bool | str = False,
         channels_last: bool = True,
         grad_checkpointing: bool = False,
+        figure: str | None = None,
+        log_grad_norm: bool = False,
     ):
         super().__init__()
         check_optimizer(recipe)
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model  # pyright: ignore[reportCallIssue]
-        self.recipe = recipe
+        self.recipe, self.figure = recipe, figure
         self.frozen_modules = freeze(model, recipe["freeze"]) if recipe.get("freeze") else []
         self.compile_choice, self.cuda_graphs = compile, compile == "reduce-overhead"
         if grad_checkpointing:
             model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
         # Sums since the last row of the log: of figure * images by the figure's name, and the number of `images`.
         self._sums: dict[str, Tensor] = {}
-        self._first_bad_step: Tensor | None = None
+        self.log_grad_norm = log_grad_norm
+        # Images since the last optimiser step.
+        self._step_images = 0
+        # First batch of the epoch whose loss is not finite; infinity if there is none.
+        self._first_bad_batch: Tensor | None = None
+        self._batch_idx = 0
         # True for the first batch of an optimiser step; updated with CUDA graphs only.
         self._first_of_step = True
         self.val_figures: dict[str, float] = {}
@@ -138,7 +149,7 @@ class Task(pl.LightningModule):
     @property
     def compiled_part(self) -> tuple[nn.Module, bool]:
         """The part of the net that is compiled, and whether all images have one size."""
-        return self.model, True
+        return self.model, self.recipe["augment"].get("sizes") is None
 
     def setup(self, stage: str) -> None:
         if not self.compile_choice:
@@ -183,6 +194,14 @@ class Task(pl.LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        if self.recipe.get("clip_mode") == "agc":
+            clip_adaptively(self.model, gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def steps_per_epoch(self) -> int:
         """Return the number of optimiser steps of an epoch.
 
@@ -197,13 +216,31 @@ class Task(pl.LightningModule):
         # trainer.sync_batchnorm has replaced the batch norms by new modules.
         keep_in_evaluation(self.model, self.frozen_modules)
 
+    def on_train_start(self) -> None:
+        # A run that is resumed within an epoch does not start this epoch again.
+        self._plan_validation()
+
     def on_train_epoch_start(self) -> None:
         self.val_figures = {}
+        self._plan_validation()
+
+    def _plan_validation(self) -> None:
+        """Validate every `val_every` epochs and in the last epoch, if the recipe says so."""
+        if (every := self.recipe.get("val_every")) is not None:
+            is_last = self.current_epoch + 1 == self.trainer.max_epochs
+            self.trainer.check_val_every_n_epoch = 1 if is_last else every
+
+    def on_train_epoch_end(self) -> None:
+        schedule = self.lr_schedulers()
+        # TrainingLog has logged the rate of the epoch, and Checkpoints saves the new one.
+        if isinstance(schedule, PlateauScheduler) and self.val_figures:
+            schedule.observe(self.val_figures[f"val/{self.figure}"], self.global_step)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout and drop path follow from (seed, epoch, batch, rank), so a resumed run draws the same numbers as a run
         # without interruption.
         torch.manual_seed(batch["seed"])
+        self._batch_idx = batch_idx
         if self.cuda_graphs:
             self._first_of_step = batch_idx % self.trainer.accumulate_grad_batches == 0
             if self._first_of_step:
@@ -217,6 +254,14 @@ class Task(pl.LightningModule):
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad = parameter.grad.clone()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.log_grad_norm:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self._add("grad_norm", _precise(norm) * self._step_images)
+            self._step_images = 0
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.cuda_graphs:
@@ -234,10 +279,10 @@ class Task(pl.LightningModule):
 
     def observe(self, batch: Any) -> None:
         """Run a training step's forward pass for the layers that keep statistics; nothing is logged."""
-        kept, self._sums = (self._sums, self._first_bad_step), {}
+        kept, self._sums = (self._sums, self._first_bad_batch, self._step_images), {}
         torch.manual_seed(batch["seed"])
         self.training_step(batch, 0)
-        self._sums, self._first_bad_step = kept
+        self._sums, self._first_bad_batch, self._step_images = kept
 
     def track(self, loss: Tensor, images: int, **figures: Tensor) -> None:
         """Add a batch to the running means of the log.
@@ -249,12 +294,12 @@ class Task(pl.LightningModule):
         """
         figures = {"loss": loss, **figures}
         for name, value in figures.items():
-            value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
-            self._add(name, value * images)
+            self._add(name, _precise(value) * images)
         self._add("images", torch.full_like(self._sums["loss"], images))
+        self._step_images += images
 
-        step = torch.where(torch.isfinite(loss.detach()), math.inf, float(self.global_step))
-        self._first_bad_step = step if self._first_bad_step is None else torch.minimum(self._first_bad_step, step)
+        batch = torch.where(torch.isfinite(loss.detach()), math.inf, float(self._batch_idx))
+        self._first_bad_batch = batch if self._first_bad_batch is None else torch.minimum(self._first_bad_batch, batch)
 
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -282,15 +327,20 @@ class Task(pl.LightningModule):
         return {f"train/{name}": value / images for name, value in sums.items()}
 
     def check_finite(self) -> None:
-        """Check that every loss since the start, and every weight and buffer now, is finite.
+        """Check that every loss of the epoch, and every weight and buffer now, is finite.
+
+        The batch of the first loss that is not is written into the run's folder (`save_batch`).
 
         Raises:
             ValueError: A loss, a weight or a buffer is NaN or infinite.
         """
-        first_bad_step = math.inf if self._first_bad_step is None else float(self._first_bad_step)
-        if math.isfinite(first_bad_step):
+        first_bad_batch = math.inf if self._first_bad_batch is None else float(self._first_bad_batch)
+        if math.isfinite(first_bad_batch):
+            batch = int(first_bad_batch)
+            step = self.current_epoch * self.steps_per_epoch() + batch // self.trainer.accumulate_grad_batches
+            path = save_batch(self.trainer, batch, step)
             raise ValueError(
-                f"the loss is not finite at step {int(first_bad_step)}; the last checkpoint is from before; "
+                f"the loss is not finite at step {step}; the last checkpoint is from before; {path} holds the batch; "
                 + NOT_FINITE_ADVICE
             )
         if not all_finite(state_of(self)):
@@ -306,6 +356,11 @@ class Task(pl.LightningModule):
         # The net may still be on the CPU, so take the device that it will train on.
         device = self.trainer.strategy.root_device
         self._sums = {name: value.to(device) for name, value in checkpoint.get("train_sums", {}).items()}
+
+
+def _precise(value: Tensor) -> Tensor:
+    """Return a scalar without its graph: float64, or float32 on devices where float64 is slow or missing."""
+    return value.detach().double() if value.device.type == "cpu" else value.detach().float()
 
 
 def state_of(module: nn.Module) -> list[Tensor]:

@@ -29,7 +29,7 @@ class TensorDropPath(nn.Module):
 
     def __init__(self, drop_prob: float):
         super().__init__()
-        # Not a buffer, since an average of the weights may have copied the net before.
+        # Not a buffer, which checkpoints would hold and an average of the weights would change.
         self.keep = torch.tensor(1 - drop_prob)
 
     def _apply(self, fn, *args, **kwargs):

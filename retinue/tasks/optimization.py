@@ -12,21 +12,28 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from timm.scheduler.poly_lr import PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
+from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 from torch.optim import Optimizer
 
+from models.openmmlab.interface import NET_PREFIX, DensePredictor
+from models.weights import classifier_of
+from retinue.tasks.plateau import PlateauScheduler
 from retinue.utils.suggestions import nearest
 
 log = logging.getLogger(__name__)
 
-SCHEDULES = ("cosine", "step", "poly")
+SCHEDULES = ("cosine", "step", "poly", "plateau")
+# timm's optimisers that orthogonalise the updates of matrices.
+MUON = ("muon", "nmuon", "adamuon", "nadamuon")
 
 
 def check_optimizer(recipe: Mapping) -> None:
     """Check that timm has the recipe's optimiser, and that the schedule is one of `SCHEDULES`.
 
     Raises:
-        ValueError: The optimiser or the schedule is unknown, or a step schedule has no milestones.
+        ValueError: The optimiser or the schedule is unknown, a step schedule has no milestones, or a plateau schedule
+            no patience or gamma.
     """
     name, known = recipe["optimizer"]["name"], [str(entry) for entry in timm.optim.list_optimizers()]
     if name not in known:
@@ -36,40 +43,100 @@ def check_optimizer(recipe: Mapping) -> None:
         raise ValueError(f"recipe.schedule.kind must be {', '.join(SCHEDULES)}, not {schedule['kind']!r}")
     if schedule["kind"] == "step" and not schedule.get("milestones"):
         raise ValueError("recipe.schedule.kind=step needs recipe.schedule.milestones, such as [8, 11] (epochs)")
+    if schedule["kind"] == "plateau" and None in (schedule.get("patience"), schedule.get("gamma")):
+        raise ValueError("recipe.schedule.kind=plateau needs recipe.schedule.patience and gamma, such as 5 and 0.1")
 
 
 def create_optimizer(model: nn.Module, recipe: Mapping) -> Optimizer:
     """Create the recipe's optimiser.
 
     Norms, biases and the parameters that `model.no_weight_decay()` names take no weight decay. The learning rate is
-    `optimizer.lr` * batch_size / `optimizer.lr_batch_size`. Two factors change it by layer:
+    `optimizer.lr` * `batch_scale`. Two factors change it by layer:
 
     - `optimizer.layer_decay`: a layer's rate is multiplied by this factor to the power of the layer's distance from the
       classifier (BEiT, arXiv:2106.08254).
     - `optimizer.backbone_factor`: the rates of `model.backbone` are multiplied by this factor.
 
     The other keys of `optimizer` are arguments of `timm.optim.create_optimizer_v2`; null ones are left out. On a GPU,
-    an optimiser with a fused form updates all weights in a few kernels.
+    an optimiser with a fused form updates all weights in a few kernels. The optimisers of `MUON` take the parameters
+    that `hidden_matrices` names; AdamW, which is a part of these optimisers, takes all others.
 
     Args:
         model: The net.
         recipe: A composed `conf/recipe/*.yaml`.
+
+    Raises:
+        ValueError: The optimiser is one of `MUON`, and the net has no hidden matrix.
     """
     settings = {key: value for key, value in recipe["optimizer"].items() if value is not None}
     settings["lr"] *= batch_scale(recipe)
-    del settings["lr_batch_size"]
+    for key in ("lr_batch_size", "lr_scaling"):
+        settings.pop(key, None)
     factor = settings.pop("backbone_factor", None)
     if "betas" in settings:
         settings["betas"] = tuple(settings["betas"])
     name = settings.pop("name")
     if on_gpu(model) and has_fused_form(name):
         settings.setdefault("fused", True)
+    if name in MUON:
+        settings["fallback_list"] = parameters_for_adamw(model, name)
     optimizer = timm.optim.create_optimizer_v2(model, opt=name, **settings)
     # A fused optimiser would scale fp16 gradients back by itself, after they were clipped. Let the scaler do it before.
     optimizer._step_supports_amp_scaling = False  # pyright: ignore[reportAttributeAccessIssue]
     if factor is not None:
         _scale_backbone_rates(optimizer, model.backbone, factor)  # pyright: ignore[reportArgumentType]
     return optimizer
+
+
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """Return the names of the weights of linear layers and 1 x 1 convolutions, without those of the classifier.
+
+    Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) is made for these: matrices between hidden
+    features. Patch embeddings and other larger convolutions, tables of positions, tokens, norms and biases are none.
+    Under a head, the matrices are those of the backbone.
+    """
+    layers = dict(model.named_modules())
+    weights = {name: layers[name.rpartition(".")[0]] for name, _ in model.named_parameters() if name.endswith("weight")}
+    matrices = {
+        name
+        for name, layer in weights.items()
+        if isinstance(layer, nn.Linear)
+        or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1)
+    }
+    if isinstance(model, DensePredictor):
+        return {name for name in matrices if name.startswith(NET_PREFIX)}
+    return matrices - classifier_of(model, matrices)
+
+
+def parameters_for_adamw(model: nn.Module, name: str) -> list[str]:
+    """Return the names of the parameters that an optimiser of `MUON` called `name` leaves to AdamW.
+
+    Raises:
+        ValueError: The net has no hidden matrix that could be trained by Muon.
+    """
+    matrices = hidden_matrices(model)
+    others = [name for name, _ in model.named_parameters() if name not in matrices]
+    if not any(parameter.requires_grad for name, parameter in model.named_parameters() if name in matrices):
+        raise ValueError(
+            f"recipe.optimizer.name={name} is for weights of linear layers and 1 x 1 convolutions, and the net trains "
+            "none; recipe.optimizer.name=adamw trains any net"
+        )
+    return others
+
+
+def clip_adaptively(model: nn.Module, factor: float) -> None:
+    """Clip gradients relative to the weights by adaptive gradient clipping (AGC, arXiv:2102.06171, section 4).
+
+    The norm of the gradient of each output unit becomes at most `factor` times the norm of the unit's weights, which
+    counts as at least 1e-3. The classifier's gradients stay as they are.
+
+    Args:
+        model: The net, whose gradients are changed in place.
+        factor: Largest ratio of the two norms, 0.01 in the paper.
+    """
+    parameters = dict(model.named_parameters())
+    classifier = classifier_of(model, parameters)
+    adaptive_clip_grad([parameter for name, parameter in parameters.items() if name not in classifier], factor)
 
 
 def on_gpu(model: nn.Module) -> bool:
@@ -108,6 +175,8 @@ def create_schedule(optimizer: Optimizer, recipe: Mapping, steps_per_epoch: int)
     - cosine: the rate falls to `min_lr` along half a cosine.
     - poly: the rate falls to `min_lr` as (1 - t / T) ** `power`.
     - step: the rate is multiplied by `gamma` after each epoch of `milestones`.
+    - plateau: the rate is multiplied by `gamma`, down to `min_lr`, after more than `patience` validations without a
+      better figure.
 
     The warm-up takes `warmup_steps` optimiser steps if that is set, else `warmup_epochs`. `warmup_lr` and `min_lr` are
     scaled with the batch size as `optimizer.lr` is.
@@ -133,6 +202,11 @@ def create_schedule(optimizer: Optimizer, recipe: Mapping, steps_per_epoch: int)
         "warmup_lr_init": schedule["warmup_lr"] * scale,
         "t_in_epochs": False,
     }
+    if schedule["kind"] == "plateau":
+        return PlateauScheduler(
+            optimizer, schedule["gamma"], schedule["patience"], schedule["min_lr"] * scale,
+            warmup_steps=common["warmup_t"], warmup_lr=common["warmup_lr_init"],
+        )  # fmt: skip
     if schedule["kind"] == "step":
         # timm changes the rate one step before a milestone.
         milestones = [round(epoch * steps_per_epoch) + 1 for epoch in schedule["milestones"]]
@@ -150,5 +224,9 @@ def total_epochs(recipe: Mapping, steps_per_epoch: int) -> int:
 
 
 def batch_scale(recipe: Mapping) -> float:
-    """Return the factor of all learning rates, which a recipe gives for `lr_batch_size` images per step."""
-    return recipe["batch_size"] / recipe["optimizer"]["lr_batch_size"]
+    """Return the factor of all learning rates, which a recipe gives for `lr_batch_size` images per step.
+
+    The factor is the ratio of the two batch sizes, or with `optimizer.lr_scaling` sqrt its square root.
+    """
+    ratio = recipe["batch_size"] / recipe["optimizer"]["lr_batch_size"]
+    return math.sqrt(ratio) if recipe["optimizer"].get("lr_scaling") == "sqrt" else ratio

@@ -21,6 +21,7 @@ IMAGENET = ("data=imagenet", "data.root=/data/in1k", "model=swin")
         "data=image_folder", "+model.args.drop_path_rate=0.3", "weights=start.pth", "recipe.clip_grad=5.0",
         "recipe.ema.decay=null", "task.distillation.teacher=resnet50", "recipe.augment.device=gpu",
         "recipe.augment.decode=reduced", "data.sampler=repeat_factor", "recipe.freeze=[stem]", "model.reduction=tome",
+        "recipe.val_every=2", "recipe.average_best=3", "recipe.augment.sizes=[8,16]", "recipe.optimizer.lr_scaling=sqrt",
     ],
 )  # fmt: skip
 def test_the_folder_changes_with_what_changes_the_result(override):
@@ -34,6 +35,7 @@ def test_the_folder_changes_with_what_changes_the_result(override):
         "data.num_workers=3", "logger=none", "trainer=cpu", "trainer.devices=2", "rerun=true",
         "checkpoint.every_steps=7", "task.distillation.alpha=0.7", "drop_classifier=true", "model.size=nano",
         "data.repeat_threshold=0.5", "recipe.freeze=null", "model.reduction=null",
+        "checkpoint.top_k=3", "task.log_grad_norm=true", "recipe.val_every=null", "recipe.augment.sizes=null",
     ],
 )  # fmt: skip
 def test_the_folder_stays_with_what_does_not(override):

@@ -56,7 +56,7 @@ def test_weights_buffers_and_their_average_are_looked_at():
     running[0] = float("nan")
     assert not all_finite(state_of(net))
     average = EMA(0.9, False)
-    average._average_model = net  # pyright: ignore[reportAttributeAccessIssue]
+    average._averages = state_of(net)
     with pytest.raises(ValueError, match="the average of the weights is not finite"):
         average.check_finite()
     # The norm of many large values overflows, the values do not.

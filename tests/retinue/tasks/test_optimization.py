@@ -92,7 +92,7 @@ def test_backbone_factor_holds_for_the_first_step():
 @pytest.mark.parametrize(
     ("schedule", "says"),
     [
-        ({"kind": "linear"}, "recipe.schedule.kind must be cosine, step, poly, not 'linear'"),
+        ({"kind": "linear"}, "recipe.schedule.kind must be cosine, step, poly, plateau, not 'linear'"),
         ({"kind": "step"}, r"recipe.schedule.kind=step needs recipe.schedule.milestones, such as \[8, 11\]"),
     ],
 )
