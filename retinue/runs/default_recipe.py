@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 def recipe_for(task: str, data: str, model: str, head: str) -> str:
     """Return the name of the default recipe; conf/train.yaml interpolates it into the defaults list.
 
-    On small data the task's small recipe is the default: `small_data`, `small_detection` or `small_segmentation`. On
+    On small data the task's small recipe is the default: `small_data`, `small_multi_label`, `small_detection` or `small_segmentation`. On
     other data it is the recipe that the head's yaml names, for classification the recipe that the model's yaml names.
     A model's yaml that names no recipe gets `deit`, a head's yaml that names none the task's small recipe.
 
@@ -23,6 +23,8 @@ def recipe_for(task: str, data: str, model: str, head: str) -> str:
     small = _declared("data", data, "kind", "small") == "small"
     if task == "classification":
         return "small_data" if small else _declared("model", model, "recipe", "deit")
+    if task == "multi_label":
+        return "small_multi_label" if small else "multi_label"
     head = f"default_{task}" if head == "none" else head
     return f"small_{task}" if small else _declared("head", head, "recipe", f"small_{task}")
 

@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from retinue.runs.preprocessing import resolved_data
 from retinue.utils.sizes import model_name, resolve, size_pixels
+from retinue.utils.tasks import CLASSIFIERS
 
 IDENTITY_VERSION = 2
 
@@ -127,7 +128,7 @@ def _resolved(cfg: Mapping) -> dict[str, Any]:
 def _chosen_net(config: Mapping[str, Any]) -> dict[str, Any]:
     model = config["model"]
     try:
-        dense = config["data"]["task"] != "classification"
+        dense = config["data"]["task"] not in CLASSIFIERS
         name, args = resolve(model, size_pixels(config["data"]), under_head=dense)
     except (KeyError, TypeError, ValueError):
         return {key: value for key, value in model.items() if key not in ("recipe", "sizes")}

@@ -226,6 +226,14 @@ class ClassificationRecipe(Recipe):
     augment: ClassificationAugment = Field(description="augmentation; docs/data.md explains it")
 
 
+class MultiLabelRecipe(ClassificationRecipe):
+    """`conf/recipe/*.yaml` for multi-label classification, which takes the recipes of classification too."""
+
+    loss: Literal["bce", "asl"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        description="bce: binary cross-entropy; asl: asymmetric loss, with the values of task.asl"
+    )
+
+
 class DenseRecipe(Recipe):
     """`conf/recipe/*.yaml` for detection, segmentation and panoptic segmentation."""
 

@@ -17,6 +17,7 @@ from retinue.runs.schema_sections import (
     Positive,
     PositiveShare,
     Share,
+    ShareBelowOne,
 )
 
 
@@ -63,6 +64,24 @@ class ClassificationTask(Task):
         {}, description="weights of the net's auxiliary losses by name; those not named are the paper's"
     )
     distillation: Distillation
+
+
+class AsymmetricLoss(Keys):
+    """`task.asl`."""
+
+    gamma_positive: NonNegative = Field(description="with recipe.loss=asl: focusing exponent of positives")
+    gamma_negative: NonNegative = Field(description="with recipe.loss=asl: focusing exponent of negatives")
+    margin: ShareBelowOne = Field(description="with recipe.loss=asl: probability up to which a negative has no loss")
+
+
+class MultiLabelTask(Task):
+    """`conf/task/multi_label.yaml`."""
+
+    figure: Literal["map", "f1_micro", "f1_macro"] = Field(description=FIGURE)
+    loss_weights: LossWeights = Field(
+        {}, description="weights of the net's auxiliary losses by name; those not named are the paper's"
+    )
+    asl: AsymmetricLoss = Field(description="asymmetric loss (arXiv:2009.14119)")
 
 
 class DetectionInference(Keys):
