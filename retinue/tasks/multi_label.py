@@ -59,6 +59,8 @@ class MultiLabel(Task):
         self.loss_weights = weights_of_losses(model, loss_weights or {})
         self._rank_scores: list[Scores] = []
         self.scores: Scores | None = None
+        # Entry `per_class` of the test's figures.
+        self.per_class: dict[str, Any] | None = None
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
@@ -129,7 +131,9 @@ class MultiLabel(Task):
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
         assert self.scores is not None
-        return summarize(self.scores, datamodule.class_names)
+        figures = summarize(self.scores, datamodule.class_names)
+        self.per_class = figures["per_class"]
+        return figures
 
     def contributions(self, datamodule: Any) -> Contributions:
         assert self.scores is not None
@@ -139,11 +143,14 @@ class MultiLabel(Task):
         return Contributions("multi_label", images, arrays)
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
-        """Write `predictions.csv` and `classes.csv`; with `predictions_folder` predictions."""
-        assert self.scores is not None
+        """Write `predictions.csv` and `classes.csv`; with `predictions_folder` predictions.
+
+        `test_figures` has been called.
+        """
+        assert self.scores is not None and self.per_class is not None
         names, classes = datamodule.names("test"), datamodule.class_names
         write_scores_csv(folder / "predictions.csv", self.scores, classes, names, with_truth=True)
-        write_classes_csv(folder / "classes.csv", self.test_figures(datamodule)["per_class"])
+        write_classes_csv(folder / "classes.csv", self.per_class)
         if self.predictions_folder:
             self.write_predictions(folder, datamodule)
 
