@@ -27,6 +27,8 @@ VALIDATION_EVERY = 5
 class MultiLabelData(ClassificationData):
     """Base class of images with labels (N, K): 1 for the classes in an image and 0 for the others."""
 
+    samplers = ("repeat_factor",)
+
     def image_classes(self, images: FileImages) -> tuple[np.ndarray, np.ndarray]:
         image, label = images.labels.nonzero()
         return image, label
