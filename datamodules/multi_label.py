@@ -141,8 +141,8 @@ class MultiLabelCSV(MultiLabelData):
                 if cell is None or cell.strip() not in (*PRESENT, *ABSENT):
                     found = "there is no such column" if cell is None else f"not {cell!r}"
                     raise ValueError(
-                        f"{path}, row {i + 1}, column {name!r}: expected 0 or 1, {found}; data.label_column=NAME is for "
-                        "a column with the names of classes, data.classes=[...] for some of the columns"
+                        f"{path}, row {i + 1}, column {name!r}: expected 0 or 1, {found}; data.label_column=NAME is "
+                        "for a column with the names of classes, data.classes=[...] for some of the columns"
                     )
                 labels[i, k] = cell.strip() in PRESENT
         return labels
@@ -177,7 +177,9 @@ class MultiLabelCSV(MultiLabelData):
             raise ValueError(f"{path}: expected a header and rows with the name of an image and its classes")
         for i, row in enumerate(rows):
             if "" in row or None in row.values():
-                raise ValueError(f"{path}, row {i + 1}: expected {len(reader.fieldnames or ())} cells, as in the header")
+                raise ValueError(
+                    f"{path}, row {i + 1}: expected {len(reader.fieldnames or ())} cells, as in the header"
+                )
         return path, rows
 
 

@@ -31,9 +31,10 @@ class Contributions:
         task: name of the task.
         images: name of each image, (N,).
         arrays: what the task's figures follow from, by name. Classification: whether each image is right (`top1`,
-            `top5`), its `loss`, `brier` score and `label`. Multi-label: the attributes of `Scores`. Segmentation: `areas` (N, 3, K) of `segmentation.areas`.
-            Panoptic: `counts` (N, 4, K) of `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`,
-            of boxes as `box_...` and of masks as `mask_...`.
+            `top5`), its `loss`, `brier` score and `label`. Multi-label classification: the attributes of `Scores`
+            except `index`. Segmentation: `areas` (N, 3, K) of `segmentation.areas`. Panoptic: `counts` (N, 4, K) of
+            `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`, of boxes as `box_...` and of
+            masks as `mask_...`.
     """
 
     task: str

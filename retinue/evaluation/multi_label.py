@@ -42,7 +42,9 @@ class Scores:
         index = np.concatenate([part.index for part in parts])
         _, first = np.unique(index, return_index=True)
         order = first[index[first] >= 0]
-        return Scores(*(np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(Scores)))
+        return Scores(
+            *(np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(Scores))
+        )
 
     @property
     def predicted(self) -> np.ndarray:
@@ -139,9 +141,7 @@ class Ranking:
         return np.concatenate([self.figures(draws), self.class_ap(draws), self.class_f1(draws)])
 
 
-def summarize(
-    scores: Scores, class_names: Sequence[str], *, resamples: int = 300, seed: int = 0
-) -> dict[str, Any]:
+def summarize(scores: Scores, class_names: Sequence[str], *, resamples: int = 300, seed: int = 0) -> dict[str, Any]:
     """Compute the figures of a test set, ready for JSON; rates are fractions of 1.
 
     Args:

@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 def recipe_for(task: str, data: str, model: str, head: str) -> str:
     """Return the name of the default recipe; conf/train.yaml interpolates it into the defaults list.
 
-    On small data the task's small recipe is the default: `small_data`, `small_multi_label`, `small_detection` or `small_segmentation`. On
-    other data it is the recipe that the head's yaml names, for classification the recipe that the model's yaml names.
-    A model's yaml that names no recipe gets `deit`, a head's yaml that names none the task's small recipe.
+    On small data the task's small recipe is the default: `small_data`, `small_multi_label`, `small_detection` or
+    `small_segmentation`. On other data it is the recipe that the head's yaml names, for classification the recipe that
+    the model's yaml names, for multi-label classification `multi_label`. A model's yaml that names no recipe gets
+    `deit`, a head's yaml that names none the task's small recipe.
 
     Args:
         task: choice of the config group `task`.

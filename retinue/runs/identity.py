@@ -42,7 +42,7 @@ NOT_RESULT = {
         *("save_images", "save_predictions", "save_maps", "save", "pictures", "weights_sha256"),
     ),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
-    "data": ("num_workers", "own"),
+    "data": ("num_workers", "own", "cache"),
 }
 
 # Section or key -> the key that switches it off when it is null.

@@ -79,7 +79,7 @@ def test_what_is_wrong_with_a_file_is_one_line(folder, text, arguments, says):
 
 def test_a_class_that_is_only_in_validation_is_refused(folder):
     (folder / "val.csv").write_text("image,labels\na.png,cat|owl\n")
-    with pytest.raises(ValueError, match="row 1: the class 'owl' is not in train.csv"):
+    with pytest.raises(ValueError, match=r"row 1: the class 'owl' is not in train\.csv"):
         make(folder, NAMED, val="val.csv").images("val")
 
 

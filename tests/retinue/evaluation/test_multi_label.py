@@ -1,4 +1,4 @@
-"""Figures of multi-label classification are scikit-learn's, and those of a resample are figures of the resampled set."""
+"""Figures of multi-label classification are scikit-learn's, also those of a set in which images are repeated."""
 
 import csv
 
@@ -94,5 +94,6 @@ def test_tables_have_a_row_for_each_image_and_class(tmp_path):
         np.testing.assert_allclose([float(row[name]) for name in NAMES], score, atol=1e-6)
     write_classes_csv(tmp_path / "classes.csv", summarize(scores, NAMES, resamples=9)["per_class"])
     rows = list(csv.DictReader((tmp_path / "classes.csv").open()))
-    assert [(row["class"], row["n"]) for row in rows] == [(n, str(c)) for n, c in zip(NAMES, scores.label.sum(0), strict=True)]
+    assert [row["class"] for row in rows] == list(NAMES)
+    assert [int(row["n"]) for row in rows] == scores.label.sum(0).tolist()
     assert rows[3]["ap"] == "" and float(rows[0]["ap_low"]) <= float(rows[0]["ap_high"])

@@ -70,5 +70,5 @@ def test_smoothing_and_the_threshold_change_the_targets():
     torch.testing.assert_close(hard, bce(logits, (target > 0.5).float()))
     asl = make(loss="asl").loss(logits, target)
     torch.testing.assert_close(asl, asymmetric_loss(logits, target, **ASL).mean())
-    with pytest.raises(ValueError, match="recipe.loss must be bce or asl for task=multi_label, not 'ce'"):
+    with pytest.raises(ValueError, match=r"recipe\.loss must be bce or asl for task=multi_label, not 'ce'"):
         make(loss="ce")
