@@ -175,6 +175,8 @@ class Parquet(ClassificationData):
         files: dict[str, list[Path]] = {}
         for split, pattern in self.patterns.items():
             usual = [place.format(name) for name in NAMES[split] for place in PLACES]
+            # A folder without splits, as `save_to_disk` writes it.
+            usual += ["data-*.arrow"] if split == "train" else []
             tried = usual if pattern is None else [pattern]
             found = (sorted(self.root.glob(place)) for place in tried)
             files[split] = next((paths for paths in found if paths), [])
