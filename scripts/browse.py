@@ -3,8 +3,9 @@
     python scripts/browse.py data=image_folder data.root=DIR recipe=deit out=browse
     python scripts/browse.py task=detection epoch=3 batches=1 images=8
 
-All other keys are those of `train.py`. `train-<n>.png` shows the batches that a run with the same keys trains on in that
-epoch, augmented and mixed; `val-<n>.png` those of its validation; `schedule.png` the learning rate over the training.
+All other keys are those of `train.py`. `train-<n>.png` shows the batches that a run with the same keys trains on in
+that epoch, augmented and mixed; `val-<n>.png` those of its validation; `schedule.png` the learning rate over the
+training.
 """
 
 from collections.abc import Sequence

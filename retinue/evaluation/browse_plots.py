@@ -14,8 +14,8 @@ from retinue.evaluation.detection_plots import draw_object
 from retinue.evaluation.plots import BLUE, save_figure
 from retinue.utils.arithmetic import ceil_div
 
-# Width of a view in inches, and the number of letters of its caption in a line.
-VIEW_WIDTH, CAPTION_LETTERS = 2.2, 30
+# Height of a view and smallest width of a picture in inches, and largest number of letters of a view's caption.
+VIEW_HEIGHT, MIN_WIDTH, CAPTION_LETTERS = 2.0, 5.5, 30
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ def draw_views(path: Path, title: str, views: Sequence[View], class_names: Seque
 
     # Wide images stand in fewer columns.
     aspect = views[0].image.shape[0] / views[0].image.shape[1]
-    columns = max(1, min(len(views), round(math.sqrt(len(views) * aspect))))
+    columns = min(len(views), math.ceil(math.sqrt(len(views) * aspect)))
     rows = ceil_div(len(views), columns)
-    size = columns * VIEW_WIDTH, 0.5 + rows * (VIEW_WIDTH * aspect + 0.3)
+    size = max(MIN_WIDTH, columns * VIEW_HEIGHT / aspect), 0.5 + rows * (VIEW_HEIGHT + 0.2)
     figure = Figure(size, dpi=110, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, view in zip(grid, views, strict=False):
@@ -64,7 +64,7 @@ def draw_views(path: Path, title: str, views: Sequence[View], class_names: Seque
             for i, (box, label) in enumerate(zip(view.boxes.tolist(), view.labels.tolist(), strict=True)):
                 x1, y1, x2, y2 = box
                 mask = None if view.masks is None else view.masks[i]
-                draw_object(axes, label, class_names[label], (x1, y1, x2 - x1, y2 - y1), mask)
+                draw_object(axes, label, str(class_names[label]), (x1, y1, x2 - x1, y2 - y1), mask)
     for axes in grid:
         axes.set_axis_off()
     figure.suptitle(title, fontsize=9)
@@ -85,7 +85,8 @@ def plot_schedule(path: Path, epochs: np.ndarray, settings: Mapping[str, np.ndar
     panels = figure.subplots(len(settings), 1, squeeze=False, sharex=True).ravel()
     for axes, (name, values) in zip(panels, settings.items(), strict=True):
         axes.plot(epochs, values, color=BLUE)
-        axes.set(ylabel=name, ylim=(0, None), title=f"{name}: {values[0]:.3g}, at most {values.max():.3g}, {values[-1]:.3g}")
+        title = f"{name}: {values[0]:.3g} to {values[-1]:.3g}, largest {values.max():.3g}"
+        axes.set(ylabel=name, ylim=(0, None), title=title)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("epoch")

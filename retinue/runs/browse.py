@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -46,9 +45,9 @@ def browse(cfg: DictConfig, batches: int, images: int, epoch: int, out: Path) ->
     Raises:
         ValueError: the config is wrong, or its batches cannot be drawn.
     """
-    check(cfg)
     if cfg.task.name not in TASKS:
         raise ValueError(f"browse.py is for {', '.join(TASKS)}, not task={cfg.task.name}")
+    check(cfg)
     resolve_preprocessing(cfg)
     data = build_data(cfg)
     if data.has_bands:
