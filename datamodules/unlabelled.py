@@ -237,6 +237,7 @@ class UnlabelledSegmentation(UnlabelledData, SegmentationData):
 UNLABELLED: dict[str, type[UnlabelledData]] = {
     "classification": UnlabelledClassification,
     "multi_label": UnlabelledMultiLabel,
+    "hashing": UnlabelledClassification,
     "detection": UnlabelledDetection,
     "segmentation": UnlabelledSegmentation,
 }

@@ -14,6 +14,7 @@ FRACTIONS = (
     "map",
     "f1_micro",
     "f1_macro",
+    "code_map",
     "miou",
     "dice",
     "image_iou",

@@ -22,7 +22,7 @@ def recipe_for(task: str, data: str, model: str, head: str) -> str:
         head: choice of the config group `head`; `none` if the command line chooses none.
     """
     small = _declared("data", data, "kind", "small") == "small"
-    if task == "classification":
+    if task in ("classification", "hashing"):
         return "small_data" if small else _declared("model", model, "recipe", "deit")
     if task == "multi_label":
         return "small_multi_label" if small else "multi_label"

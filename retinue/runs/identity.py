@@ -54,7 +54,7 @@ SWITCHES = {
 }
 
 # Keys of weights files, and the key under which a run's config keeps their SHA-256 by these keys.
-WEIGHTS = ("weights", "task.distillation.weights")
+WEIGHTS = ("weights", "task.distillation.weights", "task.teacher.weights")
 WEIGHTS_DIGESTS = "weights_sha256"
 
 

@@ -32,12 +32,13 @@ from retinue.runs.schema_sections import (
 from retinue.runs.schema_tasks import (
     ClassificationTask,
     DetectionTask,
+    HashingTask,
     MultiLabelTask,
     PanopticTask,
     SegmentationTask,
 )
 from retinue.utils.paths import CONF, list_group
-from retinue.utils.tasks import CLASSIFIERS
+from retinue.utils.tasks import TAKES_FROM_CLASSIFICATION
 
 MAX_SEED = 2**32 - 1
 
@@ -180,7 +181,7 @@ class Sections(Keys):
             if not isinstance(section, Mapping):
                 raise ValueError(refuse_choice(group, "null"))
             other = section.get("task", task)
-            shared = group == "recipe" and {task, other} <= set(CLASSIFIERS)
+            shared = other == "classification" and group in TAKES_FROM_CLASSIFICATION.get(task, ())
             if other != task and not shared:
                 subject = "this recipe" if group == "recipe" else f"{group}={section.get('name')}"
                 hint = {"head": _heads(task), "recipe": ", which has its own"}.get(group, "")
@@ -202,6 +203,12 @@ class MultiLabel(Sections):
     task: MultiLabelTask
     data: ClassificationData
     recipe: MultiLabelRecipe
+
+
+class Hashing(Classification):
+    """Sections of hashing, those of classification but for the task."""
+
+    task: HashingTask  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class Detection(Sections):
@@ -231,7 +238,7 @@ class Panoptic(Sections):
 PROGRAMS: dict[str, type[Common]] = {"train": Training, "eval": Evaluation, "predict": Prediction}
 TASKS: dict[str, type[Sections]] = {
     "classification": Classification, "multi_label": MultiLabel, "detection": Detection, "segmentation": Segmentation,
-    "panoptic": Panoptic,
+    "panoptic": Panoptic, "hashing": Hashing,
 }  # fmt: skip
 # Keys whose interpolations Hydra resolves only in the run itself.
 IN_THE_RUN = ("run_dir", "logger", "callbacks")
