@@ -103,15 +103,16 @@ def test_the_loss_is_its_definition_and_both_nets_learn():
 
     partner, target = task.partner, codes[index].float()
     assert partner is not None
+    head, partner_head = task.model.get_submodule("head_hash"), partner.get_submodule("head_hash")
     with torch.no_grad():
         logits, (partner_logits, scores) = task.model(batch["image"]), task.score_patches(batch["image"])
-        code, partner_code = task.model.head_hash(logits), partner.head_hash(partner_logits)
+        code, partner_code = head(logits), partner_head(partner_logits)
         masked = task.model(mask_patches(batch["image"], scores, 4))
         student = 0.1 * (F.cross_entropy(logits, batch["label"]) + F.cross_entropy(masked, batch["label"]))
         student = student + ((code - target) ** 2).mean() + (1 - F.cosine_similarity(code, partner_code)).mean()
     partner_logits, _ = task.score_patches(batch["image"])
     own = F.cross_entropy(partner_logits, batch["label"])
-    own = own + ((partner.head_hash(partner_logits) - target) ** 2).mean()
+    own = own + ((partner_head(partner_logits) - target) ** 2).mean()
     torch.testing.assert_close(loss, student + own)
     # The teacher learns by its own loss alone.
     gradients = {name: p.grad.clone() for name, p in partner.named_parameters() if p.grad is not None}
