@@ -41,8 +41,8 @@ class ImageData(pl.LightningDataModule, ABC):
         num_workers: number of loading processes per device. None means the number of available cores divided by the
             number of devices, at most 16. The content of a batch does not depend on it.
         broken_limit: share of a split's images that may be unreadable before the run stops.
-        sampler: repeat_factor draws training images with rare classes more often (`sampler.repeat_factors`). None draws
-            each image once in an epoch.
+        sampler: repeat_factor draws training images with rare classes more often (`sampler.repeat_factors`), balanced
+            draws all classes equally often (`sampler.draw_balanced`). None draws each image once in an epoch.
         repeat_threshold: share of the images below which a class is rare.
         batch_size: number of images per step and device.
         seed: seed of the order and of the augmentation.
@@ -50,6 +50,7 @@ class ImageData(pl.LightningDataModule, ABC):
     Attributes:
         class_names: readable names of the classes, by label.
         has_bands: whether images are bands in the files' units, as `datamodules.bands` reads them.
+        samplers: values that the argument `sampler` takes.
         train_transform: transform of a training sample.
         eval_transform: transform of an evaluation sample.
         repeats: number of times that an image occurs in the order of an epoch.
@@ -63,6 +64,7 @@ class ImageData(pl.LightningDataModule, ABC):
 
     class_names: Sequence[str]
     has_bands = False
+    samplers: Sequence[str] = ("repeat_factor",)
     train_transform: Callable[[dict], dict]
     eval_transform: Callable[[dict], dict]
     repeats = 1
@@ -91,8 +93,8 @@ class ImageData(pl.LightningDataModule, ABC):
             raise ValueError(f"data.mean and data.std need {in_chans} values for data.in_chans={in_chans}, not {given}")
         if not 0 <= broken_limit <= 1:
             raise ValueError(f"data.broken_limit must be a share from 0 to 1, not {broken_limit!r}")
-        if sampler not in (None, "repeat_factor"):
-            raise ValueError(f"data.sampler must be repeat_factor or null, not {sampler!r}")
+        if sampler not in (None, *self.samplers):
+            raise ValueError(f"data.sampler must be {' or '.join(self.samplers)} or null, not {sampler!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size!r}")
         self.root = self.find_root(root)
@@ -192,11 +194,12 @@ class ImageData(pl.LightningDataModule, ABC):
     def train_dataloader(self) -> TrainLoader:
         images = self.images("train")
         factors = None
-        if self.sampler is not None:
+        if self.sampler == "repeat_factor":
             factors = repeat_factors(*self.image_classes(images), len(images), self.repeat_threshold)
+        classes = images.labels if self.sampler == "balanced" else None
         sampler = TrainSampler(
             len(images), self.batch_size, seed=self.seed, repeats=self.repeats, groups=self.groups(images),
-            factors=factors, size_of=self.size_schedule, **self._ranks,
+            factors=factors, classes=classes, size_of=self.size_schedule, **self._ranks,
         )  # fmt: skip
         fetch, residents = self._source("train")
         return TrainLoader(fetch, sampler, residents=residents, **self._loader_arguments("train"))
@@ -263,6 +266,7 @@ class ClassificationData(ImageData):
     """
 
     class_subset: list[int] | None = None
+    samplers = ("repeat_factor", "balanced")
     train_transform: TrainTransform
     eval_transform: EvalTransform
 

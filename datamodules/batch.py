@@ -21,6 +21,11 @@ Classification (K classes) adds:
     label           int64 (B,), 0 to K - 1
     target          float32 (B, K), in training with MixUp or CutMix only: mixed and smoothed labels
 
+Multi-label classification has instead:
+
+    label           int64 (B, K), 1 for the classes in the image and 0 for the others
+    target          float32 (B, K), in training with MixUp or CutMix only: mixed labels, which are not smoothed
+
 Detection pads `image` with zeros and adds the following. Boxes are (x1, y1, x2, y2) in pixels of the resized image.
 Each list has one tensor per image:
 
@@ -161,7 +166,11 @@ class BatchTransform:
             lam = self._mix(image)
         batch = batch | {"image": image}
         if augment.mixup or augment.cutmix:
-            batch["target"] = mixup_target(batch["label"], self.num_classes, lam, augment.label_smoothing)
+            label = batch["label"]
+            batch["target"] = (
+                lam * label + (1 - lam) * label.flip(0) if label.ndim == 2
+                else mixup_target(label, self.num_classes, lam, augment.label_smoothing)
+            )  # fmt: skip
         return batch
 
     def _mix(self, image: Tensor) -> float:

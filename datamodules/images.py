@@ -27,7 +27,7 @@ class LabelledImages(ABC):
     @property
     def blank(self) -> dict:
         """Sample that stands for padding."""
-        return {"image": np.zeros((32, 32, 3), np.uint8), "label": np.int64(0)}
+        return {"image": np.zeros((32, 32, 3), np.uint8), "label": np.zeros(self.labels.shape[1:], np.int64)}
 
     def __len__(self) -> int:
         return len(self.labels)

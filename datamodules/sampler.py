@@ -53,6 +53,8 @@ class TrainSampler(Sampler[Plan]):
         factors: (length,) expected number of times, at least 1, that each sample is drawn for the order of an epoch, of
             which the first `length` entries are taken; see `repeat_factors`. None draws each sample once.
         size_of: size of the images of a batch by (epoch, step). None is the data's size.
+        classes: (length,) class of each sample, to draw all classes equally often; see `draw_balanced`. None draws each
+            sample once.
         rank: global rank of this process.
         world_size: number of processes.
 
@@ -70,13 +72,14 @@ class TrainSampler(Sampler[Plan]):
         groups: np.ndarray | None = None,
         factors: np.ndarray | None = None,
         size_of: Callable[[int, int], Size] | None = None,
+        classes: np.ndarray | None = None,
         rank: int = 0,
         world_size: int = 1,
     ):
         if length < world_size:
             raise ValueError(f"{length} training images cannot be shared among {world_size} processes")
         self.length, self.seed, self.repeats, self.groups = length, seed, repeats, groups
-        self.factors, self.size_of = factors, size_of
+        self.factors, self.classes, self.size_of = factors, classes, size_of
         self.batch_size = min(batch_size, length // world_size)
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
@@ -92,13 +95,16 @@ class TrainSampler(Sampler[Plan]):
         start, self.start = self.start, 0
         size = self.batch_size * self.world_size
         rng = np.random.default_rng([self.seed, self.epoch])
-        if self.factors is None:
-            order = rng.permutation(self.length)
-        else:
+        if self.factors is not None:
             order = rng.permutation(draw_copies(self.factors, rng))[: self.length]
+        elif self.classes is not None:
+            order = draw_balanced(self.classes, rng)
+        else:
+            order = rng.permutation(self.length)
         order = order if self.groups is None else group_batches(order, self.groups, size)
         order = order.repeat(self.repeats)[: self.length]
-        copy = np.arange(self.length) % self.repeats if self.factors is None else index_in_class(order)
+        is_drawn_once = self.factors is None and self.classes is None
+        copy = np.arange(self.length) % self.repeats if is_drawn_once else index_in_class(order)
         for step in range(start, len(self)):
             entries = slice(step * size + self.rank, (step + 1) * size, self.world_size)
             batch_rng = random.Random(repr((self.seed, self.epoch, step, self.rank)))
@@ -150,6 +156,29 @@ def draw_copies(factors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return each position as often as its factor says: a fraction of a copy is a whole one with that probability."""
     whole = np.floor(factors)
     return np.arange(len(factors)).repeat((whole + (rng.random(len(factors)) < factors - whole)).astype(np.int64))
+
+
+def draw_balanced(classes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw as many samples as there are, each class equally often, and shuffle them.
+
+    The classes that have samples are drawn equally often, up to one draw. Within a class, the numbers of draws of two
+    samples differ by at most one.
+
+    Args:
+        classes: (N,) class of each sample, by position.
+        rng: source of the randomness.
+
+    Returns:
+        (N,) positions of the drawn samples.
+    """
+    drawn = []
+    # The shares of an array are equal up to one entry, and the first classes get the larger ones.
+    present = rng.permutation(np.unique(classes))
+    for label, share in zip(present, np.array_split(classes, len(present)), strict=True):
+        members = np.flatnonzero(classes == label)
+        rounds = [rng.permutation(members) for _ in range(ceil_div(len(share), len(members)))]
+        drawn.append(np.concatenate([members[:0], *rounds])[: len(share)])
+    return rng.permutation(np.concatenate(drawn))
 
 
 def group_batches(order: np.ndarray, groups: np.ndarray, size: int) -> np.ndarray:

@@ -201,6 +201,15 @@ class UnlabelledClassification(UnlabelledData, ClassificationData):
         return BandImages(files, self.in_chans) if self.has_bands else files
 
 
+class UnlabelledMultiLabel(UnlabelledClassification):
+    """Images for a multi-label classifier."""
+
+    def load(self, split: str) -> FileImages:
+        files = super().load(split)
+        files.labels = np.zeros((len(files), self.num_classes), np.int64)
+        return files
+
+
 class UnlabelledDetection(UnlabelledData, DetectionData):
     """Images for a detector, which may predict masks."""
 
@@ -227,6 +236,8 @@ class UnlabelledSegmentation(UnlabelledData, SegmentationData):
 # Class of images without labels by the name of the task.
 UNLABELLED: dict[str, type[UnlabelledData]] = {
     "classification": UnlabelledClassification,
+    "multi_label": UnlabelledMultiLabel,
+    "hashing": UnlabelledClassification,
     "detection": UnlabelledDetection,
     "segmentation": UnlabelledSegmentation,
 }

@@ -18,7 +18,9 @@ def test_a_set_pins_every_requirement_within_its_window(file: str):
     lines = [line for line in (PROJECT / file).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     extras = project["optional-dependencies"]
-    for requirement in map(Requirement, [*project["dependencies"], *extras["dense"], *extras["dev"]]):
+    for requirement in map(
+        Requirement, [*project["dependencies"], *extras["dense"], *extras["parquet"], *extras["dev"]]
+    ):
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 

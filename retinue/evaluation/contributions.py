@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from retinue.evaluation import detection_matches, panoptic, segmentation
+from retinue.evaluation import detection_matches, multi_label, panoptic, segmentation
 from retinue.evaluation.detection_matches import Matches
 from retinue.utils.files import replacing
 
@@ -31,9 +31,10 @@ class Contributions:
         task: name of the task.
         images: name of each image, (N,).
         arrays: what the task's figures follow from, by name. Classification: whether each image is right (`top1`,
-            `top5`), its `loss`, `brier` score and `label`. Segmentation: `areas` (N, 3, K) of `segmentation.areas`.
-            Panoptic: `counts` (N, 4, K) of `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`,
-            of boxes as `box_...` and of masks as `mask_...`.
+            `top5`), its `loss`, `brier` score and `label`. Multi-label classification: the attributes of `Scores`
+            except `index`. Segmentation: `areas` (N, 3, K) of `segmentation.areas`. Panoptic: `counts` (N, 4, K) of
+            `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`, of boxes as `box_...` and of
+            masks as `mask_...`.
     """
 
     task: str
@@ -133,6 +134,7 @@ def _detection(arrays: Mapping[str, np.ndarray]) -> Figures:
 # Functions from the arrays to `Figures`, by the task's name.
 TASKS: dict[str, Callable[[Mapping[str, np.ndarray]], Figures]] = {
     "classification": _classification,
+    "multi_label": multi_label.figures_of,
     "segmentation": _segmentation,
     "panoptic": _panoptic,
     "detection": _detection,

@@ -205,19 +205,19 @@ def plot_detections(
         mask = None
         if detections.masks is not None:
             mask = decode_mask({"size": detections.size, "counts": detections.masks[i]}, detections.size)
-        _draw(left, label, f"{class_names[label]} {detections.scores[i]:.2f}", (x1, y1, x2 - x1, y2 - y1), mask)
+        draw_object(left, label, f"{class_names[label]} {detections.scores[i]:.2f}", (x1, y1, x2 - x1, y2 - y1), mask)
     labels = {category: label for label, category in enumerate(category_ids)}
     for annotation in truth or ():
         label = labels[annotation["category_id"]]
         mask = decode_mask(annotation["segmentation"], (height, width)) if annotation.get("segmentation") else None
         linestyle = "--" if annotation.get("iscrowd") else "-"
-        _draw(right[0], label, class_names[label], annotation["bbox"], mask, linestyle)
+        draw_object(right[0], label, class_names[label], annotation["bbox"], mask, linestyle)
     if truth is not None:
         right[0].set_title(f"truth: {len(truth)}")
     save_figure(figure, path)
 
 
-def _draw(
+def draw_object(
     axes: Axes, label: int, text: str, box: Sequence[float], mask: np.ndarray | None, linestyle: str = "-"
 ) -> None:
     """Draw a box (x, y, width, height) and a mask (H, W) in the colour of the label."""

@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from retinue.runs.preprocessing import resolved_data
 from retinue.utils.sizes import model_name, resolve, size_pixels
+from retinue.utils.tasks import CLASSIFIERS
 
 IDENTITY_VERSION = 2
 
@@ -41,7 +42,7 @@ NOT_RESULT = {
         *("save_images", "save_predictions", "save_maps", "save", "pictures", "weights_sha256"),
     ),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
-    "data": ("num_workers", "own"),
+    "data": ("num_workers", "own", "cache"),
     "task": ("log_grad_norm",),
 }
 
@@ -54,7 +55,7 @@ SWITCHES = {
 }
 
 # Keys of weights files, and the key under which a run's config keeps their SHA-256 by these keys.
-WEIGHTS = ("weights", "task.distillation.weights")
+WEIGHTS = ("weights", "task.distillation.weights", "task.teacher.weights")
 WEIGHTS_DIGESTS = "weights_sha256"
 
 
@@ -128,7 +129,7 @@ def _resolved(cfg: Mapping) -> dict[str, Any]:
 def _chosen_net(config: Mapping[str, Any]) -> dict[str, Any]:
     model = config["model"]
     try:
-        dense = config["data"]["task"] != "classification"
+        dense = config["data"]["task"] not in CLASSIFIERS
         name, args = resolve(model, size_pixels(config["data"]), under_head=dense)
     except (KeyError, TypeError, ValueError):
         return {key: value for key, value in model.items() if key not in ("recipe", "sizes")}

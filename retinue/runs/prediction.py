@@ -25,6 +25,7 @@ from retinue.runs.launch import launch, needs_launch
 from retinue.runs.preprocessing import resolved_data
 from retinue.runs.result_file import CLASSES
 from retinue.runs.training import build_data, build_trainer
+from retinue.utils.tasks import CLASSIFIERS
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def build_unlabelled(cfg: DictConfig) -> Any:
         raise ValueError(f"predict.py is for {', '.join(UNLABELLED)}, not task={cfg.task.name}")
     if cfg.images is None:
         raise ValueError("images=DIR is needed: a folder of images, a pattern such as 'photos/**/*.jpg', or a file")
-    data, is_classifier = resolved_data(cfg), cfg.task.name == "classification"
+    data, is_classifier = resolved_data(cfg), cfg.task.name in CLASSIFIERS
     keys = PREPARATION + CROP if is_classifier else PREPARATION
     arguments = {key: data[key] for key in keys}
     if "bands" in data:

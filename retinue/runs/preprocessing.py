@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from retinue.runs.launch import rank
 from retinue.utils.sizes import pick_size, resolve, size_pixels
+from retinue.utils.tasks import CLASSIFIERS
 
 # Keys of `data` that a detector or segmentor takes from the weights of its backbone.
 DENSE_KEYS = ("mean", "std")
@@ -60,7 +61,7 @@ def open_values(cfg: Mapping) -> dict[str, tuple[Any, str]]:
         check_bands(data, is_open)
     taken = {key: (own[key], "the data's own") for key in is_open}
     from_weights = _from_weights(cfg, data)
-    is_dense = data["task"] != "classification"
+    is_dense = data["task"] not in CLASSIFIERS
     taken |= {
         key: value for key, value in from_weights.items() if key in is_open and (key in DENSE_KEYS or not is_dense)
     }
@@ -113,7 +114,7 @@ def _from_weights(cfg: Mapping, data: dict[str, Any]) -> dict[str, tuple[Any, st
         saved = {
             key: (value, f"as in {_relative(config.parent)}")
             for key, value in values.items()
-            if key in DENSE_KEYS or task == data["task"] == "classification"
+            if key in DENSE_KEYS or {task, data["task"]} <= set(CLASSIFIERS)
         }
     if run and not weights:
         return saved
@@ -134,7 +135,7 @@ def _describe(data: Mapping, taken: Mapping[str, tuple[Any, str]]) -> str:
     """Return one line on the preprocessing: values with the same source stand together, followed by the source."""
     from models.preprocessing import KEYS
 
-    shown = [key for key in KEYS if key in data and (data["task"] == "classification" or key in DENSE_KEYS)]
+    shown = [key for key in KEYS if key in data and (data["task"] in CLASSIFIERS or key in DENSE_KEYS)]
     sources = {key: taken[key][1] if key in taken else "given" for key in shown}
     order = list(dict.fromkeys(sources.values()))
     groups = groupby(sorted(shown, key=lambda key: order.index(sources[key])), key=sources.__getitem__)

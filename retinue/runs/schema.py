@@ -21,6 +21,7 @@ from retinue.runs.schema_sections import (
     DenseRecipe,
     DetectionData,
     Keys,
+    MultiLabelRecipe,
     Name,
     PathText,
     Positive,
@@ -28,8 +29,16 @@ from retinue.runs.schema_sections import (
     Trainer,
     WholeNumber,
 )
-from retinue.runs.schema_tasks import ClassificationTask, DetectionTask, PanopticTask, SegmentationTask
+from retinue.runs.schema_tasks import (
+    ClassificationTask,
+    DetectionTask,
+    HashingTask,
+    MultiLabelTask,
+    PanopticTask,
+    SegmentationTask,
+)
 from retinue.utils.paths import CONF, list_group
+from retinue.utils.tasks import TAKES_FROM_CLASSIFICATION
 
 MAX_SEED = 2**32 - 1
 
@@ -183,7 +192,8 @@ class Sections(Keys):
             if not isinstance(section, Mapping):
                 raise ValueError(refuse_choice(group, "null"))
             other = section.get("task", task)
-            if other != task:
+            shared = other == "classification" and group in TAKES_FROM_CLASSIFICATION.get(task, ())
+            if other != task and not shared:
                 subject = "this recipe" if group == "recipe" else f"{group}={section.get('name')}"
                 hint = {"head": _heads(task), "recipe": ", which has its own"}.get(group, "")
                 raise ValueError(f"{subject} is for task={other}, not task={task}{hint}")
@@ -196,6 +206,20 @@ class Classification(Sections):
     task: ClassificationTask
     data: ClassificationData
     recipe: ClassificationRecipe
+
+
+class MultiLabel(Sections):
+    """Sections of multi-label classification."""
+
+    task: MultiLabelTask
+    data: ClassificationData
+    recipe: MultiLabelRecipe
+
+
+class Hashing(Classification):
+    """Sections of hashing, those of classification but for the task."""
+
+    task: HashingTask  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class Detection(Sections):
@@ -224,7 +248,8 @@ class Panoptic(Sections):
 
 PROGRAMS: dict[str, type[Common]] = {"train": Training, "eval": Evaluation, "predict": Prediction}
 TASKS: dict[str, type[Sections]] = {
-    "classification": Classification, "detection": Detection, "segmentation": Segmentation, "panoptic": Panoptic,
+    "classification": Classification, "multi_label": MultiLabel, "detection": Detection, "segmentation": Segmentation,
+    "panoptic": Panoptic, "hashing": Hashing,
 }  # fmt: skip
 # Keys whose interpolations Hydra resolves only in the run itself.
 IN_THE_RUN = ("run_dir", "logger", "callbacks")

@@ -44,6 +44,10 @@ Channels = Annotated[int, AfterValidator(_is_grey_or_colour), Expected("1 or 3")
 Pixels = Annotated[list[Count], Field(min_length=2, max_length=2), Expected("a pair of whole numbers, 1 or more")]
 Sides = Annotated[Count | Pixels, Expected("a number of pixels, 1 or more, or a pair of these")]
 LossWeights = Annotated[dict[str, NonNegative], Expected("a mapping of names to weights, 0 or more")]
+ClassWeights = Annotated[
+    Literal["balanced"] | dict[str | int, NonNegative],
+    Expected("balanced, or a mapping of classes to weights, 0 or more"),
+]
 FrozenParts = Annotated[
     list[Annotated[str, Field(pattern=r"^(backbone|norms|stem|(stage|block)[1-9]\d*(-[1-9]\d*)?)$")]],
     Field(min_length=1),
@@ -252,7 +256,22 @@ class ClassificationRecipe(Recipe):
 
     loss: Literal["ce", "bce"] = Field(description="ce: cross-entropy; bce: binary cross-entropy")
     bce_target_threshold: Share | None = Field(description="with bce: targets above this value count as 1")
+    class_weights: ClassWeights | None = Field(
+        None,
+        description="balanced: 1 / (a class's share of the images); {CLASS: WEIGHT}: others have 1; null: all 1",
+    )
     augment: ClassificationAugment = Field(description="augmentation; docs/data.md explains it")
+
+
+class MultiLabelRecipe(ClassificationRecipe):
+    """`conf/recipe/*.yaml` for multi-label classification, which takes the recipes of classification too."""
+
+    loss: Literal["bce", "asl"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        description="bce: binary cross-entropy; asl: asymmetric loss, with the values of task.asl"
+    )
+    class_weights: Annotated[None, Expected("null for task=multi_label")] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        None, description="for classification only"
+    )
 
 
 class DenseRecipe(Recipe):
@@ -289,6 +308,11 @@ class ClassificationData(Data):
     """`conf/data/*.yaml` for classification."""
 
     image_size: Sides | None = Field(None, description="side of the images in pixels, or [height, width]")
+    sampler: Literal["repeat_factor", "balanced"] | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        None,
+        description="repeat_factor: draw training images with rare classes more often; balanced: draw all classes "
+        "equally often; null: each image once an epoch",
+    )
     in_chans: Count = Field(
         description="number of channels: 3, or 1 for grey; data=image_folder takes any number of bands"
     )

@@ -17,6 +17,7 @@ from retinue.runs.schema_sections import (
     Positive,
     PositiveShare,
     Share,
+    ShareBelowOne,
 )
 
 
@@ -64,6 +65,45 @@ class ClassificationTask(Task):
         {}, description="weights of the net's auxiliary losses by name; those not named are the paper's"
     )
     distillation: Distillation
+
+
+class AsymmetricLoss(Keys):
+    """`task.asl`."""
+
+    gamma_positive: NonNegative = Field(description="with recipe.loss=asl: focusing exponent of positives")
+    gamma_negative: NonNegative = Field(description="with recipe.loss=asl: focusing exponent of negatives")
+    margin: ShareBelowOne = Field(description="with recipe.loss=asl: probability up to which a negative has no loss")
+
+
+class MultiLabelTask(Task):
+    """`conf/task/multi_label.yaml`."""
+
+    figure: Literal["map", "f1_micro", "f1_macro"] = Field(description=FIGURE)
+    loss_weights: LossWeights = Field(
+        {}, description="weights of the net's auxiliary losses by name; those not named are the paper's"
+    )
+    asl: AsymmetricLoss = Field(description="asymmetric loss (arXiv:2009.14119)")
+
+
+class HashingTeacher(Keys):
+    """`task.teacher`; further keys are arguments of the net."""
+
+    name: Name | None = Field(description="a ViT-shaped net such as deit_small, which learns too; null: no teacher")
+    weights: PathText | None = Field(description="weights file that the teacher starts from; null: initial weights")
+
+
+class HashingTask(Task):
+    """`conf/task/hashing.yaml`."""
+
+    figure: Literal["code_map", "top1", "top5"] = Field(description=FIGURE)
+    bits: Count = Field(description="length of a code")
+    class_weight: NonNegative = Field(description="weight of the cross-entropy")
+    transfer_weight: NonNegative = Field(description="with a teacher: weight of the distance from its codes")
+    masked_patches: Count = Field(description="with a teacher: number of its most important patches that are masked")
+    loss_weights: LossWeights = Field(
+        {}, description="weights of the net's auxiliary losses by name; those not named are the paper's"
+    )
+    teacher: HashingTeacher
 
 
 class DetectionInference(Keys):

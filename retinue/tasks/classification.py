@@ -18,6 +18,7 @@ from retinue.evaluation.contributions import Contributions
 from retinue.evaluation.plots import draw_probabilities, plot_confusion, plot_reliability
 from retinue.evaluation.predictions import write_predictions_csv, write_probabilities
 from retinue.tasks.base import Task
+from retinue.tasks.class_weights import check_class_weights, class_weights, weighted_mean
 from retinue.tasks.distillation import Teacher
 from retinue.utils.suggestions import nearest
 
@@ -70,8 +71,11 @@ class Classification(Task):
         if recipe["loss"] not in ("ce", "bce"):
             raise ValueError(f"recipe.loss must be ce or bce, not {recipe['loss']!r}")
         self.smoothing = recipe["augment"]["label_smoothing"]
-        bce = BinaryCrossEntropy(smoothing=self.smoothing, target_threshold=recipe["bce_target_threshold"])
+        reduction = "none" if recipe.get("class_weights") else "mean"
+        bce = BinaryCrossEntropy(self.smoothing, recipe["bce_target_threshold"], reduction=reduction)
         self.bce = bce if recipe["loss"] == "bce" else None
+        # Weight of each class in the loss, (K,), once the training images are known; None if all are 1.
+        self.class_weights: Tensor | None = None
         # Sums of this rank in the current validation: (loss, top-1 hits, top-5 hits, images).
         self._val_sums: Tensor | None = None
         # Predictions of this rank in the current test, by batch.
@@ -80,7 +84,15 @@ class Classification(Task):
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
+        check_class_weights(cfg.recipe.get("class_weights"), datamodule.class_names)
         return create_model(cfg.model, datamodule.num_classes, datamodule.in_chans, datamodule.image_size)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if weights := self.recipe.get("class_weights"):
+            datamodule: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            labels = datamodule.images("train").labels
+            self.class_weights = class_weights(weights, datamodule.class_names, labels).to(self.device)
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
         assert self.predictions is not None
@@ -139,9 +151,16 @@ class Classification(Task):
             logits: (B, K).
             target: Labels (B,), which are smoothed here, or soft targets (B, K), which are taken as they are.
         """
+        smoothing = self.smoothing if target.ndim == 1 else 0.0
+        if self.class_weights is not None:
+            losses = (
+                F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none") if self.bce is None
+                else self.bce(logits, target).mean(1)
+            )  # fmt: skip
+            return weighted_mean(losses, target, self.class_weights)
         if self.bce is not None:
             return self.bce(logits, target)
-        return F.cross_entropy(logits, target, label_smoothing=self.smoothing if target.ndim == 1 else 0.0)
+        return F.cross_entropy(logits, target, label_smoothing=smoothing)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         image, label, losses = batch["image"], batch["label"], {}

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from retinue.utils.suggestions import nearest
+from retinue.utils.tasks import CLASSIFIERS
 
 
 def resolve(model_cfg: Mapping, pixels: int, under_head: bool = False) -> tuple[str, dict[str, Any]]:
@@ -54,7 +55,7 @@ def size_pixels(data_cfg: Mapping) -> int:
     small detection and segmentation data sets are an exception: their images are large, but their models are to be the
     smallest, so the side is 1.
     """
-    if data_cfg["task"] != "classification" and data_cfg["kind"] == "small":
+    if data_cfg["task"] not in CLASSIFIERS and data_cfg["kind"] == "small":
         return 1
     size = data_cfg["image_size"]
     if size is None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datamodules.sampler import EvalSampler, TrainSampler, draw_copies, repeat_factors
+from datamodules.sampler import EvalSampler, TrainSampler, draw_balanced, draw_copies, repeat_factors
 
 
 def indices(sampler):
@@ -171,5 +171,46 @@ def test_a_sampler_with_factors_is_resumed_and_shared_as_without():
         assert pairs == sorted(pair for part in parts for pair in zip(part.index, part.copy, strict=True))
     resumed.load_state_dict({"epoch": 3, "batches": 20})
     assert list(resumed) == plans[20:]
+    whole.set_epoch(4)
+    assert list(whole) != plans
+
+
+def test_balanced_draws_have_all_classes_and_the_images_of_a_class_equally_often():
+    counts = np.array([60, 30, 0, 7, 3])
+    classes = np.random.default_rng(0).permutation(np.arange(5).repeat(counts))
+    totals = np.zeros(100)
+    sampler = TrainSampler(100, 7, classes=classes, seed=1)
+    for epoch in range(200):
+        order = draw_balanced(classes, np.random.default_rng(epoch))
+        assert len(order) == 100 and np.bincount(classes[order], minlength=5).tolist() == [25, 25, 0, 25, 25]
+        of_image = np.bincount(order, minlength=100)
+        for label in (0, 1, 3, 4):
+            assert np.ptp(of_image[classes == label]) <= 1
+        sampler.set_epoch(epoch)
+        plans = list(sampler)
+        entries = [pair for plan in plans for pair in zip(plan.index, plan.copy, strict=True)]
+        # The copies of an image have different random numbers.
+        assert len(entries) == len(set(entries)) == 98
+        totals += np.bincount([index for index, _ in entries], minlength=100)
+    shares = np.bincount(classes, totals, 5) / totals.sum()
+    np.testing.assert_allclose(shares, [0.25, 0.25, 0, 0.25, 0.25], atol=0.005)
+    # The 60 images of class 0 have 25 places an epoch.
+    np.testing.assert_allclose(totals[classes == 0] / 200, 25 / 60, atol=0.12)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"repeats": 3}])
+def test_a_balanced_sampler_is_resumed_and_shared_as_any_other(arguments):
+    classes = np.arange(96) % 7 // 3
+    whole = TrainSampler(96, 8, classes=classes, seed=4, **arguments)
+    ranks = [TrainSampler(96, 4, classes=classes, seed=4, rank=rank, world_size=2, **arguments) for rank in range(2)]
+    for sampler in (whole, *ranks):
+        sampler.set_epoch(3)
+    plans = list(whole)
+    for plan, *parts in zip(plans, *ranks, strict=True):
+        pairs = sorted(zip(plan.index, plan.copy, strict=True))
+        assert pairs == sorted(pair for part in parts for pair in zip(part.index, part.copy, strict=True))
+    resumed = TrainSampler(96, 8, classes=classes, seed=4, **arguments)
+    resumed.load_state_dict({"epoch": 3, "batches": 5})
+    assert list(resumed) == plans[5:]
     whole.set_epoch(4)
     assert list(whole) != plans

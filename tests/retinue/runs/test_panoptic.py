@@ -36,7 +36,10 @@ def test_a_panoptic_run_and_its_results(cli, tmp_path):
     assert outcome.code == 0, outcome.err
     assert result(tmp_path / "evaluation")["metrics"] == trained["metrics"]
     outcome = cli("predict", "run=run", "images=data", "trainer=cpu")
-    assert "predict.py is for classification, detection, segmentation, not task=panoptic" in outcome.error
+    assert (
+        "predict.py is for classification, multi_label, hashing, detection, segmentation, not task=panoptic"
+        in outcome.error
+    )
     assert len([*(tmp_path / "evaluation/images").glob("*.png")]) == 2 and (tmp_path / "evaluation/pq.csv").is_file()
     annotations = json.loads((tmp_path / "evaluation/panoptic.json").read_text())["annotations"]
     truth = json.loads((tmp_path / "data/annotations/panoptic_val2017.json").read_text())

@@ -90,7 +90,9 @@ TRAIN = {
     "data must be one of ade20k,": ["data=null"],
     "model must be one of agent,": ["model=null"],
     "trainer must be one of auto, cpu, ddp, fsdp, gpu, not null": ["trainer=null"],
-    "task must be one of classification, detection, panoptic, segmentation, not null": ["task=null"],
+    "task must be one of classification, detection, hashing, multi_label, panoptic, segmentation, not null": [
+        "task=null"
+    ],
     "logger must be one of none, tensorboard, wandb, not null": ["logger=null"],
     "head must be one of att_swin_unet, cascade_mask_rcnn,": ["head=null"],
     "callbacks must be one of early_stopping, none, not null": ["callbacks=null"],
