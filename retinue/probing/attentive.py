@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +36,12 @@ class AttentiveClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class AttentiveProbe:
-    """Attentive classifier by LARS with a linear warm-up and a cosine schedule (efficient probing, arXiv:2506.10178).
+    """Attentive classifier, trained with a linear warm-up and a cosine schedule (efficient probing, arXiv:2506.10178).
 
     Attributes:
         num_classes: Number of classes K.
         pool: Name of the pool, and its arguments, as `create_pool` takes them.
+        optimizer: lars, as in the paper, which takes tens of thousands of steps, or adamw. Neither decays weights.
         learning_rates: Learning rates for 256 images a step; they scale linearly with the batch size.
         epochs: Passes over the training images.
         warmup_epochs: Epochs in which the learning rate rises linearly.
@@ -51,6 +52,7 @@ class AttentiveProbe:
 
     num_classes: int
     pool: Mapping[str, Any]
+    optimizer: Literal["lars", "adamw"]
     learning_rates: Sequence[float]
     epochs: int
     warmup_epochs: float
@@ -77,12 +79,7 @@ class AttentiveProbe:
             torch.manual_seed(self.seed)
             classifier = AttentiveClassifier(train.values.shape[-1], self.num_classes, self.pool)
         classifier.to(self.device).train()
-        # As in the authors' LARS, biases and scales have no rate of their own.
-        vectors, others = (
-            [p for p in classifier.parameters() if (p.ndim < 2) == is_vector] for is_vector in (True, False)
-        )
-        groups = [{"params": others, "always_adapt": True}, {"params": vectors, "always_adapt": False}]
-        optimizer = Lars(groups, momentum=0.9)
+        optimizer = self.create_optimizer(classifier)
         for rows, factor in self.steps(len(train.label)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * factor * len(rows) / 256
@@ -91,6 +88,16 @@ class AttentiveProbe:
             loss.backward()
             optimizer.step()
         return classifier.eval()
+
+    def create_optimizer(self, classifier: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimiser; LARS adapts the rate of matrices and queries only, as the authors' does."""
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(classifier.parameters(), weight_decay=0.0)
+        groups = [
+            {"params": [p for p in classifier.parameters() if (p.ndim > 1) == adapts], "always_adapt": adapts}
+            for adapts in (True, False)
+        ]
+        return Lars(groups, momentum=0.9)
 
     def steps(self, images: int) -> Iterator[tuple[Tensor, float]]:
         """Yield the positions of the images of each step, and the factor of its learning rate."""
