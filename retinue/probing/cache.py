@@ -19,6 +19,7 @@ from torch import nn
 
 from datamodules.images import ArrayImages, FileImages
 from datamodules.webdataset import ShardImages
+from models.weights import classifier_of
 from retinue.probing.features import Features
 from retinue.utils.files import replacing
 
@@ -72,9 +73,14 @@ def load(path: Path) -> Features:
 
 
 def weights_digest(net: nn.Module) -> str:
-    """Return the SHA-256 of the names, types, shapes and values of a net's parameters and buffers."""
+    """Return the SHA-256 of the names, types, shapes and values of a net's parameters and buffers.
+
+    The classifier is left out: no feature depends on it, and that of other classes may be drawn at random.
+    """
     digest = hashlib.sha256()
-    for name, value in net.state_dict().items():
+    state = net.state_dict()
+    for name in sorted(state.keys() - classifier_of(net, state)):
+        value = state[name]
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -31,9 +31,11 @@ from retinue.runs.folders import no_empty_folder, refuse_inside_a_run, refuse_ov
 from retinue.runs.identity import fingerprint, identity
 from retinue.runs.preprocessing import resolved_data
 from retinue.runs.result_file import provenance, read_result, show_result, write_result
+from retinue.runs.schema import check_values
 from retinue.runs.training import build_data, result_labels
 from retinue.tasks.classification import Classification
-from retinue.utils.paths import CONF
+from retinue.utils.paths import CONF, list_group
+from retinue.utils.suggestions import nearest
 
 log = logging.getLogger(__name__)
 
@@ -173,12 +175,14 @@ class Probing:
         logits = predict(chosen.scores, test.values)[0]
         predictions = topk_predictions(logits, test.label.cpu(), test.index.cpu(), self.datamodule.class_subset)
         figures = summarize(predictions, self.datamodule.class_names)
-        # The number of images is no figure, and the main figure comes first.
-        figures = {"top1": figures.pop("top1"), **figures}
         text = "the only setting"
         if chosen.images:
             text = f"{chosen.images} of the {len(train.label)} training images, the same share of each class"
-        return predictions, figures, {"chosen": chosen.setting, "chosen_by": text, "trials": chosen.trials}
+        return (
+            predictions,
+            main_first(figures, "top1"),
+            {"chosen": chosen.setting, "chosen_by": text, "trials": chosen.trials},
+        )
 
     def classifier(self) -> Probe:
         """Return the probe that the config names."""
@@ -222,7 +226,7 @@ class Probing:
         values = retrieve(test, gallery, self.cfg.probe.ranks, leave_one_out)
         facts = {"gallery_images": len(gallery.label) - leave_one_out, "bits": gallery.values.shape[1]}
         figures = summarise_queries(values, seed=self.cfg.seed)
-        return {"map": figures.pop("map"), **figures}, facts
+        return main_first(figures, "map"), facts
 
     def find_outliers(self, train: Features, test: Features) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return AUROC and FPR95 of each score for each other data set, and the sizes of these sets."""
@@ -240,7 +244,7 @@ class Probing:
             for figure, value in outlier_figures(inside, scores, seed=self.cfg.seed).items()
         }
         first = next(key for key, value in figures.items() if isinstance(value, float))
-        return {first: figures.pop(first), **figures, "n": len(test.label)}, {}
+        return main_first(figures, first) | {"n": len(test.label)}, {}
 
     def linear_classifier(self, train: Features) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weights (D, K) and biases (K,) of the classifier that the outlier scores read.
@@ -278,22 +282,40 @@ class Probing:
 
         Args:
             choice: a name in conf/data, or a mapping with it as `name` and further keys of the data, such as `root`.
+
+        Raises:
+            ValueError: there are no such data, or a key is wrong.
         """
         keys = {"name": choice} if isinstance(choice, str) else dict(choice)
-        name = keys.pop("name")
-        changes = [f"data={name}", *(f"++data.{key}='{value}'" for key, value in keys.items()), "run_dir=."]
+        name = keys.pop("name", None)
+        if name not in list_group("data"):
+            known = list_group("data")
+            raise ValueError(f"there are no data {name!r}.{nearest(str(name), known)} There are: {', '.join(known)}")
+        changes = [f"data={name}", "run_dir=."]
         if GlobalHydra.instance().is_initialized():
             cfg = compose("probe", changes)
         else:
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 cfg = compose("probe", changes)
+        if cfg.task.name != "classification":
+            raise ValueError(f"probe=ood takes data of task=classification, not data={name}")
+        for key, value in keys.items():
+            if key not in cfg.data:
+                raise ValueError(f"data={name} has no key {key!r}.{nearest(str(key), map(str, cfg.data))}")
+            cfg.data[key] = value
+        cfg.probe = self.cfg.probe
+        check_values(cfg)
         own = resolved_data(self.cfg)
         for key in (*KEYS, "in_chans"):
             OmegaConf.update(cfg.data, key, own[key], force_add=True)
         cfg.recipe = self.cfg.recipe
-        if cfg.task.name != "classification":
-            raise ValueError(f"probe={self.cfg.probe.name} takes data of task=classification, not data={name}")
         return build_data(cfg)
+
+
+def main_first(figures: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the figures with a figure and its interval in front, as sweeps and tables read them."""
+    main = {key: figures[key] for key in (name, f"{name}_ci95")}
+    return main | figures
 
 
 def pick_device(accelerator: str) -> torch.device:
