@@ -96,6 +96,9 @@ class Probing:
         if cfg.weights:
             self.has_classifier = not load_weights(self.net, cfg.weights, drop_classifier=True).missing
         self.weights = weights_digest(self.net)
+        # What may be wrong with other data and the classifier is said before features are computed, which takes long.
+        self.others = self.other_data() if cfg.probe.name == "ood" else {}
+        self.own_classifier = self.find_own_classifier() if cfg.probe.get("classifier") == "own" else None
         self.from_cache: list[str] = []
 
     def run(self, folder: Path) -> dict[str, Any]:
@@ -230,34 +233,30 @@ class Probing:
 
     def find_outliers(self, train: Features, test: Features) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return AUROC and FPR95 of each score for each other data set, and the sizes of these sets."""
-        weight, bias = self.linear_classifier(train)
-        others = {
-            f"{group}/{choice if isinstance(choice, str) else choice['name']}": choice
-            for group in ("near", "far")
-            for choice in self.cfg.probe[group]
-        }
-        sets = [self.features("test", self.other_data(choice), name) for name, choice in others.items()]
+        if self.own_classifier is not None:
+            weight, bias = self.own_classifier
+        else:
+            # On features as they are, since ViM needs the classifier of these features.
+            probe = LogisticProbe(self.datamodule.num_classes, [1.0], max_iterations=1000)
+            dtype = torch.float32 if self.device.type == "mps" else torch.float64
+            weight, bias = probe.solve(train.values.to(dtype), train.label, 1.0)
+        sets = [self.features("test", datamodule, name) for name, datamodule in self.others.items()]
         inside, *outside = OutlierScores(train, weight, bias, self.cfg.probe.k)([test, *sets])
         figures = {
             f"{name}/{figure}": value
-            for name, scores in zip(others, outside, strict=True)
+            for name, scores in zip(self.others, outside, strict=True)
             for figure, value in outlier_figures(inside, scores, seed=self.cfg.seed).items()
         }
         first = next(key for key, value in figures.items() if isinstance(value, float))
         return main_first(figures, first) | {"n": len(test.label)}, {}
 
-    def linear_classifier(self, train: Features) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weights (D, K) and biases (K,) of the classifier that the outlier scores read.
+    def find_own_classifier(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights (D, K) and biases (K,) of the net's own classifier, for the outlier scores.
 
         Raises:
             ValueError: the net has no trained linear classifier for these classes that reads these features.
         """
-        settings, classes = self.cfg.probe, self.datamodule.num_classes
-        if settings.classifier == "logistic":
-            # On features as they are, since ViM needs the classifier of these features.
-            probe = LogisticProbe(classes, [1.0], max_iterations=1000)
-            dtype = torch.float32 if self.device.type == "mps" else torch.float64
-            return probe.solve(train.values.to(dtype), train.label, 1.0)
+        classes = self.datamodule.num_classes
         classifier: Any = self.net.get_classifier()  # pyright: ignore[reportCallIssue]
         hint = "; probe.classifier=logistic fits one"
         if not self.has_classifier:
@@ -277,7 +276,15 @@ class Probing:
         image = torch.randn(1, self.datamodule.in_chans, height, width, generator=generator).to(self.device)
         return torch.allclose(classifier(read(self.net, image, "head")), self.net(image), rtol=1e-3, atol=1e-4)
 
-    def other_data(self, choice: str | Mapping[str, Any]) -> Any:
+    def other_data(self) -> dict[str, Any]:
+        """Return the data modules of the other data of the outlier scores, by names such as `near/fashion_mnist`."""
+        return {
+            f"{group}/{choice if isinstance(choice, str) else choice.get('name')}": self.build_other(choice)
+            for group in ("near", "far")
+            for choice in self.cfg.probe[group]
+        }
+
+    def build_other(self, choice: str | Mapping[str, Any]) -> Any:
         """Return the data module of other data, whose images are prepared as those of the net's own data.
 
         Args:

@@ -49,20 +49,27 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> str:
+    """Return the override for a cache of the digits' features that tests share."""
+    return f"cache={tmp_path_factory.mktemp('features')}"
+
+
 @pytest.fixture
 def probe(cli, run):
-    """Run probe.py on the run with a cache in the working folder, and return the result."""
+    """Run probe.py on the run, and return the result."""
 
     def call(*arguments: str) -> dict:
-        outcome = cli("probe", f"run={run}", "trainer=cpu", "cache=features", "hydra.run.dir=out", *arguments)
+        outcome = cli("probe", f"run={run}", "trainer=cpu", "hydra.run.dir=out", *arguments)
         assert outcome.code == 0, outcome.err
         return result(Path("out")) | {"err": outcome.err}
 
     return call
 
 
-def test_a_probe_writes_what_was_read_and_how_it_was_chosen(probe, cli, run):
-    found = probe("probe=linear", "probe.learning_rates=[0.1,1]", "probe.weight_decays=[0]", "probe.epochs=5")
+def test_a_probe_writes_what_was_read_and_how_it_was_chosen(probe, cli, run, digits):
+    linear = (digits, "probe=linear", "probe.learning_rates=[0.1,1]", "probe.weight_decays=[0]", "probe.epochs=5")
+    found = probe(*linear)
     assert (found["task"], found["probe"], found["feature"]) == ("probing", "linear", "head")
     assert found["feature_shape"] == [256] and found["train_images"] == 1255
     assert found["chosen"]["learning_rate"] in (0.1, 1.0) and len(found["trials"]) == 2
@@ -72,12 +79,12 @@ def test_a_probe_writes_what_was_read_and_how_it_was_chosen(probe, cli, run):
     assert metrics["test/top1_ci95"][0] < metrics["test/top1"] < metrics["test/top1_ci95"][1]
     # The features of a random net say much more than chance.
     assert metrics["test/top1"] > 0.4
-    assert found["from_cache"] == [] and Path("out/predictions.csv").read_text().count("\n") == 358
+    assert Path("out/predictions.csv").read_text().count("\n") == 358
     # The folder follows from the config, and a finished probing is not repeated.
     written = os.stat("out/result.json").st_mtime_ns
-    again = probe("probe=linear", "probe.learning_rates=[0.1,1]", "probe.weight_decays=[0]", "probe.epochs=5")
+    again = probe(*linear)
     assert again["metrics"] == metrics and os.stat("out/result.json").st_mtime_ns == written
-    outcome = cli("probe", f"run={run}", "trainer=cpu", "cache=features", "probe=few_shot", "probe.shots=[1,5]")
+    outcome = cli("probe", f"run={run}", "trainer=cpu", digits, "probe=few_shot", "probe.shots=[1,5]")
     assert outcome.code == 0, outcome.err
     (folder,) = (run / "probing").iterdir()
     few = result(folder)
@@ -88,7 +95,14 @@ def test_a_probe_writes_what_was_read_and_how_it_was_chosen(probe, cli, run):
 
 def test_features_are_read_anew_when_what_they_follow_from_differs(probe, run, photos, tmp_path):
     """The run's classifier of ten digits is left out for two classes, and the images keep the run's preparation."""
-    knn = ("probe=knn", "probe.k=[5]", "data=image_folder", f"data.root={photos}", "data.num_workers=0")
+    knn = (
+        "cache=features",
+        "probe=knn",
+        "probe.k=[5]",
+        "data=image_folder",
+        f"data.root={photos}",
+        "data.num_workers=0",
+    )
     first = probe(*knn)
     assert first["from_cache"] == [] and first["trials"] == []
     assert probe(*knn, "seed=1")["from_cache"] == ["train", "test"]
@@ -107,11 +121,10 @@ def test_features_are_read_anew_when_what_they_follow_from_differs(probe, run, p
     mended = probe(*knn, "seed=2")
     assert mended["from_cache"] == [] and mended["metrics"] == first["metrics"]
     assert mended["err"].count("cannot be read") == 2
-    assert probe(*knn, "seed=3")["from_cache"] == ["train", "test"]
 
 
-def test_retrieval_and_other_data(probe, photos):
-    found = probe("probe=retrieval", "probe.gallery=test", "probe.ranks=[1,5]")
+def test_retrieval_and_other_data(probe, photos, digits):
+    found = probe(digits, "probe=retrieval", "probe.gallery=test", "probe.ranks=[1,5]")
     assert found["gallery_images"] == 356 and found["bits"] == 256
     assert list(found["metrics"]) == [
         f"test/{name}" for name in (
@@ -119,7 +132,9 @@ def test_retrieval_and_other_data(probe, photos):
             "hamming_map_ci95",
         )
     ]  # fmt: skip
-    found = probe("probe=ood", f"probe.far=[{{name: image_folder, root: {photos}, num_workers: 0}}]", "probe.k=10")
+    found = probe(
+        digits, "probe=ood", f"probe.far=[{{name: image_folder, root: {photos}, num_workers: 0}}]", "probe.k=10"
+    )
     metrics = found["metrics"]
     assert next(iter(metrics)) == "test/far/image_folder/msp_auroc" and metrics["test/far/image_folder/n"] == 12
     for score in ("msp", "energy", "vim", "knn"):
@@ -133,7 +148,7 @@ def test_retrieval_and_other_data(probe, photos):
 
 @pytest.mark.slow
 def test_an_attentive_probe_reads_the_map(probe):
-    found = probe("probe=attentive", "probe.learning_rates=[0.01]", "probe.epochs=15")
+    found = probe("cache=null", "probe=attentive", "probe.learning_rates=[0.01]", "probe.epochs=15")
     assert found["feature"] == "map" and found["feature_shape"] == [1, 256]
     assert found["metrics"]["test/top1"] > 0.4
 
@@ -162,16 +177,18 @@ def test_probes_of_a_trained_net_are_as_good_as_the_net(cli):
         (["probe=attentive", "probe.pool=eq"], "probe.pool must be one of ep, abmilp, simpool, siglip, aim, jepa"),
         (["feature=class_token"], "Swin has no class token; feature=mean or head"),
         (["probe=ood"], "probe=ood needs other data, such as probe.near=[fashion_mnist]"),
-        (["probe=ood", "probe.near=[scenes]", "feature=mean"], "no linear function of feature=mean; probe.classifier="),
+        (["probe=ood", "probe.near=[digits]", "feature=mean"], "no linear function of feature=mean; probe.classifier="),
         (["probe=ood", "probe.near=[scenes]"], "probe=ood takes data of task=classification, not data=scenes"),
         (["probe=ood", "probe.far=[digit]"], "there are no data 'digit'. Did you mean 'digits'?"),
         (["probe=ood", "probe.far=[{name: image_folder, rot: x}]"], "data=image_folder has no key 'rot'. Did you mean"),
         (["trainer.devices=2"], "probe.py computes on one device, not on 2"),
         (["holdout=1"], "holdout must be a number from 0 to below 1, not 1"),
-        (["probe=knn", "probe.k=[5000,7]"], "k=5000 neighbours are more than the 1129 images"),
+        (["probe=knn", "probe.k=[50,7]", "data=image_folder"], "k=50 neighbours are more than the 22 images"),
     ],
 )
-def test_errors_are_one_line(cli, run, arguments, message):
+def test_errors_are_one_line(cli, run, photos, arguments, message):
+    if "data=image_folder" in arguments:
+        arguments = [*arguments, f"data.root={photos}", "data.num_workers=0"]
     outcome = cli("probe", f"run={run}", "trainer=cpu", "cache=features", "hydra.run.dir=out", *arguments)
     assert message in outcome.error
     assert not Path("out").exists()
