@@ -94,10 +94,14 @@ class AttentiveProbe:
         if self.optimizer == "adamw":
             return torch.optim.AdamW(classifier.parameters(), weight_decay=0.0)
         groups = [
-            {"params": [p for p in classifier.parameters() if (p.ndim > 1) == adapts], "always_adapt": adapts}
+            {
+                "params": [p for p in classifier.parameters() if (p.ndim > 1) == adapts],
+                "momentum": 0.9,
+                "always_adapt": adapts,
+            }
             for adapts in (True, False)
         ]
-        return Lars(groups, momentum=0.9)
+        return Lars(groups)
 
     def steps(self, images: int) -> Iterator[tuple[Tensor, float]]:
         """Yield the positions of the images of each step, and the factor of its learning rate."""

@@ -95,7 +95,7 @@ def images_digest(images: Any) -> str:
     for position in range(len(images)):
         digest.update(images.name(position).encode(errors="surrogateescape") + b"\0")
     if isinstance(images, ArrayImages):
-        digest.update(np.ascontiguousarray(images.images))
+        digest.update(images.images.tobytes())
     files: list[Path] = []
     if isinstance(images, FileImages):
         files = [Path(images.root, images.name(position)) for position in range(len(images))]

@@ -85,7 +85,7 @@ def scores_of(
         energy = math.log(sum(exponentials))
         result["msp"].append(max(exponentials) / sum(exponentials))
         result["energy"].append(energy)
-        result["vim"].append(energy - scale * np.linalg.norm((row - origin) @ outside))
+        result["vim"].append(float(energy - scale * np.linalg.norm((row - origin) @ outside)))
         similarity = sorted(
             (row @ other / np.linalg.norm(row) / np.linalg.norm(other) for other in gallery), reverse=True
         )
