@@ -66,7 +66,7 @@ EXAMPLES = {
     "probe": (
         ("probe.py run=outputs/classification/... probe=linear", "a finished run"),
         ("probe.py -m run=DIR probe=linear,knn,few_shot", "three probes of the same features"),
-        ("probe.py model=timm model.name=resnet50 model.pretrained=true data=cifar10", "timm's weights"),
+        ("probe.py model=timm model.name=resnet50 model.pretrained=true", "timm's weights"),
         ("probe.py run=DIR probe=attentive probe.pool=simpool", "an attentive pool"),
         ("probe.py run=DIR probe=ood probe.far=[fashion_mnist]", "other data"),
     ),
@@ -99,6 +99,8 @@ def _overview(program: str) -> list[str]:
     lines += [f"  python {command:{width}}  # {meaning}" for command, meaning in EXAMPLES[program]]
     lines += ["", "Groups and the number of their choices:"]
     for group in GROUPS:
+        if group == "probe" and program != "probe":
+            continue
         choices = list_choices(group)
         names = ", ".join(choices)
         shown = names if len(names) <= WIDTH - 30 else f"--help {group} lists them"

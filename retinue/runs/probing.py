@@ -96,7 +96,7 @@ class Probing:
         if cfg.weights:
             self.has_classifier = not load_weights(self.net, cfg.weights, drop_classifier=True).missing
         self.weights = weights_digest(self.net)
-        # What may be wrong with other data and the classifier is said before features are computed, which takes long.
+        # Faults of other data and of the classifier are said before the features are computed, which takes long.
         self.others = self.other_data() if cfg.probe.name == "ood" else {}
         self.own_classifier = self.find_own_classifier() if cfg.probe.get("classifier") == "own" else None
         self.from_cache: list[str] = []
