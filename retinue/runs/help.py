@@ -65,7 +65,7 @@ EXAMPLES = {
     ),
     "probe": (
         ("probe.py run=outputs/classification/... probe=linear", "a finished run"),
-        ("probe.py -m run=DIR probe=linear,knn,few_shot", "three probes of the same features"),
+        ("probe.py -m run=DIR probe=linear,knn,few_shot", "three probes"),
         ("probe.py model=timm model.name=resnet50 model.pretrained=true", "timm's weights"),
         ("probe.py run=DIR probe=attentive probe.pool=simpool", "an attentive pool"),
         ("probe.py run=DIR probe=ood probe.far=[fashion_mnist]", "other data"),

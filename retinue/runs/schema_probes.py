@@ -54,9 +54,7 @@ class Attentive(Probe):
     queries: Count = Field(description="queries of ep; times reduction they divide the channels of the tokens")
     reduction: Count = Field(description="factor by which the output of ep has fewer channels than the tokens")
     num_heads: Count = Field(description="attention heads of siglip, aim and jepa; they divide the channels")
-    optimizer: Literal["lars", "adamw"] = Field(
-        description="lars: that of the EP paper, which takes tens of thousands of steps"
-    )
+    optimizer: Literal["lars", "adamw"] = Field(description="lars: the EP paper's, for tens of thousands of steps")
     learning_rates: LearningRates = Field(description=RATES)
     epochs: Count = Field(description="passes over the features of the training images")
     warmup_epochs: NonNegative = Field(description="epochs in which the learning rate rises linearly")
