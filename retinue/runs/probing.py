@@ -92,7 +92,8 @@ class Probing:
             raise ValueError(f"probe={cfg.probe.name} reads feature={' or '.join(kinds)}, not feature={self.kind}")
         self.datamodule = build_data(cfg)
         self.net = Classification.build_net(cfg, self.datamodule)
-        self.has_classifier = self.net.pretrained_cfg["num_classes"] == self.datamodule.num_classes  # pyright: ignore
+        published: Any = getattr(self.net, "pretrained_cfg", {})
+        self.has_classifier = published.get("num_classes") == self.datamodule.num_classes
         if cfg.weights:
             self.has_classifier = not load_weights(self.net, cfg.weights, drop_classifier=True).missing
         self.weights = weights_digest(self.net)
