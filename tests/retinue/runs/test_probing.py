@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from retinue.probing.features import KINDS, Features, read
 from retinue.runs.preprocessing import resolve_preprocessing
 from retinue.runs.result_file import CLASSES
 from retinue.runs.training import build_data, build_task, save_config
-from tests.retinue.runs.cli import SWIN, result
+from tests.retinue.runs.cli import SWIN, result, start, stop_when
 from tests.retinue.runs.test_config import composed
 
 
@@ -151,6 +152,20 @@ def test_an_attentive_probe_reads_the_map(probe):
     found = probe("cache=null", "probe=attentive", "probe.learning_rates=[0.01]", "probe.epochs=15")
     assert found["feature"] == "map" and found["feature_shape"] == [1, 256]
     assert found["metrics"]["test/top1"] > 0.4
+
+
+@pytest.mark.slow
+def test_a_killed_probing_is_done_again_whatever_it_left_of_its_features(probe, run, tmp_path):
+    arguments = ("probe=few_shot", "probe.shots=[1,5]")
+    killed = start(
+        "probe", f"run={run}", "trainer=cpu", "cache=features", "hydra.run.dir=out", *arguments, folder=tmp_path
+    )
+    stop_when(killed, tmp_path / "features", signal.SIGKILL)
+    assert not Path("out/result.json").exists()
+    again = probe("cache=features", *arguments)
+    Path("out/result.json").unlink()
+    whole = probe("cache=null", *arguments)
+    assert whole["from_cache"] == [] and again["metrics"] == whole["metrics"]
 
 
 @pytest.mark.slow
