@@ -210,6 +210,12 @@ class ImageData(pl.LightningDataModule, ABC):
     def test_dataloader(self) -> Loader:
         return self._eval_dataloader("test")
 
+    def ordered_dataloader(self, split: str) -> Loader:
+        """Return the images of any split in their order, all prepared as in evaluation, those of train too."""
+        fetch = BatchFetcher(self.images(split), self.eval_transform, self.collate)
+        sampler = EvalSampler(len(self.images(split)), self.batch_size)
+        return Loader(fetch, sampler, **self._loader_arguments(split))
+
     def _eval_dataloader(self, split: str) -> Loader:
         sampler = EvalSampler(len(self.images(split)), self.batch_size, **self._ranks)
         fetch, residents = self._source(split)

@@ -14,9 +14,9 @@ from retinue.utils.suggestions import nearest
 
 
 def list_commands() -> dict[str, str]:
-    """Return the module of each command: `train`, `eval`, `predict`, and every script."""
+    """Return the module of each command: `train`, `eval`, `predict`, `probe`, and every script."""
     script_modules = {module.name: f"scripts.{module.name}" for module in pkgutil.iter_modules(scripts.__path__)}
-    return {name: name for name in ("train", "eval", "predict")} | script_modules
+    return {name: name for name in ("train", "eval", "predict", "probe")} | script_modules
 
 
 def summary(module: str) -> str:

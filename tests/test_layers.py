@@ -15,12 +15,13 @@ LAYERS = (
     "datamodules",
     "retinue.evaluation",
     "retinue.tasks",
+    "retinue.probing",
     "retinue.runs",
     "retinue.benchmarks",
     "retinue.results",
     "scripts",
 )
-COMMANDS = ("train", "eval", "predict", "retinue.__main__", "hydra_plugins.retinue_launcher")
+COMMANDS = ("train", "eval", "predict", "probe", "retinue.__main__", "hydra_plugins.retinue_launcher")
 
 
 def rank(module: str) -> int | None:

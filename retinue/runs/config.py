@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from retinue.runs.default_recipe import recipe_for
-from retinue.runs.folders import EVALUATIONS, PREDICTIONS
+from retinue.runs.folders import EVALUATIONS, PREDICTIONS, PROBINGS
 from retinue.runs.identity import WEIGHTS_DIGESTS, fingerprint, run_folder
 from retinue.runs.preprocessing import resolve_preprocessing, resolved_data
 from retinue.runs.result_file import CONFIG, read_config
@@ -27,7 +27,10 @@ def register_resolvers() -> None:
     """Register the interpolations that conf/ uses; call this before Hydra composes."""
     OmegaConf.register_new_resolver("recipe_for", recipe_for, replace=True)
     OmegaConf.register_new_resolver("at_most", at_most, replace=True)
-    folders = {"run_folder": run_folder, "evaluation_folder": evaluation_folder, "prediction_folder": prediction_folder}
+    folders = {
+        "run_folder": run_folder, "evaluation_folder": evaluation_folder, "prediction_folder": prediction_folder,
+        "probing_folder": probing_folder,
+    }  # fmt: skip
     for name, folder in folders.items():
         resolver = partial(_checked_folder, folder)
         OmegaConf.register_new_resolver(name, lambda *, _root_, resolver=resolver: resolver(_root_), replace=True)
@@ -113,6 +116,11 @@ def evaluation_folder(cfg: DictConfig) -> str:
 def prediction_folder(cfg: DictConfig) -> str:
     """Return the folder of predictions: the chosen one, or the one beside those of evaluations."""
     return _inference_folder(cfg, PREDICTIONS) if cfg.save is None else str(Path(cfg.save).expanduser())
+
+
+def probing_folder(cfg: DictConfig) -> str:
+    """Return the folder of a probe's result, beside those of evaluations: `probing/<8 hex>` in the folder of a run."""
+    return _inference_folder(cfg, PROBINGS)
 
 
 def _inference_folder(cfg: DictConfig, kind: str) -> str:

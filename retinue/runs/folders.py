@@ -11,8 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from retinue.runs.result_file import CONFIG, FAILED, RESULT, read_result
 
-# Folders in the folder of a run, and in `outputs`, for the evaluations and the predictions of nets.
-EVALUATIONS, PREDICTIONS = "evaluation", "predictions"
+# Folders in the folder of a run, and in `outputs`, for the evaluations, the predictions and the probings of nets.
+EVALUATIONS, PREDICTIONS, PROBINGS = "evaluation", "predictions", "probing"
 # Beside config.yaml one of these shows that a folder is a run's; other projects have a config.yaml, too.
 SIGNS_OF_A_RUN = (RESULT, FAILED, "metrics.csv", "checkpoints")
 
@@ -45,7 +45,7 @@ def missing_folders(folder: Path) -> frozenset[Path]:
 
 
 # Files that Hydra's logging writes into the folder of a run or an evaluation.
-LOGS = {"train.log", "eval.log", "predict.log"}
+LOGS = {"train.log", "eval.log", "predict.log", "probe.log"}
 
 
 @contextlib.contextmanager
@@ -77,14 +77,14 @@ def is_run(folder: Path) -> bool:
 
 
 def refuse_inside_a_run(folder: Path) -> None:
-    """Refuse a folder inside the folder of a run, except for a run's own evaluations and predictions.
+    """Refuse a folder inside the folder of a run, except for a run's own evaluations, predictions and probings.
 
     Raises:
         ValueError: The folder lies inside a run.
     """
     path = folder.absolute()
     for above in path.parents:
-        if is_run(above) and path.parent not in (above / EVALUATIONS, above / PREDICTIONS):
+        if is_run(above) and path.parent not in (above / EVALUATIONS, above / PREDICTIONS, above / PROBINGS):
             raise ValueError(
                 f"{folder} lies inside the run {above}, which rerun=true would move away: choose another hydra.run.dir"
             )

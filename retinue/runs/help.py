@@ -32,7 +32,7 @@ from retinue.utils.paths import CONF, list_group
 from retinue.utils.suggestions import nearest
 
 GROUPS = ("model", "ops", "gates", "reduction", "task", "head", "data", "recipe", "trainer", "logger", "callbacks",
-          "hydra/launcher", "experiment")  # fmt: skip
+          "hydra/launcher", "experiment", "probe")  # fmt: skip
 WIDTH = 100  # characters in a line
 FLAGS = ("--help", "-h")
 
@@ -69,6 +69,13 @@ EXAMPLES = {
         ("predict.py run=DIR images=a.png save=predictions", "one image"),
         ("predict.py model=biformer weights=FILE data=imagenet images=DIR", "released weights"),
     ),
+    "probe": (
+        ("probe.py run=outputs/classification/... probe=linear", "a finished run"),
+        ("probe.py -m run=DIR probe=linear,knn,few_shot", "three probes"),
+        ("probe.py model=timm model.name=resnet50 model.pretrained=true", "timm's weights"),
+        ("probe.py run=DIR probe=attentive probe.pool=simpool", "an attentive pool"),
+        ("probe.py run=DIR probe=ood probe.far=[fashion_mnist]", "other data"),
+    ),
 }
 
 
@@ -98,6 +105,8 @@ def _overview(program: str) -> list[str]:
     lines += [f"  python {command:{width}}  # {meaning}" for command, meaning in EXAMPLES[program]]
     lines += ["", "Groups and the number of their choices:"]
     for group in GROUPS:
+        if group == "probe" and program != "probe":
+            continue
         choices = list_choices(group)
         names = ", ".join(choices)
         shown = names if len(names) <= WIDTH - 30 else f"--help {group} lists them"
@@ -208,7 +217,7 @@ def _keys(group: str, choice: str) -> list[str]:
     """Return a choice's yaml with its comments, followed by the files that it inherits from."""
     text = (CONF / group / f"{choice}.yaml").read_text(encoding="utf-8")
     shown = [line for line in text.splitlines() if not re.match(r"# @package|\s*_target_:", line)]
-    lines = [f"{group}={choice}", "", *_wrapped(_with_meanings(shown, group, _task_of(group, choice)))]
+    lines = [f"{group}={choice}", "", *_wrapped(_with_meanings(shown, group, choice))]
     defaults = (yaml.safe_load(text) or {}).get("defaults", [])
     for default in defaults:
         if isinstance(default, str) and (CONF / group / f"{default}.yaml").is_file():
@@ -226,8 +235,9 @@ def _task_of(group: str, choice: str) -> str:
     return task or (_task_of(group, parents[0]) if parents else "classification")
 
 
-def _with_meanings(lines: Iterable[str], group: str, task: str) -> Iterator[str]:
+def _with_meanings(lines: Iterable[str], group: str, choice: str) -> Iterator[str]:
     """Yield yaml lines; a key without a comment of its own gets its meaning from the schema as its comment."""
+    task = _task_of(group, choice)
     # Indentation and name of each key that the line is below.
     above: list[tuple[int, str]] = []
     for line in lines:
@@ -237,7 +247,10 @@ def _with_meanings(lines: Iterable[str], group: str, task: str) -> Iterator[str]
             continue
         above = [(indent, name) for indent, name in above if indent < len(key[1])] + [(len(key[1]), key[2])]
         name = ".".join(name for _, name in above)
-        text = meaning(name if group == "data" else f"{group}.{name}", "train", task)
+        if group == "probe":
+            text = meaning(f"probe.{name}", "probe", probe=choice)
+        else:
+            text = meaning(name if group == "data" else f"{group}.{name}", "train", task)
         yield f"{line} # {text}" if text and " # " not in line else line
 
 

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from retinue.evaluation.contributions import FILE as TEST_IMAGES
-from retinue.runs.folders import EVALUATIONS, PREDICTIONS
+from retinue.runs.folders import EVALUATIONS, PREDICTIONS, PROBINGS
 from retinue.runs.result_file import CLASSES, CONFIG, FAILED, RESULT
 from retinue.tasks.not_finite import FOLDER as NOT_FINITE
 
@@ -23,7 +23,7 @@ MOVING, REPLACED = ".replacing", ".replaced"
 # Files and folders that a run leaves, with its evaluations and predictions; a run without its result is not finished.
 MADE_BY_A_RUN = (
     RESULT, FAILED, CONFIG, CLASSES, TEST_IMAGES, "metrics.csv", "curves.png", "checkpoints", "tensorboard", "wandb",
-    NOT_FINITE, EVALUATIONS, PREDICTIONS,
+    NOT_FINITE, EVALUATIONS, PREDICTIONS, PROBINGS,
 )  # fmt: skip
 
 

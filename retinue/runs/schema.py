@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from retinue.runs.schema_messages import Expected, one_line, refuse_choice
+from retinue.runs.schema_probes import PROBES, Probe
 from retinue.runs.schema_sections import (
     ClassificationData,
     ClassificationRecipe,
@@ -26,6 +27,7 @@ from retinue.runs.schema_sections import (
     PathText,
     Positive,
     Section,
+    ShareBelowOne,
     Trainer,
     WholeNumber,
 )
@@ -176,6 +178,17 @@ class Prediction(Inference):
     pictures: bool = Field(description="true: draw a picture of each image with its prediction")
 
 
+class Probing(Inference):
+    """Keys of probe.py alone."""
+
+    probe: Probe
+    feature: Literal["head", "class_token", "mean", "map", "tokens"] | None = Field(
+        description="part of the net's output; null: head, what its classifier reads, and map for probe=attentive"
+    )
+    holdout: ShareBelowOne = Field(description="share of the training images by which a probe's settings are chosen")
+    cache: PathText | None = Field(description="folder that keeps the features; null: they are not kept")
+
+
 class Sections(Keys):
     """Sections whose keys are the same for all tasks."""
 
@@ -246,7 +259,9 @@ class Panoptic(Sections):
     recipe: DenseRecipe
 
 
-PROGRAMS: dict[str, type[Common]] = {"train": Training, "eval": Evaluation, "predict": Prediction}
+PROGRAMS: dict[str, type[Common]] = {
+    "train": Training, "eval": Evaluation, "predict": Prediction, "probe": Probing,
+}  # fmt: skip
 TASKS: dict[str, type[Sections]] = {
     "classification": Classification, "multi_label": MultiLabel, "detection": Detection, "segmentation": Segmentation,
     "panoptic": Panoptic, "hashing": Hashing,
@@ -255,14 +270,21 @@ TASKS: dict[str, type[Sections]] = {
 IN_THE_RUN = ("run_dir", "logger", "callbacks")
 
 
-def schema(program: str, task: str) -> type[BaseModel]:
-    """Return the schema of the configs of a program (`train`, `eval` or `predict`) for a task."""
-    return create_model(f"{program}_{task}", __base__=(PROGRAMS[program], TASKS[task]))
+def schema(program: str, task: str, probe: str | None = None) -> type[BaseModel]:
+    """Return the schema of the configs of a program (`train`, `eval`, `predict` or `probe`) for a task and a probe."""
+    return create_model(f"{program}_{task}", __base__=(_of_program(program, probe), TASKS[task]))
+
+
+def _of_program(program: str, probe: str | None) -> type[Common]:
+    """Return the schema of a program's own keys, with the keys of the probe if one is named."""
+    own = PROGRAMS[program]
+    return own if probe is None else create_model(f"{program}_{probe}", __base__=own, probe=(PROBES[probe], ...))
 
 
 def program_of(cfg: Mapping) -> str:
     """Return the program that a composed config is for."""
-    return "predict" if "images" in cfg else "eval" if "save_images" in cfg else "train"
+    keys = {"images": "predict", "save_images": "eval", "probe": "probe"}
+    return next((program for key, program in keys.items() if key in cfg), "train")
 
 
 def check_values(cfg: Any) -> None:
@@ -275,14 +297,18 @@ def check_values(cfg: Any) -> None:
         ValueError: One line with the key, what is expected, the value, and the nearest choice.
     """
     values = {key: _plain(cfg, key) for key in cfg if key != "hydra"}
+    program = program_of(values)
+    probe = values["probe"].get("name") if isinstance(values.get("probe"), Mapping) else None
+    if program == "probe" and probe not in PROBES:
+        raise ValueError(refuse_choice("probe", "null" if probe is None else repr(probe)))
     if values.get("run") is not None:
         # The sections are those of the run's config, which is merged with this one and then checked.
-        expected = PROGRAMS[program_of(values)]
+        expected = _of_program(program, probe)
     else:
         name = values["task"].get("name") if isinstance(values.get("task"), Mapping) else None
         if name not in TASKS:
             raise ValueError(refuse_choice("task", "null" if name is None else repr(name)))
-        expected = schema(program_of(values), name)
+        expected = schema(program, name, probe)
     try:
         expected.model_validate(values)
     except ValidationError as error:
@@ -298,9 +324,9 @@ def _plain(cfg: Any, key: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def meaning(key: str, program: str = "train", task: str = "classification") -> str | None:
+def meaning(key: str, program: str = "train", task: str = "classification", probe: str | None = None) -> str | None:
     """Return the meaning of a dotted key, such as `recipe.optimizer.lr`; None for a key that the schema lacks."""
-    model: Any = schema(program, task)
+    model: Any = schema(program, task, probe)
     field = None
     for part in key.split("."):
         if not (isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields):

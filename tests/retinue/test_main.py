@@ -24,7 +24,8 @@ def retinue(tmp_path):
 def test_help_lists_every_command_with_its_summary(retinue, arguments):
     process = retinue(*arguments)
     assert (process.returncode, process.stderr) == (0, "")
-    names = {path.stem for path in (PROJECT / "scripts").glob("*.py")} - {"__init__"} | {"train", "eval", "predict"}
+    programs = {"train", "eval", "predict", "probe"}
+    names = {path.stem for path in (PROJECT / "scripts").glob("*.py")} - {"__init__"} | programs
     lines = process.stdout.splitlines()[2:]
     assert {line.split()[0] for line in lines} == names
     assert all(len(line.split()) > 1 for line in lines)

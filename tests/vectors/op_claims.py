@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.backbones import lola_specvit
 from models.backbones.hyper_zzw import SlowFastBlock
 from models.enhancers import FeatEnHancer
+from models.layers.attentive_pools import create_pool
 from ops import Place, create_op
 from ops.gate_registry import create_gate
 from tests.vectors import cfsr
@@ -294,6 +295,13 @@ PARTS: dict[str, Part | Block] = {
         # Three fixed filters, which are parameters there
         constants=3 * 96 * 9,
     ),
+    "ep_probe__abmilp_dim96": Part(lambda: create_pool("abmilp", 96)),
+    "ep_probe__aim_dim96": Part(lambda: create_pool("aim", 96, num_heads=6)),
+    "ep_probe__jepa_dim96": Part(lambda: create_pool("jepa", 96, num_heads=6)),
+    "ep_probe__q12_d1_dim384": Part(lambda: create_pool("ep", 384, queries=12)),
+    "ep_probe__q32_d1_dim768": Part(lambda: create_pool("ep", 768, queries=32)),
+    "ep_probe__q8_d2_dim384": Part(lambda: create_pool("ep", 384, queries=8, reduction=2)),
+    "ep_probe__simpool_dim96": Part(lambda: create_pool("simpool", 96)),
     "featenhancer__full": Part(FeatEnHancer),
     "hyperzzw__sfne_c12_s16": Part(
         lambda: SlowFastBlock(12, 36, (16, 16)), lambda block, x: (block(x), block.slow_net_g())

@@ -21,12 +21,14 @@ from retinue.utils.paths import CONF, PROJECT
 SCREEN = 40  # lines
 
 
-@pytest.mark.parametrize("program", ["train", "eval", "predict"])
+@pytest.mark.parametrize("program", ["train", "eval", "predict", "probe"])
 def test_the_overview_is_one_screen(cli, program):
     lines = cli(program, "--help").out.splitlines()
     assert len(lines) <= SCREEN and max(map(len, lines)) <= 100
     text = "\n".join(lines)
-    assert f"Usage: python {program}.py" in text and all(group in text for group in GROUPS)
+    # Only probe.py takes a probe.
+    groups = [group for group in GROUPS if group != "probe" or program == "probe"]
+    assert f"Usage: python {program}.py" in text and all(group in text for group in groups)
     assert (
         "classification, detection, hashing, multi_label, panoptic, segmentation" in text
         and f"{len(list_choices('model'))}   --help model" in text
@@ -167,7 +169,7 @@ def test_another_broken_pipe_keeps_its_traceback():
 @pytest.mark.parametrize(
     "topic",
     ["trainer=auto", "task=classification", "task=detection", "task=segmentation", "recipe=deit", "recipe=coco_1x",
-     "recipe=ade20k_160k", "data=imagenet", "data=voc", "data=ade20k"],
+     "recipe=ade20k_160k", "data=imagenet", "data=voc", "data=ade20k", "probe=attentive", "probe=ood"],
 )  # fmt: skip
 def test_every_key_of_a_choice_has_a_meaning(cli, topic):
     lines = cli("train", "--help", topic).out.partition("It inherits from")[0].splitlines()

@@ -1,0 +1,1 @@
+"""Features of a frozen net, and the probes that are fitted to them."""
