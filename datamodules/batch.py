@@ -21,7 +21,9 @@ Classification (K classes) adds:
     label           int64 (B,), 0 to K - 1
     target          float32 (B, K), in training with MixUp, CutMix or MaskMix only: mixed and smoothed labels
     mix             `datamodules.mixing.Mix`, with `target` only: which images were mixed, and where
-    views           float32 (B·V, C, H, W), in training with `augment.jsd` only: V AugMix views of all images, view by view
+    views           float32 (B·V, C, H, W), in training with `augment.jsd` only: V AugMix views of all images, view by
+                    view
+    map_scores, map_labels, map_view   in training with label maps only: see `datamodules.token_maps`
 
 Detection pads `image` with zeros and adds the following. Boxes are (x1, y1, x2, y2) in pixels of the resized image.
 Each list has one tensor per image:

@@ -238,9 +238,10 @@ class TrainTransform:
     """Crop, resize and mirror a training sample, then apply timm's augmentations of colour and shape.
 
     A sample with a label map (`datamodules.token_maps`) gets `map_view`, float32 (2, 3), the place of the crop in the
-    image. With `augment.jsd`, a sample gets `views`, uint8 (V, h, w, C), the AugMix views of the crop, which itself stays
-    without AugMix. With `augment.device`, the sample gets `ops` instead, the ops that were drawn for it (`OpSampler.encode`), and keeps
-    its colours. All random numbers come from the global generators, the same ones wherever the ops are applied.
+    image. With `augment.jsd`, a sample gets `views`, uint8 (V, h, w, C), the AugMix views of the crop, and the crop
+    itself stays without AugMix. With `augment.device`, the sample gets `ops`, the ops that were drawn for it
+    (`OpSampler.encode`), and keeps its colours. All random numbers come from the global generators, the same ones
+    wherever the ops are applied.
 
     Args:
         augment: the recipe's augmentation.

@@ -57,8 +57,8 @@ class UniFormer(HierarchicalBackbone):
         mixers: Token mixers, as `ops.parse_mixers` reads them. Default: as above.
         conv_stem: Use overlapping convolutions instead of patches, in the stem and between stages.
         layer_scale: Number of last stages whose blocks have a learned factor for each channel of what they add.
-        token_label: Add a classifier for the map's tokens, as in the nets that the authors train with token labels. Half
-            of each class's maximum over the tokens is added to the scores.
+        token_label: Add a classifier for the map's tokens, as the authors do for token labels. Half of each class's
+            maximum over the tokens is added to the scores.
         in_chans: Number of channels of the images.
         drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
         **kwargs: Further arguments of `HierarchicalBackbone`.

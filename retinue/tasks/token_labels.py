@@ -46,8 +46,8 @@ class TokenLabels:
     ):
         if not isinstance(model, Backbone) or model.token_classifier is None:
             raise ValueError(
-                "task.token_labels needs a net with a classifier of tokens: model=lvvit, model=spectformer (sizes h_*), "
-                "or model=uniformer +model.args.token_label=true"
+                "task.token_labels needs a net with a classifier of tokens: model=lvvit, model=spectformer of a size "
+                "h_*, or model=uniformer +model.args.token_label=true"
             )
         if image_label not in ("maps", "truth"):
             raise ValueError(f"task.token_labels.image_label must be maps or truth, not {image_label!r}")
