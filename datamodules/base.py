@@ -315,7 +315,7 @@ class ClassificationData(ImageData):
     def _source(self, split: str) -> tuple[BatchFetcher, Callable[[dict], dict] | None]:
         images, train, device = self.images(split), self.train_transform, self._gpu
         if split == "train" and self.token_maps is not None:
-            return BatchFetcher(LabelMaps(images, self.token_maps), train, self.collate), None
+            return BatchFetcher(LabelMaps(images, self.token_maps, self.num_classes), train, self.collate), None
         if device is not None and fits(images, train if split == "train" else self.eval_transform):
             if split not in self._residents:
                 self._residents[split] = (

@@ -32,13 +32,14 @@ class LabelMaps:
     Args:
         images: the set of labelled images.
         folder: folder of the label maps, named as the images with the ending `.pt`.
+        num_classes: number of classes K; labels are 0 to K - 1.
 
     Raises:
         ValueError: if the folder is missing; reading a sample raises it if its map is missing or damaged.
     """
 
-    def __init__(self, images: Any, folder: str):
-        self.images, self.folder = images, Path(folder).expanduser()
+    def __init__(self, images: Any, folder: str, num_classes: int):
+        self.images, self.folder, self.num_classes = images, Path(folder).expanduser(), num_classes
         if not self.folder.is_dir():
             raise ValueError(f"task.token_labels.source={folder} is no folder of label maps")
 
@@ -67,6 +68,8 @@ class LabelMaps:
             found = tuple(content.shape) if isinstance(content, Tensor) else type(content).__name__
             raise ValueError(f"{path} must hold one tensor (2, k, h, w) of scores and labels, not {found}")
         scores, labels = content.float()
+        if not (content.numel() and 0 <= labels.min() and labels.max() < self.num_classes):
+            raise ValueError(f"{path} must hold labels from 0 to {self.num_classes - 1}, the classes of the data")
         return {"map_scores": scores.numpy(), "map_labels": labels.long().numpy()}
 
 

@@ -125,14 +125,12 @@ class DCAL(DeiT):
         # Logarithms of the variances of the branches' losses, which only a net in branch training has
         self.uncertainty: nn.Parameter | None = None
         self.unused_weights = self.unused_weights | {"uncertainty"}
+        # DeiT's weights load, and then these keep their initial values.
+        local = {key for key in self.state_dict() if key.startswith(("local_block.", "local_norm."))}
+        self.optional_weights = local | {"uncertainty"}
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {"uncertainty"}
-
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights under our names; the parts that DeiT's weights lack keep their initial values."""
-        own = {key: value for key, value in self.state_dict().items() if key.startswith(("local_", "uncertainty"))}
-        return own | super().checkpoint_filter(state)
 
     def set_branch_training(self) -> None:
         """Return the scores of the branches in training mode, and learn the uncertainty of their losses."""

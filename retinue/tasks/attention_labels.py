@@ -35,20 +35,19 @@ def last_op(model: PlainBackbone) -> nn.Module:
     return model.blocks[-1].get_submodule("mixer")
 
 
-def attended_share(mix: Mix, attention: Tensor, grid: tuple[int, int]) -> Tensor:
+def attended_share(mix: Mix, attention: Tensor | None, grid: tuple[int, int]) -> Tensor:
     """Return the share of the class token's attention that an image's own patches receive, (B,).
 
     Args:
         mix: How the images were mixed; a patch is an image's own if its first pixel is, as in the authors' code.
-        attention: Attention of the class token to the map's tokens, (B, N).
+        attention: Attention of the class token to the map's tokens, (B, N); None if the last block has not computed it.
         grid: Rows and columns of the map's tokens.
 
     Raises:
-        ValueError: The net drops tokens before its last block.
+        ValueError: The net drops tokens before or in its last block.
     """
-    if attention.shape[1] != grid[0] * grid[1]:
-        counts = f"{attention.shape[1]} of {grid[0] * grid[1]}"
-        raise ValueError(f"task.mixed_labels needs a net that keeps all tokens; {counts} reach the last block")
+    if attention is None or attention.shape[1] != grid[0] * grid[1]:
+        raise ValueError("task.mixed_labels needs a net that keeps all tokens, such as model=deit; this one drops some")
     own = F.interpolate(mix.own, grid, mode="nearest").flatten(1)
     return (own * attention).sum(1) / attention.sum(1)
 

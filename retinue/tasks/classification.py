@@ -203,7 +203,7 @@ class Classification(Task):
             figures["jsd"] = jensen_shannon(logits, len(logits) // len(image))
             weights["jsd"], logits = self.jsd, logits[: len(image)]
         logits, distilled = logits if isinstance(logits, tuple) else (logits, logits)
-        if losses.attention is not None:
+        if losses.wants_attention:
             share = attended_share(batch["mix"], losses.attention, token_grid(self.model, image))
             target = attention_targets(
                 str(self.mixed_labels), batch["mix"], label, target, logits, share, self.smoothing

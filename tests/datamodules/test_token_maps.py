@@ -39,7 +39,9 @@ def test_a_crop_is_roi_align_over_the_listed_classes():
 )
 def test_the_view_is_where_each_pixel_came_from(augment):
     """An image whose colours are its own coordinates shows where a transform has moved each pixel."""
-    transform = TrainTransform(Augment.from_config({"hflip": 0.5, "vflip": 0.5, "interpolation": "bilinear"} | augment), (32, 40))
+    transform = TrainTransform(
+        Augment.from_config({"hflip": 0.5, "vflip": 0.5, "interpolation": "bilinear"} | augment), (32, 40)
+    )
     if transform.sampler is not None:
         shapes = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
         rand = transform.sampler.transforms[0]
@@ -73,7 +75,7 @@ def test_maps_are_read_as_the_authors_write_them(tmp_path):
     (tmp_path / "cat").mkdir()
     scores, labels = torch.rand(5, 18, 18), torch.randint(0, 1000, (5, 18, 18))
     torch.save(torch.stack([scores.half(), labels.half()]), tmp_path / "cat/7.pt")
-    read = LabelMaps(IMAGES, str(tmp_path)).read(0)
+    read = LabelMaps(IMAGES, str(tmp_path), 1000).read(0)
     assert np.array_equal(read["map_scores"], scores.half().float()) and np.array_equal(read["map_labels"], labels)
 
 
@@ -87,6 +89,7 @@ class Evil:
     [
         (None, "there is no label map .*cat/7.pt"),
         (torch.zeros(5, 18, 18), r"must hold one tensor \(2, k, h, w\) of scores and labels, not \(5, 18, 18\)"),
+        (torch.full((2, 5, 4, 4), 1000.0), "must hold labels from 0 to 999, the classes of the data"),
         ({"a": torch.zeros(1)}, r"must hold one tensor .* not dict"),
         (Evil(), "was refused, because weights files must hold tensors only"),
     ],
@@ -96,10 +99,10 @@ def test_other_files_are_refused(tmp_path, capsys, content, message):
     if content is not None:
         torch.save(content, tmp_path / "cat/7.pt")
     with pytest.raises(ValueError, match=message):
-        LabelMaps(IMAGES, str(tmp_path)).read(0)
+        LabelMaps(IMAGES, str(tmp_path), 1000).read(0)
     assert "executed" not in capsys.readouterr().out
 
 
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"task.token_labels.source=.*no is no folder of label maps"):
-        LabelMaps(IMAGES, str(tmp_path / "no"))
+        LabelMaps(IMAGES, str(tmp_path / "no"), 10)
