@@ -130,7 +130,7 @@ class DCAL(DeiT):
         self.optional_weights = local | {"uncertainty"}
 
     def no_weight_decay(self) -> set[str]:
-        return super().no_weight_decay() | {"uncertainty"}
+        return super().no_weight_decay() | (set() if self.uncertainty is None else {"uncertainty"})
 
     def set_branch_training(self) -> None:
         """Return the scores of the branches in training mode, and learn the uncertainty of their losses."""

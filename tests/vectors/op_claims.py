@@ -18,6 +18,7 @@ from ops.gate_registry import create_gate
 from tests.vectors import cfsr
 from tests.vectors.blocks import Block, LaMambaBlock, LocalRegionBlock, RegionLayer, TokenAggregationBlock
 from tests.vectors.kinds import Chain, Op, Part
+from tests.vectors.mixed import MaskMixedBatch
 from tests.vectors.op_kinds import (
     AnchorWindowOp,
     BlockMixtureOp,
@@ -295,6 +296,7 @@ PARTS: dict[str, Part | Block] = {
         constants=3 * 96 * 9,
     ),
     "featenhancer__full": Part(FeatEnHancer),
+    "mixpro__maskmix_56_14_seed0": Part(MaskMixedBatch, lambda batch, x: batch(x)),
     "hyperzzw__sfne_c12_s16": Part(
         lambda: SlowFastBlock(12, 36, (16, 16)), lambda block, x: (block(x), block.slow_net_g())
     ),
