@@ -68,7 +68,7 @@ class LabelMaps:
             found = tuple(content.shape) if isinstance(content, Tensor) else type(content).__name__
             raise ValueError(f"{path} must hold one tensor (2, k, h, w) of scores and labels, not {found}")
         scores, labels = content.float()
-        if not (content.numel() and 0 <= labels.min() and labels.max() < self.num_classes):
+        if not (content.numel() and labels.min() >= 0 and labels.max() < self.num_classes):
             raise ValueError(f"{path} must hold labels from 0 to {self.num_classes - 1}, the classes of the data")
         return {"map_scores": scores.numpy(), "map_labels": labels.long().numpy()}
 

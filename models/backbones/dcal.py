@@ -126,8 +126,8 @@ class DCAL(DeiT):
         self.uncertainty: nn.Parameter | None = None
         self.unused_weights = self.unused_weights | {"uncertainty"}
         # DeiT's weights load, and then these keep their initial values.
-        local = {key for key in self.state_dict() if key.startswith(("local_block.", "local_norm."))}
-        self.optional_weights = local | {"uncertainty"}
+        own = {key for key in self.state_dict() if key.startswith(("local_block.", "local_norm."))}
+        self.optional_weights = own | {"uncertainty"}
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | (set() if self.uncertainty is None else {"uncertainty"})

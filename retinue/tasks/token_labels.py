@@ -67,8 +67,7 @@ class TokenLabels:
         grid = token_grid(self.model, batch["image"])
         scores = teacher_scores
         if scores is None:
-            maps = (batch[key] for key in ("map_scores", "map_labels", "map_view"))
-            scores = token_scores(*maps, grid, self.num_classes)
+            scores = token_scores(batch["map_scores"], batch["map_labels"], batch["map_view"], grid, self.num_classes)
         tokens, image = self._soften(scores.flatten(2).transpose(1, 2)), self._soften(scores.mean((2, 3)))
         if teacher_scores is None and "mix" in batch:
             mix = batch["mix"]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from datamodules.mixing import Mix, smooth_labels
+from datamodules.mixing import Mix
 from ops.functional import split_heads
 from ops.losses import Losses
 from retinue.tasks.attention_labels import attended_share, attention_targets
@@ -27,7 +27,8 @@ TOKENS = {"source": "maps", "weight": 0.5, "image_label": "maps"}
 def make_task(net: Any, **arguments: Any) -> Classification:
     """Return a task for three classes; `jsd` is the recipe's."""
     recipe = RECIPE | {"augment": RECIPE["augment"] | {"jsd": arguments.pop("jsd", None)}}
-    task = Classification(net.train(), recipe, num_classes=3, **{"distillation": NO_TEACHER} | arguments)
+    settings: dict[str, Any] = {"distillation": NO_TEACHER, **arguments}
+    task = Classification(net.train(), recipe, num_classes=3, **settings)
     task.trainer = cast(Any, SimpleNamespace(datamodule=None, global_step=0))
     return task
 
@@ -217,7 +218,7 @@ def test_token_labels_with_the_datas_label_for_the_image():
 def test_a_heads_scores_of_the_places_of_a_map(name):
     """The score of a place is that of an image whose features are this place's everywhere."""
     torch.manual_seed(0)
-    size = {} if name in ("resnet18", "convnext_atto") else {"img_size": 64}
+    size: Any = {} if name in ("resnet18", "convnext_atto") else {"img_size": 64}
     net: Any = timm.create_model(name, num_classes=3, **size).eval()
     with torch.inference_mode():
         features = net.forward_features(torch.randn(2, 3, 64, 64))
@@ -289,7 +290,7 @@ def test_a_step_of_a_net_with_branches_weighs_their_losses_by_uncertainty():
     loss = task.training_step(batch, 0)
     w = net.uncertainty.detach()
     losses = [-(batch["target"] * scores.log_softmax(1)).sum(1).mean() for scores in net(batch["image"])]
-    expected = sum((-w[i]).exp() * losses[i] / 2 + w[i] / 2 for i in range(3))
+    expected = torch.stack([(-w[i]).exp() * losses[i] / 2 + w[i] / 2 for i in range(3)]).sum()
     assert torch.allclose(loss, expected)
     loss.backward()
     assert all(p.grad is not None for p in net.parameters())
