@@ -102,7 +102,7 @@ class DCAL(DeiT):
         branch_training: In training mode, return the scores of the branches.
 
     Raises:
-        ValueError: `local` is out of its range, or an op is another one or has a bias.
+        ValueError: `local` is out of its range, or an op is another one or has a bias, a convolution or a loss.
     """
 
     block = Block
@@ -117,8 +117,9 @@ class DCAL(DeiT):
             raise ValueError(f"local must be a share of the tokens above 0 and at most 1, not {local}")
         for block in self.blocks:
             mixer: Any = block.get_submodule("mixer")
-            if type(mixer) is not FullAttention or mixer.softmax.bias is not None or not self.extra:
-                raise ValueError("DCAL needs full attention without a bias in all blocks, and a class token")
+            plain_attention = type(mixer) is FullAttention and not mixer.diversity and mixer.lepe is None
+            if not (plain_attention and mixer.softmax.bias is None and self.extra):
+                raise ValueError("DCAL needs full attention without further parts in all blocks, and a class token")
         self.local = local
         self.local_block = LocalBlock(dim, heads, mlp_ratio, self.eps).apply(init_weights)
         self.local_norm = nn.LayerNorm(dim, eps=self.eps)

@@ -4,6 +4,8 @@ TransMix: Chen et al., CVPR 2022, arXiv:2111.09833. MixPro: Zhao et al., ICLR 20
 papers and the authors' repositories, Beckschen/TransMix (Apache-2.0) and fistyee/MixPro (MIT).
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,13 +15,21 @@ from models.plain import PlainBackbone
 from ops.attention.full import FullAttention
 
 KINDS = ("transmix", "mixpro")
+# Keys of a recipe's augmentation that mix images
+MIXES = ("mixup", "cutmix", "maskmix")
 
 
-def check_attention(model: nn.Module, kind: str) -> None:
-    """Check that a net hands out the attention of its class token.
+def check_attention(model: nn.Module, kind: str, augment: Mapping) -> None:
+    """Check that a net hands out the attention of its class token, and that a recipe mixes images.
+
+    Args:
+        model: The net.
+        kind: transmix or mixpro.
+        augment: The recipe's augmentation.
 
     Raises:
-        ValueError: `kind` is unknown, or the net has no class token, or its last op is not full attention.
+        ValueError: `kind` is unknown, the net has no class token, its last op is not full attention, or the recipe does
+            not mix images in the way that `kind` is for.
     """
     if kind not in KINDS:
         raise ValueError(f"task.mixed_labels must be one of {', '.join(KINDS)} or null, not {kind!r}")
@@ -28,6 +38,9 @@ def check_attention(model: nn.Module, kind: str) -> None:
             f"task.mixed_labels={kind} needs a plain net with a class token and full attention in its last block, such "
             "as model=deit or model=lvvit"
         )
+    needed, example = (("maskmix",), "maskmix={cell: 56}") if kind == "mixpro" else (MIXES, "cutmix=1")
+    if not any(augment.get(key) for key in needed):
+        raise ValueError(f"task.mixed_labels={kind} needs mixed images, such as recipe.augment.{example}")
 
 
 def last_op(model: PlainBackbone) -> nn.Module:

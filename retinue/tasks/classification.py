@@ -70,8 +70,6 @@ class Classification(Task):
         self.loss_weights = weights_of_losses(model, loss_weights or {})
         self.num_classes = num_classes
         self.mixed_labels = mixed_labels
-        if mixed_labels is not None:
-            check_attention(model, mixed_labels)
         self.teacher = Teacher(num_classes=num_classes, **distillation) if distillation["teacher"] else None
         if self.teacher is not None:
             if self.teacher.tokens and not isinstance(model, PlainBackbone):
@@ -87,18 +85,11 @@ class Classification(Task):
             if self.token_labels.from_teacher and self.teacher is None:
                 raise ValueError("task.token_labels.source=teacher needs task.distillation.teacher")
         self.jsd = recipe["augment"].get("jsd") or 0.0
-        branches = hasattr(model, "set_branch_training")
-        if branches:
+        if mixed_labels is not None:
+            check_attention(model, mixed_labels, recipe["augment"])
+        self._refuse_combinations()
+        if hasattr(model, "set_branch_training"):
             model.set_branch_training()  # pyright: ignore[reportCallIssue]
-        for key, given in (
-            ("task.distillation", self.teacher),
-            ("task.token_labels", self.token_labels),
-            ("a net of several branches", branches),
-        ):
-            if self.jsd and given:
-                raise ValueError(
-                    f"recipe.augment.jsd has views of the images that {key} cannot use: recipe.augment.jsd=null"
-                )
         bce = BinaryCrossEntropy(smoothing=self.smoothing, target_threshold=recipe["bce_target_threshold"])
         self.bce = bce if recipe["loss"] == "bce" else None
         # Sums of this rank in the current validation: (loss, top-1 hits, top-5 hits, images).
@@ -216,6 +207,25 @@ class Classification(Task):
         hit = logits.argmax(1) == (target.argmax(1) if target.ndim == 2 else target)
         self.track(loss, len(label), top1=hit.float().mean(), **figures)
         return loss
+
+    def _refuse_combinations(self) -> None:
+        """Raise a ValueError for choices that exclude each other."""
+        branches = hasattr(self.model, "set_branch_training")
+        for key, given in (
+            ("task.distillation", self.teacher is not None),
+            ("task.token_labels", self.token_labels is not None),
+            ("a net of several branches", branches),
+        ):
+            if self.jsd and given:
+                raise ValueError(
+                    f"recipe.augment.jsd has views of the images that {key} cannot use: recipe.augment.jsd=null"
+                )
+        tokens = self.teacher is not None and self.teacher.tokens > 0
+        for key, given in (("task.mixed_labels", self.mixed_labels), ("task.distillation.tokens", tokens)):
+            if branches and given:
+                raise ValueError(f"{key} is for nets of one branch, such as model=deit")
+        if self.mixed_labels and self.token_labels is not None and self.token_labels.image_label == "maps":
+            raise ValueError("task.mixed_labels labels the images: it needs task.token_labels.image_label=truth")
 
     def _run(self, image: Tensor, losses: Losses) -> tuple[Any, dict[str, Tensor]]:
         """Return the net's scores, and its auxiliary losses if it has any or if `losses` asks for something."""

@@ -66,9 +66,9 @@ def test_settings_of_maskmix_are_checked():
     assert Augment.from_config({"maskmix": {"cell": 8}}).maskmix == MaskMix(cell=8)
     with pytest.raises(ValueError, match=r"augment.maskmix has no 'cells'. Did you mean 'cell'"):
         Augment.from_config({"maskmix": {"cells": 8}})
-    with pytest.raises(ValueError, match="augment.maskmix must be alpha above 0"):
+    with pytest.raises(ValueError, match=r"augment.maskmix must be alpha above 0"):
         Augment.from_config({"maskmix": {"alpha": 0.0}})
-    with pytest.raises(ValueError, match="maskmix.cell=56 is not less than the image size, 32"):
+    with pytest.raises(ValueError, match=r"maskmix.cell=56 is not less than the image size, 32"):
         TrainTransform(Augment(maskmix=MaskMix()), 32)
 
 

@@ -112,7 +112,16 @@ def test_weights_of_a_run_load_without_its_uncertainty():
     assert load_weights(net, trained.state_dict()).dropped == ["uncertainty"]
 
 
-@pytest.mark.parametrize("arguments", [{"local": 0.0}, {"local": 1.5}, {"mixers": "agent"}, {"class_token": False}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"local": 0.0},
+        {"local": 1.5},
+        {"mixers": "agent"},
+        {"mixers": {"name": "full", "diversity": 2.0}},
+        {"class_token": False},
+    ],
+)
 def test_wrong_arguments_are_refused(arguments):
-    with pytest.raises(ValueError, match="local must be a share|DCAL needs full attention"):
+    with pytest.raises(ValueError, match=r"local must be a share|DCAL needs full attention"):
         build("dcal_tiny", num_classes=3, **arguments)

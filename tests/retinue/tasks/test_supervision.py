@@ -25,8 +25,9 @@ TOKENS = {"source": "maps", "weight": 0.5, "image_label": "maps"}
 
 
 def make_task(net: Any, **arguments: Any) -> Classification:
-    """Return a task for three classes; `jsd` is the recipe's."""
-    recipe = RECIPE | {"augment": RECIPE["augment"] | {"jsd": arguments.pop("jsd", None)}}
+    """Return a task for three classes; `augment` is the recipe's."""
+    augment = {"maskmix": {"cell": 16}, "jsd": None} | arguments.pop("augment", {})
+    recipe = RECIPE | {"augment": RECIPE["augment"] | augment}
     settings: dict[str, Any] = {"distillation": NO_TEACHER, **arguments}
     task = Classification(net.train(), recipe, num_classes=3, **settings)
     task.trainer = cast(Any, SimpleNamespace(datamodule=None, global_step=0))
@@ -126,7 +127,7 @@ def test_a_step_learns_from_targets_by_attention(kind):
 
 @pytest.mark.parametrize("name", ["swin_nano", "fan_tiny"])
 def test_nets_without_a_class_token_in_attention_are_refused(name):
-    with pytest.raises(ValueError, match="task.mixed_labels=transmix needs a plain net with a class token"):
+    with pytest.raises(ValueError, match=r"task.mixed_labels=transmix needs a plain net with a class token"):
         make_task(build(name, num_classes=3), mixed_labels="transmix")
 
 
@@ -134,7 +135,7 @@ def test_nets_without_a_class_token_in_attention_are_refused(name):
 def test_nets_that_drop_tokens_are_refused(reduce_at):
     net = build("evit_small", num_classes=3, img_size=64, depths=(2,), reduce_at=reduce_at)
     task = make_task(net, mixed_labels="transmix")
-    with pytest.raises(ValueError, match="needs a net that keeps all tokens"):
+    with pytest.raises(ValueError, match=r"needs a net that keeps all tokens"):
         task.training_step(make_batch(), 0)
 
 
@@ -153,7 +154,7 @@ def test_jensen_shannon_by_its_definition():
 
 def test_a_step_with_views():
     net = build("swin_nano", num_classes=3)
-    task = make_task(net, jsd=12.0)
+    task = make_task(net, augment={"jsd": 12.0})
     image, views = torch.randn(2, 3, 32, 32), torch.randn(4, 3, 32, 32)
     label = torch.tensor([0, 2])
     loss = task.training_step({"image": image, "views": views, "label": label}, 0)
@@ -274,8 +275,20 @@ def smooth(p: torch.Tensor) -> torch.Tensor:
             {"token_labels": TOKENS | {"source": "teacher"}},
             "source=teacher needs task.distillation.teacher",
         ),
-        ("lvvit_tiny", {"token_labels": TOKENS, "jsd": 1.0}, "recipe.augment.jsd has views .* task.token_labels"),
-        ("dcal_tiny", {"jsd": 1.0}, "recipe.augment.jsd has views .* a net of several branches"),
+        (
+            "lvvit_tiny",
+            {"token_labels": TOKENS, "augment": {"jsd": 1.0}},
+            "recipe.augment.jsd has views .* task.token_labels",
+        ),
+        ("dcal_tiny", {"mixed_labels": "mixpro"}, "task.mixed_labels is for nets of one branch"),
+        (
+            "deit_tiny",
+            {"mixed_labels": "mixpro", "augment": {"maskmix": None, "cutmix": 1.0}},
+            "=mixpro needs mixed images",
+        ),
+        ("deit_tiny", {"mixed_labels": "transmix", "augment": {"maskmix": None}}, "=transmix needs mixed images"),
+        ("lvvit_tiny", {"mixed_labels": "mixpro", "token_labels": TOKENS}, "needs task.token_labels.image_label=truth"),
+        ("dcal_tiny", {"augment": {"jsd": 1.0}}, "recipe.augment.jsd has views .* a net of several branches"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, arguments, message):
