@@ -107,7 +107,7 @@ class Augment:
 
     @property
     def mixes(self) -> bool:
-        """Whether batches may be mixed."""
+        """Tell whether batches may be mixed."""
         return bool(self.mixup or self.cutmix or self.maskmix)
 
     def _check(self) -> None:

@@ -124,4 +124,4 @@ def test_weights_of_a_run_load_without_its_uncertainty():
 )
 def test_wrong_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match=r"local must be a share|DCAL needs full attention"):
-        build("dcal_tiny", num_classes=3, **arguments)
+        build("dcal_tiny", num_classes=3, depths=(1,), **arguments)

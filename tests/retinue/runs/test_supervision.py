@@ -68,12 +68,9 @@ def test_a_killed_run_ends_the_same(tmp_path, name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("task.mixed_labels=transmix",), "task.mixed_labels=transmix needs a plain net with a class token"),
         (("task.mixed_labels=pal",), "task.mixed_labels must be transmix or mixpro or null, not 'pal'"),
-        (("task.token_labels.source=teacher",), "task.token_labels needs a net with a classifier of tokens"),
         (("recipe.augment.maskmix={cells: 4}",), "augment.maskmix has no 'cells'. Did you mean 'cell'"),
         (("recipe.augment.jsd=12",), "augment.auto_augment must be AugMix, such as augmix-m3-w3, with augment.jsd"),
-        (("+task.loss_weights.diversity=1",), "task.loss_weights: no loss is called 'diversity'"),
         (("model=lvvit", *TINY, "task.token_labels.source=nowhere"), "source=nowhere is no folder of label maps"),
     ],
 )  # fmt: skip

@@ -174,13 +174,19 @@ def token_batch(mixed: bool) -> dict[str, Any]:
     return batch if mixed else {key: value for key, value in batch.items() if key not in ("mix", "target")}
 
 
-@pytest.mark.parametrize("mixed", [True, False])
-@pytest.mark.parametrize("name", ["lvvit_tiny", "uniformer_small", "spectformer_h_small"])
+TOKEN_NETS = {
+    "lvvit_tiny": {"img_size": 64, "depths": (1,)},
+    "uniformer_small": {"token_label": True, "depths": (1, 1, 1, 1)},
+    "spectformer_h_small": {"img_size": 64, "depths": (1, 1, 1, 1)},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mixed"),
+    [("lvvit_tiny", True), ("lvvit_tiny", False), ("uniformer_small", True), ("spectformer_h_small", True)],
+)
 def test_a_step_with_label_maps(name, mixed):
-    arguments = {"token_label": True, "depths": (1, 1, 1, 1)} if name == "uniformer_small" else {}
-    net = build(
-        name, num_classes=3, drop_path_rate=0.0, **arguments | ({} if name == "uniformer_small" else {"img_size": 64})
-    )
+    net = build(name, num_classes=3, drop_path_rate=0.0, **TOKEN_NETS[name])
     task, batch = make_task(net, token_labels=TOKENS), token_batch(mixed)
     torch.manual_seed(2)
     loss = task.training_step(batch, 0)
@@ -215,11 +221,19 @@ def test_token_labels_with_the_datas_label_for_the_image():
     assert torch.allclose(loss, F.cross_entropy(scores, batch["label"], label_smoothing=0.1))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "deit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet10t",
+        "deit_tiny_patch16_224",
+        pytest.param("convnext_atto", marks=pytest.mark.slow),
+        pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
+    ],
+)
 def test_a_heads_scores_of_the_places_of_a_map(name):
     """The score of a place is that of an image whose features are this place's everywhere."""
     torch.manual_seed(0)
-    size: Any = {} if name in ("resnet18", "convnext_atto") else {"img_size": 64}
+    size: Any = {} if name in ("resnet10t", "convnext_atto") else {"img_size": 64}
     net: Any = timm.create_model(name, num_classes=3, **size).eval()
     with torch.inference_mode():
         features = net.forward_features(torch.randn(2, 3, 64, 64))
@@ -239,13 +253,13 @@ def test_a_heads_scores_of_the_places_of_a_map(name):
 
 def test_a_teacher_labels_the_tokens_of_the_mixed_images():
     net, batch = build("lvvit_tiny", num_classes=3, depths=(1,), img_size=64), make_batch()
-    teacher = {"teacher": "resnet18", "weights": "unused", "mode": "soft", "alpha": 0.0, "temperature": 1.0}
+    teacher = {"teacher": "resnet10t", "weights": "unused", "mode": "soft", "alpha": 0.0, "temperature": 1.0}
     task = make_task(net, token_labels=TOKENS | {"source": "teacher"}, distillation=teacher)
     task.trainer = cast(
         Any, SimpleNamespace(datamodule=SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3), global_step=0)
     )
     torch.manual_seed(1)
-    teacher_net: Any = timm.create_model("resnet18", num_classes=3).eval()
+    teacher_net: Any = timm.create_model("resnet10t", num_classes=3).eval()
     assert task.teacher is not None
     task.teacher.__dict__["net"] = teacher_net
     task.teacher.__dict__["preprocessing"] = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "image_size": 64}
@@ -293,7 +307,7 @@ def smooth(p: torch.Tensor) -> torch.Tensor:
 )
 def test_what_does_not_fit_is_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message):
-        make_task(build(name, num_classes=3), **arguments)
+        make_task(build(name, num_classes=3, depths=(1, 1, 1, 1) if name == "uniformer_small" else (1,)), **arguments)
 
 
 def test_a_step_of_a_net_with_branches_weighs_their_losses_by_uncertainty():
