@@ -1,10 +1,14 @@
 """MaskMix by its definition, and what a mixed batch says about its mixing."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 
 from datamodules.batch import BatchTransform, normalise
+from datamodules.digits import Digits
+from datamodules.images import ArrayImages
 from datamodules.mixing import MaskMix, mix_in_cells
 from datamodules.transforms import Augment, TrainTransform
 from tests.datamodules.test_batch import MEAN, STD, make_batch
@@ -81,8 +85,6 @@ def test_augmix_views_belong_to_the_same_crop_and_the_image_stays_clean():
     augment = {"pad_crop": 2, "hflip": 0.5}
     plain, views = (TrainTransform(Augment.from_config(a), (36, 44)) for a in (augment, augment | AUGMIX))
     np.random.seed(1)
-    import random
-
     random.seed(1)
     clean = plain(sample)["image"]
     outputs = []
@@ -120,3 +122,37 @@ def test_views_are_normalised_view_by_view():
 def test_views_need_augmix_and_labels_of_one_image(change, message):
     with pytest.raises(ValueError, match=message):
         Augment.from_config(AUGMIX | change)
+
+
+class FewDigits(Digits):
+    def load(self, split):
+        images = super().load(split)
+        return ArrayImages(images.images[:40], images.labels[:40], split)
+
+
+@pytest.mark.parametrize("kind", ["maskmix", "augmix", "label maps"])
+def test_a_resumed_loader_gives_the_same_batches(kind, tmp_path):
+    augment = {"maskmix": {"cell": 4, "prob": 0.5}, "cutmix": 1.0, "auto_augment": "rand-m9-mstd0.5-inc1"}
+    arguments = {"augment": AUGMIX if kind == "augmix" else augment, "num_workers": 0, "image_size": 16, "seed": 3}
+    if kind == "label maps":
+        (tmp_path / "train").mkdir()
+        for i in range(40):
+            torch.save(torch.full((2, 1, 2, 2), i % 10), tmp_path / f"train/{i:05d}.pt")
+        arguments["token_maps"] = str(tmp_path)
+
+    def batches(done):
+        data = FewDigits(batch_size=8, **arguments)
+        loader = data.train_dataloader()
+        loader.load_state_dict({"epoch": 1, "batches": done})
+        return [data.on_after_batch_transfer(batch, 0) for batch in loader]
+
+    whole, rest = batches(0), batches(3)
+    assert (len(whole), len(rest)) == (5, 2)
+    for one, other in zip(whole[3:], rest, strict=True):
+        assert one.keys() == other.keys() and ("views" in one, "map_view" in one) == (
+            kind == "augmix",
+            kind == "label maps",
+        )
+        for key in one.keys() - {"mix", "seed"}:
+            assert torch.equal(one[key], other[key])
+        assert kind == "augmix" or torch.equal(one["mix"].own, other["mix"].own)
