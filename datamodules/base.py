@@ -20,6 +20,7 @@ from datamodules.resident import Labels, Residents, fits
 from datamodules.sampler import EvalSampler, TrainSampler, repeat_factors
 from datamodules.sizes import SizeSchedule
 from datamodules.split_checks import check_labels, warn_of_few_images
+from datamodules.token_maps import LabelMaps
 from datamodules.transforms import PILLOW_MODES, Augment, EvalTransform, TrainTransform
 
 SPLITS = ("train", "val", "test")
@@ -261,6 +262,7 @@ class ClassificationData(ImageData):
         flip: whether a mirrored image keeps its label. If it does not, the recipe's hflip and vflip are not applied.
         augment: the recipe's augmentation, with the fields of `datamodules.transforms.Augment`. None means no
             augmentation.
+        token_maps: folder of label maps of the training images, as `datamodules.token_maps` reads them.
         batch_size: number of images per step and device.
         common: arguments of `ImageData`.
 
@@ -285,6 +287,7 @@ class ClassificationData(ImageData):
         interpolation: str = "bicubic",
         flip: bool = True,
         augment: Mapping | None = None,
+        token_maps: str | None = None,
         batch_size: int = 64,
         **common: Any,
     ):
@@ -296,6 +299,7 @@ class ClassificationData(ImageData):
             config |= {"hflip": 0.0, "vflip": 0.0}
         self.augment = Augment.from_config(config)
         self.repeats = self.augment.repeats
+        self.token_maps = token_maps
         train, evaluation = (
             (BandTrainTransform, BandEvalTransform) if self.has_bands else (TrainTransform, EvalTransform)
         )
@@ -338,6 +342,8 @@ class ClassificationData(ImageData):
     def _source(self, split: str) -> tuple[BatchFetcher, Callable[[dict], dict] | None]:
         images, train, device = self.images(split), self.train_transform, self._gpu
         changes = split == "train" and self.augment.sizes is not None
+        if split == "train" and self.token_maps is not None:
+            return BatchFetcher(LabelMaps(images, self.token_maps, self.num_classes), train, self.collate), None
         if device is not None and not changes and fits(images, train if split == "train" else self.eval_transform):
             if split not in self._residents:
                 self._residents[split] = (

@@ -19,7 +19,11 @@ Every batch that a task receives has these keys (B images, C channels):
 Classification (K classes) adds:
 
     label           int64 (B,), 0 to K - 1
-    target          float32 (B, K), in training with MixUp or CutMix only: mixed and smoothed labels
+    target          float32 (B, K), in training with MixUp, CutMix or MaskMix only: mixed and smoothed labels
+    mix             `datamodules.mixing.Mix`, with `target` only: which images were mixed, and where
+    views           float32 (B·V, C, H, W), in training with `augment.jsd` only: V AugMix views of all images, view by
+                    view
+    map_scores, map_labels, map_view   in training with label maps only: see `datamodules.token_maps`
 
 Multi-label classification has instead:
 
@@ -50,17 +54,17 @@ to 4 are inherited.
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
-from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from datamodules.batch_ops import apply_batch_ops, to_grey
 from datamodules.loader import private_rng, seed_rng
+from datamodules.mixing import mix_images
 from datamodules.transforms import Augment
 
 
@@ -122,8 +126,8 @@ class BatchTransform:
 
     The `ops` that were drawn for the images are applied, if there are any; `image` becomes float32 and normalised. A
     training batch is a batch with a `seed`, which determines all other randomness here. Its images are also erased and
-    mixed; with mixing it gets `target`, float32 (B, K), the smoothed and mixed labels. Erasing and mixing are those of
-    timm's RandomErasing and Mixup (mode "batch"), in timm's order.
+    mixed; with mixing it gets `target`, float32 (B, K), the smoothed and mixed labels. Erasing is timm's RandomErasing
+    and comes before mixing, as in timm.
 
     Args:
         mean: mean of each channel, for values from 0 to 1.
@@ -154,63 +158,25 @@ class BatchTransform:
             batch = {key: value for key, value in batch.items() if key != "ops"}
         if image.shape[1] > len(self.mean):
             image = to_grey(image)
+        views = batch.get("views")
+        if views is not None:
+            # (B, V, H, W, C) → (B·V, C, H, W), view by view
+            image = torch.cat([image, views.transpose(0, 1).flatten(0, 1).permute(0, 3, 1, 2)])
         b, c, h, w = image.shape
         image = normalise(image, mean, std, self._buffers.take((b, h, w, c)) if device.type == "cpu" else None)
-        augment = self.augment
-        if "seed" not in batch or not (augment.erasing or augment.mixup or augment.cutmix):
-            return batch | {"image": image}
-        with private_rng(device):
-            seed_rng(batch["seed"], device=device)
-            if augment.erasing:
-                RandomErasing(augment.erasing, mode=augment.erasing_mode, device=str(device))(image)
-            lam = self._mix(image)
+        augment, mix = self.augment, None
+        if "seed" in batch and (augment.erasing or augment.mixes):
+            with private_rng(device):
+                seed_rng(batch["seed"], device=device)
+                if augment.erasing:
+                    RandomErasing(augment.erasing, mode=augment.erasing_mode, device=str(device))(image)
+                if augment.mixes:
+                    mix = mix_images(image, augment)
         batch = batch | {"image": image}
-        if augment.mixup or augment.cutmix:
-            label = batch["label"]
-            batch["target"] = (
-                lam * label + (1 - lam) * label.flip(0) if label.ndim == 2
-                else mixup_target(label, self.num_classes, lam, augment.label_smoothing)
-            )  # fmt: skip
+        if views is not None:
+            count = len(batch["label"])
+            batch |= {"image": image[:count], "views": image[count:]}
+        if mix is not None:
+            target = mix.targets(batch["label"], self.num_classes, augment.label_smoothing)
+            batch |= {"mix": mix, "target": target}
         return batch
-
-    def _mix(self, image: Tensor) -> float:
-        """Mix the batch in place with itself in reversed order, and return lambda, the share that each image keeps."""
-        mixup, cutmix = self.augment.mixup, self.augment.cutmix
-        if not (mixup or cutmix) or np.random.rand() >= self.augment.mixup_prob:
-            return 1.0
-        use_cutmix = cutmix > 0 and (mixup == 0 or np.random.rand() < self.augment.switch_prob)
-        alpha = cutmix if use_cutmix else mixup
-        lam = np.random.beta(alpha, alpha)
-        if use_cutmix:
-            (top, bottom, left, right), lam = cutmix_bbox_and_lam(image.shape, lam)
-            _replace_by_reversed(image[..., top:bottom, left:right])
-        else:
-            _blend_with_reversed(image, 1 - lam)
-        return float(lam)
-
-
-def _reversed_pairs(image: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return images i and B - 1 - i of a batch for each i below B / 2: one pair at a time stays in a CPU's cache."""
-    return zip(image[: len(image) // 2], reversed(image.unbind()), strict=False)
-
-
-def _replace_by_reversed(image: Tensor) -> None:
-    """Compute image.flip(0) in place."""
-    if image.device.type == "cpu":
-        for first, last in _reversed_pairs(image):
-            kept = first.clone()
-            first.copy_(last)
-            last.copy_(kept)
-    else:
-        image.copy_(image.flip(0))
-
-
-def _blend_with_reversed(image: Tensor, share: float) -> None:
-    """Compute image.lerp(image.flip(0), share) in place."""
-    if image.device.type == "cpu":
-        for first, last in _reversed_pairs(image):
-            change = (last - first).mul_(share)
-            first.add_(change)
-            last.sub_(change)
-    else:
-        image.add_((image.flip(0) - image).mul_(share))

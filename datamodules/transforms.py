@@ -19,11 +19,15 @@ from torchvision.transforms import Compose
 
 from datamodules.auto_augment import OpSampler, accelerate, apply_ops
 from datamodules.decode import EncodedJPEG
+from datamodules.mixing import MaskMix
 from datamodules.sizes import Size
+from datamodules.token_maps import view_matrix
 from retinue.utils.suggestions import nearest
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
+# Number of AugMix views of an image that `augment.jsd` compares with the image.
+AUGMIX_VIEWS = 2
 # Pillow's image modes by number of channels.
 PILLOW_MODES = {1: "L", 3: "RGB"}
 
@@ -53,6 +57,9 @@ class Augment:
         cutmix: alpha of CutMix (arXiv:1905.04899); 0 is off.
         mixup_prob: probability that a batch is mixed.
         switch_prob: probability that a mixed batch uses CutMix if both are on.
+        maskmix: MaskMix (arXiv:2304.12043), which mixes some batches in the cells of a grid; None is off.
+        jsd: weight of the Jensen-Shannon divergence between the predictions for an image and for two AugMix views of it
+            (arXiv:1912.02781; the paper has 12); 0 is off. The image itself then stays without AugMix.
         label_smoothing: share of a mixed target that is spread over all classes. Without mixing, the loss smooths.
         device: gpu applies `auto_augment` and `color_jitter` to batches on the device that trains; the ops and their
             strengths are drawn on the CPU all the same. None applies them on the CPU.
@@ -78,6 +85,8 @@ class Augment:
     cutmix: float = 0.0
     mixup_prob: float = 1.0
     switch_prob: float = 0.5
+    maskmix: MaskMix | None = None
+    jsd: float = 0.0
     label_smoothing: float = 0.0
     device: str | None = None
     decode: str | None = None
@@ -97,9 +106,17 @@ class Augment:
                 values[key] = tuple(values[key])
         if values.get("sizes") is not None:
             values["sizes"] = tuple(size if isinstance(size, int) else tuple(size) for size in values["sizes"])
+        if values.get("maskmix") is not None:
+            values["maskmix"] = MaskMix(**known_fields(MaskMix, values["maskmix"], "augment.maskmix"))
+        values["jsd"] = values.get("jsd") or 0.0
         augment = cls(**values)
         augment._check()
         return augment
+
+    @property
+    def mixes(self) -> bool:
+        """Tell whether batches may be mixed."""
+        return bool(self.mixup or self.cutmix or self.maskmix)
 
     def _check(self) -> None:
         def require(valid: bool, key: str, expected: str) -> None:
@@ -108,7 +125,7 @@ class Augment:
 
         for key in ("hflip", "vflip", "erasing", "mixup_prob", "switch_prob", "label_smoothing"):
             require(0 <= getattr(self, key) <= 1, key, "from 0 to 1")
-        for key in ("color_jitter", "mixup", "cutmix", "pad_crop"):
+        for key in ("color_jitter", "mixup", "cutmix", "pad_crop", "jsd"):
             require(getattr(self, key) >= 0, key, "0 or more")
         if self.scale is not None:
             expected = "(minimum, maximum) with 0 < minimum <= maximum <= 1"
@@ -122,18 +139,26 @@ class Augment:
         require(self.sizes is None or len(self.sizes) > 0, "sizes", "one or more sizes, or null")
         require(self.size_by in (None, "step"), "size_by", "step or null")
         require(self.size_by is None or self.sizes is not None, "size_by", "null without augment.sizes")
+        if self.maskmix is not None:
+            valid = self.maskmix.alpha > 0 and self.maskmix.cell >= 1 and 0 <= self.maskmix.prob <= 1
+            require(valid, "maskmix", "alpha above 0, cell of at least 1 pixel and prob from 0 to 1")
+        if self.jsd:
+            name = self.auto_augment or ""
+            require(name.startswith("augmix"), "auto_augment", "AugMix, such as augmix-m3-w3, with augment.jsd")
+            require(not self.mixes, "jsd", "null with mixup, cutmix or maskmix, which change the images' labels")
 
 
 def _is_range(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and 0 < value[0] <= value[1]
 
 
-def known_fields(augment: type, config: Mapping | None) -> dict[str, Any]:
+def known_fields(augment: type, config: Mapping | None, section: str = "augment") -> dict[str, Any]:
     """Return a recipe's `augment` section as keyword arguments of a dataclass.
 
     Args:
         augment: the dataclass.
         config: the section; None stands for an empty section.
+        section: name of the section, for the error.
 
     Raises:
         ValueError: if the dataclass has no field of a name in the section.
@@ -142,7 +167,7 @@ def known_fields(augment: type, config: Mapping | None) -> dict[str, Any]:
     values = {} if config is None else {str(key): value for key, value in config.items()}
     for key in values:
         if key not in names:
-            raise ValueError(f"augment has no {key!r}.{nearest(key, names)} It takes: {', '.join(names)}")
+            raise ValueError(f"{section} has no {key!r}.{nearest(key, names)} It takes: {', '.join(names)}")
     return values
 
 
@@ -223,8 +248,11 @@ class EvalTransform:
 class TrainTransform:
     """Crop, resize and mirror a training sample, then apply timm's augmentations of colour and shape.
 
-    With `augment.device`, the sample gets `ops` instead, the ops that were drawn for it (`OpSampler.encode`), and keeps
-    its colours. All random numbers come from the global generators, the same ones wherever the ops are applied.
+    A sample with a label map (`datamodules.token_maps`) gets `map_view`, float32 (2, 3), the place of the crop in the
+    image. With `augment.jsd`, a sample gets `views`, uint8 (V, h, w, C), the AugMix views of the crop, and the crop
+    itself stays without AugMix. With `augment.device`, the sample gets `ops`, the ops that were drawn for it
+    (`OpSampler.encode`), and keeps its colours. All random numbers come from the global generators, the same ones
+    wherever the ops are applied.
 
     Args:
         augment: the recipe's augmentation.
@@ -253,6 +281,11 @@ class TrainTransform:
         self.mode = PILLOW_MODES[in_chans]
         if augment.pad_crop >= min(self.size):
             raise ValueError(f"augment.pad_crop={augment.pad_crop} is not less than the image size, {min(self.size)}")
+        if augment.maskmix is not None and augment.maskmix.cell >= max(self.size):
+            raise ValueError(
+                f"augment.maskmix.cell={augment.maskmix.cell} is not less than the image size, {max(self.size)}: all "
+                "images would stay whole"
+            )
         try:
             _, self.color_and_shape, _ = transforms_imagenet_train(
                 self.size,
@@ -279,24 +312,36 @@ class TrainTransform:
             self.sampler = OpSampler(steps)
 
     def __call__(self, sample: dict) -> dict:
-        image = self._crop(sample["image"])
-        flips = [axis for axis, flipped in enumerate(self._draw_flips()) if flipped]
-        if flips:
+        image, box = self._crop(sample["image"])
+        flips = self._draw_flips()
+        if any(flips):
             # torch's flip takes a small part of the time of copying NumPy's reversed view.
-            image = torch.from_numpy(image).flip(flips).numpy()
+            image = torch.from_numpy(image).flip([axis for axis in (0, 1) if flips[axis]]).numpy()
+        ops = [] if self.sampler is None else self.sampler()
+        if "map_scores" in sample:
+            sample = sample | {"map_view": view_matrix(box, flips, ops, self.size)}
+        if self.augment.jsd:
+            picture = Image.fromarray(image)
+            views = [self._in_mode(to_array(self.color_and_shape(picture))) for _ in range(AUGMIX_VIEWS)]
+            return sample | {"image": self._in_mode(image), "views": np.stack(views)}
         if self.sampler is not None:
-            ops = self.sampler()
             if self.augment.device is not None:
                 return sample | {"image": image, "ops": self.sampler.encode(ops)}
             image = apply_ops(image, ops, self.sampler.fill)
         elif self.color_and_shape.transforms:
             image = to_array(self.color_and_shape(Image.fromarray(image)))
-        if self.mode != "RGB":
-            image = to_array(Image.fromarray(image).convert(self.mode))
-        return sample | {"image": image}
+        return sample | {"image": self._in_mode(image)}
 
-    def _crop(self, image: np.ndarray | EncodedJPEG) -> np.ndarray:
-        """Return a random crop of an image, uint8 (H, W, 3), resized to the image size."""
+    def _in_mode(self, image: np.ndarray) -> np.ndarray:
+        """Return an image, uint8 (H, W, 3), in grey if the net takes one channel."""
+        return image if self.mode == "RGB" else to_array(Image.fromarray(image).convert(self.mode))
+
+    def _crop(self, image: np.ndarray | EncodedJPEG) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+        """Return a random crop of an image, uint8 (H, W, 3), resized to the image size.
+
+        Returns:
+            The crop, and its top, left, height and width as shares of the image's sides.
+        """
         height, width, _ = image.shape
         if self.augment.scale is not None:
             # timm takes the size of the image from a tensor; without memory it costs nothing.
@@ -304,11 +349,14 @@ class TrainTransform:
             crop = RandomResizedCropAndInterpolation.get_params(size_only, self.augment.scale, self.augment.ratio)
             # timm may draw an empty crop from an image of one pixel.
             top, left, h, w = crop if min(crop[2:]) > 0 else (0, 0, height, width)
-            return resize(_part(image, top, left, h, w, self.size), self.size, self._draw_interpolation())
+            box = top / height, left / width, h / height, w / width
+            return resize(_part(image, top, left, h, w, self.size), self.size, self._draw_interpolation()), box
         mode, size = self._draw_interpolation(), self.square_from(height, width)
         image = resize(_part(image, 0, 0, height, width, size), size, mode)
-        rows, columns = (self._positions(start, axis, size) for axis, start in enumerate(self._draw_starts(size)))
-        return image[rows[:, None], columns]
+        starts = self._draw_starts(size)
+        rows, columns = (self._positions(start, axis, size) for axis, start in enumerate(starts))
+        box = starts[0] / size[0], starts[1] / size[1], self.size[0] / size[0], self.size[1] / size[1]
+        return image[rows[:, None], columns], box
 
     def square_from(self, height: int, width: int) -> tuple[int, int]:
         """Return the size to which an image is resized before a random square is taken from it."""

@@ -6,6 +6,7 @@ from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.weights import Renames, apply_renames, load_weights
 from ops.losses import Losses
@@ -26,13 +27,15 @@ def run_block(block: Any, *args: Any, recompute: bool, losses: Losses | None, **
         return checkpoint(block, *args, **kwargs) if recompute else block(*args, **kwargs)
 
     # The losses are outputs of what is recomputed, so the second run adds nothing.
-    def with_losses(*args: Any) -> tuple[Any, dict[str, list[Tensor]]]:
-        own = Losses()
-        return block(*args, losses=own, **kwargs), own.values
+    def with_losses(*args: Any) -> tuple[Any, dict[str, list[Tensor]], Tensor | None]:
+        own = Losses(wants_attention=losses.wants_attention)
+        return block(*args, losses=own, **kwargs), own.values, own.attention
 
-    out, values = cast(Any, checkpoint)(with_losses, *args) if recompute else with_losses(*args)
+    out, values, attention = cast(Any, checkpoint)(with_losses, *args) if recompute else with_losses(*args)
     for name, scalars in values.items():
         losses.add(name, *scalars)
+    if attention is not None:
+        losses.attention = attention
     return out
 
 
@@ -133,15 +136,35 @@ class Backbone(nn.Module):
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor, losses: Losses | None = None) -> Tensor:
-        return self.forward_head(self.forward_features(x) if losses is None else self.forward_features(x, losses))
+    @property
+    def token_classifier(self) -> nn.Module | None:
+        """Classifier of each token of the map, which token labelling trains; None if there is none."""
+        return None
 
-    def forward_with_losses(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def map_tokens(self, features: Tensor) -> Tensor:
+        """Return the tokens of the map (B, N, C), in rows, among the final features."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, losses: Losses | None = None) -> Tensor:
+        if losses is None:
+            return self.forward_head(self.forward_features(x))
+        features = self.forward_features(x, losses)
+        if losses.token_labels is None:
+            return self.forward_head(features)
+        assert self.token_classifier is not None
+        scores = self.token_classifier(self.map_tokens(features))
+        losses.add("token_labels", F.cross_entropy(scores.flatten(0, 1), losses.token_labels.flatten(0, 1)))
+        # The label of the image is learned by the image's classifier alone, as in the authors' code.
+        return Backbone.forward_head(self, features)
+
+    def forward_with_losses(
+        self, x: Tensor, target: Tensor | None = None, losses: Losses | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what `forward` returns, and the auxiliary losses of this forward pass by name, scalars.
 
         `ops.losses.loss_weights` names the losses that a net has. ViT-shaped nets compare their final tokens with those
-        of a teacher, `target`, and return the loss `tokens`.
+        of a teacher, `target`, and return the loss `tokens`. `losses`, which may ask for more, stands for `target`.
         """
-        losses = Losses(target)
+        losses = Losses(target) if losses is None else losses
         # A call of the module, since compilation and sharding change what a call of a module does.
         return self(x, losses), losses.means()

@@ -293,7 +293,8 @@ class PlainBackbone(Backbone):
         for i, block in enumerate(list(self.blocks)[:blocks]):
             index = self.context_indices[i]
             context = options if index is None else options | {"context": contexts[index]}
-            own = losses if self.have_losses[i] else None
+            attended = losses is not None and losses.wants_attention and i == len(self.blocks) - 1
+            own = losses if self.have_losses[i] or attended else None
             x = run_block(block, x, size, recompute=recompute, losses=own, **context)
             if x.shape[1] != self.extra + size[0] * size[1]:
                 size = self.reduced_size(size, x.shape[1] - self.extra)
@@ -350,9 +351,12 @@ class PlainBackbone(Backbone):
         alive = (x[:, self.extra :] != 0).any(-1)
         losses.add("tokens", ((tokens - target).square().mean(-1) * alive).sum() / alive.sum())
 
+    def map_tokens(self, features: Tensor) -> Tensor:
+        return features[:, self.extra :]
+
     def distillation_tokens(self, features: Tensor) -> Tensor:
         """Return what token distillation compares, of the final tokens: those of the map (B, N, C)."""
-        return features[:, self.extra :]
+        return self.map_tokens(features)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         """Pool the tokens and classify them, (B, num_classes); `pre_logits` returns what the classifier reads.

@@ -11,13 +11,21 @@ class Losses:
     module. This class is not a mapping: sharding (FSDP) copies the mappings among a module's inputs, and what is added
     to a copy would be lost.
 
-    Attributes:
+    Args:
         target: Final tokens of a teacher, (B, N, C), that the net's own are compared with; None for no such loss.
+        token_labels: Soft labels of the map's tokens, (B, N, K), for nets with a classifier of tokens; None for no such
+            loss.
+        wants_attention: Whether the net's last op is asked for the attention of its class token.
+
+    Attributes:
+        attention: Attention of the class token to the map's tokens in the last op, (B, N), the mean over the heads and
+            without gradient; None if it was not asked for.
     """
 
-    def __init__(self, target: Tensor | None = None):
-        self.target = target
+    def __init__(self, target: Tensor | None = None, token_labels: Tensor | None = None, wants_attention: bool = False):
+        self.target, self.token_labels, self.wants_attention = target, token_labels, wants_attention
         self.values: dict[str, list[Tensor]] = {}
+        self.attention: Tensor | None = None
 
     def add(self, name: str, *values: Tensor) -> None:
         """Add scalars to the loss `name`."""

@@ -185,7 +185,7 @@ class FAN(PlainBackbone):
             self.cls_token, self.cls_attn_blocks = None, nn.Sequential()
         return take
 
-    def distillation_tokens(self, features: Tensor) -> Tensor:
+    def map_tokens(self, features: Tensor) -> Tensor:
         """Return the tokens of the map, without the class token that joins last."""
         return features[:, int(self.cls_token is not None) :]
 

@@ -1,8 +1,8 @@
 """LV-ViT (Jiang et al., NeurIPS 2021, arXiv:2104.10858).
 
 Paper: All Tokens Matter: Token Labeling for Training Better Vision Transformers. Written after the paper and the
-authors' repository, zihangJiang/TokenLabeling (Apache-2.0); its checkpoints load. The nets are trained here without
-token labelling, that is without dense labels and mixed tokens.
+authors' repository, zihangJiang/TokenLabeling (Apache-2.0); its checkpoints load. `task.token_labels` trains the
+classifier of tokens; images are mixed here, not tokens as by the authors.
 """
 
 from collections.abc import Sequence
@@ -96,6 +96,10 @@ class LVViT(DeiT):
         blocks: Any = self.blocks
         for block in blocks:
             block.branch_scale = 1 / skip
+
+    @property
+    def token_classifier(self) -> nn.Module:
+        return self.aux_head
 
     def distillation_tokens(self, features: Tensor) -> Tensor:
         """Return the scores of the map's tokens (B, N, num_classes), which Sparsifiner compares with the teacher's."""

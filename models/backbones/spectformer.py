@@ -165,6 +165,13 @@ class SpectFormerH(HierarchicalBackbone):
             self.class_block = None
         return take
 
+    @property
+    def token_classifier(self) -> nn.Module | None:
+        return getattr(self.head, "aux", None)
+
+    def map_tokens(self, features: Tensor) -> Tensor:
+        return features[:, 1:]
+
     def finish(self, x: Tensor) -> Tensor:
         """Return the final tokens (B, 1 + H * W, C), of which the first is the class token."""
         x = x.flatten(2).transpose(1, 2)

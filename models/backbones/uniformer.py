@@ -1,7 +1,7 @@
 """UniFormer: Unifying Convolution and Self-attention for Visual Recognition (Li et al., TPAMI 2023, arXiv:2201.09450).
 
 Written after the paper and the authors' repository, Sense-X/UniFormer (Apache-2.0); its checkpoints load. Checkpoints
-trained with token labelling have a second classifier, for tokens, which the net here leaves out.
+trained with token labelling have a second classifier, for tokens, which the net has with `token_label`.
 """
 
 import re
@@ -57,6 +57,8 @@ class UniFormer(HierarchicalBackbone):
         mixers: Token mixers, as `ops.parse_mixers` reads them. Default: as above.
         conv_stem: Use overlapping convolutions instead of patches, in the stem and between stages.
         layer_scale: Number of last stages whose blocks have a learned factor for each channel of what they add.
+        token_label: Add a classifier for the map's tokens, as the authors do for token labels. Half of each class's
+            maximum over the tokens is added to the scores.
         in_chans: Number of channels of the images.
         drop_path_rate: Drop path rate of the last block; the rates rise linearly from 0.
         **kwargs: Further arguments of `HierarchicalBackbone`.
@@ -88,10 +90,14 @@ class UniFormer(HierarchicalBackbone):
         mixers: Spec | Sequence | None = None,
         conv_stem: bool = False,
         layer_scale: int = 0,
+        token_label: bool = False,
         in_chans: int = 3,
         drop_path_rate: float = 0.0,
         **kwargs,
     ):
+        if token_label:
+            self.classifiers = ("head", "aux_head")
+            self.renames = tuple(pair for pair in self.renames if pair[1] is not None)
         if mixers is None:
             relation = "multi_head_relation"
             third = [{"name": relation, "window": window}] * 3 + [{"name": relation, "window": 0 if hybrid else window}]
@@ -117,6 +123,19 @@ class UniFormer(HierarchicalBackbone):
         # The linear layers of the first two stages are 1 x 1 convolutions in the authors' code, which keep PyTorch's
         # initialisation.
         self.stages[2:].apply(init_weights)
+
+    @property
+    def token_classifier(self) -> nn.Module | None:
+        return getattr(self, "aux_head", None)
+
+    def map_tokens(self, features: Tensor) -> Tensor:
+        return features.flatten(2).transpose(1, 2)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        scores = super().forward_head(x, pre_logits)
+        if pre_logits or scores.ndim != 2 or not self.num_classes or self.token_classifier is None:
+            return scores
+        return scores + 0.5 * self.token_classifier(self.map_tokens(x)).amax(1)
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename the authors' weights, and flatten the layer scales of convolutional blocks, (1, C, 1, 1), to (C,)."""

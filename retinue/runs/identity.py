@@ -49,6 +49,7 @@ NOT_RESULT = {
 # Section or key -> the key that switches it off when it is null.
 SWITCHES = {
     "task.distillation": "task.distillation.teacher",
+    "task.token_labels": "task.token_labels.source",
     "recipe.ema": "recipe.ema.decay",
     "drop_classifier": "weights",
     "data.repeat_threshold": "data.sampler",

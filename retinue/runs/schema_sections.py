@@ -202,6 +202,14 @@ class Recipe(Keys):
         return self
 
 
+class MaskMix(Keys):
+    """`recipe.augment.maskmix`; see `datamodules.mixing.MaskMix`."""
+
+    alpha: Positive = Field(1.0, description="alpha of the beta distribution of the share of an image's own cells")
+    cell: Count = Field(56, description="side of a cell in pixels")
+    prob: Share = Field(0.5, description="probability that a batch is mixed in this way, not by MixUp or CutMix")
+
+
 class ClassificationAugment(Keys):
     """`recipe.augment` for classification; see `datamodules.transforms.Augment`."""
 
@@ -224,6 +232,10 @@ class ClassificationAugment(Keys):
     cutmix: NonNegative = Field(description="alpha of CutMix; 0: off")
     mixup_prob: Share = Field(description="probability that a batch is mixed")
     switch_prob: Share = Field(description="probability of CutMix if both are on")
+    maskmix: MaskMix | None = Field(None, description="mix batches by MaskMix: {alpha, cell, prob}; null: off")
+    jsd: NonNegative | None = Field(
+        None, description="weight of the divergence of predictions for an image and two AugMix views; null: off"
+    )
     label_smoothing: Share = Field(description="share of the target that is spread over all classes")
     device: Literal["gpu"] | None = Field(
         None, description="gpu: auto_augment and color_jitter change batches on the device that trains; null: the CPU"

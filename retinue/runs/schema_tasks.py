@@ -53,6 +53,18 @@ class Distillation(Keys):
     )
 
 
+class TokenLabels(Keys):
+    """`task.token_labels`."""
+
+    source: PathText | None = Field(
+        None, description="teacher (that of task.distillation), or a folder of stored label maps; null: no token labels"
+    )
+    weight: NonNegative = Field(0.5, description="weight of the tokens' loss")
+    image_label: Literal["maps", "truth"] = Field(
+        "maps", description="label of the image itself. maps: the mean over its tokens; truth: that of the data"
+    )
+
+
 class ClassificationTask(Task):
     """`conf/task/classification.yaml`."""
 
@@ -63,6 +75,13 @@ class ClassificationTask(Task):
     figure: Literal["top1", "top5"] = Field(description=FIGURE)
     loss_weights: LossWeights = Field(
         {}, description="weights of the net's auxiliary losses by name; those not named are the paper's"
+    )
+    mixed_labels: Literal["transmix", "mixpro"] | None = Field(
+        None, description="label mixed images by the class token's attention; null: by area"
+    )
+    token_labels: TokenLabels = Field(
+        TokenLabels(),  # pyright: ignore[reportCallIssue]
+        description="soft labels of the tokens; docs/augmentation.md explains them",
     )
     distillation: Distillation
 

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from models.factory import create_model
 from models.plain import PlainBackbone
-from ops.losses import loss_weights
+from ops.losses import Losses, loss_weights
 from retinue.evaluation.classification import Predictions, check_finite, summarize, topk_predictions
 from retinue.evaluation.contributions import Contributions
 from retinue.evaluation.plots import draw_probabilities, plot_confusion, plot_reliability
 from retinue.evaluation.predictions import write_predictions_csv, write_probabilities
+from retinue.tasks.attention_labels import attended_share, attention_targets, check_attention
 from retinue.tasks.base import Task
 from retinue.tasks.class_weights import check_class_weights, class_weights, weighted_mean
+from retinue.tasks.consistency import jensen_shannon
 from retinue.tasks.distillation import Teacher
+from retinue.tasks.token_labels import TEACHER, TokenLabels, token_grid
 from retinue.utils.suggestions import nearest
 
 # Label of images that a loss leaves out.
@@ -39,14 +42,17 @@ class Classification(Task):
         distillation: `teacher` (a timm name, null for none), and the further arguments of
             `retinue.tasks.distillation.Teacher`.
         loss_weights: Weights of the net's auxiliary losses by name; by default those of the paper.
+        mixed_labels: "transmix" or "mixpro" labels mixed images by the class token's attention
+            (`retinue.tasks.attention_labels`), None by area.
+        token_labels: `source` (null for none), and the further arguments of `retinue.tasks.token_labels.TokenLabels`.
         kwargs: Further arguments of `Task`.
 
     Attributes:
         predictions: Predictions of all ranks for the test split, after a test.
 
     Raises:
-        ValueError: `recipe.loss` is unknown, the net has no loss of a name in `loss_weights`, it has no tokens for
-            token distillation, or an argument of `Task` or `Teacher` is wrong.
+        ValueError: `recipe.loss` is unknown, the net has no loss of a name in `loss_weights`, it lacks what
+            `distillation`, `mixed_labels` or `token_labels` needs, or an argument of `Task` or `Teacher` is wrong.
     """
 
     def __init__(
@@ -57,11 +63,14 @@ class Classification(Task):
         num_classes: int,
         distillation: Mapping,
         loss_weights: Mapping[str, float] | None = None,
+        mixed_labels: str | None = None,
+        token_labels: Mapping | None = None,
         **kwargs,
     ):
         super().__init__(model, recipe, **kwargs)
         self.loss_weights = weights_of_losses(model, loss_weights or {})
         self.num_classes = num_classes
+        self.mixed_labels = mixed_labels
         self.teacher = Teacher(num_classes=num_classes, **distillation) if distillation["teacher"] else None
         if self.teacher is not None:
             if self.teacher.tokens and not isinstance(model, PlainBackbone):
@@ -71,6 +80,17 @@ class Classification(Task):
         if recipe["loss"] not in ("ce", "bce"):
             raise ValueError(f"recipe.loss must be ce or bce, not {recipe['loss']!r}")
         self.smoothing = recipe["augment"]["label_smoothing"]
+        self.token_labels = None
+        if token_labels is not None and token_labels["source"] is not None:
+            self.token_labels = TokenLabels(model, num_classes=num_classes, smoothing=self.smoothing, **token_labels)
+            if self.token_labels.from_teacher and self.teacher is None:
+                raise ValueError("task.token_labels.source=teacher needs task.distillation.teacher")
+        self.jsd = recipe["augment"].get("jsd") or 0.0
+        if mixed_labels is not None:
+            check_attention(model, mixed_labels, recipe["augment"])
+        self._refuse_combinations()
+        if hasattr(model, "set_branch_training"):
+            model.set_branch_training()  # pyright: ignore[reportCallIssue]
         reduction = "none" if recipe.get("class_weights") else "mean"
         bce = BinaryCrossEntropy(self.smoothing, recipe["bce_target_threshold"], reduction=reduction)
         self.bce = bce if recipe["loss"] == "bce" else None
@@ -93,6 +113,11 @@ class Classification(Task):
             datamodule: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
             labels = datamodule.images("train").labels
             self.class_weights = class_weights(weights, datamodule.class_names, labels).to(self.device)
+
+    @staticmethod
+    def data_arguments(cfg: Any) -> dict[str, Any]:
+        source = (cfg.task.get("token_labels") or {}).get("source")
+        return {} if source in (None, TEACHER) else {"token_maps": source}
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
         assert self.predictions is not None
@@ -162,28 +187,77 @@ class Classification(Task):
             return self.bce(logits, target)
         return F.cross_entropy(logits, target, label_smoothing=smoothing)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        image, label, losses = batch["image"], batch["label"], {}
-        weights, teacher_logits, tokens = self.loss_weights, None, None
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        image, label, target = batch["image"], batch["label"], batch.get("target", batch["label"])
+        losses, weights, teacher_logits = Losses(), dict(self.loss_weights), None
+        losses.wants_attention = self.mixed_labels is not None and "mix" in batch
+        teacher_scores = None
         if self.teacher is not None:
             datamodule: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            teacher_logits, tokens = self.teacher.answer(image, datamodule.mean, datamodule.std)
-            weights = {**weights, "tokens": self.teacher.tokens}
-        if self.loss_weights or tokens is not None:
-            model: Any = self.model
-            logits, losses = model.forward_with_losses(image, tokens)
-        else:
-            logits = self(image)
+            dense = self.token_labels is not None and self.token_labels.from_teacher
+            grid = token_grid(self.model, image) if dense else None
+            answer = self.teacher.answer_densely(image, datamodule.mean, datamodule.std, grid)
+            teacher_logits, losses.target, teacher_scores = answer
+            weights["tokens"] = self.teacher.tokens
+        if self.token_labels is not None:
+            losses.token_labels, image_label = self.token_labels.targets(batch, teacher_scores)
+            target = target if image_label is None else image_label
+            weights["token_labels"] = self.token_labels.weight
+        views = batch.get("views")
+        logits, figures = self._run(image if views is None else torch.cat([image, views]), losses)
+        # Scores of a net's branches, (branches, B, K)
+        branches = logits if isinstance(logits, Tensor) and logits.ndim == 3 else None
+        if branches is not None:
+            logits = branches[0]
+        if views is not None:
+            figures["jsd"] = jensen_shannon(logits, len(logits) // len(image))
+            weights["jsd"], logits = self.jsd, logits[: len(image)]
         logits, distilled = logits if isinstance(logits, tuple) else (logits, logits)
-        target = batch.get("target", label)
-        loss = self.loss(logits, target)
+        if losses.wants_attention:
+            share = attended_share(batch["mix"], losses.attention, token_grid(self.model, image))
+            target = attention_targets(
+                str(self.mixed_labels), batch["mix"], label, target, logits, share, self.smoothing
+            )
+        loss = self.loss(logits, target) if branches is None else self._loss_of_branches(branches, target)
         if self.teacher is not None and teacher_logits is not None:
             loss = self.teacher.blend(loss, distilled, teacher_logits)
-        for name, value in losses.items():
+        for name, value in figures.items():
             loss = loss + weights[name] * value
         hit = logits.argmax(1) == (target.argmax(1) if target.ndim == 2 else target)
-        self.track(loss, len(label), top1=hit.float().mean(), **losses)
+        self.track(loss, len(label), top1=hit.float().mean(), **figures)
         return loss
+
+    def _refuse_combinations(self) -> None:
+        """Raise a ValueError for choices that exclude each other."""
+        branches = hasattr(self.model, "set_branch_training")
+        for key, given in (
+            ("task.distillation", self.teacher is not None),
+            ("task.token_labels", self.token_labels is not None),
+            ("a net of several branches", branches),
+        ):
+            if self.jsd and given:
+                raise ValueError(
+                    f"recipe.augment.jsd has views of the images that {key} cannot use: recipe.augment.jsd=null"
+                )
+        tokens = self.teacher is not None and self.teacher.tokens > 0
+        for key, given in (("task.mixed_labels", self.mixed_labels), ("task.distillation.tokens", tokens)):
+            if branches and given:
+                raise ValueError(f"{key} is for nets of one branch, such as model=deit")
+        if self.mixed_labels and self.token_labels is not None and self.token_labels.image_label == "maps":
+            raise ValueError("task.mixed_labels labels the images: it needs task.token_labels.image_label=truth")
+
+    def _run(self, image: Tensor, losses: Losses) -> tuple[Any, dict[str, Tensor]]:
+        """Return the net's scores, and its auxiliary losses if it has any or if `losses` asks for something."""
+        asked = losses.wants_attention or losses.target is not None or losses.token_labels is not None
+        if not (self.loss_weights or asked):
+            return self(image), {}
+        model: Any = self.model
+        return model.forward_with_losses(image, losses=losses)
+
+    def _loss_of_branches(self, scores: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of scores (branches, B, K) as the net weighs it."""
+        model: Any = self.model
+        return model.weigh(torch.stack([self.loss(branch, target) for branch in scores]))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # Images that pad the last batch of a rank have the index -1.

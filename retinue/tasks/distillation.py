@@ -4,6 +4,7 @@ Scores: Hinton et al., arXiv:1503.02531; hard labels and the distillation token:
 Sparsifiner, arXiv:2303.13755.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from datamodules.batch import channel_values
+from models.backbone import Backbone
 from models.factory import check_name, image_size_argument
 from models.plain import PlainBackbone
 from models.preprocessing import net_preprocessing, read_run, run_config
@@ -128,17 +130,38 @@ class Teacher:
             mean: The student's mean of each channel.
             std: The student's standard deviation of each channel.
         """
+        return self.answer_densely(image, mean, std, None)[:2]
+
+    @torch.no_grad()
+    def answer_densely(
+        self, image: Tensor, mean: Sequence[float], std: Sequence[float], grid: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return what `answer` returns, and the teacher's scores for each token of a grid.
+
+        Args:
+            image: The student's images (B, C, H, W), normalised with `mean` and `std`.
+            mean: The student's mean of each channel.
+            std: The student's standard deviation of each channel.
+            grid: Rows h and columns w of the grid; None for no scores of tokens.
+
+        Returns:
+            Logits (B, K), final tokens (B, N, C) or None, and scores (B, K, h, w) or None.
+        """
         net: Any = self.net
         # Moving the net again in each step would take as long as launching its kernels.
         if next(net.parameters()).device != image.device:
             net.to(image.device)
         image = self.see(image, mean, std)
-        if not self.tokens:
-            return net(image), None
+        if not self.tokens and grid is None:
+            return net(image), None, None
         features = net.forward_features(image)
-        if isinstance(net, PlainBackbone):
-            return net.forward_head(features), net.distillation_tokens(features)
-        return net.forward_head(features), features[:, getattr(net, "num_prefix_tokens", 0) :]
+        tokens = scores = None
+        if self.tokens:
+            plain = isinstance(net, PlainBackbone)
+            tokens = net.distillation_tokens(features) if plain else features[:, prefix_tokens(net) :]
+        if grid is not None:
+            scores = F.interpolate(dense_scores(net, features, image.shape[2:]), grid, mode="bilinear", antialias=True)
+        return net.forward_head(features), tokens, scores
 
     def blend(self, loss: Tensor, logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """Return (1 - alpha) * loss + alpha * distillation loss, a scalar.
@@ -156,3 +179,49 @@ class Teacher:
             # The factor keeps the size of the gradients independent of the temperature.
             distillation_loss = F.kl_div(student, target, reduction="batchmean", log_target=True) * self.temperature**2
         return (1 - self.alpha) * loss + self.alpha * distillation_loss
+
+
+def prefix_tokens(net: Any) -> int:
+    """Return the number of tokens before those of the map in a net's final features."""
+    return net.extra if isinstance(net, PlainBackbone) else getattr(net, "num_prefix_tokens", 0)
+
+
+def dense_scores(net: Any, features: Tensor, image_size: Sequence[int]) -> Tensor:
+    """Return a net's class scores for each place of its final map, (B, K, h, w).
+
+    A classifier of tokens scores them if the net has one. In other nets, the head scores each place as an image of one
+    place (Jiang et al., arXiv:2104.10858, section 3.2).
+
+    Args:
+        net: Classifier of timm's registry.
+        features: What its `forward_features` returned: tokens (B, E + N, C), or a map in (B, C, h, w) or (B, h, w, C).
+        image_size: Height and width of the images, whose shape the map has.
+
+    Raises:
+        ValueError: The features are no map.
+    """
+    if isinstance(net, Backbone) and net.token_classifier is not None:
+        places = net.map_tokens(features)
+        return _as_map(net.token_classifier(places), image_size)
+    if features.ndim == 3:
+        extra = prefix_tokens(net)
+        places = features[:, extra:]
+        # Every token also stands for the class token that the head may read.
+        one = places.reshape(-1, 1, places.shape[-1]).expand(-1, 1 + extra, -1)
+        return _as_map(net.forward_head(one).unflatten(0, places.shape[:2]), image_size)
+    if features.ndim != 4:
+        raise ValueError(f"the teacher's features must be a map or tokens, not of shape {tuple(features.shape)}")
+    channels_first = features.shape[1] == net.num_features
+    places = features.permute(0, 2, 3, 1) if channels_first else features  # (B, h, w, C)
+    one = places.reshape(-1, 1, 1, places.shape[-1])
+    scores = net.forward_head(one.permute(0, 3, 1, 2) if channels_first else one)
+    return scores.unflatten(0, places.shape[:3]).permute(0, 3, 1, 2)
+
+
+def _as_map(scores: Tensor, image_size: Sequence[int]) -> Tensor:
+    """Return scores of tokens (B, N, K) as a map (B, K, h, w) of the images' shape."""
+    tokens = scores.shape[1]
+    rows = max(1, round(math.sqrt(tokens * image_size[0] / image_size[1])))
+    if tokens % rows:
+        raise ValueError(f"the teacher's {tokens} tokens are no map: a teacher for token labels must keep all tokens")
+    return scores.transpose(1, 2).unflatten(2, (rows, tokens // rows))

@@ -91,6 +91,7 @@ favit_{b0,b1,b2,b3} l2vit_{tiny,small,base} nat_{mini,tiny,small,base} dinat_{mi
 vitaev2_vsa_{s,widepcm_s,widepcm_48m} swin_vsa_{tiny} transnext_{micro,micro_aaaa,tiny,small,base}
 uniformer_{small,small_plus,base} ppma_{tiny,small,base} pvt_{tiny,small,medium,large}
 deit_{tiny,small,base,tiny_distilled,small_distilled,base_distilled} lvvit_{tiny,small,medium,large}
+dcal_{tiny,small,base}
 agent_deit_{tiny,small} agent_pvt_{tiny,small,medium,large} agent_swin_{tiny,small,base} agent_cswin_{tiny,small,base}
 inline_deit_{tiny,small} inline_pvt_{tiny,small,medium,large} inline_swin_{tiny,small,base}
 inline_cswin_{tiny,small,base} gc_vit_{xxtiny,xtiny,tiny,tiny2,small,small2,base,large}

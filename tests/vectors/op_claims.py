@@ -19,6 +19,7 @@ from ops.gate_registry import create_gate
 from tests.vectors import cfsr
 from tests.vectors.blocks import Block, LaMambaBlock, LocalRegionBlock, RegionLayer, TokenAggregationBlock
 from tests.vectors.kinds import Chain, Op, Part
+from tests.vectors.mixed import MaskMixedBatch
 from tests.vectors.op_kinds import (
     AnchorWindowOp,
     BlockMixtureOp,
@@ -303,6 +304,7 @@ PARTS: dict[str, Part | Block] = {
     "ep_probe__q8_d2_dim384": Part(lambda: create_pool("ep", 384, queries=8, reduction=2)),
     "ep_probe__simpool_dim96": Part(lambda: create_pool("simpool", 96)),
     "featenhancer__full": Part(FeatEnHancer),
+    "mixpro__maskmix_56_14_seed0": Part(MaskMixedBatch, lambda batch, x: batch(x)),
     "hyperzzw__sfne_c12_s16": Part(
         lambda: SlowFastBlock(12, 36, (16, 16)), lambda block, x: (block(x), block.slow_net_g())
     ),
