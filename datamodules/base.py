@@ -14,6 +14,7 @@ import torch
 from datamodules.bands import BandEvalTransform, BandTrainTransform
 from datamodules.batch import BatchTransform
 from datamodules.classes import Classes
+from datamodules.holdout import hold_out
 from datamodules.images import EncodedImages, LabelledImages
 from datamodules.loader import BatchFetcher, ImageSet, Loader, TrainLoader, stack
 from datamodules.resident import Labels, Residents, fits
@@ -247,6 +248,8 @@ class ClassificationData(ImageData):
         augment: the recipe's augmentation, with the fields of `datamodules.transforms.Augment`. None means no
             augmentation.
         batch_size: number of images per step and device.
+        holdout: number of training images of each class that are taken out of the training split and replace the
+            validation split; None leaves the splits as they are.
         common: arguments of `ImageData`.
 
     Attributes:
@@ -270,6 +273,7 @@ class ClassificationData(ImageData):
         flip: bool = True,
         augment: Mapping | None = None,
         batch_size: int = 64,
+        holdout: int | None = None,
         **common: Any,
     ):
         super().__init__(image_size=image_size, batch_size=batch_size, **common)
@@ -292,6 +296,8 @@ class ClassificationData(ImageData):
             mean=self.mean,
             in_chans=self.in_chans,
         )
+        self.holdout = holdout
+        self._held_out: dict[str, LabelledImages] = {}
         self._batch_transform: BatchTransform | None = None
         self._residents: dict[str, Residents] = {}
 
@@ -301,6 +307,14 @@ class ClassificationData(ImageData):
 
     @abstractmethod
     def load(self, split: str) -> LabelledImages: ...
+
+    def images(self, split: str) -> LabelledImages:
+        if self.holdout is None or split == "test":
+            return super().images(split)
+        if not self._held_out:
+            train, held = hold_out(super().images("train"), self.holdout)
+            self._held_out = {"train": train, "val": held}
+        return self._held_out[split]
 
     def image_classes(self, images: LabelledImages) -> tuple[np.ndarray, np.ndarray]:
         return np.arange(len(images)), images.labels

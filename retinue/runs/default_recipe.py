@@ -6,11 +6,13 @@ from hydra.core.default_element import ConfigDefault, GroupDefault, InputDefault
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from retinue.runs.schema_tasks import TAKES_DATA_OF
+
 
 def recipe_for(task: str, data: str, model: str, head: str) -> str:
     """Return the name of the default recipe; conf/train.yaml interpolates it into the defaults list.
 
-    On small data the task's small recipe is the default: `small_data`, `small_detection` or `small_segmentation`. On
+    On small data the task's small recipe is the default: `small_data`, `small_detection`, ... On
     other data it is the recipe that the head's yaml names, for classification the recipe that the model's yaml names.
     A model's yaml that names no recipe gets `deit`, a head's yaml that names none the task's small recipe.
 
@@ -21,8 +23,9 @@ def recipe_for(task: str, data: str, model: str, head: str) -> str:
         head: choice of the config group `head`; `none` if the command line chooses none.
     """
     small = _declared("data", data, "kind", "small") == "small"
-    if task == "classification":
-        return "small_data" if small else _declared("model", model, "recipe", "deit")
+    if TAKES_DATA_OF.get(task, task) == "classification":
+        small_recipe = "small_data" if task == "classification" else f"small_{task}"
+        return small_recipe if small else _declared("model", model, "recipe", "deit")
     head = f"default_{task}" if head == "none" else head
     return f"small_{task}" if small else _declared("head", head, "recipe", f"small_{task}")
 

@@ -28,7 +28,14 @@ from retinue.runs.schema_sections import (
     Trainer,
     WholeNumber,
 )
-from retinue.runs.schema_tasks import ClassificationTask, DetectionTask, PanopticTask, SegmentationTask
+from retinue.runs.schema_tasks import (
+    TAKES_DATA_OF,
+    ClassificationTask,
+    DetectionTask,
+    PanopticTask,
+    SegmentationTask,
+    SupernetTask,
+)
 from retinue.utils.paths import CONF, list_group
 
 MAX_SEED = 2**32 - 1
@@ -166,7 +173,8 @@ class Sections(Keys):
     @classmethod
     def _belongs_to_one_task(cls, values: Any) -> Any:
         """Refuse data, a head and a recipe of another task; each has a key `task`, which a recipe may lack."""
-        task = values["task"]["name"]
+        name = values["task"]["name"]
+        task = TAKES_DATA_OF.get(name, name)
         for group in ("data", "head", "recipe"):
             section = values.get(group)
             if not isinstance(section, Mapping):
@@ -175,7 +183,7 @@ class Sections(Keys):
             if other != task:
                 subject = "this recipe" if group == "recipe" else f"{group}={section.get('name')}"
                 hint = {"head": _heads(task), "recipe": ", which has its own"}.get(group, "")
-                raise ValueError(f"{subject} is for task={other}, not task={task}{hint}")
+                raise ValueError(f"{subject} is for task={other}, not task={name}{hint}")
         return values
 
 
@@ -185,6 +193,12 @@ class Classification(Sections):
     task: ClassificationTask
     data: ClassificationData
     recipe: ClassificationRecipe
+
+
+class Supernet(Classification):
+    """Sections of supernets."""
+
+    task: SupernetTask  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class Detection(Sections):
@@ -214,6 +228,7 @@ class Panoptic(Sections):
 PROGRAMS: dict[str, type[Common]] = {"train": Training, "eval": Evaluation, "predict": Prediction}
 TASKS: dict[str, type[Sections]] = {
     "classification": Classification, "detection": Detection, "segmentation": Segmentation, "panoptic": Panoptic,
+    "supernet": Supernet,
 }  # fmt: skip
 # Keys whose interpolations Hydra resolves only in the run itself.
 IN_THE_RUN = ("run_dir", "logger", "callbacks")

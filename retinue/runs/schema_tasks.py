@@ -17,7 +17,12 @@ from retinue.runs.schema_sections import (
     Positive,
     PositiveShare,
     Share,
+    WholeNumber,
 )
+
+
+# Tasks that take the data, heads and recipes of another task
+TAKES_DATA_OF = {"supernet": "classification"}
 
 
 class Task(Keys):
@@ -63,6 +68,15 @@ class ClassificationTask(Task):
         {}, description="weights of the net's auxiliary losses by name; those not named are the paper's"
     )
     distillation: Distillation
+
+
+class SupernetTask(ClassificationTask):
+    """`conf/task/supernet.yaml`."""
+
+    holdout: Count = Field(description="training images of each class that validate and that a search judges by")
+    warmup_epochs: WholeNumber = Field(
+        description="epochs in which the drawn sizes grow from the largest to all, and heads and channels are sorted"
+    )
 
 
 class DetectionInference(Keys):
