@@ -32,7 +32,7 @@ class Contributions:
         images: name of each image, (N,).
         arrays: what the task's figures follow from, by name. Classification: whether each image is right (`top1`,
             `top5`), its `loss`, `brier` score and `label`. Segmentation: `areas` (N, 3, K) of `segmentation.areas`.
-            Panoptic: `counts` (N, 4, K) of `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`,
+            BossNAS: `agreement`. Panoptic: `counts` (N, 4, K) of `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`,
             of boxes as `box_...` and of masks as `mask_...`.
     """
 
@@ -95,6 +95,11 @@ def _classification(arrays: Mapping[str, np.ndarray]) -> Figures:
     return figures
 
 
+def _bossnas(arrays: Mapping[str, np.ndarray]) -> Figures:
+    agreement = arrays["agreement"].astype(np.float64)
+    return lambda draws: {"agreement": float(draws @ agreement / draws.sum())}
+
+
 def _segmentation(arrays: Mapping[str, np.ndarray]) -> Figures:
     areas = arrays["areas"]
     flat = areas.reshape(len(areas), -1).astype(np.float64)
@@ -136,4 +141,5 @@ TASKS: dict[str, Callable[[Mapping[str, np.ndarray]], Figures]] = {
     "segmentation": _segmentation,
     "panoptic": _panoptic,
     "detection": _detection,
+    "bossnas": _bossnas,
 }

@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from retinue.runs.launch import rank
+from retinue.runs.schema_tasks import TAKES_DATA_OF
 from retinue.utils.sizes import pick_size, resolve, size_pixels
 
 # Keys of `data` that a detector or segmentor takes from the weights of its backbone.
@@ -113,7 +114,7 @@ def _from_weights(cfg: Mapping, data: dict[str, Any]) -> dict[str, tuple[Any, st
         saved = {
             key: (value, f"as in {_relative(config.parent)}")
             for key, value in values.items()
-            if key in DENSE_KEYS or task == data["task"] == "classification"
+            if key in DENSE_KEYS or TAKES_DATA_OF.get(task, task) == data["task"] == "classification"
         }
     if run and not weights:
         return saved

@@ -30,6 +30,7 @@ from retinue.runs.schema_sections import (
 )
 from retinue.runs.schema_tasks import (
     TAKES_DATA_OF,
+    BossNASTask,
     ClassificationTask,
     DetectionTask,
     PanopticTask,
@@ -201,6 +202,12 @@ class Supernet(Classification):
     task: SupernetTask  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
+class BossNAS(Classification):
+    """Sections of BossNAS's supernets."""
+
+    task: BossNASTask  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
 class Detection(Sections):
     """Sections of detection."""
 
@@ -228,7 +235,7 @@ class Panoptic(Sections):
 PROGRAMS: dict[str, type[Common]] = {"train": Training, "eval": Evaluation, "predict": Prediction}
 TASKS: dict[str, type[Sections]] = {
     "classification": Classification, "detection": Detection, "segmentation": Segmentation, "panoptic": Panoptic,
-    "supernet": Supernet,
+    "supernet": Supernet, "bossnas": BossNAS,
 }  # fmt: skip
 # Keys whose interpolations Hydra resolves only in the run itself.
 IN_THE_RUN = ("run_dir", "logger", "callbacks")

@@ -22,7 +22,7 @@ from retinue.runs.schema_sections import (
 
 
 # Tasks that take the data, heads and recipes of another task
-TAKES_DATA_OF = {"supernet": "classification"}
+TAKES_DATA_OF = {"supernet": "classification", "bossnas": "classification"}
 
 
 class Task(Keys):
@@ -77,6 +77,14 @@ class SupernetTask(ClassificationTask):
     warmup_epochs: WholeNumber = Field(
         description="epochs in which the drawn sizes grow from the largest to all, and heads and channels are sorted"
     )
+
+
+class BossNASTask(Task):
+    """`conf/task/bossnas.yaml`."""
+
+    figure: Literal["agreement"] = Field(description=FIGURE)
+    holdout: Count = Field(description="training images of each class that validate and that paths are rated by")
+    momentum: Share = Field(description="weight of the old average in the target's weights at the start; it rises to 1")
 
 
 class DetectionInference(Keys):
