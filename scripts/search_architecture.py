@@ -1,7 +1,7 @@
 """Search the best architecture of a trained supernet within a budget of multiply-accumulates (MACs).
 
     python train.py task=supernet model=vit_resnas_supernet                      # a supernet, on the digits
-    python scripts/search_architecture.py run=outputs/supernet/digits/... budget_macs=5e6 population=50 parents=10 children=10
+    python scripts/search_architecture.py run=RUN budget_macs=3.5e6 population=60 parents=15 children=15 generations=8
 
 The first generation is random, the others are mutations and crossovers of the best candidates (ViT-ResNAS,
 arXiv:2109.00642; the defaults are the paper's). Candidates are judged with the supernet's weights by the training

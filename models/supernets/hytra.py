@@ -110,7 +110,9 @@ class Branch(nn.Module):
                 depth = block * layers + layer
                 choices = {path[-1] for path in paths(0, min(depth + 1, STAGES))}
                 stem = None if depth else 64
-                modules.append(nn.ModuleDict({str(choice): CandidateBlock(choice, dim, stem) for choice in sorted(choices)}))
+                modules.append(
+                    nn.ModuleDict({str(choice): CandidateBlock(choice, dim, stem) for choice in sorted(choices)})
+                )
             self.blocks.append(nn.ModuleList(modules))
         dims = [4 * dim * 2**stage for stage in range(STAGES)]
         self.projectors = nn.ModuleList(Projector(dims, hidden, out) for _ in range(blocks))
@@ -161,7 +163,9 @@ class HyTraSupernet(nn.Module):
     ):
         super().__init__()
         if not 0 <= block < blocks or len(chosen) != block:
-            raise ValueError(f"model.args.block={block} must be below {blocks}, with a chosen path for each block before")
+            raise ValueError(
+                f"model.args.block={block} must be below {blocks}, with a chosen path for each block before"
+            )
         self.block, self.chosen, self.start = block, tuple(map(from_text, chosen)), 0
         for path in self.chosen:
             if path not in paths(self.start, layers):
@@ -186,7 +190,9 @@ class HyTraSupernet(nn.Module):
 
     def trained_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Return the parameters that are trained with the target's moving averages of them."""
-        sides = [[p for part in self._trained(branch) for p in part.parameters()] for branch in (self.online, self.target)]
+        sides = [
+            [p for part in self._trained(branch) for p in part.parameters()] for branch in (self.online, self.target)
+        ]
         return list(zip(*sides, strict=True))
 
     @torch.no_grad()

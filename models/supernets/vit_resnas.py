@@ -12,7 +12,7 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.backbones.vit_resnas import Attention, ViTResNAS
+from models.backbones.vit_resnas import ViTResNAS
 from models.hierarchical import imagenet_cfg
 from models.supernets.vit_resnas_space import Architecture, StageSpace, largest, layouts, read_space
 from ops.functional import merge_heads
@@ -47,6 +47,7 @@ class ViTResNASSupernet(ViTResNAS):
     Args:
         space: Choices of each stage, mappings with the attributes of `StageSpace`.
         images_per_architecture: Number of images of a batch that pass through the same architecture.
+        stem: Number of channels of the convolutions before the patches; 0 leaves them out.
         **kwargs: Further arguments of `ViTResNAS` except `layouts` and `mixers`.
 
     Raises:
@@ -56,12 +57,12 @@ class ViTResNASSupernet(ViTResNAS):
         share: Share of the choices in each list, from the largest on, that architectures are drawn from.
     """
 
-    def __init__(self, space: Sequence[Mapping[str, Any]], images_per_architecture: int = 64, **kwargs):
+    def __init__(self, space: Sequence[Mapping[str, Any]], images_per_architecture: int = 64, stem: int = 24, **kwargs):
         if kwargs.get("mixers") is not None:
             raise ValueError("a supernet has full attention: model.mixers is for the nets that a search finds")
         self.space = read_space(space)
-        super().__init__(layouts(self.space, largest(self.space)), **kwargs)
-        self.images_per_architecture, self.share = images_per_architecture, 1.0
+        super().__init__(layouts(self.space, largest(self.space)), stem, **kwargs)
+        self.stem, self.images_per_architecture, self.share = stem, images_per_architecture, 1.0
 
     def forward_features(self, x: Tensor, losses: Losses | None = None) -> Tensor:
         if not self.training:
@@ -98,8 +99,10 @@ class ViTResNASSupernet(ViTResNAS):
             x: Images (B, C, H, W).
             widths: Sizes of the A architectures in each stage.
         """
-        images, channels = x, None
-        for stage, sizes in zip(self.stages, widths, strict=True):
+        images = x
+        channels: Any = None
+        stages: Any = self.stages
+        for stage, sizes in zip(stages, widths, strict=True):
             if channels is None:
                 x, size = stage.downsample(x)
             else:
@@ -109,14 +112,16 @@ class ViTResNASSupernet(ViTResNAS):
             x = x * channels
             for j, block in enumerate(stage.blocks):
                 x = masks.run_block(block, x, channels, j)
-        return norm_prefix(self.norm, x, channels)
+        norm: Any = self.norm
+        return norm_prefix(norm, x, channels)
 
     def importance_orders(self) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
         """Yield (parameter, dimension, order): heads and hidden channels, those with the largest weights first.
 
         Permuting each parameter along its dimension leaves the largest net's function as it is.
         """
-        for stage in self.stages:
+        stages: Any = self.stages
+        for stage in stages:
             for block in stage.blocks:
                 yield from head_orders(block.mixer)
                 fc1, fc2 = block.mlp.fc1, block.mlp.fc2
@@ -125,7 +130,7 @@ class ViTResNASSupernet(ViTResNAS):
                 yield from ((fc1.weight, 0, order), (fc1.bias, 0, order), (fc2.weight, 1, order))
 
 
-def head_orders(mixer: Attention) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
+def head_orders(mixer: Any) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
     """Yield (parameter, dimension, order) for the heads of an attention, as `importance_orders` does."""
     heads = mixer.num_heads
     rows = mixer.qkv.weight.abs().sum(1) + mixer.qkv.bias.abs()  # (3 * heads * D,)

@@ -81,19 +81,27 @@ def read_space(stages: Sequence[Mapping[str, Any]]) -> Space:
 def largest(space: Space) -> Architecture:
     """Return the architecture with the largest choices and all blocks."""
     return tuple(
-        Genes(stage.dims[0], *((choices[0],) * len(stage.removable) for choices in (stage.heads, stage.hidden)),
-              (True,) * len(stage.removable))
+        Genes(
+            stage.dims[0],
+            (stage.heads[0],) * len(stage.removable),
+            (stage.hidden[0],) * len(stage.removable),
+            (True,) * len(stage.removable),
+        )
         for stage in space
-    )  # fmt: skip
+    )
 
 
 def smallest(space: Space) -> Architecture:
     """Return the architecture with the smallest choices and no removable block."""
     return tuple(
-        Genes(stage.dims[-1], *((choices[-1],) * len(stage.removable) for choices in (stage.heads, stage.hidden)),
-              tuple(not removable for removable in stage.removable))
+        Genes(
+            stage.dims[-1],
+            (stage.heads[-1],) * len(stage.removable),
+            (stage.hidden[-1],) * len(stage.removable),
+            tuple(not removable for removable in stage.removable),
+        )
         for stage in space
-    )  # fmt: skip
+    )
 
 
 def layouts(space: Space, architecture: Architecture) -> list[Layout]:

@@ -32,8 +32,8 @@ class Contributions:
         images: name of each image, (N,).
         arrays: what the task's figures follow from, by name. Classification: whether each image is right (`top1`,
             `top5`), its `loss`, `brier` score and `label`. Segmentation: `areas` (N, 3, K) of `segmentation.areas`.
-            BossNAS: `agreement`. Panoptic: `counts` (N, 4, K) of `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`,
-            of boxes as `box_...` and of masks as `mask_...`.
+            Panoptic: `counts` (N, 4, K) of `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`,
+            of boxes as `box_...` and of masks as `mask_...`. BossNAS: `agreement`.
     """
 
     task: str

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from models import load_weights
 from models.factory import build
-from models.supernets.vit_resnas import ViTResNASSupernet
 from models.supernets.vit_resnas_space import Architecture, Cost, expressed, from_json, layouts, subnet_state, to_json
 from retinue.results.evolution import Evolution, draw_new
 from retinue.runs.checkpoints import LAST
@@ -75,14 +74,13 @@ class SupernetRun:
         cfg.recipe.batch_size = cfg.task.eval_batch * cfg.trainer.devices * cfg.trainer.num_nodes
         cfg.trainer.accumulate_grad_batches = 1
         self.datamodule = build_data(cfg)
-        net: ViTResNASSupernet = build_task(cfg, self.datamodule).model
+        net: Any = build_task(cfg, self.datamodule).model
         load_weights(net, str(folder / "checkpoints" / LAST))
         self.space = net.space
         self.state = {name: value.to(device) for name, value in net.state_dict().items()}
         size = self.datamodule.image_size
         image = (size, size) if isinstance(size, int) else size
-        stem = 0 if net.stages[0].downsample.convs is None else net.stages[0].downsample.proj.in_channels
-        self.cost = Cost(image, self.datamodule.in_chans, self.datamodule.num_classes, stem, net.extra)
+        self.cost = Cost(image, self.datamodule.in_chans, self.datamodule.num_classes, net.stem, net.extra)
 
     def arguments(self, architecture: Architecture) -> dict[str, Any]:
         """Return the arguments of `ViTResNAS` that build the architecture's net."""
@@ -245,7 +243,9 @@ def read_candidates(folder: Path) -> list[Candidate]:
             for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
         ]  # fmt: skip
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read ({error}): remove its damaged lines, or choose another folder") from None
+        raise ValueError(
+            f"{path} cannot be read ({error}): remove its damaged lines, or choose another folder"
+        ) from None
 
 
 def write_candidates(folder: Path, candidates: list[Candidate]) -> None:

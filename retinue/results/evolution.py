@@ -97,7 +97,12 @@ class Evolution:
 
         def attempt() -> Architecture:
             return tuple(
-                Genes(either(a.dim, b.dim), *(tuple(map(either, a[i], b[i])) for i in (1, 2, 3)))
+                Genes(
+                    either(a.dim, b.dim),
+                    tuple(map(either, a.heads, b.heads)),
+                    tuple(map(either, a.hidden, b.hidden)),
+                    tuple(map(either, a.kept, b.kept)),
+                )
                 for a, b in zip(one, other, strict=True)
             )
 
@@ -117,7 +122,7 @@ class Evolution:
         best = ranked[:parents]
 
         def mutation() -> Architecture:
-            return self.mutate(best[rng.integers(len(best))], rng)
+            return self.mutate(best[int(rng.integers(len(best)))], rng)
 
         def crossover() -> Architecture:
             one, other = rng.choice(len(best), 2, replace=False)

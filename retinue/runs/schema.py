@@ -174,7 +174,7 @@ class Sections(Keys):
     @classmethod
     def _belongs_to_one_task(cls, values: Any) -> Any:
         """Refuse data, a head and a recipe of another task; each has a key `task`, which a recipe may lack."""
-        name = values["task"]["name"]
+        name: str = values["task"]["name"]
         task = TAKES_DATA_OF.get(name, name)
         for group in ("data", "head", "recipe"):
             section = values.get(group)
@@ -201,11 +201,23 @@ class Supernet(Classification):
 
     task: SupernetTask  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    @model_validator(mode="after")
+    def _has_whole_weights(self) -> Self:
+        if self.trainer.strategy == "fsdp":  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError("task=supernet sorts weights, which trainer.strategy=fsdp shards: trainer.strategy=ddp")
+        return self
+
 
 class BossNAS(Classification):
     """Sections of BossNAS's supernets."""
 
     task: BossNASTask  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @model_validator(mode="after")
+    def _has_one_device(self) -> Self:
+        if self.trainer.devices * self.trainer.num_nodes > 1:  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError("task=bossnas keeps the views of an image together on one device: trainer.devices=1")
+        return self
 
 
 class Detection(Sections):

@@ -20,7 +20,6 @@ from retinue.runs.schema_sections import (
     WholeNumber,
 )
 
-
 # Tasks that take the data, heads and recipes of another task
 TAKES_DATA_OF = {"supernet": "classification", "bossnas": "classification"}
 

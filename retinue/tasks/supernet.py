@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 
 from models.supernets.vit_resnas import ViTResNASSupernet
@@ -44,10 +43,6 @@ class Supernet(Classification):
     @staticmethod
     def data_arguments(cfg: Any) -> dict[str, Any]:
         return {"holdout": cfg.task.holdout}
-
-    def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            raise ValueError("task=supernet sorts weights, which trainer.strategy=fsdp shards: trainer.strategy=ddp")
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()

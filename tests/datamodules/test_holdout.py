@@ -17,7 +17,9 @@ def test_the_held_out_images_are_training_images_of_every_class_and_no_longer_tr
     assert not train & held and train | held == names(whole, "train")
     assert np.bincount(data.images("val").labels).tolist() == [5] * 10
     assert names(data, "test") == names(whole, "test")
-    assert {name for batch in data.train_dataloader() for name in np.array(data.names("train"))[batch["index"]]} <= train
+    assert {
+        name for batch in data.train_dataloader() for name in np.array(data.names("train"))[batch["index"]]
+    } <= train
     image, label = data.images("val")[7]["image"], data.images("val")[7]["label"]
     position = whole.names("train").index(data.images("val").name(7))
     assert (image == whole.images("train").image(position)).all() and label == whole.images("train").labels[position]
@@ -25,5 +27,7 @@ def test_the_held_out_images_are_training_images_of_every_class_and_no_longer_tr
 
 
 def test_a_class_keeps_training_images():
-    with pytest.raises(ValueError, match=r"task\.holdout=200 leaves no training image of the smallest class, which has"):
+    with pytest.raises(
+        ValueError, match=r"task\.holdout=200 leaves no training image of the smallest class, which has"
+    ):
         Digits(image_size=32, batch_size=8, holdout=200).images("val")

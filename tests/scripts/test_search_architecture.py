@@ -55,9 +55,7 @@ def test_a_search_is_resumed_and_its_best_net_is_trained(run, monkeypatch, capfd
     lines = (folder / "candidates.csv").read_text().splitlines(keepends=True)
     judged: list[int] = []
     judge = SupernetRun.judge
-    monkeypatch.setattr(
-        SupernetRun, "judge", lambda self, *arguments: judged.append(1) or judge(self, *arguments)
-    )
+    monkeypatch.setattr(SupernetRun, "judge", lambda self, *arguments: judged.append(1) or judge(self, *arguments))
     (folder / "candidates.csv").write_text("".join(lines[:8]) + lines[8][:20])
     capfd.readouterr()
     search_architecture.main([*SEARCH, "generations=3"])
@@ -101,7 +99,11 @@ def test_a_candidate_is_judged_by_held_out_training_images_with_the_shared_weigh
     [
         (("task=supernet",), "task=supernet needs model=vit_resnas_supernet, not a BiFormer"),
         (("task=supernet", "model=vit_resnas_supernet", "recipe.ema.decay=0.9"), r"recipe\.ema\.decay=null"),
-        (("task=supernet", "data=voc", "model=vit_resnas_supernet"), "data=voc is for task=detection, not task=supernet"),
+        (
+            ("task=supernet", "data=voc", "model=vit_resnas_supernet"),
+            "data=voc is for task=detection, not task=supernet",
+        ),
+        (("task=supernet", "model=vit_resnas_supernet", "trainer.strategy=fsdp"), r"trainer\.strategy=ddp"),
         (("task=supernet", "model=vit_resnas_supernet", "task.holdout=0"), r"task\.holdout must be .*1"),
     ],
 )
@@ -124,4 +126,6 @@ def test_other_runs_are_refused(run, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_killed_supernet_ends_the_same(tmp_path):
-    assert_a_killed_run_ends_the_same((*SUPERNET, "recipe.epochs=4", "checkpoint.every_steps=1", "hydra.run.dir=run"), tmp_path)
+    assert_a_killed_run_ends_the_same(
+        (*SUPERNET, "recipe.epochs=4", "checkpoint.every_steps=1", "hydra.run.dir=run"), tmp_path
+    )

@@ -1,5 +1,7 @@
 """The supernet of BossNAS has BossNet's blocks, and learns from ensembles."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -10,10 +12,10 @@ import models  # noqa: F401
 from models.supernets.hytra import distance
 from models.supernets.hytra_space import STAGES, Choice, encoding, from_text, paths, to_text
 
-SMALL = {"blocks": 2, "layers": 2, "dim": 4, "stem_stride": 1, "hidden": 8, "out": 6}
+SMALL: Any = {"blocks": 2, "layers": 2, "dim": 4, "stem_stride": 1, "hidden": 8, "out": 6}
 
 
-def supernet(**kwargs):
+def supernet(**kwargs) -> Any:
     torch.manual_seed(0)
     net = timm.create_model("hytra_supernet", **SMALL | kwargs)
     for parameter in net.parameters():
@@ -38,8 +40,10 @@ def test_the_space_is_that_of_the_paper(start, count):
 
 
 def test_bossnet_t0_is_in_the_space():
-    default = timm.create_model("bossnet_t0").stages
-    layers = [Choice(i, type(block).__name__ == "ConvBlock") for i, stage in enumerate(default) for block in stage.blocks]
+    default: Any = timm.create_model("bossnet_t0").stages
+    layers = [
+        Choice(i, type(block).__name__ == "ConvBlock") for i, stage in enumerate(default) for block in stage.blocks
+    ]
     start, chosen = 0, []
     for block in range(4):
         path = tuple(layers[4 * block : 4 * block + 4])
@@ -54,7 +58,7 @@ def test_bossnet_t0_is_in_the_space():
 def test_a_path_computes_what_bossnet_computes(texts):
     chosen = [from_text(text) for text in texts]
     net, images = supernet(block=1, chosen=[texts[0]]), torch.randn(4, 3, 32, 30)
-    alone = timm.create_model("bossnet_nano", encoding=encoding(chosen), dim=4, squeeze=False, num_classes=0)
+    alone: Any = timm.create_model("bossnet_nano", encoding=encoding(chosen), dim=4, squeeze=False, num_classes=0)
     alone.stages[0].downsample.load_state_dict(net.online.stem.state_dict(), strict=False)
     stage, used = 0, [0] * STAGES
     for block, path in enumerate(chosen):
@@ -80,7 +84,8 @@ def test_the_loss_is_the_distance_of_each_path_from_the_mean_of_all():
     one, other = torch.randn(2, 3, 5, 3, 32, 32)
     expected = torch.zeros(())
     for mine, theirs in ((one, other), (other, one)):
-        ensemble = sum(F.normalize(net.project(net.target, x, path), dim=1) for x, path in zip(theirs, drawn, strict=True))
+        projections = [net.project(net.target, x, path) for x, path in zip(theirs, drawn, strict=True)]
+        ensemble = torch.stack([F.normalize(projection, dim=1) for projection in projections]).sum(0)
         for x, path in zip(mine, drawn, strict=True):
             prediction = net.predictors[0](net.online.projectors[0](
                 net.online.run(net.online.stem(x), 0, path, 0), path[-1].stage))  # fmt: skip
@@ -128,13 +133,13 @@ def test_the_rating_is_the_distance_from_the_ensemble_of_all_paths():
     for i, path in enumerate(net.paths):
         expected = 0.0
         for mine, theirs in ((one, other), (other, one)):
-            ensemble = sum(net.project(net.target, theirs, p) for p in net.paths)
+            ensemble = torch.stack([net.project(net.target, theirs, p) for p in net.paths]).sum(0)
             expected += distance(net.predict(mine, path), ensemble)
         torch.testing.assert_close(rating[i].mean(), expected)
 
 
 def test_no_batch_norm_keeps_statistics_and_the_target_is_a_copy():
-    net = timm.create_model("hytra_supernet", **SMALL)
+    net: Any = timm.create_model("hytra_supernet", **SMALL)
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert norms and all(norm.running_mean is None for norm in norms)
     for online, target in net.trained_pairs():

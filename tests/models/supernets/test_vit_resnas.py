@@ -1,15 +1,17 @@
 """The supernet of ViT-ResNAS is every net of its space at once."""
 
 import random
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import nn
+from yaml import safe_load
 
-import models  # noqa: F401
+from models.backbones.vit_resnas import LAYOUTS
 from models.complexity import complexity
-from models.supernets.vit_resnas import draw_evenly
+from models.supernets.vit_resnas import Widths, draw_evenly
 from models.supernets.vit_resnas_space import (
     Cost,
     Genes,
@@ -24,7 +26,6 @@ from models.supernets.vit_resnas_space import (
 )
 from retinue.utils.paths import CONF
 from retinue.utils.sizes import resolve
-from yaml import safe_load
 
 SPACE = (
     {"dims": [24, 16], "head_dim": 8, "heads": [3, 1], "hidden": [40, 24], "removable": [False, True]},
@@ -32,14 +33,15 @@ SPACE = (
 )
 
 
-def supernet(img_size=56, **kwargs):
+def supernet(img_size=56, **kwargs) -> Any:
     """Return a supernet with weights and statistics that are not those of the start."""
     torch.manual_seed(0)
-    net = timm.create_model("vit_resnas_supernet", space=SPACE, num_classes=5, img_size=img_size, stem=4, **kwargs)
+    net: Any = timm.create_model("vit_resnas_supernet", space=SPACE, num_classes=5, img_size=img_size, stem=4, **kwargs)
     for parameter in net.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     return net.eval()
@@ -64,7 +66,7 @@ def architectures(space):
 
 def standalone(net, architecture, img_size=56, **kwargs):
     """Return the architecture's own net, with the weights that it has in the supernet."""
-    arguments = {"layouts": layouts(net.space, architecture), "num_classes": 5, "img_size": img_size, "stem": 4}
+    arguments: Any = {"layouts": layouts(net.space, architecture), "num_classes": 5, "img_size": img_size, "stem": 4}
     alone = timm.create_model("vit_resnas_nano", **arguments | kwargs)
     alone.load_state_dict(subnet_state(net.state_dict(), net.space, architecture))
     return alone.eval()
@@ -82,10 +84,7 @@ def test_an_architecture_computes_what_its_own_net_computes():
 def test_a_batch_of_several_architectures_gives_the_gradients_of_their_own_nets():
     net, x = supernet(images_per_architecture=2), torch.randn(4, 3, 56, 56)
     stages = list(zip(*(draw(net.space, seed) for seed in (1, 2)), strict=True))
-    widths = [
-        models.supernets.vit_resnas.Widths(*(torch.tensor([genes[i] for genes in stage]).long() for i in range(4)))
-        for stage in stages
-    ]
+    widths = [Widths(*(torch.tensor([genes[i] for genes in stage]).long() for i in range(4))) for stage in stages]
     net.forward_head(net.forward_widths(x, widths)).square().sum().backward()
     wanted = {name: torch.zeros_like(value) for name, value in net.named_parameters()}
     for i, seed in enumerate((1, 2)):
@@ -114,7 +113,7 @@ def test_the_macs_are_those_of_the_counter(img_size, stem):
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     cost = Cost(size, 3, 5, stem, 1)
     for architecture in (largest(space), draw(space, 0)):
-        arguments = {"layouts": layouts(space, architecture), "num_classes": 5, "img_size": img_size, "stem": stem}
+        arguments: Any = {"layouts": layouts(space, architecture), "num_classes": 5, "img_size": img_size, "stem": stem}
         counted = complexity(lambda arguments=arguments: timm.create_model("vit_resnas_nano", **arguments), img_size)[1]
         assert cost.macs(space, architecture) == counted
 
@@ -145,7 +144,7 @@ def test_the_papers_nets_are_in_the_papers_spaces():
     for size, nets in (("tiny", ("tiny",)), ("small", ("small", "medium"))):
         space = read_space(resolve(config | {"size": size}, 224)[1]["space"])
         for net in nets:
-            for stage, layout in zip(space, models.backbones.vit_resnas.LAYOUTS[net], strict=True):
+            for stage, layout in zip(space, LAYOUTS[net], strict=True):
                 assert layout.dim in stage.dims and layout.head_dim == stage.head_dim
                 assert set(layout.heads) <= set(stage.heads) and set(layout.hidden) <= set(stage.hidden)
                 kept = len(stage.removable) - sum(stage.removable)

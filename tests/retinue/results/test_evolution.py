@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from yaml import safe_load
 
 from models.supernets.vit_resnas_space import Cost, expressed, largest, read_space, smallest
 from retinue.results.evolution import LOWEST_SHARE, Evolution, draw_new
-from tests.models.supernets.test_vit_resnas import SPACE
 from retinue.utils.paths import CONF
-from yaml import safe_load
+from tests.models.supernets.test_vit_resnas import SPACE
 
 NANO = read_space(safe_load((CONF / "model/vit_resnas_supernet.yaml").read_text())["sizes"]["nano"]["space"])
 COST = Cost((32, 32), 3, 10, 12, 1)
@@ -51,8 +51,8 @@ def test_a_mutation_changes_a_share_of_the_sizes_and_a_crossover_takes_the_paren
 
     def changes(strategy):
         children = [strategy.mutate(one, rng) for _ in range(30)]
-        return sum(h != k for c in children for g, p in zip(c, one, strict=True) for h, k in zip(g.hidden, p.hidden,
-                                                                                                strict=True))  # fmt: skip
+        stages = [pair for child in children for pair in zip(child, one, strict=True)]
+        return sum(a != b for new, old in stages for a, b in zip(new.hidden, old.hidden, strict=True))
 
     assert changes(rare) < changes(evolution)
 
