@@ -119,7 +119,8 @@ class Branch(nn.Module):
 
     def run(self, x: Tensor, block: int, path: Path, start: int) -> Tensor:
         """Run a block along a path on a map of the stage `start`."""
-        for layer, choice in zip(self.blocks[block], path, strict=True):
+        layers: Any = self.blocks[block]
+        for layer, choice in zip(layers, path, strict=True):
             x = layer[str(choice)](x, choice.stage > start)
             start = choice.stage
         return x

@@ -14,12 +14,9 @@ from torch import Tensor, nn
 
 from models.backbones.vit_resnas import ViTResNAS
 from models.hierarchical import imagenet_cfg
-from models.supernets.vit_resnas_space import Architecture, StageSpace, largest, layouts, read_space
+from models.supernets.vit_resnas_space import KEEP, Architecture, StageSpace, largest, layouts, read_space
 from ops.functional import merge_heads
 from ops.losses import Losses
-
-# What a removable block draws from: it is left out in half of the architectures.
-KEEP = (1, 1, 0, 0)
 
 
 class Widths(NamedTuple):

@@ -13,6 +13,9 @@ from models.backbones.vit_resnas import PATCH, Layout
 from models.layers.position import grid_of
 from retinue.utils.arithmetic import ceil_div
 
+# A removable block is kept (1) or left out (0) with these chances; growing spaces begin with the first entries.
+KEEP = (1, 1, 0, 0)
+
 
 class StageSpace(NamedTuple):
     """Choices of a stage, the largest first.
@@ -186,7 +189,7 @@ def subnet_state(state: Mapping[str, Tensor], space: Space, architecture: Archit
 
 
 class Cost(NamedTuple):
-    """What the cost of all architectures of a space depends on beside the space.
+    """Count of multiply-accumulates of the architectures of a space.
 
     Attributes:
         image_size: (height, width) of the images in pixels.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from models.supernets.vit_resnas_space import Architecture, Genes, Space, expressed, largest, smallest
+from models.supernets.vit_resnas_space import KEEP, Architecture, Genes, Space, expressed, largest, smallest
 
 # Share of the budget that an architecture uses at least.
 LOWEST_SHARE = 0.975
@@ -17,8 +17,6 @@ LOWEST_SHARE = 0.975
 MAX_ATTEMPTS = 20_000
 # Number of reductions of heads and hidden channels after which channels and blocks are reduced too.
 NARROW_FIRST = 100
-# What a removable block draws from: it is left out in half of the architectures.
-KEEP = (True, True, False, False)
 
 
 @dataclass(frozen=True)

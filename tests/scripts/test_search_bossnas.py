@@ -41,7 +41,7 @@ def test_blocks_are_chosen_by_their_ratings_and_the_net_is_trained(capfd, monkey
         assert f"block {block}: {chosen[-1]}" in first.out
     assert result(folder / "block-0")["metrics"]["test/n"] == 357
 
-    # What came before the second block is fixed.
+    # All parts before the second block are fixed.
     before, after = (
         torch.load(folder / f"block-{i}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for i in (0, 1)
     )
