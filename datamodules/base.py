@@ -14,6 +14,7 @@ import torch
 from datamodules.bands import BandEvalTransform, BandTrainTransform
 from datamodules.batch import BatchTransform
 from datamodules.classes import Classes
+from datamodules.holdout import hold_out
 from datamodules.images import EncodedImages, LabelledImages
 from datamodules.loader import BatchFetcher, ImageSet, Loader, TrainLoader, stack
 from datamodules.resident import Labels, Residents, fits
@@ -264,6 +265,8 @@ class ClassificationData(ImageData):
             augmentation.
         token_maps: folder of label maps of the training images, as `datamodules.token_maps` reads them.
         batch_size: number of images per step and device.
+        holdout: number of training images of each class that are taken out of the training split and replace the
+            validation split; None leaves the splits as they are.
         common: arguments of `ImageData`.
 
     Attributes:
@@ -289,6 +292,7 @@ class ClassificationData(ImageData):
         augment: Mapping | None = None,
         token_maps: str | None = None,
         batch_size: int = 64,
+        holdout: int | None = None,
         **common: Any,
     ):
         super().__init__(image_size=image_size, batch_size=batch_size, **common)
@@ -316,6 +320,8 @@ class ClassificationData(ImageData):
         self._by_size = {
             size: train(self.augment, size, mean=self.mean, in_chans=self.in_chans) for size in self.augment.sizes or ()
         }
+        self.holdout = holdout
+        self._held_out: dict[str, LabelledImages] = {}
         self._batch_transform: BatchTransform | None = None
         self._residents: dict[str, Residents] = {}
 
@@ -332,6 +338,14 @@ class ClassificationData(ImageData):
             return None
         epochs = self.trainer.max_epochs if self.trainer and self.trainer.max_epochs else 1
         return SizeSchedule(self.augment.sizes, self.augment.size_by == "step", self.seed, epochs)
+
+    def images(self, split: str) -> Any:
+        if self.holdout is None or split == "test":
+            return super().images(split)
+        if not self._held_out:
+            train, held = hold_out(super().images("train"), self.holdout)
+            self._held_out = {"train": train, "val": held}
+        return self._held_out[split]
 
     def image_classes(self, images: LabelledImages) -> tuple[np.ndarray, np.ndarray]:
         return np.arange(len(images)), images.labels

@@ -62,9 +62,18 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, **context) -> Tensor:
-        y = self.act(self.bn1(self.peg(self.conv1(x))))
-        y = self.bn3(self.conv3(self.act(self.bn2(self.middle(y, **context)))))
-        return self.act(self.downsample(x) + self.drop_path(self.finish(y)))
+        return self.join(self.downsample(x), self.bn1(self.peg(self.conv1(x))), **context)
+
+    def join(self, shortcut: Tensor, x: Tensor, **context) -> Tensor:
+        """Return the block's result (B, dim, H, W).
+
+        Args:
+            shortcut: What the block adds to, (B, dim, H, W).
+            x: The map inside the bottleneck, (B, width, H, W).
+            context: Context of the mixer.
+        """
+        y = self.bn3(self.conv3(self.act(self.bn2(self.middle(self.act(x), **context)))))
+        return self.act(shortcut + self.drop_path(self.finish(y)))
 
     def middle(self, x: Tensor, **context) -> Tensor:
         """Apply the choice of the block to a map (B, width, H, W)."""
@@ -108,7 +117,7 @@ class BossNet(HierarchicalBackbone):
     """ResNet-shaped net whose blocks were searched: convolution or attention. A stage's first block reduces the map.
 
     Args:
-        encoding: Blocks of each stage: 1 is a convolution, 0 attention.
+        encoding: Blocks of each stage: 1 is a convolution, 0 attention. The first and the last stage may have none.
         dim: Channels inside the convolutional blocks of the first stage; every further stage has twice as many. A
             stage's maps have four times as many.
         squeeze: Give the convolutional blocks squeeze-and-excitation, and all blocks SiLU instead of ReLU.
@@ -156,7 +165,8 @@ class BossNet(HierarchicalBackbone):
         stride, in_dim, index = 2 * stem_stride, 64, 0
         stages, dims, strides = [], [], []
         for i, choices in enumerate(encoding):
-            stride, width = stride * steps[i], dim * 2**i
+            # A stage without blocks leaves the map as it is.
+            stride, width = stride * steps[i] if choices else stride, dim * 2**i
             attention_width = HEADS[i] * HEAD_DIM
             if mixers is None:
                 ops = [Attention(attention_width, HEADS[i]) for _ in choices]

@@ -66,7 +66,7 @@ class ViTResNAS(HierarchicalBackbone):
     last map.
 
     Args:
-        layouts: Searched sizes of each stage.
+        layouts: Searched sizes of each stage, as `Layout` or as a list of its attributes.
         stem: Number of channels of the convolutions before the patches; 0 leaves them out.
         mixers: Token mixers, as `ops.parse_mixers` reads them. Default: full attention with the searched heads. Other
             ops have the largest number of heads up to that of the stage's first block that divides the channels.
@@ -100,6 +100,8 @@ class ViTResNAS(HierarchicalBackbone):
         drop_path_rate: float = 0.0,
         **kwargs,
     ):
+        # A config has lists.
+        layouts = [Layout(*layout) for layout in layouts]
         depths = [len(layout.heads) for layout in layouts]
         specs = parse_mixers("full" if mixers is None else mixers, depths)
         self.extra = int(take_extra(spec for stage in specs for spec in stage))

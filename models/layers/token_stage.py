@@ -79,17 +79,27 @@ class SpatialReduction(nn.Module):
         self.pos_embed = nn.Parameter(trunc_normal_(torch.empty(1, grid[0] * grid[1], dim), std=0.02))
 
     def forward(self, state: tuple[Tensor, tuple[int, int]]) -> tuple[Tensor, tuple[int, int]]:
-        x, (H, W) = state
+        x, size = state
+        return self.reduce(x, self.norm(x), size)
+
+    def reduce(self, x: Tensor, normed: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """Return the reduced tokens and their (H, W).
+
+        Args:
+            x: Tokens (B, E + H * W, C).
+            normed: The same tokens after the norm.
+            size: Rows H and columns W of the map.
+        """
+        H, W = size
         token, residual = x[:, : -H * W], x[:, -H * W :].transpose(1, 2).unflatten(2, (H, W))
-        x = self.norm(x)
-        reduced = self.patch_reduce(x[:, -H * W :].transpose(1, 2).unflatten(2, (H, W)))
+        reduced = self.patch_reduce(normed[:, -H * W :].transpose(1, 2).unflatten(2, (H, W)))
         size = (reduced.shape[2], reduced.shape[3])
         residual = F.avg_pool2d(residual, 2, ceil_mode=True).flatten(2).transpose(1, 2)
         reduced = reduced.flatten(2).transpose(1, 2) + resize_positions(self.pos_embed, self.grid, size)
         reduced = reduced + F.pad(residual, (0, self.widening))
         if self.token_transform is None:
             return reduced, size
-        token = self.token_transform(x[:, : -H * W]) + F.pad(token, (0, self.widening))
+        token = self.token_transform(normed[:, : -H * W]) + F.pad(token, (0, self.widening))
         return torch.cat([token, reduced], dim=1), size
 
     def resize_table(self, name: str, value: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Contributions:
             `top5`), its `loss`, `brier` score and `label`. Multi-label classification: the attributes of `Scores`
             except `index`. Segmentation: `areas` (N, 3, K) of `segmentation.areas`. Panoptic: `counts` (N, 4, K) of
             `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`, of boxes as `box_...` and of
-            masks as `mask_...`.
+            masks as `mask_...`. BossNAS: `agreement`.
     """
 
     task: str
@@ -96,6 +96,11 @@ def _classification(arrays: Mapping[str, np.ndarray]) -> Figures:
     return figures
 
 
+def _bossnas(arrays: Mapping[str, np.ndarray]) -> Figures:
+    agreement = arrays["agreement"].astype(np.float64)
+    return lambda draws: {"agreement": float(draws @ agreement / draws.sum())}
+
+
 def _segmentation(arrays: Mapping[str, np.ndarray]) -> Figures:
     areas = arrays["areas"]
     flat = areas.reshape(len(areas), -1).astype(np.float64)
@@ -138,4 +143,5 @@ TASKS: dict[str, Callable[[Mapping[str, np.ndarray]], Figures]] = {
     "segmentation": _segmentation,
     "panoptic": _panoptic,
     "detection": _detection,
+    "bossnas": _bossnas,
 }

@@ -6,14 +6,16 @@ from hydra.core.default_element import ConfigDefault, GroupDefault, InputDefault
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from retinue.utils.tasks import CLASSIFIERS
+
 
 def recipe_for(task: str, data: str, model: str, head: str) -> str:
     """Return the name of the default recipe; conf/train.yaml interpolates it into the defaults list.
 
-    On small data the task's small recipe is the default: `small_data`, `small_multi_label`, `small_detection` or
-    `small_segmentation`. On other data it is the recipe that the head's yaml names, for classification the recipe that
-    the model's yaml names, for multi-label classification `multi_label`. A model's yaml that names no recipe gets
-    `deit`, a head's yaml that names none the task's small recipe.
+    On small data the task's small recipe is the default: `small_data`, `small_detection`, ... On other data it is the
+    recipe that the head's yaml names; for a classifier the recipe that the model's yaml names, for multi-label
+    classification `multi_label`. A model's yaml that names no recipe gets `deit`, a head's yaml that names none the
+    task's small recipe.
 
     Args:
         task: choice of the config group `task`.
@@ -22,10 +24,10 @@ def recipe_for(task: str, data: str, model: str, head: str) -> str:
         head: choice of the config group `head`; `none` if the command line chooses none.
     """
     small = _declared("data", data, "kind", "small") == "small"
-    if task in ("classification", "hashing"):
-        return "small_data" if small else _declared("model", model, "recipe", "deit")
-    if task == "multi_label":
-        return "small_multi_label" if small else "multi_label"
+    if task in CLASSIFIERS:
+        own = "small_data" if task in ("classification", "hashing") else f"small_{task}"
+        large = task if task == "multi_label" else _declared("model", model, "recipe", "deit")
+        return own if small else large
     head = f"default_{task}" if head == "none" else head
     return f"small_{task}" if small else _declared("head", head, "recipe", f"small_{task}")
 

@@ -32,12 +32,14 @@ from retinue.runs.schema_sections import (
     WholeNumber,
 )
 from retinue.runs.schema_tasks import (
+    BossNASTask,
     ClassificationTask,
     DetectionTask,
     HashingTask,
     MultiLabelTask,
     PanopticTask,
     SegmentationTask,
+    SupernetTask,
 )
 from retinue.utils.paths import CONF, list_group
 from retinue.utils.tasks import TAKES_FROM_CLASSIFICATION
@@ -235,6 +237,30 @@ class Hashing(Classification):
     task: HashingTask  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
+class Supernet(Classification):
+    """Sections of supernets."""
+
+    task: SupernetTask  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @model_validator(mode="after")
+    def _has_whole_weights(self) -> Self:
+        if self.trainer.strategy == "fsdp":  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError("task=supernet sorts weights, which trainer.strategy=fsdp shards: trainer.strategy=ddp")
+        return self
+
+
+class BossNAS(Classification):
+    """Sections of BossNAS's supernets."""
+
+    task: BossNASTask  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @model_validator(mode="after")
+    def _has_one_device(self) -> Self:
+        if self.trainer.devices * self.trainer.num_nodes > 1:  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError("task=bossnas keeps the views of an image together on one device: trainer.devices=1")
+        return self
+
+
 class Detection(Sections):
     """Sections of detection."""
 
@@ -264,7 +290,7 @@ PROGRAMS: dict[str, type[Common]] = {
 }  # fmt: skip
 TASKS: dict[str, type[Sections]] = {
     "classification": Classification, "multi_label": MultiLabel, "detection": Detection, "segmentation": Segmentation,
-    "panoptic": Panoptic, "hashing": Hashing,
+    "panoptic": Panoptic, "hashing": Hashing, "supernet": Supernet, "bossnas": BossNAS,
 }  # fmt: skip
 # Keys whose interpolations Hydra resolves only in the run itself.
 IN_THE_RUN = ("run_dir", "logger", "callbacks")

@@ -18,6 +18,7 @@ from retinue.runs.schema_sections import (
     PositiveShare,
     Share,
     ShareBelowOne,
+    WholeNumber,
 )
 
 
@@ -123,6 +124,23 @@ class HashingTask(Task):
         {}, description="weights of the net's auxiliary losses by name; those not named are the paper's"
     )
     teacher: HashingTeacher
+
+
+class SupernetTask(ClassificationTask):
+    """`conf/task/supernet.yaml`."""
+
+    holdout: Count = Field(description="training images of each class that validate and that a search judges by")
+    warmup_epochs: WholeNumber = Field(
+        description="epochs in which the drawn sizes grow from the largest to all, and heads and channels are sorted"
+    )
+
+
+class BossNASTask(Task):
+    """`conf/task/bossnas.yaml`."""
+
+    figure: Literal["agreement"] = Field(description=FIGURE)
+    holdout: Count = Field(description="training images of each class that validate and that paths are rated by")
+    momentum: Share = Field(description="weight of the old average in the target's weights at the start; it rises to 1")
 
 
 class DetectionInference(Keys):

@@ -283,7 +283,7 @@ def build_data(cfg: DictConfig) -> Any:
 def build_task(cfg: DictConfig, datamodule: Any) -> Any:
     """Return the LightningModule of `cfg.task` with its net."""
     return instantiate(
-        _arguments(cfg.task, "name", "eval_batch", "losses", "class_weights"),
+        _arguments(cfg.task, "name", "eval_batch", "losses", "class_weights", "holdout"),
         model=get_class(cfg.task._target_).build_net(cfg, datamodule),
         recipe=OmegaConf.to_container(cfg.recipe, resolve=True),
         num_classes=datamodule.num_classes,

@@ -1,6 +1,11 @@
 """Names of the tasks that belong together."""
 
-# Tasks of a net with scores for a whole image; the other tasks have outputs for places in the image.
-CLASSIFIERS = ("classification", "multi_label", "hashing")
+# Tasks whose nets read whole images as classifiers do; the other tasks have outputs for places in the image.
+CLASSIFIERS = ("classification", "multi_label", "hashing", "supernet", "bossnas")
 # Task -> groups of the config whose choices for classification it takes.
-TAKES_FROM_CLASSIFICATION = {"multi_label": ("recipe",), "hashing": ("recipe", "data", "head")}
+TAKES_FROM_CLASSIFICATION = {
+    "multi_label": ("recipe",),
+    "hashing": ("recipe", "data", "head"),
+    "supernet": ("recipe", "data", "head"),
+    "bossnas": ("recipe", "data", "head"),
+}

@@ -1,0 +1,1 @@
+"""Supernets: nets whose weights many architectures share, and the spaces of these architectures."""
