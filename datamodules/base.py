@@ -276,6 +276,7 @@ class ClassificationData(ImageData):
         if not 0 < crop_pct <= MAX_CROP_PCT:
             raise ValueError(f"data.crop_pct must be above 0 and at most {MAX_CROP_PCT}, not {crop_pct!r}")
         config = {} if augment is None else dict(augment)
+        self.flip = flip
         if not flip:
             config |= {"hflip": 0.0, "vflip": 0.0}
         self.augment = Augment.from_config(config)

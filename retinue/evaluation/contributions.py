@@ -33,7 +33,8 @@ class Contributions:
         arrays: what the task's figures follow from, by name. Classification: whether each image is right (`top1`,
             `top5`), its `loss`, `brier` score and `label`. Segmentation: `areas` (N, 3, K) of `segmentation.areas`.
             Panoptic: `counts` (N, 4, K) of `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`,
-            of boxes as `box_...` and of masks as `mask_...`.
+            of boxes as `box_...` and of masks as `mask_...`. Pretraining: whether each image is right by its neighbours
+            (`knn_top1`) and by the linear probe (`probe_top1`).
     """
 
     task: str
@@ -130,10 +131,15 @@ def _detection(arrays: Mapping[str, np.ndarray]) -> Figures:
     return figures
 
 
+def _pretraining(arrays: Mapping[str, np.ndarray]) -> Figures:
+    return lambda draws: {name: float(draws @ hits / draws.sum()) for name, hits in arrays.items()}
+
+
 # Functions from the arrays to `Figures`, by the task's name.
 TASKS: dict[str, Callable[[Mapping[str, np.ndarray]], Figures]] = {
     "classification": _classification,
     "segmentation": _segmentation,
     "panoptic": _panoptic,
     "detection": _detection,
+    "pretraining": _pretraining,
 }

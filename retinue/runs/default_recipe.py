@@ -7,11 +7,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 
-def recipe_for(task: str, data: str, model: str, head: str) -> str:
+def recipe_for(task: str, data: str, model: str, head: str, method: str = "none") -> str:
     """Return the name of the default recipe; conf/train.yaml interpolates it into the defaults list.
 
     On small data the task's small recipe is the default: `small_data`, `small_detection` or `small_segmentation`. On
-    other data it is the recipe that the head's yaml names, for classification the recipe that the model's yaml names.
+    other data it is the recipe that the head's yaml names, for classification the recipe that the model's yaml names,
+    for pretraining the recipe that the method's yaml names.
     A model's yaml that names no recipe gets `deit`, a head's yaml that names none the task's small recipe.
 
     Args:
@@ -19,10 +20,14 @@ def recipe_for(task: str, data: str, model: str, head: str) -> str:
         data: choice of the config group `data`; `none` if the command line chooses none.
         model: choice of the config group `model`.
         head: choice of the config group `head`; `none` if the command line chooses none.
+        method: choice of the config group `method`; `none` if the command line chooses none.
     """
     small = _declared("data", data, "kind", "small") == "small"
     if task == "classification":
         return "small_data" if small else _declared("model", model, "recipe", "deit")
+    if task == "pretraining":
+        method = f"default_{task}" if method == "none" else method
+        return "small_pretraining" if small else _declared("method", method, "recipe", "small_pretraining")
     head = f"default_{task}" if head == "none" else head
     return f"small_{task}" if small else _declared("head", head, "recipe", f"small_{task}")
 

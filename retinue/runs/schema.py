@@ -24,11 +24,19 @@ from retinue.runs.schema_sections import (
     Name,
     PathText,
     Positive,
+    PretrainingRecipe,
     Section,
+    Sides,
     Trainer,
     WholeNumber,
 )
-from retinue.runs.schema_tasks import ClassificationTask, DetectionTask, PanopticTask, SegmentationTask
+from retinue.runs.schema_tasks import (
+    ClassificationTask,
+    DetectionTask,
+    PanopticTask,
+    PretrainingTask,
+    SegmentationTask,
+)
 from retinue.utils.paths import CONF, list_group
 
 MAX_SEED = 2**32 - 1
@@ -75,6 +83,34 @@ class Head(Keys):
     backbone: Section | None = Field(None, description="arguments of models.dense.DenseBackbone that the head changes")
     neck: Name | None = Field(None, description="our neck, for heads with a feature pyramid")
     args: Section | None = Field(None, description="further changes of the package's config")
+
+
+class Mask(Keys):
+    """`mask` of a view."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = Field(description="share of the patches that are masked")
+    patch: Count | None = Field(
+        None, description="side of a patch in pixels; null: 32, for images below 128 pixels an eighth of the side"
+    )
+
+
+class View(Keys):
+    """An entry of `method.views`."""
+
+    number: Count = Field(1, description="number of views of this kind")
+    size: Sides | None = Field(None, description="side of the views in pixels, or [height, width]; null: the data's")
+    mask: Mask | None = Field(None, description="what is masked; null: nothing")
+    augment: Section = Field({}, description="changes of recipe.augment for these views")
+
+
+class Method(Keys):
+    """`conf/method/*.yaml`; further keys are arguments of the method's class."""
+
+    name: Name = Field(description="name of the method in results")
+    recipe: Name | None = Field(None, description="recipe on data that are not small")
+    views: Annotated[dict[str, View], Field(min_length=1), Expected("a mapping of names to views")] = Field(
+        description="views of each image that the method takes, by name"
+    )
 
 
 class Object(Keys):
@@ -167,12 +203,15 @@ class Sections(Keys):
     def _belongs_to_one_task(cls, values: Any) -> Any:
         """Refuse data, a head and a recipe of another task; each has a key `task`, which a recipe may lack."""
         task = values["task"]["name"]
+        if "method" in values and task != "pretraining":
+            raise ValueError(f"method is for task=pretraining, not task={task}")
         for group in ("data", "head", "recipe"):
             section = values.get(group)
             if not isinstance(section, Mapping):
                 raise ValueError(refuse_choice(group, "null"))
             other = section.get("task", task)
-            if other != task:
+            # Pretraining takes the images of data for classification.
+            if other != task and (group, task, other) != ("data", "pretraining", "classification"):
                 subject = "this recipe" if group == "recipe" else f"{group}={section.get('name')}"
                 hint = {"head": _heads(task), "recipe": ", which has its own"}.get(group, "")
                 raise ValueError(f"{subject} is for task={other}, not task={task}{hint}")
@@ -211,9 +250,19 @@ class Panoptic(Sections):
     recipe: DenseRecipe
 
 
+class Pretraining(Sections):
+    """Sections of pretraining."""
+
+    task: PretrainingTask
+    data: ClassificationData
+    method: Method
+    recipe: PretrainingRecipe
+
+
 PROGRAMS: dict[str, type[Common]] = {"train": Training, "eval": Evaluation, "predict": Prediction}
 TASKS: dict[str, type[Sections]] = {
     "classification": Classification, "detection": Detection, "segmentation": Segmentation, "panoptic": Panoptic,
+    "pretraining": Pretraining,
 }  # fmt: skip
 # Keys whose interpolations Hydra resolves only in the run itself.
 IN_THE_RUN = ("run_dir", "logger", "callbacks")

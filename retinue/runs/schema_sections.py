@@ -226,6 +226,12 @@ class ClassificationRecipe(Recipe):
     augment: ClassificationAugment = Field(description="augmentation; docs/data.md explains it")
 
 
+class PretrainingRecipe(Recipe):
+    """`conf/recipe/*.yaml` for pretraining."""
+
+    augment: ClassificationAugment = Field(description="augmentation of each view; docs/pretraining.md explains it")
+
+
 class DenseRecipe(Recipe):
     """`conf/recipe/*.yaml` for detection, segmentation and panoptic segmentation."""
 

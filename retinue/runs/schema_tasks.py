@@ -17,6 +17,7 @@ from retinue.runs.schema_sections import (
     Positive,
     PositiveShare,
     Share,
+    WholeNumber,
 )
 
 
@@ -92,6 +93,15 @@ class PanopticTask(Task):
     """`conf/task/panoptic.yaml`."""
 
     figure: Literal["pq", "pq_things", "pq_stuff", "sq", "rq"] = Field(description=FIGURE)
+
+
+class PretrainingTask(Task):
+    """`conf/task/pretraining.yaml`."""
+
+    figure: Literal["loss", "knn_top1", "probe_top1", "rankme"] = Field(description=FIGURE)
+    bank: WholeNumber = Field(
+        description="maximum number of training images that neighbours and a linear probe learn from; 0: neither"
+    )
 
 
 class Inference(Keys):

@@ -1,0 +1,135 @@
+"""Views of an image for self-supervised pretraining: crops by their own augmentation, with masks if a method asks.
+
+What is drawn follows from the generators that the loader seeds by (seed, epoch, image), so a resumed run and any
+number of processes see the same crops and the same masks.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from datamodules.bands import BandTrainTransform
+from datamodules.loader import stack
+from datamodules.transforms import Augment, TrainTransform
+
+# Side of the image from which a mask's patch has 32 pixels by default.
+LARGE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Mask that is drawn for a view: a random share of its patches.
+
+    Attributes:
+        ratio: share of the patches that are masked; their number is rounded up.
+        patch: side of a patch in pixels. None means 32; for images whose shorter side is less than `LARGE` an eighth
+            of that side.
+    """
+
+    ratio: float
+    patch: int | None = None
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the number of rows and columns of patches in an image of `size` (height, width).
+
+        Raises:
+            ValueError: if the ratio is out of its range, or the patches do not divide the image.
+        """
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"a mask's ratio must be above 0 and below 1, not {self.ratio!r}")
+        side = self.patch or (32 if min(size) >= LARGE else max(1, min(size) // 8))
+        if side < 1 or size[0] % side or size[1] % side:
+            raise ValueError(f"a mask's patch of {side} pixels does not divide images of {size[0]} x {size[1]} pixels")
+        return size[0] // side, size[1] // side
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One kind of view that a method takes of each image: an entry of `method.views`.
+
+    Attributes:
+        number: number of views of this kind.
+        size: side in pixels, or (height, width). None means the data's image size.
+        mask: what is masked. None masks nothing.
+        augment: fields of the recipe's augmentation that this kind of view changes.
+    """
+
+    number: int = 1
+    size: int | tuple[int, int] | None = None
+    mask: Mask | None = None
+    augment: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "View":
+        """Read an entry of `method.views`, whose values the schema has checked."""
+        values = dict(config)
+        if values.get("mask") is not None:
+            values["mask"] = Mask(**values["mask"])
+        if isinstance(values.get("size"), Sequence):
+            values["size"] = tuple(values["size"])
+        return cls(**{**values, "augment": values.get("augment") or {}})
+
+
+class ViewTransform:
+    """Draw the views of a sample.
+
+    The sample's `image`, uint8 (H, W, 3), is replaced by `views`, a list of dicts: in each, `image` is uint8 (h, w, C)
+    and, for a view with a mask, `mask` is bool (rows, columns), True where a patch is masked.
+
+    Args:
+        views: kinds of views, in their order.
+        augment: the recipe's augmentation.
+        image_size: side, or (height, width), of the views that name no size.
+        flip: whether images may be mirrored. If not, hflip and vflip are not applied.
+        mean: mean of each channel, which fills pixels that a shift uncovers.
+        in_chans: number of channels.
+        bands: whether images are bands in the files' units.
+
+    Raises:
+        ValueError: if an augmentation or a mask is not possible.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[View],
+        augment: Mapping[str, Any],
+        image_size: int | tuple[int, int],
+        *,
+        flip: bool,
+        mean: tuple[float, ...],
+        in_chans: int,
+        bands: bool,
+    ):
+        transform = BandTrainTransform if bands else TrainTransform
+        # For each view its transform, its number of masked patches and its grid of patches.
+        self.steps: list[tuple[TrainTransform, int, tuple[int, int]]] = []
+        for view in views:
+            size = image_size if view.size is None else view.size
+            config = {**augment, **view.augment} | ({} if flip else {"hflip": 0.0, "vflip": 0.0})
+            crop = transform(Augment.from_config(config), size, mean=mean, in_chans=in_chans)
+            grid = (0, 0) if view.mask is None else view.mask.grid(crop.size)
+            masked = 0 if view.mask is None else math.ceil(view.mask.ratio * grid[0] * grid[1])
+            self.steps += [(crop, masked, grid)] * view.number
+
+    def __call__(self, sample: dict) -> dict:
+        views = []
+        for transform, masked, grid in self.steps:
+            view = transform({"image": sample["image"]})
+            views.append(view | {"mask": draw_mask(grid, masked)} if masked else view)
+        return {key: value for key, value in sample.items() if key != "image"} | {"views": views}
+
+
+def draw_mask(grid: tuple[int, int], masked: int) -> np.ndarray:
+    """Return a mask, bool `grid`, that is True at `masked` random places."""
+    mask = np.zeros(grid, bool)
+    mask.flat[np.random.permutation(mask.size)[:masked]] = True
+    return mask
+
+
+def stack_views(samples: Sequence[dict]) -> dict:
+    """Join samples with `views` to one batch, whose `views` are batches too (`datamodules.loader.stack`)."""
+    views = [stack(views) for views in zip(*(sample["views"] for sample in samples), strict=True)]
+    return stack([{key: sample[key] for key in sample if key != "views"} for sample in samples]) | {"views": views}

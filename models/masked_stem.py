@@ -1,0 +1,116 @@
+"""Masking of a net's patch embeddings, for masked image modelling with any net."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from models.hierarchical import HierarchicalBackbone
+
+
+def find_stem(net: Any) -> nn.Module:
+    """Return the module that embeds the patches of an image, before positions and blocks.
+
+    Raises:
+        ValueError: The net has no such module.
+    """
+    if isinstance(net, HierarchicalBackbone):
+        return net.stages[0].downsample  # pyright: ignore[reportReturnType]
+    for name in ("patch_embed", "stem"):
+        if isinstance(module := getattr(net, name, None), nn.Module):
+            return module
+    raise ValueError(f"{type(net).__name__} has no patch embedding to mask; nets with `patch_embed` or `stem` have one")
+
+
+class MaskedStem(nn.Module):
+    """Learned token that replaces the masked patch embeddings of a net (SimMIM, arXiv:2111.09886).
+
+    The net is not a part of this module: a hook on its stem replaces the embeddings while `mask` is set.
+
+    Args:
+        net: Net with timm's interface.
+        image_size: (height, width) of the images in pixels.
+        in_chans: Number of image channels.
+
+    Attributes:
+        token: (C,), the token.
+        mask: bool (B, rows, columns), True where patches are masked, for the next forward passes. Each place covers
+            the same number of embeddings. None masks nothing.
+
+    Raises:
+        ValueError: The net has no patch embedding. In a forward pass: the mask's grid does not divide the embeddings'.
+    """
+
+    def __init__(self, net: nn.Module, image_size: tuple[int, int], in_chans: int):
+        super().__init__()
+        stem = find_stem(net)
+        self.channels_last = str(getattr(stem, "output_fmt", "NCHW")).endswith("NHWC")
+        self.mask: Tensor | None = None
+        shape = stem_shape(net, stem, image_size, in_chans)
+        channels = shape[1] if len(shape) == 4 and not self.channels_last else shape[-1]
+        self.token = nn.Parameter(torch.empty(channels))
+        trunc_normal_(self.token, std=0.02)
+        stem.register_forward_hook(self._replace)
+
+    def _replace(self, stem: nn.Module, inputs: Any, embeddings: Tensor) -> Tensor | None:
+        if self.mask is None:
+            return None
+        if embeddings.ndim == 3:
+            # Tokens (B, N, C) of the whole grid of patches.
+            height, width = inputs[0].shape[2:]
+            rows = round((embeddings.shape[1] * height / width) ** 0.5)
+            covered = resize_mask(self.mask, (rows, embeddings.shape[1] // rows)).flatten(1)[..., None]
+        elif self.channels_last:
+            covered = resize_mask(self.mask, embeddings.shape[1:3])[..., None]
+        else:
+            covered = resize_mask(self.mask, embeddings.shape[2:])[:, None]
+        token = self.token.to(embeddings.dtype)
+        token = token if embeddings.ndim == 3 or self.channels_last else token[:, None, None]
+        return torch.where(covered, token, embeddings)
+
+
+def resize_mask(mask: Tensor, size: Any) -> Tensor:
+    """Return a mask (B, rows, columns) as bool (B, *size): each place is repeated.
+
+    Raises:
+        ValueError: `size` is no multiple of the mask's grid.
+    """
+    rows, columns = mask.shape[1:]
+    height, width = size
+    if height % rows or width % columns:
+        raise ValueError(
+            f"a mask of {rows} x {columns} patches does not divide the net's {height} x {width} embeddings: another "
+            "method.views.image.mask.patch or data.image_size does"
+        )
+    return mask.repeat_interleave(height // rows, 1).repeat_interleave(width // columns, 2)
+
+
+def stem_shape(net: nn.Module, stem: nn.Module, image_size: tuple[int, int], in_chans: int) -> torch.Size:
+    """Return the shape of what the stem returns for one image; nothing is computed."""
+    shapes: list[torch.Size] = []
+    hook = stem.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    tensors = (*net.named_parameters(), *net.named_buffers())
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    was_training = net.training
+    try:
+        with torch.no_grad():
+            functional_call(
+                net.eval(), meta, (torch.empty(1, in_chans, *image_size, device="meta"),), tie_weights=False
+            )
+    finally:
+        hook.remove()
+        net.train(was_training)
+    return shapes[0]
+
+
+def last_map(net: Any, image: Tensor) -> Tensor:
+    """Return the last map (B, C, H, W) of a net after its final norm, by timm's interface."""
+    return net.forward_intermediates(image, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True)[0]
+
+
+def mask_pixels(mask: Tensor, image: Tensor) -> Tensor:
+    """Return a mask (B, rows, columns) as float (B, 1, H, W), 1 at the masked pixels of the image."""
+    return F.interpolate(mask[:, None].to(image.dtype), image.shape[2:], mode="nearest")

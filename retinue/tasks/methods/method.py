@@ -1,0 +1,62 @@
+"""Contract of a method of self-supervised pretraining."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Method(nn.Module):
+    """A backbone, what is trained along with it, and the loss.
+
+    A method is one file here with a subclass, and one yaml in `conf/method/` with its `_target_`, `name`, default
+    `recipe`, the `views` of an image that it takes (`datamodules.views.View`) and arguments of the class. A subclass
+    adds its modules (decoder, projector, teacher, ...) and defines `forward`. All of them are part of the checkpoint.
+
+    The backbone is what remains: its features are evaluated, and other tasks take its weights from the checkpoint,
+    where their names begin with `backbone.`. A method with a momentum teacher whose weights are to remain has the
+    teacher as `backbone`, without gradients, and trains a copy.
+
+    Args:
+        backbone: Net from the registry without a classifier, with timm's interface.
+        image_size: (height, width) of the images in pixels.
+        in_chans: Number of image channels.
+    """
+
+    def __init__(self, backbone: nn.Module, *, image_size: tuple[int, int], in_chans: int):
+        super().__init__()
+        self.backbone: Any = backbone
+        self.image_size, self.in_chans = image_size, in_chans
+
+    def forward(self, batch: dict[str, Any], progress: float) -> dict[str, Tensor]:
+        """Compute the losses of a batch, scalars by name: `loss` is minimised, the others are only logged.
+
+        Nothing may change here but by gradients, since an evaluation calls it too, then in evaluation mode and with
+        batches of unequal sizes on the processes: collective operations are for training mode only
+        (`retinue.tasks.methods.processes.gather`).
+
+        Args:
+            batch: A batch of `datamodules.pretraining.PretrainingData`.
+            progress: Share of the training's optimiser steps that are done, from 0 to 1.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Do what follows each optimiser step, such as updating a momentum teacher.
+
+        Args:
+            progress: Share of the training's optimiser steps that are done, this one included.
+        """
+
+    def features(self, image: Tensor) -> Tensor:
+        """Return the features (B, D) of images (B, C, H, W) that are evaluated: those that a classifier would read."""
+        return self.backbone.forward_head(self.backbone.forward_features(image), pre_logits=True)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that take no weight decay beside norms and biases (timm's interface)."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        return {f"backbone.{name}" for name in names}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
