@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 
 from datamodules.bands import BandTrainTransform
+from datamodules.colours import Colours
 from datamodules.loader import stack
 from datamodules.transforms import Augment, TrainTransform
 
 # Side of the image from which a mask's patch has 32 pixels by default.
 LARGE = 128
+# The sides of a view that is a share of the image are multiples of this number of pixels.
+MULTIPLE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +56,17 @@ class View:
     Attributes:
         number: number of views of this kind.
         size: side in pixels, or (height, width). None means the data's image size.
+        share: side as a share of the data's image size, to whole multiples of 8 pixels. None takes `size`.
         mask: what is masked. None masks nothing.
+        colours: changes of the colours after the recipe's augmentation. None changes nothing.
         augment: fields of the recipe's augmentation that this kind of view changes.
     """
 
     number: int = 1
     size: int | tuple[int, int] | None = None
+    share: float | None = None
     mask: Mask | None = None
+    colours: Colours | None = None
     augment: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -68,9 +75,22 @@ class View:
         values = dict(config)
         if values.get("mask") is not None:
             values["mask"] = Mask(**values["mask"])
+        if values.get("colours") is not None:
+            colours = dict(values["colours"])
+            if colours.get("jitter") is not None:
+                colours["jitter"] = tuple(colours["jitter"])
+            values["colours"] = Colours(**colours)
         if isinstance(values.get("size"), Sequence):
             values["size"] = tuple(values["size"])
         return cls(**{**values, "augment": values.get("augment") or {}})
+
+    def side(self, image_size: int | tuple[int, int]) -> int | tuple[int, int]:
+        """Return the side, or (height, width), of these views for data of that image size."""
+        if self.share is None:
+            return image_size if self.size is None else self.size
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = (max(1, round(self.share * side / MULTIPLE)) * MULTIPLE for side in sides)
+        return height, width
 
 
 class ViewTransform:
@@ -104,20 +124,23 @@ class ViewTransform:
         bands: bool,
     ):
         transform = BandTrainTransform if bands else TrainTransform
-        # For each view its transform, its number of masked patches and its grid of patches.
-        self.steps: list[tuple[TrainTransform, int, tuple[int, int]]] = []
+        # For each view its transform, its number of masked patches, its grid of patches and its colours.
+        self.steps: list[tuple[TrainTransform, int, tuple[int, int], Colours | None]] = []
         for view in views:
-            size = image_size if view.size is None else view.size
+            if view.colours is not None and bands:
+                raise ValueError("a view's colours are for images of 1 or 3 channels, not for bands")
             config = {**augment, **view.augment} | ({} if flip else {"hflip": 0.0, "vflip": 0.0})
-            crop = transform(Augment.from_config(config), size, mean=mean, in_chans=in_chans)
+            crop = transform(Augment.from_config(config), view.side(image_size), mean=mean, in_chans=in_chans)
             grid = (0, 0) if view.mask is None else view.mask.grid(crop.size)
             masked = 0 if view.mask is None else math.ceil(view.mask.ratio * grid[0] * grid[1])
-            self.steps += [(crop, masked, grid)] * view.number
+            self.steps += [(crop, masked, grid, view.colours)] * view.number
 
     def __call__(self, sample: dict) -> dict:
         views = []
-        for transform, masked, grid in self.steps:
+        for transform, masked, grid, colours in self.steps:
             view = transform({"image": sample["image"]})
+            if colours is not None:
+                view["image"] = colours(view["image"])
             views.append(view | {"mask": draw_mask(grid, masked)} if masked else view)
         return {key: value for key, value in sample.items() if key != "image"} | {"views": views}
 

@@ -22,10 +22,13 @@ from retinue.runs.schema_sections import (
     DetectionData,
     Keys,
     Name,
+    NonNegative,
     PathText,
     Positive,
+    PositiveShare,
     PretrainingRecipe,
     Section,
+    Share,
     Sides,
     Trainer,
     WholeNumber,
@@ -94,12 +97,28 @@ class Mask(Keys):
     )
 
 
+class Colours(Keys):
+    """`colours` of a view."""
+
+    jitter: Annotated[list[NonNegative], Field(min_length=4, max_length=4)] | None = Field(
+        None, description="maximum changes of brightness, contrast, saturation and hue; null: none"
+    )
+    jitter_prob: Share = Field(0.8, description="probability of the jitter")
+    grey: Share = Field(0.0, description="probability of a grey view")
+    blur: Share = Field(0.0, description="probability of a Gaussian blur with a deviation of 0.1 to 2 pixels")
+    solarize: Share = Field(0.0, description="probability that bright values are inverted")
+
+
 class View(Keys):
     """An entry of `method.views`."""
 
     number: Count = Field(1, description="number of views of this kind")
     size: Sides | None = Field(None, description="side of the views in pixels, or [height, width]; null: the data's")
+    share: PositiveShare | None = Field(
+        None, description="side as a share of the data's image size, to multiples of 8 pixels; null: by `size`"
+    )
     mask: Mask | None = Field(None, description="what is masked; null: nothing")
+    colours: Colours | None = Field(None, description="changes of the colours; null: none")
     augment: Section = Field({}, description="changes of recipe.augment for these views")
 
 

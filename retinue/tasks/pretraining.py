@@ -9,6 +9,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from datamodules.pretraining import PretrainingData
 from models.complexity import complexity
@@ -45,7 +46,6 @@ class Pretraining(Task):
         super().__init__(model, recipe, **kwargs)
         self.bank = bank if num_classes else 0
         self._total_steps = 1
-        self._steps_done = 0
         # Sums (loss, images), and features, labels and indices by batch, of this rank in the current evaluation
         self._val_sums = torch.zeros(2, dtype=torch.float64)
         self._rank_features: list[tuple[np.ndarray, ...]] = []
@@ -76,6 +76,8 @@ class Pretraining(Task):
 
     def start_from(self, weights: str, drop_classifier: bool) -> None:
         load_weights(self.model.backbone, weights, drop_classifier=True)
+        for name in self.model.copies:
+            self.model.get_submodule(name).load_state_dict(self.model.backbone.state_dict())
 
     def complexity(self, datamodule: Any) -> tuple[int, int]:
         """Return the backbone's number of parameters and multiply-accumulates."""
@@ -83,7 +85,7 @@ class Pretraining(Task):
 
     @property
     def compiled_part(self) -> tuple[nn.Module, bool]:
-        return self.model.backbone, False
+        return self.model.get_submodule(self.model.trained), False
 
     def configure_optimizers(self) -> Any:
         self._total_steps = self.steps_per_epoch() * (self.trainer.max_epochs or 0)
@@ -96,19 +98,18 @@ class Pretraining(Task):
             min(1.0, self.global_step / self._total_steps) if self.trainer.training or self.trainer.validating else 1.0
         )
 
-    def on_train_start(self) -> None:
-        self._steps_done = self.global_step
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.model(batch, self.progress)
         self.track(losses["loss"], len(batch["index"]), **{k: v for k, v in losses.items() if k != "loss"})
         return losses["loss"]
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Between the accumulated batches of a step nothing has changed.
-        if self.global_step > self._steps_done:
-            self._steps_done = self.global_step
-            self.model.after_step(self.progress)
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.model.before_step(optimizer, self.progress)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # A checkpoint is written before `on_train_batch_end` of the task. The step is not counted yet.
+        self.model.after_step(min(1.0, (self.global_step + 1) / self._total_steps))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         # Images that pad the last batch of a rank have the index -1.

@@ -4,6 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from retinue.tasks.methods.multi_crop import pooled
 
 
 class Method(nn.Module):
@@ -21,7 +24,14 @@ class Method(nn.Module):
         backbone: Net from the registry without a classifier, with timm's interface.
         image_size: (height, width) of the images in pixels.
         in_chans: Number of image channels.
+
+    Attributes:
+        trained: Name of the module that is trained as the backbone.
+        copies: Names of further copies of the backbone, which begin with the same weights.
     """
+
+    trained = "backbone"
+    copies: tuple[str, ...] = ()
 
     def __init__(self, backbone: nn.Module, *, image_size: tuple[int, int], in_chans: int):
         super().__init__()
@@ -41,6 +51,14 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def before_step(self, optimizer: Optimizer, progress: float) -> None:
+        """Change the optimiser's groups or the gradients before each optimiser step, by a schedule of the method.
+
+        Args:
+            optimizer: The optimiser, whose groups are part of the checkpoint.
+            progress: Share of the training's optimiser steps that are done, without this one.
+        """
+
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Do what follows each optimiser step, such as updating a momentum teacher.
@@ -51,12 +69,13 @@ class Method(nn.Module):
 
     def features(self, image: Tensor) -> Tensor:
         """Return the features (B, D) of images (B, C, H, W) that are evaluated: those that a classifier would read."""
-        return self.backbone.forward_head(self.backbone.forward_features(image), pre_logits=True)
+        return pooled(self.backbone, image)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters that take no weight decay beside norms and biases (timm's interface)."""
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
-        return {f"backbone.{name}" for name in names}
+        return {f"{self.trained}.{name}" for name in names}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.backbone.set_grad_checkpointing(enable)
+        trained: Any = self.get_submodule(self.trained)
+        trained.set_grad_checkpointing(enable)
