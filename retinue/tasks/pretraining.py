@@ -58,9 +58,9 @@ class Pretraining(Task):
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
         backbone = create_model(cfg.model, 0, datamodule.in_chans, datamodule.image_size)
         size = datamodule.image_size
-        arguments = OmegaConf.masked_copy(cfg.method, [str(key) for key in cfg.method if key not in LABELS])
+        section: Any = OmegaConf.to_container(cfg.method, resolve=True)
         return instantiate(
-            arguments,
+            {key: value for key, value in section.items() if key not in LABELS},
             backbone=backbone,
             image_size=(size, size) if isinstance(size, int) else size,
             in_chans=datamodule.in_chans,

@@ -90,7 +90,8 @@ class DINO(Method):
         with torch.no_grad():
             teacher = self.head(pooled_views(self.backbone, views[: self.global_views])).unflatten(0, (-1, count))
         student = self.student["head"](pooled_views(self.student["backbone"], views)).unflatten(0, (-1, count))
-        if self.training:
+        # Batch norms are also estimated in training mode, without gradients.
+        if self.training and torch.is_grad_enabled():
             self._means.append(teacher.float().mean((0, 1)))
         loss = self_distillation(
             student, teacher, self.center,
