@@ -14,7 +14,7 @@ import torch
 from datamodules.bands import BandEvalTransform, BandTrainTransform
 from datamodules.batch import BatchTransform
 from datamodules.classes import Classes
-from datamodules.images import EncodedImages, LabelledImages
+from datamodules.images import EncodedImages, LabelledImages, Subset, draw_shots
 from datamodules.loader import BatchFetcher, ImageSet, Loader, TrainLoader, stack
 from datamodules.resident import Labels, Residents, fits
 from datamodules.sampler import EvalSampler, TrainSampler, repeat_factors
@@ -244,6 +244,7 @@ class ClassificationData(ImageData):
         crop_mode: center, squash or border, as in timm.
         interpolation: interpolation of evaluation's resizing, as in timm.
         flip: whether a mirrored image keeps its label. If it does not, the recipe's hflip and vflip are not applied.
+        shots: number of images of each class to train on, drawn by the seed. None means all images.
         augment: the recipe's augmentation, with the fields of `datamodules.transforms.Augment`. None means no
             augmentation.
         batch_size: number of images per step and device.
@@ -268,6 +269,7 @@ class ClassificationData(ImageData):
         crop_mode: str = "center",
         interpolation: str = "bicubic",
         flip: bool = True,
+        shots: int | None = None,
         augment: Mapping | None = None,
         batch_size: int = 64,
         **common: Any,
@@ -276,7 +278,9 @@ class ClassificationData(ImageData):
         if not 0 < crop_pct <= MAX_CROP_PCT:
             raise ValueError(f"data.crop_pct must be above 0 and at most {MAX_CROP_PCT}, not {crop_pct!r}")
         config = {} if augment is None else dict(augment)
-        self.flip = flip
+        if shots is not None and shots < 1:
+            raise ValueError(f"data.shots must be at least 1, or null for all images, not {shots!r}")
+        self.flip, self.shots = flip, shots
         if not flip:
             config |= {"hflip": 0.0, "vflip": 0.0}
         self.augment = Augment.from_config(config)
@@ -302,6 +306,13 @@ class ClassificationData(ImageData):
 
     @abstractmethod
     def load(self, split: str) -> LabelledImages: ...
+
+    def images(self, split: str) -> LabelledImages:
+        images = super().images(split)
+        if self.shots is not None and split == "train" and not isinstance(images, Subset):
+            drawn = draw_shots(images.labels, np.ones(len(images), bool), self.shots, self.seed)
+            images = self._images[split] = Subset(images, np.flatnonzero(drawn))
+        return images
 
     def image_classes(self, images: LabelledImages) -> tuple[np.ndarray, np.ndarray]:
         return np.arange(len(images)), images.labels

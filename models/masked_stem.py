@@ -1,5 +1,7 @@
 """Masking of a net's patch embeddings, for masked image modelling with any net."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from torch.func import functional_call
 
 from models.hierarchical import HierarchicalBackbone
 
+# Names of the module that embeds patches in timm's nets, in order of preference
+STEMS = ("patch_embed", "stem", "conv_stem", "conv1")
+
 
 def find_stem(net: Any) -> nn.Module:
     """Return the module that embeds the patches of an image, before positions and blocks.
@@ -19,16 +24,16 @@ def find_stem(net: Any) -> nn.Module:
     """
     if isinstance(net, HierarchicalBackbone):
         return net.stages[0].downsample  # pyright: ignore[reportReturnType]
-    for name in ("patch_embed", "stem"):
+    for name in STEMS:
         if isinstance(module := getattr(net, name, None), nn.Module):
             return module
-    raise ValueError(f"{type(net).__name__} has no patch embedding to mask; nets with `patch_embed` or `stem` have one")
+    raise ValueError(f"{type(net).__name__} has no patch embedding to mask: none of the modules {', '.join(STEMS)}")
 
 
 class MaskedStem(nn.Module):
     """Learned token that replaces the masked patch embeddings of a net (SimMIM, arXiv:2111.09886).
 
-    The net is not a part of this module: a hook on its stem replaces the embeddings while `mask` is set.
+    The net is not a part of this module: a hook on its stem replaces the embeddings within `masking`.
 
     Args:
         net: Net with timm's interface.
@@ -36,9 +41,9 @@ class MaskedStem(nn.Module):
         in_chans: Number of image channels.
 
     Attributes:
-        token: (C,), the token.
-        mask: bool (B, rows, columns), True where patches are masked, for the next forward passes. Each place covers
-            the same number of embeddings. None masks nothing.
+        token: (1, C), the token.
+        mask: bool (B, rows, columns), True where patches are masked. Each place covers the same number of embeddings.
+            None masks nothing.
 
     Raises:
         ValueError: The net has no patch embedding. In a forward pass: the mask's grid does not divide the embeddings'.
@@ -51,9 +56,18 @@ class MaskedStem(nn.Module):
         self.mask: Tensor | None = None
         shape = stem_shape(net, stem, image_size, in_chans)
         channels = shape[1] if len(shape) == 4 and not self.channels_last else shape[-1]
-        self.token = nn.Parameter(torch.empty(channels))
+        self.token = nn.Parameter(torch.empty(1, channels))
         trunc_normal_(self.token, std=0.02)
         stem.register_forward_hook(self._replace)
+
+    @contextmanager
+    def masking(self, mask: Tensor) -> Iterator[None]:
+        """Mask the net's forward passes within the block."""
+        self.mask = mask
+        try:
+            yield
+        finally:
+            self.mask = None
 
     def _replace(self, stem: nn.Module, inputs: Any, embeddings: Tensor) -> Tensor | None:
         if self.mask is None:
@@ -67,7 +81,7 @@ class MaskedStem(nn.Module):
             covered = resize_mask(self.mask, embeddings.shape[1:3])[..., None]
         else:
             covered = resize_mask(self.mask, embeddings.shape[2:])[:, None]
-        token = self.token.to(embeddings.dtype)
+        token = self.token[0].to(embeddings.dtype)
         token = token if embeddings.ndim == 3 or self.channels_last else token[:, None, None]
         return torch.where(covered, token, embeddings)
 

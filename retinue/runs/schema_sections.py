@@ -277,6 +277,9 @@ class ClassificationData(Data):
         None, description="interpolation of evaluation's resizing"
     )
     flip: bool = Field(description="false: a mirrored image has another label, so hflip and vflip are not applied")
+    shots: Count | None = Field(
+        None, description="images of each class to train on, drawn by the seed; null: all images"
+    )
 
 
 class DenseData(Data):

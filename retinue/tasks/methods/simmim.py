@@ -22,6 +22,8 @@ class SimMIM(Method):
         ValueError: The net has no patch embedding to mask.
     """
 
+    renames = ((r"^encoder\.mask_token$", "masked_stem.token"), (r"^encoder\.", "backbone."))
+
     def __init__(self, backbone: nn.Module, **arguments: Any):
         super().__init__(backbone, **arguments)
         self.masked_stem = MaskedStem(backbone, self.image_size, self.in_chans)
@@ -29,17 +31,19 @@ class SimMIM(Method):
         channels, stride = last["num_chs"], last["reduction"]
         self.decoder = nn.Sequential(nn.Conv2d(channels, stride**2 * self.in_chans, 1), nn.PixelShuffle(stride))
 
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | {"masked_stem.token"}
+
     def forward(self, batch: dict[str, Any], progress: float) -> dict[str, Tensor]:
         (view,) = batch["views"]
         return {"loss": masked_l1(self.reconstruct(view["image"], view["mask"]), view["image"], view["mask"])}
 
     def reconstruct(self, image: Tensor, mask: Tensor) -> Tensor:
         """Return the predicted image (B, C, H, W) of an image whose patches in `mask` (B, rows, columns) are masked."""
-        self.masked_stem.mask = mask
-        try:
-            return self.decoder(last_map(self.backbone, image))
-        finally:
-            self.masked_stem.mask = None
+        with self.masked_stem.masking(mask):
+            prediction = self.decoder(last_map(self.backbone, image))
+        # The last map may reach beyond the image, where a net rounds sizes up.
+        return prediction[..., : image.shape[2], : image.shape[3]]
 
 
 def masked_l1(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
