@@ -107,7 +107,8 @@ class DINO(Method):
 
     def before_step(self, optimizer: Optimizer, progress: float) -> None:
         if progress * self.epochs < self.freeze_epochs:
-            for parameter in self.student["head"].prototypes.parameters():
+            head: Any = self.student["head"]
+            for parameter in head.prototypes.parameters():
                 parameter.grad = None
         if self.final_weight_decay is None:
             return

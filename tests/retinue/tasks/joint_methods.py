@@ -14,7 +14,7 @@ from retinue.tasks.methods.vicreg import VICReg
 
 CONTRASTIVE = {"hidden": 8, "dim": 4, "limits": (0.1, 2.0), "penalty": 0.1}
 MOMENTUM = {"layers": 2, "momentum": 0.9, "freeze_stem": False}
-METHODS: dict[str, tuple[type[Method], dict[str, Any]]] = {
+METHODS: dict[str, tuple[type[Method], dict]] = {
     "simclr": (SimCLR, {**CONTRASTIVE, "heads": 1, "temperature": 0.1}),
     "amcl_simclr": (SimCLR, {**CONTRASTIVE, "heads": 2, "temperature": "adaptive"}),
     "moco_v3": (MoCo, {**CONTRASTIVE, **MOMENTUM, "heads": 1, "temperature": 0.2}),
@@ -48,7 +48,7 @@ class Net(nn.Module):
         return x.mean((2, 3))
 
 
-def build(name: str, net: nn.Module | None = None) -> Method:
+def build(name: str, net: nn.Module | None = None) -> Any:
     torch.manual_seed(0)
     method, arguments = METHODS[name]
     return method(Net() if net is None else net, image_size=(16, 16), in_chans=3, **arguments)

@@ -25,8 +25,8 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def unit(x: torch.Tensor) -> np.ndarray:
-    x = x.double().numpy()
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+    values = x.double().numpy()
+    return values / np.linalg.norm(values, axis=-1, keepdims=True)
 
 
 def assert_equal(value: torch.Tensor, definition: float) -> None:
