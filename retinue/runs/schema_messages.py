@@ -95,10 +95,10 @@ def one_line(error: ValidationError, schema: type[BaseModel], values: Mapping[st
             continue
         if not (_is_keys(model) and part in model.model_fields):
             break
-        field = model.model_fields[str(part)]
+        entry: FieldInfo = model.model_fields[str(part)]
         keys.append(str(part))
         value = value.get(part) if isinstance(value, Mapping) else value
-        model = field.annotation
+        field, model = entry, entry.annotation
     of_several_keys = _is_keys(model)
     if field is None or (of_several_keys and fault["type"] == "value_error"):
         # A validator of several keys together words its own message.
