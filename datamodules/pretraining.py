@@ -76,6 +76,7 @@ class PretrainingData(ImageData):
         source: the data set, of which only the images and the labels are used.
         views: `method.views`: by name the fields of `datamodules.views.View`.
         augment: the recipe's augmentation, with the fields of `datamodules.transforms.Augment`.
+        mask_patch: function from the shorter side of an image to the side of a mask's patch by default.
 
     Raises:
         ValueError: if an augmentation or a mask is not possible.
@@ -83,7 +84,15 @@ class PretrainingData(ImageData):
 
     collate = staticmethod(stack_views)
 
-    def __init__(self, source: ClassificationData, views: Mapping[str, Mapping], augment: Mapping[str, Any]):
+    train_transform: ViewTransform
+
+    def __init__(
+        self,
+        source: ClassificationData,
+        views: Mapping[str, Mapping],
+        augment: Mapping[str, Any],
+        mask_patch: Callable[[int], int],
+    ):
         self.source = source
         self.has_bands = source.has_bands
         super().__init__(
@@ -100,6 +109,7 @@ class PretrainingData(ImageData):
         self.train_transform = ViewTransform(
             [View.from_config(view) for view in views.values()],
             augment, self.image_size, flip=source.flip, mean=self.mean, in_chans=self.in_chans, bands=self.has_bands,
+            mask_patch=mask_patch,
         )  # fmt: skip
         self.eval_transform = self._evaluate
         self._to_device = BatchTransform(self.mean, self.std, 0, Augment())

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.masked_stem import MaskedStem, last_map, mask_pixels
+from models.masking import MaskedStem, last_map, mask_pixels
 from retinue.tasks.methods.method import Method
 
 
