@@ -28,7 +28,8 @@ def find_stem(net: Any) -> nn.Module:
     for stem in stems:
         if isinstance(stem, nn.Module) and not isinstance(stem, nn.ModuleList):
             # Some nets run the layers of a sequence one by one.
-            return stem[-1] if type(stem) is nn.Sequential else stem
+            in_order = isinstance(stem, nn.Sequential) and type(stem).forward is nn.Sequential.forward
+            return stem[-1] if in_order else stem  # pyright: ignore[reportIndexIssue]
     raise ValueError(f"{type(net).__name__} has no patch embedding to mask: none of the modules {', '.join(STEMS)}")
 
 
@@ -46,6 +47,7 @@ class MaskedStem(nn.Module):
         token: (1, C), the token.
         mask: bool (B, rows, columns), True where patches are masked. Each place covers the same number of embeddings.
             None masks nothing.
+        map_channels: Number of channels of the net's last map.
 
     Raises:
         ValueError: The net has no patch embedding. In a forward pass: the mask's grid does not divide the embeddings'.
@@ -55,7 +57,8 @@ class MaskedStem(nn.Module):
         super().__init__()
         stem = find_stem(net)
         self.mask: Tensor | None = None
-        shape = stem_shape(net, stem, image_size, in_chans)
+        shape, last = trace_shapes(net, stem, image_size, in_chans)
+        self.map_channels = last[1]
         self.channels_last = len(shape) == 3 or is_channels_last(stem, shape, image_size)
         channels = shape[-1] if self.channels_last else shape[1]
         self.token = nn.Parameter(torch.empty(1, channels))
@@ -104,22 +107,41 @@ def resize_mask(mask: Tensor, size: Any) -> Tensor:
     return mask.repeat_interleave(height // rows, 1).repeat_interleave(width // columns, 2)
 
 
-def stem_shape(net: nn.Module, stem: nn.Module, image_size: tuple[int, int], in_chans: int) -> torch.Size:
-    """Return the shape of what the stem returns for one image; nothing is computed."""
+class LastMap(nn.Module):
+    """Net that returns its last map (B, C, H, W) after its final norm, by timm's interface."""
+
+    def __init__(self, net: Any):
+        super().__init__()
+        self.net = net
+
+    def forward(self, image: Tensor) -> Tensor:
+        return last_map(self.net, image)
+
+
+def trace_shapes(
+    net: nn.Module, stem: nn.Module, image_size: tuple[int, int], in_chans: int
+) -> tuple[torch.Size, torch.Size]:
+    """Return the shapes of the stem's output and of the last map for one image; nothing is computed.
+
+    Raises:
+        ValueError: The net does not call its stem as one module.
+    """
     shapes: list[torch.Size] = []
     hook = stem.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
-    tensors = (*net.named_parameters(), *net.named_buffers())
+    model = LastMap(net)
+    tensors = (*model.named_parameters(), *model.named_buffers())
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
     was_training = net.training
     try:
         with torch.no_grad():
-            functional_call(
-                net.eval(), meta, (torch.empty(1, in_chans, *image_size, device="meta"),), tie_weights=False
-            )
+            image = torch.empty(1, in_chans, *image_size, device="meta")
+            final = functional_call(model.eval(), meta, (image,), tie_weights=False)
     finally:
         hook.remove()
         net.train(was_training)
-    return shapes[0]
+    if not shapes:
+        raise ValueError(f"the patch embeddings of {type(net).__name__} cannot be masked: no module returns them")
+    return shapes[0], final.shape
 
 
 def is_channels_last(stem: nn.Module, shape: torch.Size, image_size: tuple[int, int]) -> bool:

@@ -73,6 +73,12 @@ class Pretraining(Task):
         return method
 
     @staticmethod
+    def data_arguments(cfg: Any) -> dict[str, Any]:
+        # A folder of images may lack class folders.
+        any_folder = {"_target_": "datamodules.any_folder.AnyFolder"}
+        return any_folder if cfg.data._target_ == "datamodules.image_folder.ImageFolder" else {}
+
+    @staticmethod
     def adapt_data(cfg: Any, datamodule: Any) -> Any:
         views, augment = (
             OmegaConf.to_container(section, resolve=True) for section in (cfg.method.views, cfg.recipe.augment)
