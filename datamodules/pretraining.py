@@ -7,41 +7,11 @@ import numpy as np
 
 from datamodules.base import ClassificationData, ImageData
 from datamodules.batch import BatchTransform
-from datamodules.loader import BatchFetcher, ImageSet, Loader, seed_rng
+from datamodules.images import LabelledImages, Subset
+from datamodules.loader import BatchFetcher, Loader, seed_rng
 from datamodules.sampler import EvalSampler
 from datamodules.transforms import Augment
 from datamodules.views import View, ViewTransform, stack_views
-
-
-class Pictures:
-    """Images of another set, without anything else but their labels; the sample is {"image": ..., "label": int64}.
-
-    Args:
-        images: the set.
-        positions: (N,) positions of the images to take; None takes all.
-    """
-
-    def __init__(self, images: Any, positions: np.ndarray | None = None):
-        self.source = images
-        self.positions = np.arange(len(images)) if positions is None else positions
-        labels = getattr(images, "labels", None)
-        self.labels = np.full(len(self.positions), -1) if labels is None else labels[self.positions]
-
-    @property
-    def blank(self) -> dict:
-        return {"image": self.source.blank["image"], "label": np.int64(-1)}
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"image": self.source[self.positions[index]]["image"], "label": np.int64(self.labels[index])}
-
-    def image(self, index: int) -> np.ndarray:
-        return self.source.image(self.positions[index])
-
-    def name(self, index: int) -> str:
-        return self.source.name(self.positions[index])
 
 
 class HeldOutFetcher(BatchFetcher):
@@ -76,6 +46,7 @@ class PretrainingData(ImageData):
         source: the data set, of which only the images and the labels are used.
         views: `method.views`: by name the fields of `datamodules.views.View`.
         augment: the recipe's augmentation, with the fields of `datamodules.transforms.Augment`.
+        mask_patch: function from the shorter side of an image to the side of a mask's patch by default.
 
     Raises:
         ValueError: if an augmentation or a mask is not possible.
@@ -83,7 +54,15 @@ class PretrainingData(ImageData):
 
     collate = staticmethod(stack_views)
 
-    def __init__(self, source: ClassificationData, views: Mapping[str, Mapping], augment: Mapping[str, Any]):
+    train_transform: ViewTransform
+
+    def __init__(
+        self,
+        source: ClassificationData,
+        views: Mapping[str, Mapping],
+        augment: Mapping[str, Any],
+        mask_patch: Callable[[int], int],
+    ):
         self.source = source
         self.has_bands = source.has_bands
         super().__init__(
@@ -100,6 +79,7 @@ class PretrainingData(ImageData):
         self.train_transform = ViewTransform(
             [View.from_config(view) for view in views.values()],
             augment, self.image_size, flip=source.flip, mean=self.mean, in_chans=self.in_chans, bands=self.has_bands,
+            mask_patch=mask_patch,
         )  # fmt: skip
         self.eval_transform = self._evaluate
         self._to_device = BatchTransform(self.mean, self.std, 0, Augment())
@@ -119,8 +99,11 @@ class PretrainingData(ImageData):
     def splits(self) -> Sequence[str]:
         return self.source.splits
 
-    def load(self, split: str) -> Pictures:
-        return Pictures(self.source.images(split))
+    def images(self, split: str) -> LabelledImages:
+        return self.source.images(split)
+
+    def load(self, split: str) -> LabelledImages:
+        return self.source.load(split)
 
     def _source(self, split: str) -> tuple[BatchFetcher, Callable[[dict], dict] | None]:
         if split == "train":
@@ -132,7 +115,7 @@ class PretrainingData(ImageData):
         if self._bank is None:
             images = self.images("train")
             positions = np.unique(np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(np.int64))
-            bank: ImageSet = Pictures(images, positions)
+            bank = Subset(images, positions)
             fetch = BatchFetcher(bank, self.source.eval_transform)
             sampler = EvalSampler(len(bank), self.batch_size, **self._ranks)
             self._bank = Loader(fetch, sampler, **self._loader_arguments("train"))

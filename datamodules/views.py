@@ -5,9 +5,9 @@ number of processes see the same crops and the same masks.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,6 @@ from datamodules.colours import Colours
 from datamodules.loader import stack
 from datamodules.transforms import Augment, TrainTransform
 
-# Side of the image from which a mask's patch has 32 pixels by default.
-LARGE = 128
 # The sides of a view that is a share of the image are multiples of this number of pixels.
 MULTIPLE = 8
 
@@ -28,23 +26,26 @@ class Mask:
 
     Attributes:
         ratio: share of the patches that are masked; their number is rounded up.
-        patch: side of a patch in pixels. None means 32; for images whose shorter side is less than `LARGE` an eighth
-            of that side.
+        patch: side of a patch in pixels. None means what the method takes for images of this size.
     """
 
     ratio: float
     patch: int | None = None
 
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+    def grid(self, size: tuple[int, int], default: Callable[[int], int]) -> tuple[int, int]:
         """Return the number of rows and columns of patches in an image of `size` (height, width).
+
+        Args:
+            size: (height, width) of the image in pixels.
+            default: function from the shorter side of an image to the side of a patch.
 
         Raises:
             ValueError: if the ratio is out of its range, or the patches do not divide the image.
         """
         if not 0 < self.ratio < 1:
             raise ValueError(f"a mask's ratio must be above 0 and below 1, not {self.ratio!r}")
-        side = self.patch or (32 if min(size) >= LARGE else max(1, min(size) // 8))
-        if side < 1 or size[0] % side or size[1] % side:
+        side = max(1, default(min(size))) if self.patch is None else self.patch
+        if size[0] % side or size[1] % side:
             raise ValueError(f"a mask's patch of {side} pixels does not divide images of {size[0]} x {size[1]} pixels")
         return size[0] // side, size[1] // side
 
@@ -93,6 +94,20 @@ class View:
         return height, width
 
 
+class Shape(NamedTuple):
+    """Shape of a view.
+
+    Attributes:
+        size: (height, width) in pixels.
+        grid: rows and columns of the mask; (0, 0) without a mask.
+        masked: number of masked patches in each image.
+    """
+
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    masked: int
+
+
 class ViewTransform:
     """Draw the views of a sample.
 
@@ -107,6 +122,10 @@ class ViewTransform:
         mean: mean of each channel, which fills pixels that a shift uncovers.
         in_chans: number of channels.
         bands: whether images are bands in the files' units.
+        mask_patch: function from the shorter side of an image to the side of a mask's patch by default.
+
+    Attributes:
+        shapes: shape of each view, in the order of the views.
 
     Raises:
         ValueError: if an augmentation or a mask is not possible.
@@ -122,26 +141,30 @@ class ViewTransform:
         mean: tuple[float, ...],
         in_chans: int,
         bands: bool,
+        mask_patch: Callable[[int], int],
     ):
         transform = BandTrainTransform if bands else TrainTransform
-        # For each view its transform, its number of masked patches, its grid of patches and its colours.
-        self.steps: list[tuple[TrainTransform, int, tuple[int, int], Colours | None]] = []
+        self.transforms: list[TrainTransform] = []
+        self.colours: list[Colours | None] = []
+        self.shapes: list[Shape] = []
         for view in views:
             if view.colours is not None and bands:
                 raise ValueError("a view's colours are for images of 1 or 3 channels, not for bands")
             config = {**augment, **view.augment} | ({} if flip else {"hflip": 0.0, "vflip": 0.0})
             crop = transform(Augment.from_config(config), view.side(image_size), mean=mean, in_chans=in_chans)
-            grid = (0, 0) if view.mask is None else view.mask.grid(crop.size)
+            grid = (0, 0) if view.mask is None else view.mask.grid(crop.size, mask_patch)
             masked = 0 if view.mask is None else math.ceil(view.mask.ratio * grid[0] * grid[1])
-            self.steps += [(crop, masked, grid, view.colours)] * view.number
+            self.transforms += [crop] * view.number
+            self.colours += [view.colours] * view.number
+            self.shapes += [Shape(crop.size, grid, masked)] * view.number
 
     def __call__(self, sample: dict) -> dict:
         views = []
-        for transform, masked, grid, colours in self.steps:
+        for transform, colours, shape in zip(self.transforms, self.colours, self.shapes, strict=True):
             view = transform({"image": sample["image"]})
             if colours is not None:
                 view["image"] = colours(view["image"])
-            views.append(view | {"mask": draw_mask(grid, masked)} if masked else view)
+            views.append(view | {"mask": draw_mask(shape.grid, shape.masked)} if shape.masked else view)
         return {key: value for key, value in sample.items() if key != "image"} | {"views": views}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,6 +20,7 @@ from retinue.evaluation.contributions import Contributions
 from retinue.evaluation.representation import knn_top1, probe_top1, rankme
 from retinue.tasks.base import Task
 from retinue.tasks.methods.method import Method
+from retinue.tasks.methods.unused import unused_parameters
 
 # Keys of `conf/method/*.yaml` that are no arguments of the method's class
 LABELS = ("name", "task", "recipe", "views")
@@ -59,20 +60,30 @@ class Pretraining(Task):
         backbone = create_model(cfg.model, 0, datamodule.in_chans, datamodule.image_size)
         size = datamodule.image_size
         section: Any = OmegaConf.to_container(cfg.method, resolve=True)
-        return instantiate(
+        method = instantiate(
             {key: value for key, value in section.items() if key not in LABELS},
             backbone=backbone,
             image_size=(size, size) if isinstance(size, int) else size,
+            views=datamodule.train_transform.shapes,
             in_chans=datamodule.in_chans,
             _convert_="all",
         )
+        for name in unused_parameters(method, datamodule.in_chans):
+            method.get_parameter(name).requires_grad = False
+        return method
+
+    @staticmethod
+    def data_arguments(cfg: Any) -> dict[str, Any]:
+        # A folder of images may lack class folders.
+        any_folder = {"_target_": "datamodules.any_folder.AnyFolder"}
+        return any_folder if cfg.data._target_ == "datamodules.image_folder.ImageFolder" else {}
 
     @staticmethod
     def adapt_data(cfg: Any, datamodule: Any) -> Any:
         views, augment = (
             OmegaConf.to_container(section, resolve=True) for section in (cfg.method.views, cfg.recipe.augment)
         )
-        return PretrainingData(datamodule, views, augment)  # pyright: ignore[reportArgumentType]
+        return PretrainingData(datamodule, views, augment, get_class(cfg.method._target_).mask_patch)  # pyright: ignore[reportArgumentType]
 
     def start_from(self, weights: str, drop_classifier: bool) -> None:
         load_weights(self.model.backbone, weights, drop_classifier=True)

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from models.masked_stem import last_map
+from models.masking import last_map
 from retinue.tasks.methods.simmim import SimMIM, masked_l1
 
 
@@ -30,7 +30,7 @@ class SimMIMNet:
         """Build the method with its net."""
         _, channels, height, width = vector["input_shape"]
         net = timm.create_model(self.name, num_classes=0, **self.arguments)
-        return SimMIM(net, image_size=(height, width), in_chans=channels)
+        return SimMIM(net, image_size=(height, width), in_chans=channels, views=[])
 
     def run(self, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs in the vector's order."""

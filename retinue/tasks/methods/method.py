@@ -1,12 +1,17 @@
 """Contract of a method of self-supervised pretraining."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from datamodules.views import Shape
 from retinue.tasks.methods.multi_crop import pooled
+
+# Shorter side, in pixels, from which images count as large: smaller ones have smaller patches and decoders by default.
+LARGE = 128
 
 
 class Method(nn.Module):
@@ -24,6 +29,7 @@ class Method(nn.Module):
         backbone: Net from the registry without a classifier, with timm's interface.
         image_size: (height, width) of the images in pixels.
         in_chans: Number of image channels.
+        views: Size and mask of each view, in the order of the batch's views.
 
     Attributes:
         trained: Name of the module that is trained as the backbone.
@@ -33,10 +39,15 @@ class Method(nn.Module):
     trained = "backbone"
     copies: tuple[str, ...] = ()
 
-    def __init__(self, backbone: nn.Module, *, image_size: tuple[int, int], in_chans: int):
+    def __init__(self, backbone: nn.Module, *, image_size: tuple[int, int], in_chans: int, views: Sequence[Shape]):
         super().__init__()
         self.backbone: Any = backbone
-        self.image_size, self.in_chans = image_size, in_chans
+        self.image_size, self.in_chans, self.views = image_size, in_chans, views
+
+    @staticmethod
+    def mask_patch(side: int) -> int:
+        """Return the side of a mask's patch by default, for images of this shorter side, in pixels."""
+        return 32 if side >= LARGE else side // 8
 
     def forward(self, batch: dict[str, Any], progress: float) -> dict[str, Tensor]:
         """Compute the losses of a batch, scalars by name: `loss` is minimised, the others are only logged.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.masked_stem import find_stem
+from models.masking import find_stem
 from retinue.tasks.methods.contrastive_losses import ContrastiveLoss
 from retinue.tasks.methods.method import Method
 from retinue.tasks.methods.multi_crop import pooled

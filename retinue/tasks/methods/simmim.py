@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.masked_stem import MaskedStem, last_map, mask_pixels
+from models.masking import MaskedStem, last_map, mask_pixels
 from retinue.tasks.methods.method import Method
 
 
@@ -27,9 +27,10 @@ class SimMIM(Method):
     def __init__(self, backbone: nn.Module, **arguments: Any):
         super().__init__(backbone, **arguments)
         self.masked_stem = MaskedStem(backbone, self.image_size, self.in_chans)
-        last = self.backbone.feature_info[-1]
-        channels, stride = last["num_chs"], last["reduction"]
-        self.decoder = nn.Sequential(nn.Conv2d(channels, stride**2 * self.in_chans, 1), nn.PixelShuffle(stride))
+        stride = self.backbone.feature_info[-1]["reduction"]
+        self.decoder = nn.Sequential(
+            nn.Conv2d(self.masked_stem.map_channels, stride**2 * self.in_chans, 1), nn.PixelShuffle(stride)
+        )
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {"masked_stem.token"}

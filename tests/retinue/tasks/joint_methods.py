@@ -51,7 +51,7 @@ class Net(nn.Module):
 def build(name: str, net: nn.Module | None = None) -> Any:
     torch.manual_seed(0)
     method, arguments = METHODS[name]
-    return method(Net() if net is None else net, image_size=(16, 16), in_chans=3, **arguments)
+    return method(Net() if net is None else net, image_size=(16, 16), in_chans=3, views=(), **arguments)
 
 
 def batch_of(name: str, images: int = 8) -> dict[str, Any]:

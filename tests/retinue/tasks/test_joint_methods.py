@@ -155,7 +155,7 @@ def test_dino_schedules():
 
 def test_moco_v3_keeps_the_patch_embedding():
     arguments: dict = {**METHODS["moco_v3"][1], "freeze_stem": True}
-    method = MoCo(build("vicreg").backbone, image_size=(16, 16), in_chans=3, **arguments)
+    method = MoCo(build("vicreg").backbone, image_size=(16, 16), in_chans=3, views=(), **arguments)
     assert not any(p.requires_grad for p in method.backbone.parameters())
 
 
@@ -163,4 +163,4 @@ def test_moco_v3_keeps_the_patch_embedding():
 def test_wrong_temperatures_are_refused(wrong):
     method, arguments = METHODS["simclr"]
     with pytest.raises(ValueError, match=f"method.{next(iter(wrong))} must be"):
-        method(build("vicreg").backbone, image_size=(16, 16), in_chans=3, **arguments | wrong)
+        method(build("vicreg").backbone, image_size=(16, 16), in_chans=3, views=(), **arguments | wrong)

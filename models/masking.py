@@ -22,11 +22,14 @@ def find_stem(net: Any) -> nn.Module:
     Raises:
         ValueError: The net has no such module.
     """
+    stems = [getattr(net, name, None) for name in STEMS]
     if isinstance(net, HierarchicalBackbone):
-        return net.stages[0].downsample  # pyright: ignore[reportReturnType]
-    for name in STEMS:
-        if isinstance(module := getattr(net, name, None), nn.Module):
-            return module
+        stems = [net.stages[0].downsample]
+    for stem in stems:
+        if isinstance(stem, nn.Module) and not isinstance(stem, nn.ModuleList):
+            # Some nets run the layers of a sequence one by one.
+            in_order = isinstance(stem, nn.Sequential) and type(stem).forward is nn.Sequential.forward
+            return stem[-1] if in_order else stem  # pyright: ignore[reportIndexIssue]
     raise ValueError(f"{type(net).__name__} has no patch embedding to mask: none of the modules {', '.join(STEMS)}")
 
 
@@ -44,6 +47,7 @@ class MaskedStem(nn.Module):
         token: (1, C), the token.
         mask: bool (B, rows, columns), True where patches are masked. Each place covers the same number of embeddings.
             None masks nothing.
+        map_channels: Number of channels of the net's last map.
 
     Raises:
         ValueError: The net has no patch embedding. In a forward pass: the mask's grid does not divide the embeddings'.
@@ -52,10 +56,11 @@ class MaskedStem(nn.Module):
     def __init__(self, net: nn.Module, image_size: tuple[int, int], in_chans: int):
         super().__init__()
         stem = find_stem(net)
-        self.channels_last = str(getattr(stem, "output_fmt", "NCHW")).endswith("NHWC")
         self.mask: Tensor | None = None
-        shape = stem_shape(net, stem, image_size, in_chans)
-        channels = shape[1] if len(shape) == 4 and not self.channels_last else shape[-1]
+        shape, last = trace_shapes(net, stem, image_size, in_chans)
+        self.map_channels = last[1]
+        self.channels_last = len(shape) == 3 or is_channels_last(stem, shape, image_size)
+        channels = shape[-1] if self.channels_last else shape[1]
         self.token = nn.Parameter(torch.empty(1, channels))
         trunc_normal_(self.token, std=0.02)
         stem.register_forward_hook(self._replace)
@@ -82,7 +87,7 @@ class MaskedStem(nn.Module):
         else:
             covered = resize_mask(self.mask, embeddings.shape[2:])[:, None]
         token = self.token[0].to(embeddings.dtype)
-        token = token if embeddings.ndim == 3 or self.channels_last else token[:, None, None]
+        token = token if self.channels_last else token[:, None, None]
         return torch.where(covered, token, embeddings)
 
 
@@ -102,22 +107,47 @@ def resize_mask(mask: Tensor, size: Any) -> Tensor:
     return mask.repeat_interleave(height // rows, 1).repeat_interleave(width // columns, 2)
 
 
-def stem_shape(net: nn.Module, stem: nn.Module, image_size: tuple[int, int], in_chans: int) -> torch.Size:
-    """Return the shape of what the stem returns for one image; nothing is computed."""
+class LastMap(nn.Module):
+    """Net that returns its last map (B, C, H, W) after its final norm, by timm's interface."""
+
+    def __init__(self, net: Any):
+        super().__init__()
+        self.net = net
+
+    def forward(self, image: Tensor) -> Tensor:
+        return last_map(self.net, image)
+
+
+def trace_shapes(
+    net: nn.Module, stem: nn.Module, image_size: tuple[int, int], in_chans: int
+) -> tuple[torch.Size, torch.Size]:
+    """Return the shapes of the stem's output and of the last map for one image; nothing is computed.
+
+    Raises:
+        ValueError: The net does not call its stem as one module.
+    """
     shapes: list[torch.Size] = []
     hook = stem.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
-    tensors = (*net.named_parameters(), *net.named_buffers())
+    model = LastMap(net)
+    tensors = (*model.named_parameters(), *model.named_buffers())
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
     was_training = net.training
     try:
         with torch.no_grad():
-            functional_call(
-                net.eval(), meta, (torch.empty(1, in_chans, *image_size, device="meta"),), tie_weights=False
-            )
+            image = torch.empty(1, in_chans, *image_size, device="meta")
+            final = functional_call(model.eval(), meta, (image,), tie_weights=False)
     finally:
         hook.remove()
         net.train(was_training)
-    return shapes[0]
+    if not shapes:
+        raise ValueError(f"the patch embeddings of {type(net).__name__} cannot be masked: no module returns them")
+    return shapes[0], final.shape
+
+
+def is_channels_last(stem: nn.Module, shape: torch.Size, image_size: tuple[int, int]) -> bool:
+    """Tell whether a stem's maps have `shape` (B, H, W, C), and not (B, C, H, W), by the sides of the image."""
+    first, last = (a * image_size[1] == b * image_size[0] for a, b in (shape[2:4], shape[1:3]))
+    return last if first != last else str(getattr(stem, "output_fmt", "NCHW")).endswith("NHWC")
 
 
 def last_map(net: Any, image: Tensor) -> Tensor:
@@ -128,3 +158,26 @@ def last_map(net: Any, image: Tensor) -> Tensor:
 def mask_pixels(mask: Tensor, image: Tensor) -> Tensor:
     """Return a mask (B, rows, columns) as float (B, 1, H, W), 1 at the masked pixels of the image."""
     return F.interpolate(mask[:, None].to(image.dtype), image.shape[2:], mode="nearest")
+
+
+def split_by_mask(mask: Tensor, masked: int) -> tuple[Tensor, Tensor]:
+    """Return the indices of the visible and of the masked patches, int64 (B, N - m) and (B, m), row by row.
+
+    Args:
+        mask: bool (B, rows, columns), True at m places of each image.
+        masked: m; reading it from the mask would wait for a GPU.
+    """
+    order = mask.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
+    visible = order.shape[1] - masked
+    return order[:, :visible], order[:, visible:]
+
+
+def patchify(image: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the patches of images (B, C, H, W) in a grid of rows and columns, (B, rows * columns, C, h, w)."""
+    rows, columns = grid
+    return image.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Return the rows `index`, int64 (B, n), of x, (B, N, C)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
