@@ -15,7 +15,7 @@ from datamodules.bands import BandEvalTransform, BandTrainTransform
 from datamodules.batch import BatchTransform
 from datamodules.classes import Classes
 from datamodules.holdout import hold_out
-from datamodules.images import EncodedImages, LabelledImages
+from datamodules.images import EncodedImages, LabelledImages, Subset, draw_shots
 from datamodules.loader import BatchFetcher, ImageSet, Loader, TrainLoader, stack
 from datamodules.resident import Labels, Residents, fits
 from datamodules.sampler import EvalSampler, TrainSampler, repeat_factors
@@ -261,6 +261,7 @@ class ClassificationData(ImageData):
         crop_mode: center, squash or border, as in timm.
         interpolation: interpolation of evaluation's resizing, as in timm.
         flip: whether a mirrored image keeps its label. If it does not, the recipe's hflip and vflip are not applied.
+        shots: number of images of each class to train on, drawn by the seed. None means all images.
         augment: the recipe's augmentation, with the fields of `datamodules.transforms.Augment`. None means no
             augmentation.
         token_maps: folder of label maps of the training images, as `datamodules.token_maps` reads them.
@@ -289,6 +290,7 @@ class ClassificationData(ImageData):
         crop_mode: str = "center",
         interpolation: str = "bicubic",
         flip: bool = True,
+        shots: int | None = None,
         augment: Mapping | None = None,
         token_maps: str | None = None,
         batch_size: int = 64,
@@ -299,6 +301,9 @@ class ClassificationData(ImageData):
         if not 0 < crop_pct <= MAX_CROP_PCT:
             raise ValueError(f"data.crop_pct must be above 0 and at most {MAX_CROP_PCT}, not {crop_pct!r}")
         config = {} if augment is None else dict(augment)
+        if shots is not None and shots < 1:
+            raise ValueError(f"data.shots must be at least 1, or null for all images, not {shots!r}")
+        self.flip, self.shots = flip, shots
         if not flip:
             config |= {"hflip": 0.0, "vflip": 0.0}
         self.augment = Augment.from_config(config)
@@ -321,7 +326,8 @@ class ClassificationData(ImageData):
             size: train(self.augment, size, mean=self.mean, in_chans=self.in_chans) for size in self.augment.sizes or ()
         }
         self.holdout = holdout
-        self._held_out: dict[str, LabelledImages] = {}
+        # Images of a split by its name, without those that `holdout` and `shots` leave out.
+        self._chosen: dict[str, LabelledImages] = {}
         self._batch_transform: BatchTransform | None = None
         self._residents: dict[str, Residents] = {}
 
@@ -340,12 +346,17 @@ class ClassificationData(ImageData):
         return SizeSchedule(self.augment.sizes, self.augment.size_by == "step", self.seed, epochs)
 
     def images(self, split: str) -> Any:
-        if self.holdout is None or split == "test":
-            return super().images(split)
-        if not self._held_out:
-            train, held = hold_out(super().images("train"), self.holdout)
-            self._held_out = {"train": train, "val": held}
-        return self._held_out[split]
+        if split not in self._chosen:
+            if self.holdout is None or split == "test":
+                images = super().images(split)
+            else:
+                train, held = hold_out(super().images("train"), self.holdout)
+                images = train if split == "train" else held
+            if self.shots is not None and split == "train":
+                drawn = draw_shots(images.labels, np.ones(len(images), bool), self.shots, self.seed)
+                images = Subset(images, np.flatnonzero(drawn))
+            self._chosen[split] = images
+        return self._chosen[split]
 
     def image_classes(self, images: LabelledImages) -> tuple[np.ndarray, np.ndarray]:
         return np.arange(len(images)), images.labels

@@ -17,7 +17,7 @@ from datamodules.coco_format import CocoIndex
 from datamodules.decode import BrokenImage, read_file, read_size
 from datamodules.dense_prediction import DensePredictionData
 from datamodules.dense_transforms import normalise_padded, pad_images
-from datamodules.images import EncodedImages
+from datamodules.images import EncodedImages, draw_shots
 from datamodules.split_checks import check_labels
 from retinue.utils.arithmetic import round_up
 from retinue.utils.suggestions import nearest
@@ -233,25 +233,6 @@ class DetectionData(DensePredictionData):
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         return batch | {"image": normalise_padded(batch["image"], batch["sizes"], self.mean, self.std)}
-
-
-def draw_shots(labels: np.ndarray, is_object: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Draw objects of each class without replacement; the draw of fewer shots with the same seed is a part of it.
-
-    Args:
-        labels: (A,) class of each annotation.
-        is_object: bool (A,), which annotations are objects to train on.
-        shots: number of objects of each class; a class with fewer objects keeps all of them.
-        seed: seed of the draw.
-
-    Returns:
-        bool (A,), which annotations were drawn.
-    """
-    drawn = np.zeros(len(labels), bool)
-    for label in np.unique(labels[is_object]).tolist():
-        objects = np.flatnonzero(is_object & (labels == label))
-        drawn[np.random.default_rng([seed, label]).permutation(objects)[:shots]] = True
-    return drawn
 
 
 def check_classes(classes: Any) -> list[str] | None:

@@ -2,35 +2,10 @@
 
 import numpy as np
 
-from datamodules.images import LabelledImages, index_in_class
+from datamodules.images import LabelledImages, Subset, index_in_class
 
 # Seed of the choice, which is the same for all runs.
 SEED = 0
-
-
-class Subset(LabelledImages):
-    """Some images of a set, with the names that they have in it.
-
-    Args:
-        images: The set.
-        positions: (N,) positions of the images in the set.
-    """
-
-    def __init__(self, images: LabelledImages, positions: np.ndarray):
-        self.images, self.positions, self.labels = images, positions, images.labels[positions]
-
-    @property
-    def blank(self) -> dict:
-        return self.images.blank
-
-    def __getitem__(self, index: int) -> dict:
-        return self.images[int(self.positions[index])]
-
-    def image(self, index: int) -> np.ndarray:
-        return self.images.image(int(self.positions[index]))
-
-    def name(self, index: int) -> str:
-        return self.images.name(int(self.positions[index]))
 
 
 def hold_out(images: LabelledImages, count: int) -> tuple[Subset, Subset]:

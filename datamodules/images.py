@@ -121,6 +121,31 @@ class FileImages(EncodedImages):
         return os.fsdecode(self.files[index].item())
 
 
+class Subset(LabelledImages):
+    """Some images of another set.
+
+    Args:
+        images: the other set.
+        positions: (N,) positions of the images in it.
+    """
+
+    def __init__(self, images: LabelledImages, positions: np.ndarray):
+        self.source, self.positions, self.labels = images, positions, images.labels[positions]
+
+    @property
+    def blank(self) -> dict:
+        return self.source.blank
+
+    def __getitem__(self, index: int) -> dict:
+        return self.source[int(self.positions[index])]
+
+    def image(self, index: int) -> np.ndarray:
+        return self.source.image(int(self.positions[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.positions[index]))
+
+
 def list_images(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
     """Return the names of all files below `folder` with one of the extensions, relative to it and sorted."""
     names = []
@@ -179,3 +204,22 @@ def index_in_class(labels: np.ndarray) -> np.ndarray:
     counts = np.empty_like(order)
     counts[order] = np.arange(len(labels)) - first
     return counts
+
+
+def draw_shots(labels: np.ndarray, is_object: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Draw objects or images of each class; the draw of fewer shots with the same seed is a part of it.
+
+    Args:
+        labels: (A,) class of each annotation or image.
+        is_object: bool (A,), which of them may be drawn.
+        shots: number for each class; a class with fewer keeps all of them.
+        seed: seed of the draw.
+
+    Returns:
+        bool (A,), which of them were drawn.
+    """
+    drawn = np.zeros(len(labels), bool)
+    for label in np.unique(labels[is_object]).tolist():
+        objects = np.flatnonzero(is_object & (labels == label))
+        drawn[np.random.default_rng([seed, label]).permutation(objects)[:shots]] = True
+    return drawn

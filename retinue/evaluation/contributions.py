@@ -34,7 +34,8 @@ class Contributions:
             `top5`), its `loss`, `brier` score and `label`. Multi-label classification: the attributes of `Scores`
             except `index`. Segmentation: `areas` (N, 3, K) of `segmentation.areas`. Panoptic: `counts` (N, 4, K) of
             `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`, of boxes as `box_...` and of
-            masks as `mask_...`. BossNAS: `agreement`.
+            masks as `mask_...`. BossNAS: `agreement`. Pretraining: whether each image is right by its neighbours
+            (`knn_top1`) and by the linear probe (`probe_top1`).
     """
 
     task: str
@@ -136,6 +137,10 @@ def _detection(arrays: Mapping[str, np.ndarray]) -> Figures:
     return figures
 
 
+def _pretraining(arrays: Mapping[str, np.ndarray]) -> Figures:
+    return lambda draws: {name: float(draws @ hits / draws.sum()) for name, hits in arrays.items()}
+
+
 # Functions from the arrays to `Figures`, by the task's name.
 TASKS: dict[str, Callable[[Mapping[str, np.ndarray]], Figures]] = {
     "classification": _classification,
@@ -144,4 +149,5 @@ TASKS: dict[str, Callable[[Mapping[str, np.ndarray]], Figures]] = {
     "panoptic": _panoptic,
     "detection": _detection,
     "bossnas": _bossnas,
+    "pretraining": _pretraining,
 }

@@ -70,7 +70,7 @@ class Checkpoints(Checkpoint):
 
     Args:
         folder: `<run>/checkpoints`.
-        monitor: name of the figure, such as `val/top1`; its highest value is the best.
+        monitor: name of the figure, such as `val/top1`; its highest value is the best, of `val/loss` the lowest.
         every_minutes: minutes between two checkpoints within an epoch; None for no limit.
         every_steps: optimiser steps between two checkpoints within an epoch; None for no limit.
         top_k: number of best epochs whose checkpoints are kept; None keeps the best one only, as `best.ckpt`.
@@ -146,7 +146,8 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # With recipe.val_every, an epoch without a validation has no figures.
-        score = pl_module.val_figures.get(self.monitor, -math.inf)
+        sign = -1 if self.monitor == "val/loss" else 1
+        score = sign * pl_module.val_figures.get(self.monitor, -sign * math.inf)
         # A net without a finite figure or loss is never the best; max() would keep a NaN for good.
         is_finite = math.isfinite(score) and math.isfinite(pl_module.val_figures.get("val/loss", 0.0))
         is_best = is_finite and score > self.best

@@ -27,6 +27,7 @@ def register_resolvers() -> None:
     """Register the interpolations that conf/ uses; call this before Hydra composes."""
     OmegaConf.register_new_resolver("recipe_for", recipe_for, replace=True)
     OmegaConf.register_new_resolver("at_most", at_most, replace=True)
+    OmegaConf.register_new_resolver("by_kind", by_kind, replace=True)
     folders = {
         "run_folder": run_folder, "evaluation_folder": evaluation_folder, "prediction_folder": prediction_folder,
         "probing_folder": probing_folder,
@@ -44,6 +45,17 @@ def at_most(length: float, limit: Any) -> float:
         limit: the length of the training in epochs; a value that is no number is left to the schema.
     """
     return min(length, limit) if isinstance(limit, int) and limit > 0 else length
+
+
+def by_kind(kind: str, small: Any, other: Any) -> Any:
+    """Return the value of a method for small data or for other data: the papers' values are for a million images.
+
+    Args:
+        kind: the kind of the data, such as small or imagenet.
+        small: the value for small data.
+        other: the value for other data.
+    """
+    return small if kind == "small" else other
 
 
 def _checked_folder(folder: Callable[[DictConfig], str], cfg: DictConfig) -> str:

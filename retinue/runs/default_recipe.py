@@ -9,21 +9,25 @@ from omegaconf import OmegaConf
 from retinue.utils.tasks import CLASSIFIERS
 
 
-def recipe_for(task: str, data: str, model: str, head: str) -> str:
+def recipe_for(task: str, data: str, model: str, head: str, method: str = "none") -> str:
     """Return the name of the default recipe; conf/train.yaml interpolates it into the defaults list.
 
     On small data the task's small recipe is the default: `small_data`, `small_detection`, ... On other data it is the
     recipe that the head's yaml names; for a classifier the recipe that the model's yaml names, for multi-label
-    classification `multi_label`. A model's yaml that names no recipe gets `deit`, a head's yaml that names none the
-    task's small recipe.
+    classification `multi_label`, for pretraining the recipe that the method's yaml names. A model's yaml that names no
+    recipe gets `deit`, another yaml that names none the task's small recipe.
 
     Args:
         task: choice of the config group `task`.
         data: choice of the config group `data`; `none` if the command line chooses none.
         model: choice of the config group `model`.
         head: choice of the config group `head`; `none` if the command line chooses none.
+        method: choice of the config group `method`; `none` if the command line chooses none.
     """
     small = _declared("data", data, "kind", "small") == "small"
+    if task == "pretraining":
+        method = f"default_{task}" if method == "none" else method
+        return "small_pretraining" if small else _declared("method", method, "recipe", "small_pretraining")
     if task in CLASSIFIERS:
         own = "small_data" if task in ("classification", "hashing") else f"small_{task}"
         large = task if task == "multi_label" else _declared("model", model, "recipe", "deit")

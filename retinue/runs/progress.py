@@ -62,7 +62,7 @@ class TrainingLog(Callback):
             # The time of the steps that the GPU has not finished would otherwise count as validation.
             torch.cuda.synchronize()
         now = time.perf_counter()
-        images = len(batch["image"]) * trainer.world_size
+        images = len(batch["index"]) * trainer.world_size
         self.seconds += now - self._step_began
         self.images += images
         self._window_seconds += now - self._step_began

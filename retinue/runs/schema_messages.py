@@ -42,7 +42,7 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return separator.join([*parts, "null"] if type(None) in arguments else parts)
     if origin is list:
         return _list(describe(arguments[0]), metadata)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if _is_keys(annotation):
         return TYPES[dict]
     return TYPES[annotation] + _range(metadata)
 
@@ -87,13 +87,19 @@ def one_line(error: ValidationError, schema: type[BaseModel], values: Mapping[st
     keys: list[str] = []
     value: Any = values
     for part in fault["loc"]:
-        if not (isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields):
+        model = _without_null(model)
+        if len(keys) > 1 and get_origin(model) is dict and _is_keys(get_args(model)[1]):
+            # An entry of a mapping within a section, such as a view, has the type of all entries.
+            keys.append(str(part))
+            value, model = value[part], get_args(model)[1]
+            continue
+        if not (_is_keys(model) and part in model.model_fields):
             break
-        field = model.model_fields[str(part)]
+        entry: FieldInfo = model.model_fields[str(part)]
         keys.append(str(part))
         value = value.get(part) if isinstance(value, Mapping) else value
-        model = field.annotation
-    of_several_keys = isinstance(model, type) and issubclass(model, BaseModel)
+        field, model = entry, entry.annotation
+    of_several_keys = _is_keys(model)
     if field is None or (of_several_keys and fault["type"] == "value_error"):
         # A validator of several keys together words its own message.
         return fault["msg"].removeprefix("Value error, ")
@@ -108,6 +114,20 @@ def one_line(error: ValidationError, schema: type[BaseModel], values: Mapping[st
     if fault["type"] == "missing":
         return f"{key} is missing: it must be {expected}"
     return f"{key} must be {expected}, not {given}.{_hint(value, field.annotation)}".removesuffix(".")
+
+
+def _is_keys(annotation: Any) -> bool:
+    """Tell whether a type is a model of several keys."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _without_null(annotation: Any) -> Any:
+    """Return the type T of `Annotated[T, ...]` and of `T | None`; other types as they are."""
+    if get_origin(annotation) is Annotated:
+        return _without_null(get_args(annotation)[0])
+    others = [argument for argument in get_args(annotation) if argument is not type(None)]
+    is_optional = get_origin(annotation) in (Union, types.UnionType) and len(others) == 1
+    return _without_null(others[0]) if is_optional else annotation
 
 
 def _hint(value: Any, annotation: Any) -> str:

@@ -286,6 +286,12 @@ class MultiLabelRecipe(ClassificationRecipe):
     )
 
 
+class PretrainingRecipe(Recipe):
+    """`conf/recipe/*.yaml` for pretraining."""
+
+    augment: ClassificationAugment = Field(description="augmentation of each view; docs/pretraining.md explains it")
+
+
 class DenseRecipe(Recipe):
     """`conf/recipe/*.yaml` for detection, segmentation and panoptic segmentation."""
 
@@ -336,6 +342,9 @@ class ClassificationData(Data):
         None, description="interpolation of evaluation's resizing"
     )
     flip: bool = Field(description="false: a mirrored image has another label, so hflip and vflip are not applied")
+    shots: Count | None = Field(
+        None, description="images of each class to train on, drawn by the seed; null: all images"
+    )
 
 
 class DenseData(Data):

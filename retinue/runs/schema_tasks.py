@@ -172,6 +172,15 @@ class PanopticTask(Task):
     figure: Literal["pq", "pq_things", "pq_stuff", "sq", "rq"] = Field(description=FIGURE)
 
 
+class PretrainingTask(Task):
+    """`conf/task/pretraining.yaml`."""
+
+    figure: Literal["loss", "knn_top1", "probe_top1", "rankme"] = Field(description=FIGURE)
+    bank: WholeNumber = Field(
+        description="maximum number of training images that neighbours and a linear probe learn from; 0: neither"
+    )
+
+
 class Inference(Keys):
     """`task.test` of segmentation."""
 

@@ -250,9 +250,11 @@ def check_sizes(task: Task, datamodule: Any) -> None:
 
 
 def result_labels(cfg: DictConfig) -> dict[str, str]:
-    """Return the labels of a result: `task`, `model`, `data`, and `head` for detection and segmentation."""
+    """Return the labels of a result: `task`, `model`, `data`, and where there are any `method` and `head`."""
     head = {"head": cfg.head.name} if cfg.head.name else {}
-    return {"task": cfg.task.name, "model": model_name(cfg.model, size_pixels(cfg.data)), **head, "data": cfg.data.name}
+    method = {"method": cfg.method.name} if "method" in cfg else {}
+    net = model_name(cfg.model, size_pixels(cfg.data))
+    return {"task": cfg.task.name, **method, "model": net, **head, "data": cfg.data.name}
 
 
 def test(cfg: DictConfig, task: Task, datamodule: pl.LightningDataModule) -> dict[str, Any]:
@@ -264,20 +266,24 @@ def test(cfg: DictConfig, task: Task, datamodule: pl.LightningDataModule) -> dic
     build_trainer(cfg, logger=False, strategy=strategy).test(task, datamodule=datamodule, verbose=False)
     figures = {f"test/{name}": value for name, value in task.test_figures(datamodule).items()}
     if task.trainer.is_global_zero:
-        task.contributions(datamodule).write(Path(cfg.run_dir))
+        contributions = task.contributions(datamodule)
+        if contributions is not None:
+            contributions.write(Path(cfg.run_dir))
     return figures
 
 
 def build_data(cfg: DictConfig) -> Any:
     """Return the LightningDataModule of `cfg.data`, with the recipe's augmentation and no open preprocessing."""
-    return instantiate(
+    task: Any = get_class(cfg.task._target_)
+    datamodule = instantiate(
         _arguments(OmegaConf.create(resolved_data(cfg)), "name", "task", "kind", "own"),
         augment=OmegaConf.to_container(cfg.recipe.augment, resolve=True),
         batch_size=per_device_batch(cfg),
         seed=cfg.seed,
-        **get_class(cfg.task._target_).data_arguments(cfg),
+        **task.data_arguments(cfg),
         _convert_="all",
     )
+    return task.adapt_data(cfg, datamodule)
 
 
 def build_task(cfg: DictConfig, datamodule: Any) -> Any:

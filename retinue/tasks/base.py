@@ -99,6 +99,11 @@ class Task(pl.LightningModule):
         """Return further arguments for the data module of a run's config, where the data depend on the net."""
         return {}
 
+    @staticmethod
+    def adapt_data(cfg: Any, datamodule: Any) -> Any:
+        """Return the data module that the task reads; a task may wrap that of the config."""
+        return datamodule
+
     def start_from(self, weights: str, drop_classifier: bool) -> None:
         """Load the weights that training starts from.
 
@@ -115,8 +120,8 @@ class Task(pl.LightningModule):
         """Return the figures of the last test by name, the same on all ranks."""
         raise NotImplementedError
 
-    def contributions(self, datamodule: Any) -> Contributions:
-        """Return what each image of the last test adds to the figures, the same on all ranks."""
+    def contributions(self, datamodule: Any) -> Contributions | None:
+        """Return what each image of the last test adds to the figures, the same on all ranks; None if unknown."""
         raise NotImplementedError
 
     def write_report(self, folder: Path, datamodule: Any) -> None:

@@ -11,6 +11,7 @@ from tests.vectors import VECTOR_FILES
 from tests.vectors.claims import HEADS, NETS
 from tests.vectors.comparison import assert_reproduces
 from tests.vectors.kinds import classes
+from tests.vectors.method_claims import METHODS
 from tests.vectors.op_claims import OPS, PARTS
 
 # Sides of images, in pixels, that are neither those of the vectors nor unfit for the net; 256 by default.
@@ -26,13 +27,13 @@ VECTORS = [
 
 @pytest.mark.parametrize("name", VECTORS)
 def test_matches_the_authors_code(name):
-    claims = NETS | OPS | PARTS
-    assert name in claims, "no claim in tests/vectors/claims.py or op_claims.py names this vector"
+    claims = NETS | OPS | PARTS | METHODS
+    assert name in claims, "no claim in tests/vectors/claims.py, op_claims.py or method_claims.py names this vector"
     assert_reproduces(claims[name], load_vector(VECTOR_FILES[name]))
 
 
 def test_every_vector_is_claimed_once():
-    names = [*NETS, *OPS, *PARTS, *HEADS]
+    names = [*NETS, *OPS, *PARTS, *METHODS, *HEADS]
     assert len(names) == len(set(names))
     assert set(VECTOR_FILES) <= set(names)
 
@@ -40,7 +41,7 @@ def test_every_vector_is_claimed_once():
 def test_every_claim_belongs_to_a_system_that_has_vectors():
     """Claims may name vectors that the repository does not hold, but a mistyped system is an error."""
     systems = {name.partition("__")[0] for name in VECTOR_FILES}
-    assert {name.partition("__")[0] for name in [*NETS, *OPS, *PARTS, *HEADS]} <= systems
+    assert {name.partition("__")[0] for name in [*NETS, *OPS, *PARTS, *METHODS, *HEADS]} <= systems
 
 
 def one_classifier_per_system() -> list[Any]:

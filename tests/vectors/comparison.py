@@ -11,13 +11,16 @@ from models.reference import make_input, official_state, relative_error
 from models.weights import rename_weights
 from tests.vectors.blocks import Block
 from tests.vectors.kinds import Net, Op, Part
+from tests.vectors.method_claims import SimMIMNet
+
+Claim = Net | Op | Part | Block | SimMIMNet
 
 TOLERANCE = 1e-5
 # Relative rounding error of float32, and a change of the input that matters as much as rounding inside a deep net.
 ROUNDING, CHOICE_NOISE = 2**-24, 2**-21
 
 
-def assert_reproduces(claim: Net | Op | Part | Block, vector: Mapping[str, Any]) -> None:
+def assert_reproduces(claim: Claim, vector: Mapping[str, Any]) -> None:
     """Check that a module of ours has the vector's parameters and, with its weights, its outputs.
 
     The weights are loaded as those of a released checkpoint are.
@@ -55,13 +58,13 @@ def _kept_as_built(model: nn.Module, vector: Mapping[str, Any]) -> dict[str, Ten
     return {name: value for name, value in model.state_dict().items() if name in names}
 
 
-def _run(claim: Net | Op | Part | Block, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+def _run(claim: Claim, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
     with torch.inference_mode():
         return claim.run(model, vector, x)
 
 
 def _perturbed(
-    claim: Net | Op | Part | Block, model: nn.Module, vector: Mapping[str, Any], x: Tensor, noise: float
+    claim: Claim, model: nn.Module, vector: Mapping[str, Any], x: Tensor, noise: float
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield the outputs for four inputs that differ from `x` by random relative changes of size `noise`."""
     for seed in range(4):
@@ -69,7 +72,7 @@ def _perturbed(
         yield _run(claim, model, vector, x * (1 + changes))
 
 
-def _sensitivity(claim: Net | Op | Part | Block, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> list[float]:
+def _sensitivity(claim: Claim, model: nn.Module, vector: Mapping[str, Any], x: Tensor) -> list[float]:
     """Return the largest relative change of each output when the input changes by float32's rounding error.
 
     Args:

@@ -90,7 +90,7 @@ TRAIN = {
     "data must be one of ade20k,": ["data=null"],
     "model must be one of agent,": ["model=null"],
     "trainer must be one of auto, cpu, ddp, fsdp, gpu, not null": ["trainer=null"],
-    "task must be one of bossnas, classification, detection, hashing, multi_label, panoptic, segmentation, supernet": [
+    "task must be one of bossnas, classification, detection, hashing, multi_label, panoptic, pretraining,": [
         "task=null"
     ],
     "logger must be one of none, tensorboard, wandb, not null": ["logger=null"],

@@ -1,0 +1,1 @@
+"""Methods of self-supervised pretraining, one file each; `conf/method/*.yaml` names their classes."""
