@@ -30,7 +30,7 @@ def test_a_run_and_its_weights_in_other_tasks(cli):
     log = [row for row in rows(cli.folder / "run/metrics.csv") if row["val/loss"]]
     assert len(log) == 2 and all(row["val/knn_top1"] and row["val/probe_top1"] and row["val/rankme"] for row in log)
 
-    # Of the loss the lowest value is the best.
+    # The lowest loss is the best one.
     losses = [float(row["val/loss"]) for row in log]
     best = cli.folder / "run/checkpoints/best.ckpt"
     saved = torch.load(best, weights_only=True)
