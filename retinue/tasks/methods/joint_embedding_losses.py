@@ -38,8 +38,8 @@ def self_distillation(
     targets = ((teacher.detach().float() - center) / teacher_temperature).softmax(-1)
     log_p = (student.float() / student_temperature).log_softmax(-1)
     entropies = -torch.einsum("gbk,vbk->gv", targets, log_p) / student.shape[1]
-    same_view = torch.eye(*entropies.shape, dtype=torch.bool, device=entropies.device)
-    return entropies[~same_view].mean()
+    other_view = 1 - torch.eye(*entropies.shape, device=entropies.device)
+    return (entropies * other_view).sum() / other_view.sum()
 
 
 def sigreg(embeddings: Tensor, directions: Tensor, *, over_processes: bool) -> Tensor:
