@@ -56,10 +56,12 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """The run's identity with dotted names such as `recipe.optimizer.lr`, without the seed.
 
-        An evaluation has its own image size.
+        An evaluation has its own image size, and a probing its own probe and feature.
         """
         if self.result and self.kind == "evaluation" and "image_size" in self.result:
-            return self._config[1] | {"data.image_size": self.result["image_size"]}
+            probing = {name: self.result[name] for name in ("probe", "feature") if name in self.result}
+            probing |= {f"probe.{name}": value for name, value in flatten(self.result.get("settings", {}))}
+            return self._config[1] | {"data.image_size": self.result["image_size"]} | probing
         return self._config[1]
 
     @cached_property

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from models.reduction import list_reductions
 from ops import list_gates, list_ops
 from retinue.results.experiments import experiments
-from retinue.runs import schema, schema_sections, schema_tasks
+from retinue.runs import schema, schema_probes, schema_sections, schema_tasks
 from retinue.runs.help import GROUPS, OP_GIVEN, list_choices
 from retinue.runs.signatures import find_net, find_ops, find_reductions, list_arguments
 from retinue.utils.paths import CONF, PROJECT
@@ -194,9 +194,13 @@ def test_the_meanings_of_keys_without_a_group_are_in_the_overview(cli):
     assert "  save_images " in evaluation and "  batch_size " in evaluation and "rerun" not in evaluation
 
 
-@pytest.mark.parametrize("group", ["data", "recipe", "task", "trainer", "head"])
+@pytest.mark.parametrize("group", ["data", "recipe", "task", "trainer", "head", "probe"])
 def test_no_yaml_repeats_the_schemas_meaning_of_a_key(group):
-    sections = [section for module in (schema, schema_sections, schema_tasks) for section in vars(module).values()]
+    sections = [
+        section
+        for module in (schema, schema_sections, schema_tasks, schema_probes)
+        for section in vars(module).values()
+    ]
     sections = [section for section in sections if isinstance(section, type) and issubclass(section, BaseModel)]
     meanings = {field.description for section in sections for field in section.model_fields.values()} - {None}
     assert len(meanings) > 80

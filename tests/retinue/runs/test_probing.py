@@ -15,8 +15,9 @@ from PIL import Image
 
 from retinue.probing.cache import cached, images_digest, weights_digest
 from retinue.probing.features import KINDS, Features, read
+from retinue.results.collection import find_runs, group_runs
 from retinue.runs.preprocessing import resolve_preprocessing
-from retinue.runs.result_file import CLASSES
+from retinue.runs.result_file import CLASSES, write_result
 from retinue.runs.training import build_data, build_task, save_config
 from tests.retinue.runs.cli import SWIN, result, start, stop_when
 from tests.retinue.runs.test_config import composed
@@ -257,6 +258,22 @@ def test_a_map_of_either_layout_becomes_tokens(channels_last):
     place = tokens.unflatten(0, (2, 2))
     net = Tokens(place, output_fmt="NHWC") if channels_last else Tokens(place.permute(2, 0, 1))
     assert torch.equal(read(net, torch.zeros(1, 3, 8, 8), "map")[0], tokens)
+
+
+def test_probings_with_different_probes_features_or_settings_are_not_averaged(tmp_path):
+    choices = [
+        ("knn", "head", {"k": [5]}),
+        ("knn", "mean", {"k": [5]}),
+        ("knn", "head", {"k": [9]}),
+        ("few_shot", "head", {}),
+    ]
+    for seed in (0, 1):
+        for number, (name, feature, settings) in enumerate(choices):
+            content = {"probe": name, "feature": feature, "settings": settings, "seed": seed, "model": "swin_nano"}
+            content |= {"task": "probing", "data": "digits", "weights": "a.pth", "image_size": 32}
+            write_result(tmp_path / f"{number}{seed}", content | {"metrics": {"test/top1": 0.5}})
+    groups = group_runs(find_runs(tmp_path))
+    assert sorted(len(group.runs) for group in groups) == [2, 2, 2, 2]
 
 
 def test_digests_tell_weights_and_images_apart(tmp_path):
