@@ -213,6 +213,12 @@ def test_a_step_with_label_maps(name, mixed):
     assert all(p.grad is not None for p in net.parameters())
 
 
+def test_token_labels_need_all_tokens():
+    net = build("evit_lvvit_small", num_classes=3, img_size=64, depths=(1,), reduce_at=[0])
+    with pytest.raises(ValueError, match=r"token labels need a net that keeps all tokens.* 16 tokens have labels"):
+        make_task(net, token_labels=TOKENS).training_step(token_batch(False), 0)
+
+
 def test_token_labels_with_the_datas_label_for_the_image():
     net = build("lvvit_tiny", num_classes=3, depths=(1,), img_size=64)
     batch = token_batch(False)
