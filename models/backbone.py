@@ -153,6 +153,9 @@ class Backbone(nn.Module):
             return self.forward_head(features)
         assert self.token_classifier is not None
         scores = self.token_classifier(self.map_tokens(features))
+        if scores.shape != losses.token_labels.shape:
+            counts = f"{losses.token_labels.shape[1]} tokens have labels, and {scores.shape[1]} are left"
+            raise ValueError(f"token labels need a net that keeps all tokens, such as model=lvvit: {counts}")
         losses.add("token_labels", F.cross_entropy(scores.flatten(0, 1), losses.token_labels.flatten(0, 1)))
         # The label of the image is learned by the image's classifier alone, as in the authors' code.
         return Backbone.forward_head(self, features)

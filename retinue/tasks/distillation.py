@@ -16,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from datamodules.batch import channel_values
+from datamodules.loader import private_rng
 from models.backbone import Backbone
 from models.factory import check_name, image_size_argument
 from models.plain import PlainBackbone
@@ -81,13 +82,15 @@ class Teacher:
     def net(self) -> nn.Module:
         """The teacher. It is loaded when training first uses it, since the evaluation of a student needs no teacher."""
         try:
-            net = timm.create_model(
-                self.teacher,
-                pretrained=self.weights is None,
-                num_classes=self.num_classes,
-                in_chans=len(self.preprocessing["mean"]),
-                **image_size_argument(self.teacher, self.size),
-            )
+            # The initial weights draw random numbers, and a resumed run loads the teacher in another step.
+            with private_rng():
+                net = timm.create_model(
+                    self.teacher,
+                    pretrained=self.weights is None,
+                    num_classes=self.num_classes,
+                    in_chans=len(self.preprocessing["mean"]),
+                    **image_size_argument(self.teacher, self.size),
+                )
         except RuntimeError as error:
             # timm has no pretrained weights of that name.
             raise ValueError(f"task.distillation.teacher={self.teacher} needs task.distillation.weights") from error

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torchvision.ops import roi_align
+from torchvision.ops import RoIAlign
 
 from datamodules.auto_augment import Op
 from datamodules.token_maps import SAMPLES, LabelMaps, token_scores, view_matrix
@@ -25,7 +25,7 @@ def test_a_crop_is_roi_align_over_the_listed_classes():
         dense[b, labels[b, k, y, x], y, x] = scores[b, k, y, x]
     rois = [(i, left, top, left + width, top + height) for i, (top, left, height, width) in enumerate(boxes)]
     rois = torch.tensor(rois) * torch.tensor([1.0, 18, 18, 18, 18])
-    expected = roi_align(dense, rois, (5, 4), sampling_ratio=SAMPLES, aligned=True)
+    expected = RoIAlign((5, 4), spatial_scale=1.0, sampling_ratio=SAMPLES, aligned=True)(dense, rois)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 

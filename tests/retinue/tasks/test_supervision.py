@@ -16,7 +16,7 @@ from ops.losses import Losses
 from retinue.tasks.attention_labels import attended_share, attention_targets
 from retinue.tasks.classification import Classification
 from retinue.tasks.consistency import jensen_shannon
-from retinue.tasks.distillation import dense_scores
+from retinue.tasks.distillation import Teacher, dense_scores
 from tests.models.test_backbones import build
 from tests.models.test_losses import RECIPE
 
@@ -213,6 +213,12 @@ def test_a_step_with_label_maps(name, mixed):
     assert all(p.grad is not None for p in net.parameters())
 
 
+def test_token_labels_need_all_tokens():
+    net = build("evit_lvvit_small", num_classes=3, img_size=64, depths=(1,), reduce_at=[0])
+    with pytest.raises(ValueError, match=r"token labels need a net that keeps all tokens.* 16 tokens have labels"):
+        make_task(net, token_labels=TOKENS).training_step(token_batch(False), 0)
+
+
 def test_token_labels_with_the_datas_label_for_the_image():
     net = build("lvvit_tiny", num_classes=3, depths=(1,), img_size=64)
     batch = token_batch(False)
@@ -272,6 +278,23 @@ def test_a_teacher_labels_the_tokens_of_the_mixed_images():
     tokens = -(labels * net.aux_head(features[:, 1:]).log_softmax(-1)).sum(-1).mean()
     image = -(smooth(maps.mean((2, 3)).softmax(-1)) * net.head(features[:, 0]).log_softmax(-1)).sum(-1).mean()
     assert torch.allclose(loss, image + 0.5 * tokens, atol=1e-5)
+
+
+def test_loading_the_teacher_draws_no_random_numbers_of_the_training(tmp_path):
+    torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "teacher.pth")
+    teacher = Teacher(
+        teacher="resnet10t",
+        weights=str(tmp_path / "teacher.pth"),
+        mode="soft",
+        alpha=0.5,
+        temperature=1.0,
+        num_classes=3,
+    )
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    assert not teacher.net.training
+    assert torch.equal(torch.rand(3), expected)
 
 
 def smooth(p: torch.Tensor) -> torch.Tensor:
