@@ -21,6 +21,7 @@ IMAGENET = ("data=imagenet", "data.root=/data/in1k", "model=swin")
         "data=image_folder", "+model.args.drop_path_rate=0.3", "weights=start.pth", "recipe.clip_grad=5.0",
         "recipe.ema.decay=null", "task.distillation.teacher=resnet50", "recipe.augment.device=gpu",
         "recipe.augment.decode=reduced", "data.sampler=repeat_factor", "recipe.freeze=[stem]",
+        "data.sampler=balanced", "recipe.class_weights=balanced",
     ],
 )  # fmt: skip
 def test_the_folder_changes_with_what_changes_the_result(override):
@@ -33,7 +34,7 @@ def test_the_folder_changes_with_what_changes_the_result(override):
     [
         "data.num_workers=3", "logger=none", "trainer=cpu", "trainer.devices=2", "rerun=true",
         "checkpoint.every_steps=7", "task.distillation.alpha=0.7", "drop_classifier=true", "model.size=nano",
-        "data.repeat_threshold=0.5", "recipe.freeze=null",
+        "data.repeat_threshold=0.5", "recipe.freeze=null", "recipe.class_weights=null",
     ],
 )  # fmt: skip
 def test_the_folder_stays_with_what_does_not(override):
