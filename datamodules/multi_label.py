@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Cells of a column of a class that mean that the class is, or is not, in the image; -1 is CelebA's 0.
 PRESENT, ABSENT = ("1", "1.0"), ("0", "0.0", "-1", "-1.0", "")
+# Names of separators that a command line would need quotes for.
+SEPARATORS = {"space": " ", "semicolon": ";", "comma": ","}
 # One of every so many images is for validation if there is no file for it.
 VALIDATION_EVERY = 5
 
@@ -52,7 +54,7 @@ class MultiLabelCSV(MultiLabelData):
         suffix: what follows the names in the CSV file, such as .jpg.
         image_column: column of the images' names. None takes the first.
         label_column: column of the names of the classes. None takes the second of two columns.
-        separator: text between the names of classes; a blank stands for any white space.
+        separator: text between the names of classes, or a key of `SEPARATORS`; a blank stands for any white space.
         classes: names of the classes in the order of the labels; others are left out. None takes all names in `train`,
             sorted, or all columns but the first.
         common: arguments of `ClassificationData`.
@@ -79,12 +81,13 @@ class MultiLabelCSV(MultiLabelData):
         if train is None:
             raise ValueError("data=multi_label needs a CSV file of labels: data.train=FILE, relative to data.root")
         if not separator:
-            raise ValueError("data.separator must be the text between the names of classes, such as '|'")
+            raise ValueError(f"data.separator must be text between names, such as | or {', '.join(SEPARATORS)}")
         if isinstance(classes, str) or (classes is not None and len(set(classes)) < max(1, len(classes))):
             raise ValueError(f"data.classes must be a list of different names, not {classes!r}")
         self.files = {"train": train, "val": val, "test": test}
         self.folder, self.suffix = images, suffix
-        self.image_column, self.label_column, self.separator = image_column, label_column, separator
+        self.image_column, self.label_column = image_column, label_column
+        self.separator = SEPARATORS.get(separator, separator)
         self.classes = classes
 
     @property

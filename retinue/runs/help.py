@@ -110,7 +110,7 @@ def _overview(program: str) -> list[str]:
             continue
         choices = list_choices(group)
         names = ", ".join(choices)
-        shown = names if len(names) <= WIDTH - 30 else f"--help {group} lists them"
+        shown = names if len(names) <= WIDTH - 26 else f"--help {group} lists them"
         lines.append(f"  {group:16} {len(choices):4}   {shown}")
     return [
         *lines,

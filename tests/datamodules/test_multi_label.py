@@ -30,7 +30,7 @@ def make(folder, text, **arguments):
 
 @pytest.mark.parametrize("text", [NAMED, COLUMNS, NAMED.replace("|", "; ")])
 def test_both_forms_give_the_same_labels(folder, text):
-    separator = ";" if ";" in text else "|"
+    separator = "semicolon" if ";" in text else "|"
     data = make(folder, text, val="train.csv", separator=separator)
     assert list(data.class_names) == ["cat", "cow", "dog"] and list(data.splits) == ["train", "val"]
     for split in ("train", "val", "test"):
@@ -44,7 +44,7 @@ def test_both_forms_give_the_same_labels(folder, text):
 def test_some_classes_a_suffix_other_columns_and_every_fifth_image_for_validation(folder):
     text = "id,age,file,what\n7,3,a,cat dog\n8,,b,\n9,4,c,cow\n1,1,d,dog\n2,2,e,cow\n"
     data = make(
-        folder, text, suffix=".png", image_column="file", label_column="what", separator=" ", classes=["dog", "cat"]
+        folder, text, suffix=".png", image_column="file", label_column="what", separator="space", classes=["dog", "cat"]
     )
     assert data.images("train").labels.tolist() == [[0, 0], [0, 0], [1, 0], [0, 0]]
     assert data.images("val").labels.tolist() == [[1, 1]] and data.images("val").name(0) == "a.png"

@@ -1,6 +1,8 @@
 """Multi-label classification from the command line: training, evaluation, comparison and prediction."""
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from datamodules.scenes import write_scenes
 from retinue.evaluation.contributions import Contributions
@@ -49,6 +51,23 @@ def test_a_run_is_evaluated_and_predicts_the_images_of_its_test(cli, scenes, tmp
     for one, other in zip(predicted, truth, strict=True):
         assert [float(one[k]) for k in "0123456789"] == pytest.approx([float(other[k]) for k in "0123456789"], abs=1e-5)
     assert len(list((tmp_path / "out/images").iterdir())) == 7
+
+
+def test_a_run_learns_the_classes_of_a_csv_file(cli, tmp_path):
+    rng, rows_of_csv = np.random.default_rng(0), ["image,labels"]
+    for i in range(80):
+        present = rng.random(3) < 0.5
+        pixels = rng.integers(0, 100, (16, 16, 3)) + 120 * present
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i}.png")
+        names = [name for name, is_there in zip(("red", "green", "blue"), present, strict=True) if is_there]
+        rows_of_csv.append(f"{i}.png,{'|'.join(names)}")
+    (tmp_path / "train.csv").write_text("\n".join(rows_of_csv))
+    outcome = cli("train", *TASK, "data=multi_label", f"data.root={tmp_path}", "data.image_size=16", "recipe.epochs=4",
+                  "recipe.optimizer.lr=3e-3", "recipe.ema.decay=null", "hydra.run.dir=run")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    metrics = result(tmp_path / "run")["metrics"]
+    assert metrics["test/n"] == 16 and list(metrics["test/per_class"]) == ["blue", "green", "red"]
+    assert metrics["test/map"] > 0.95
 
 
 def test_what_does_not_fit_is_one_line(cli):
