@@ -312,6 +312,17 @@ class BossNAS(Classification):
             raise ValueError("task=bossnas keeps the views of an image together on one device: trainer.devices=1")
         return self
 
+    @model_validator(mode="after")
+    def _has_whole_batches_of_views(self) -> Self:
+        if isinstance(self, Training):
+            views, parts = self.recipe.augment.repeats, self.trainer.accumulate_grad_batches
+            if self.recipe.batch_size % (views * parts) or self.recipe.batch_size == views * parts:
+                raise ValueError(
+                    f"a batch of task=bossnas has all {views} views of two images or more: recipe.batch_size="
+                    f"{self.recipe.batch_size} must be a multiple of {views * parts}, and above it"
+                )
+        return self
+
 
 class Detection(Sections):
     """Sections of detection."""

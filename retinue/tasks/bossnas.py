@@ -40,8 +40,7 @@ class BossNAS(Task):
         kwargs: Further arguments of `Task`.
 
     Raises:
-        ValueError: The net is no supernet of BossNAS, or the recipe's views do not pair, do not fill a batch, or mix
-            images.
+        ValueError: The net is no supernet of BossNAS, or the recipe's views do not pair or mix images.
     """
 
     model: HyTraSupernet  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -49,12 +48,9 @@ class BossNAS(Task):
     def __init__(self, model: nn.Module, recipe: Mapping, *, num_classes: int, momentum: float, **kwargs):
         if not isinstance(model, HyTraSupernet):
             raise ValueError(f"task=bossnas needs model=hytra_supernet, not a {type(model).__name__}")
-        views, batch = recipe["augment"]["repeats"], recipe["batch_size"]
-        if views % 2 or batch % views or batch < 2 * views:
-            raise ValueError(
-                "task=bossnas needs pairs of views of two images at least: recipe.augment.repeats must be even, and "
-                f"recipe.batch_size a multiple of it, 2 or more, not {views} and {batch}"
-            )
+        views = recipe["augment"]["repeats"]
+        if views % 2:
+            raise ValueError(f"task=bossnas pairs the views of an image: recipe.augment.repeats={views} must be even")
         if recipe["augment"]["mixup"] or recipe["augment"]["cutmix"]:
             raise ValueError("task=bossnas compares images, so recipe.augment.mixup and cutmix must be 0")
         super().__init__(model, recipe, **kwargs)

@@ -83,7 +83,8 @@ def test_the_views_of_a_rating_are_two_augmentations_of_held_out_training_images
     ("arguments", "message"),
     [
         (("model=swin",), "task=bossnas needs model=hytra_supernet, not a Swin"),
-        (("model=hytra_supernet", "recipe.augment.repeats=3"), "repeats must be even, .* not 3 and 64"),
+        (("model=hytra_supernet", "recipe.augment.repeats=3"), "recipe.batch_size=64 must be a multiple of 3"),
+        (("model=hytra_supernet", "recipe.augment.repeats=1"), "recipe.augment.repeats=1 must be even"),
         (("model=hytra_supernet", "recipe.augment.mixup=0.8"), r"recipe\.augment\.mixup and cutmix must be 0"),
         (
             ("model=hytra_supernet", "trainer.devices=2", "trainer.strategy=ddp"),
