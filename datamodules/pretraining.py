@@ -1,5 +1,6 @@
 """Images for self-supervised pretraining: those of any data set, with the views that a method takes of each image."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from datamodules.base import ClassificationData, ImageData
 from datamodules.batch import BatchTransform
-from datamodules.images import LabelledImages, Subset
+from datamodules.images import EncodedImages, LabelledImages, Subset
 from datamodules.loader import BatchFetcher, Loader, seed_rng
 from datamodules.sampler import EvalSampler
 from datamodules.transforms import Augment
@@ -75,7 +76,8 @@ class PretrainingData(ImageData):
             batch_size=source.batch_size,
             seed=source.seed,
         )
-        self.repeats = Augment.from_config(augment).repeats
+        common = Augment.from_config(augment)
+        self.repeats, self.reduced_decoding = common.repeats, common.decode is not None
         self.train_transform = ViewTransform(
             [View.from_config(view) for view in views.values()],
             augment, self.image_size, flip=source.flip, mean=self.mean, in_chans=self.in_chans, bands=self.has_bands,
@@ -106,9 +108,13 @@ class PretrainingData(ImageData):
         return self.source.load(split)
 
     def _source(self, split: str) -> tuple[BatchFetcher, Callable[[dict], dict] | None]:
+        images = self.images(split)
         if split == "train":
-            return super()._source(split)
-        return HeldOutFetcher(self.images(split), self.eval_transform, self.collate, seed=self.seed), None
+            if self.reduced_decoding and isinstance(images, EncodedImages):
+                images = copy.copy(images)
+                images.undecoded = True
+            return BatchFetcher(images, self.train_transform, self.collate), None
+        return HeldOutFetcher(images, self.eval_transform, self.collate, seed=self.seed), None
 
     def bank_dataloader(self, limit: int) -> Loader:
         """Return a loader of at most `limit` training images at equal distances, without views."""

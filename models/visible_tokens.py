@@ -32,21 +32,19 @@ class VisibleTokens(nn.Module):
 
     def __init__(self, net: Any):
         super().__init__()
-        ours = isinstance(net, PlainBackbone) and net.block is Block
-        full = ours and all(isinstance(block.mixer, FullAttention) and block.mixer.lepe is None for block in net.blocks)  # pyright: ignore[reportGeneralTypeIssues]
-        if not (full or isinstance(net, VisionTransformer)) or net.pos_embed is None:
+        if not is_plain(net) or net.pos_embed is None:
             raise ValueError(
                 f"method=mae needs a ViT with full attention and learned positions, not {type(net).__name__}: such as "
                 "model=deit, or model=timm model.name=vit_base_patch16_224"
             )
-        self.ours = ours
-        self.extra: int = net.extra if ours else net.num_prefix_tokens
+        self.ours = isinstance(net, PlainBackbone)
+        self.extra: int = net.extra if self.ours else net.num_prefix_tokens
         self.grid: tuple[int, int] = net.patch_embed.grid_size
         self.visible: Tensor | None = None
         before = net.pos_embed.shape[1] - self.grid[0] * self.grid[1]
         net.pos_embed.requires_grad = False
         net.pos_embed.data.copy_(sincos_positions(self.grid, net.pos_embed.shape[2], before))
-        if not ours:
+        if not self.ours:
             net.patch_drop.register_forward_hook(self._select)
 
     def forward(self, net: Any, image: Tensor, visible: Tensor) -> Tensor:
@@ -72,6 +70,14 @@ class VisibleTokens(nn.Module):
 
     def _select(self, module: nn.Module, inputs: Any, tokens: Tensor) -> Tensor | None:
         return None if self.visible is None else take_patches(tokens, self.visible, self.extra)
+
+
+def is_plain(net: Any) -> bool:
+    """Tell whether a net's blocks take any part of the tokens: full attention without terms that depend on places."""
+    if isinstance(net, PlainBackbone):
+        blocks: Any = net.blocks
+        return net.block is Block and all(isinstance(b.mixer, FullAttention) and b.mixer.lepe is None for b in blocks)
+    return isinstance(net, VisionTransformer)
 
 
 def take_patches(tokens: Tensor, index: Tensor, extra: int) -> Tensor:

@@ -133,6 +133,8 @@ class Search:
         """
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("train", [*self.overrides, *to_overrides(params)])
+        if cfg.task.figure == "loss":
+            raise ValueError("a search maximises a figure: task.figure=knn_top1, probe_top1 or rankme, not loss")
         cfg.run_dir = str(self._trial_folder(number))
         pruning = {
             "_target_": "retinue.runs.pruning.Pruning",

@@ -29,8 +29,8 @@ from retinue.runs.signatures import (
 from retinue.utils.paths import CONF, list_group
 from retinue.utils.suggestions import nearest
 
-GROUPS = ("model", "ops", "gates", "task", "head", "data", "recipe", "trainer", "logger", "callbacks", "hydra/launcher",
-          "experiment")  # fmt: skip
+GROUPS = ("model", "ops", "gates", "task", "head", "method", "data", "recipe", "trainer", "logger", "callbacks",
+          "hydra/launcher", "experiment")  # fmt: skip
 WIDTH = 100  # characters in a line
 FLAGS = ("--help", "-h")
 
@@ -48,6 +48,7 @@ EXAMPLES = {
         ("train.py model=timm model.name=resnet50", "any net of timm"),
         ("train.py task=detection head=mask_rcnn", "on the embedded scenes"),
         ("train.py data=coco data.root=DIR head=retinanet", "data=coco sets the task"),
+        ("train.py task=pretraining method=simmim", "without labels; --help method"),
         ("train.py trainer=ddp trainer.devices=8", "eight GPUs"),
         ("train.py -m model=biformer,swin seed=0,1,2", "a sweep of six runs"),
     ),
@@ -213,7 +214,7 @@ def _keys(group: str, choice: str) -> list[str]:
 
 def _task_of(group: str, choice: str) -> str:
     """Return the task that a choice is for, as its yaml or a yaml that it inherits from says; else classification."""
-    if group not in ("data", "recipe"):
+    if group not in ("data", "recipe", "method"):
         return choice if group == "task" else "classification"
     config = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text(encoding="utf-8")) or {}
     task = (config.get("data") or {}).get("task") or config.get("task")

@@ -113,7 +113,7 @@ def _from_weights(cfg: Mapping, data: dict[str, Any]) -> dict[str, tuple[Any, st
         saved = {
             key: (value, f"as in {_relative(config.parent)}")
             for key, value in values.items()
-            if key in DENSE_KEYS or task == data["task"] == "classification"
+            if key in DENSE_KEYS or (data["task"] == "classification" and task in ("classification", "pretraining"))
         }
     if run and not weights:
         return saved

@@ -277,6 +277,12 @@ class Pretraining(Sections):
     method: Method
     recipe: PretrainingRecipe
 
+    @model_validator(mode="after")
+    def _samples_evenly(self) -> Self:
+        if self.data.sampler is not None:
+            raise ValueError("task=pretraining uses no labels, so data.sampler must be null")
+        return self
+
 
 PROGRAMS: dict[str, type[Common]] = {"train": Training, "eval": Evaluation, "predict": Prediction}
 TASKS: dict[str, type[Sections]] = {

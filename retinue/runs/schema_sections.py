@@ -231,6 +231,19 @@ class PretrainingRecipe(Recipe):
 
     augment: ClassificationAugment = Field(description="augmentation of each view; docs/pretraining.md explains it")
 
+    @model_validator(mode="after")
+    def _has_no_key_that_pretraining_ignores(self) -> Self:
+        keys = {
+            "freeze": self.freeze, "optimizer.layer_decay": self.optimizer.layer_decay,
+            "augment.erasing": self.augment.erasing, "augment.mixup": self.augment.mixup,
+            "augment.cutmix": self.augment.cutmix, "augment.label_smoothing": self.augment.label_smoothing,
+        }  # fmt: skip
+        for key, value in keys.items():
+            if value:
+                none = "null" if isinstance(value, list) or key == "optimizer.layer_decay" else 0
+                raise ValueError(f"task=pretraining has no recipe.{key}: recipe.{key}={none}, not {to_text(value)}")
+        return self
+
 
 class DenseRecipe(Recipe):
     """`conf/recipe/*.yaml` for detection, segmentation and panoptic segmentation."""

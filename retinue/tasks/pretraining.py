@@ -9,6 +9,7 @@ import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.optim import Optimizer
 
 from datamodules.pretraining import PretrainingData
@@ -96,7 +97,14 @@ class Pretraining(Task):
 
     @property
     def compiled_part(self) -> tuple[nn.Module, bool]:
-        return self.model.get_submodule(self.model.trained), False
+        one_size = len({view.size for view in self.model.views}) <= 1
+        return self.model.get_submodule(self.model.trained), one_size
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        # FSDP gathers the weights for `forward` and for registered methods only.
+        if isinstance(self.model, FSDPModule):
+            register_fsdp_forward_method(self.model, "features")
 
     def configure_optimizers(self) -> Any:
         self._total_steps = self.steps_per_epoch() * (self.trainer.max_epochs or 0)
@@ -151,16 +159,18 @@ class Pretraining(Task):
 
     def _evaluate(self) -> tuple[dict[str, float], np.ndarray, dict[str, np.ndarray]]:
         """Return the figures by name, the positions of the images, and the hits of each image by figure."""
-        sums = sum(self.gather(self._val_sums))
+        loss, images = torch.stack(self.gather(self._val_sums)).sum(0).tolist()
         features, labels, index = self._gather_features(self._rank_features)
         self._val_sums, self._rank_features = torch.zeros(2, dtype=torch.float64), []
-        figures = {"loss": float(sums[0] / sums[1]), "rankme": rankme(features)}
+        figures = {"loss": loss / images, "rankme": rankme(features)}
         hits: dict[str, np.ndarray] = {}
         if self.bank:
             bank, bank_labels, _ = self._gather_features(self._bank_features())
-            tensors = [torch.from_numpy(array).to(self.device) for array in (bank, bank_labels, features)]
+            known, classes, unknown = (
+                torch.from_numpy(array).to(self.device) for array in (bank, bank_labels, features)
+            )
             for name, predict in (("knn_top1", knn_top1), ("probe_top1", probe_top1)):
-                hits[name] = predict(*tensors).cpu().numpy() == labels
+                hits[name] = predict(known, classes, unknown).cpu().numpy() == labels
                 figures[name] = float(hits[name].mean())
         return figures, index, hits
 
