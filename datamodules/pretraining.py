@@ -27,9 +27,9 @@ class HeldOutFetcher(BatchFetcher):
         super().__init__(*arguments)
         self.seed = seed
 
-    def _sample(self, index: int, copy: int, key: tuple[int, int] | None, broken: list[tuple[int, str]]) -> dict:
+    def _sample(self, index: int, *arguments: Any) -> dict:
         seed_rng(self.seed, index)
-        return super()._sample(index, copy, key, broken)
+        return super()._sample(index, *arguments)
 
 
 class PretrainingData(ImageData):

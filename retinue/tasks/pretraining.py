@@ -97,7 +97,8 @@ class Pretraining(Task):
 
     @property
     def compiled_part(self) -> tuple[nn.Module, bool]:
-        return self.model.get_submodule(self.model.trained), False
+        one_size = len({view.size for view in self.model.views}) <= 1
+        return self.model.get_submodule(self.model.trained), one_size
 
     def configure_model(self) -> None:
         super().configure_model()

@@ -149,6 +149,19 @@ def test_the_loss_of_selfie_is_that_of_a_loop_over_masked_places():
     assert float(loss) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-9)
 
 
+@pytest.mark.parametrize(("method", "net", "grid", "masked"), [CASES[0], CASES[5], CASES[7]])
+def test_the_loss_of_a_batch_is_the_mean_over_its_halves(method, net, grid, masked):
+    model = build(method, net, grid, masked).double().eval()
+    batch = make_batch(grid, masked, images=4)
+    view = batch["views"][0]
+    view["image"] = view["image"].double()
+    halves = [{"views": [{key: value[part] for key, value in view.items()}]} for part in (slice(0, 2), slice(2, 4))]
+    with torch.no_grad():
+        whole, *parts = (float(model(part, 0.0)["loss"]) for part in (batch, *halves))
+    # SimMIM adds 1e-5 to the number of masked pixels.
+    assert whole == pytest.approx(sum(parts) / 2, rel=1e-8)
+
+
 def test_patches_lie_row_by_row():
     image = torch.randn(2, 3, 8, 12)
     patches = patchify(image, (2, 3))
