@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,7 +14,10 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.utilities import rank_zero_only
+from safetensors.torch import save_file
 
+from models.merging import contiguous, mean, read_state
 from retinue.runs.ema import EMA
 from retinue.runs.replacement import discard
 from retinue.runs.result_file import CONFIG
@@ -211,6 +214,18 @@ class Checkpoints(Checkpoint):
     def _stop(self, trainer: pl.Trainer, number: int) -> None:
         name = signal.Signals(number).name
         raise Stopped(number, f"stopped by {name} at step {trainer.global_step}; the same command goes on from there")
+
+
+def weights_to_test(checkpoints: Checkpoints, averaged: Sequence[int]) -> Path | dict[str, torch.Tensor]:
+    """Return the mean of the weights of the epochs `averaged`, which is also written, or the path of the best ones."""
+    folder = checkpoints.folder
+    if not averaged:
+        return folder / BEST if (folder / BEST).exists() else folder / LAST
+    state = mean(read_state(checkpoints.path_of(epoch)) for epoch in averaged)
+    if rank_zero_only.rank == 0:
+        with replacing(folder / AVERAGE) as path:
+            save_file(contiguous(state), path)
+    return state
 
 
 def find_resume(folder: Path, expected: Mapping[str, torch.Tensor] | None = None) -> tuple[Path | None, int]:

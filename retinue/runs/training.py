@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,13 @@ from pytorch_lightning.plugins.environments import (
 )
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
-from safetensors.torch import save_file
-from torch import Tensor
 
 from models import load_weights
 from models.complexity import complexity
-from models.merging import contiguous, mean, read_state
 from ops.backend import set_backend
 from retinue.evaluation.plots import plot_curves
 from retinue.runs.batch_norm import BatchNormStatistics
-from retinue.runs.checkpoints import AVERAGE, BEST, LAST, AtomicCheckpointIO, Checkpoints, find_resume
+from retinue.runs.checkpoints import LAST, AtomicCheckpointIO, Checkpoints, find_resume, weights_to_test
 from retinue.runs.config import PRECISIONS, check, per_device_batch, world_size
 from retinue.runs.ema import EMA
 from retinue.runs.folders import foreign_content, no_empty_folder, refuse_inside_a_run
@@ -193,18 +190,6 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
         write_result(folder, result)
         draw_curves(folder)
     return result
-
-
-def weights_to_test(checkpoints: Checkpoints, averaged: Sequence[int]) -> Path | dict[str, Tensor]:
-    """Return the mean of the weights of the epochs `averaged`, which is also written, or the path of the best ones."""
-    folder = checkpoints.folder
-    if not averaged:
-        return folder / BEST if (folder / BEST).exists() else folder / LAST
-    state = mean(read_state(checkpoints.path_of(epoch)) for epoch in averaged)
-    if rank_zero_only.rank == 0:
-        with replacing(folder / AVERAGE) as path:
-            save_file(contiguous(state), path)
-    return state
 
 
 def draw_curves(folder: Path) -> None:
