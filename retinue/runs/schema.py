@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from retinue.runs.schema_messages import Expected, one_line, refuse_choice
+from retinue.runs.schema_methods import Method
+from retinue.runs.schema_nets import Head, Model
 from retinue.runs.schema_probes import PROBES, Probe
 from retinue.runs.schema_sections import (
     ClassificationData,
@@ -23,16 +25,10 @@ from retinue.runs.schema_sections import (
     DetectionData,
     Keys,
     MultiLabelRecipe,
-    Name,
-    NonNegative,
     PathText,
     Positive,
-    PositiveShare,
     PretrainingRecipe,
-    Section,
-    Share,
     ShareBelowOne,
-    Sides,
     Trainer,
     WholeNumber,
 )
@@ -68,82 +64,6 @@ class Ops(Keys):
 
     backend: Literal["auto", "torch", "triton"] = Field(
         description="triton: kernels, or an error; torch: none; auto: where they can run"
-    )
-
-
-Gates = Annotated[str | dict | list, Expected("a gate's name, a mapping, or a list")]
-Reduction = Annotated[str | dict, Expected("a reduction's name, or a mapping")]
-
-
-class Model(Keys):
-    """`conf/model/*.yaml`; further keys are arguments of the net."""
-
-    name: Name | None = Field(None, description="name of a net in timm's registry")
-    recipe: Name | None = Field(None, description="recipe on data that are not small")
-    size: Name | None = Field(None, description="a key of sizes; null: the first size that suits the images")
-    sizes: Section | None = Field(None, description="nets of timm's registry with arguments of timm.create_model")
-    pretrained: bool = Field(False, description="download timm's weights")
-    gates: Gates | None = Field(
-        None, description="gates on the maps of any net: a name, a mapping with arguments, or a list by stage"
-    )
-    reduction: Reduction | None = Field(
-        None, description="token reduction of a ViT-shaped net: a name, or a mapping with arguments"
-    )
-    args: Section | None = Field(None, description="further arguments of the net")
-
-
-class Head(Keys):
-    """`conf/head/*.yaml`."""
-
-    name: Name | None = Field(description="name of the head in results")
-    size: Name | None = Field(None, description="a key of sizes; null: small for small data, otherwise full")
-    sizes: Section | None = Field(None, description="changes of the package's config by size")
-    backbone: Section | None = Field(None, description="arguments of models.dense.DenseBackbone that the head changes")
-    neck: Name | None = Field(None, description="our neck, for heads with a feature pyramid")
-    args: Section | None = Field(None, description="further changes of the package's config")
-
-
-class Mask(Keys):
-    """`mask` of a view."""
-
-    ratio: Annotated[float, Field(gt=0, lt=1)] = Field(description="share of the patches that are masked")
-    patch: Count | None = Field(
-        None, description="side of a patch in pixels; null: 32, for images below 128 pixels an eighth of the side"
-    )
-
-
-class Colours(Keys):
-    """`colours` of a view."""
-
-    jitter: Annotated[list[NonNegative], Field(min_length=4, max_length=4)] | None = Field(
-        None, description="maximum changes of brightness, contrast, saturation and hue; null: none"
-    )
-    jitter_prob: Share = Field(0.8, description="probability of the jitter")
-    grey: Share = Field(0.0, description="probability of a grey view")
-    blur: Share = Field(0.0, description="probability of a Gaussian blur with a deviation of 0.1 to 2 pixels")
-    solarize: Share = Field(0.0, description="probability that bright values are inverted")
-
-
-class View(Keys):
-    """An entry of `method.views`."""
-
-    number: Count = Field(1, description="number of views of this kind")
-    size: Sides | None = Field(None, description="side of the views in pixels, or [height, width]; null: the data's")
-    share: PositiveShare | None = Field(
-        None, description="side as a share of the data's image size, to multiples of 8 pixels; null: by `size`"
-    )
-    mask: Mask | None = Field(None, description="what is masked; null: nothing")
-    colours: Colours | None = Field(None, description="changes of the colours; null: none")
-    augment: Section = Field({}, description="changes of recipe.augment for these views")
-
-
-class Method(Keys):
-    """`conf/method/*.yaml`; further keys are arguments of the method's class."""
-
-    name: Name = Field(description="name of the method in results")
-    recipe: Name | None = Field(None, description="recipe on data that are not small")
-    views: Annotated[dict[str, View], Field(min_length=1), Expected("a mapping of names to views")] = Field(
-        description="views of each image that the method takes, by name"
     )
 
 
@@ -241,6 +161,14 @@ class Probing(Inference):
     cache: PathText | None = Field(description="folder that keeps the features; null: they are not kept")
 
 
+# Keys of `recipe.augment` and the tasks that take them; the other keys are for every task that has them.
+AUGMENTS = {
+    "jsd": ("classification", "supernet"),
+    "maskmix": ("classification", "supernet", "multi_label"),
+    "sizes": ("classification", "supernet", "multi_label", "hashing"),
+}
+
+
 class Sections(Keys):
     """Sections whose keys are the same for all tasks."""
 
@@ -264,6 +192,10 @@ class Sections(Keys):
                 subject = "this recipe" if group == "recipe" else f"{group}={section.get('name')}"
                 hint = {"head": _heads(task), "recipe": ", which has its own"}.get(group, "")
                 raise ValueError(f"{subject} is for task={other}, not task={task}{hint}")
+        augment = values["recipe"].get("augment")
+        for key, tasks in AUGMENTS.items():
+            if isinstance(augment, Mapping) and augment.get(key) and task not in tasks:
+                raise ValueError(f"recipe.augment.{key} is for task={' or '.join(tasks)}, not task={task}")
         return values
 
 
