@@ -21,7 +21,8 @@ IMAGENET = ("data=imagenet", "data.root=/data/in1k", "model=swin")
         "data=image_folder", "+model.args.drop_path_rate=0.3", "weights=start.pth", "recipe.clip_grad=5.0",
         "recipe.ema.decay=null", "task.distillation.teacher=resnet50", "recipe.augment.device=gpu",
         "recipe.augment.decode=reduced", "data.sampler=repeat_factor", "recipe.freeze=[stem]",
-        "recipe.val_every=2", "recipe.average_best=3", "recipe.augment.sizes=[8,16]", "recipe.optimizer.lr_scaling=sqrt",
+        "recipe.val_every=2", "recipe.average_best=3", "recipe.augment.sizes=[8,16]",
+        "recipe.optimizer.lr_scaling=sqrt",
     ],
 )  # fmt: skip
 def test_the_folder_changes_with_what_changes_the_result(override):
