@@ -71,7 +71,7 @@ class Pretraining(Task):
         )
         try:
             unused = unused_parameters(method, datamodule.in_chans)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             sizes = " and ".join(sorted({f"{height} x {width}" for (height, width), *_ in method.views}))
             reason = str(error).splitlines()[0]
             raise ValueError(f"{type(backbone).__name__} takes no views of {sizes} pixels: {reason}") from error
