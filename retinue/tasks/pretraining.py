@@ -69,7 +69,13 @@ class Pretraining(Task):
             in_chans=datamodule.in_chans,
             _convert_="all",
         )
-        for name in unused_parameters(method, datamodule.in_chans):
+        try:
+            unused = unused_parameters(method, datamodule.in_chans)
+        except (RuntimeError, AssertionError) as error:
+            sizes = " and ".join(sorted({f"{height} x {width}" for (height, width), *_ in method.views}))
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{type(backbone).__name__} takes no views of {sizes} pixels: {reason}") from error
+        for name in unused:
             method.get_parameter(name).requires_grad = False
         return method
 

@@ -65,7 +65,7 @@ class DINO(Method):
     ):
         super().__init__(teacher_of(backbone), **arguments)
         head = PrototypeHead(
-            self.backbone.num_features, prototypes, hidden=hidden, bottleneck=bottleneck,
+            self.feature_dim, prototypes, hidden=hidden, bottleneck=bottleneck,
             unit_prototypes=unit_prototypes,
         )  # fmt: skip
         self.student = nn.ModuleDict({"backbone": backbone, "head": head})

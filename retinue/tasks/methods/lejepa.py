@@ -42,7 +42,7 @@ class LeJEPA(Method):
         **arguments: Any,
     ):
         super().__init__(backbone, **arguments)
-        self.projector = projector((self.backbone.num_features, hidden, hidden, dim))
+        self.projector = projector((self.feature_dim, hidden, hidden, dim))
         self.global_views, self.dim, self.directions, self.weight = global_views, dim, directions, weight
 
     def forward(self, batch: dict[str, Any], progress: float) -> dict[str, Tensor]:

@@ -82,6 +82,11 @@ class Method(nn.Module):
         """Return the features (B, D) of images (B, C, H, W) that are evaluated: those that a classifier would read."""
         return pooled(self.backbone, image)
 
+    @property
+    def feature_dim(self) -> int:
+        """Number of channels of `features`; a classifier with hidden layers reads more than `num_features`."""
+        return getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
+
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters that take no weight decay beside norms and biases (timm's interface)."""
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()

@@ -62,7 +62,7 @@ class MoCo(Method):
         super().__init__(backbone, **arguments)
         if freeze_stem:
             find_stem(backbone).requires_grad_(False)
-        widths = (self.backbone.num_features, *[hidden] * (layers - 1), dim)
+        widths = (self.feature_dim, *[hidden] * (layers - 1), dim)
         self.projectors = Projectors(heads, widths, final_norm=True)
         self.predictors = Projectors(heads, (dim, hidden, dim), final_norm=True)
         self.teacher = nn.ModuleDict({"backbone": teacher_of(backbone), "projectors": teacher_of(self.projectors)})

@@ -47,7 +47,7 @@ class SimCLR(Method):
         **arguments: Any,
     ):
         super().__init__(backbone, **arguments)
-        self.projectors = Projectors(heads, (self.backbone.num_features, hidden, dim), final_norm=True)
+        self.projectors = Projectors(heads, (self.feature_dim, hidden, dim), final_norm=True)
         self.loss = ContrastiveLoss(heads, dim, temperature, limits, penalty)
 
     def forward(self, batch: dict[str, Any], progress: float) -> dict[str, Tensor]:

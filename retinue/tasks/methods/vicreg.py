@@ -39,7 +39,7 @@ class VICReg(Method):
         **arguments: Any,
     ):
         super().__init__(backbone, **arguments)
-        self.projector = projector((self.backbone.num_features, hidden, hidden, dim))
+        self.projector = projector((self.feature_dim, hidden, hidden, dim))
         self.weights = {"similarity": similarity, "variance": variance, "covariance": covariance}
 
     def forward(self, batch: dict[str, Any], progress: float) -> dict[str, Tensor]:
