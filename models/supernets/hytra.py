@@ -70,7 +70,7 @@ class HyTraSupernet(nn.Module):
         hidden: Hidden channels of the projectors and predictors.
         out: Channels of the projections.
         in_chans: Number of image channels.
-        num_classes: Is not used: the training needs no labels.
+        num_classes: Number of classes, kept for timm's interface: the training needs no labels.
 
     Raises:
         ValueError: `block` is no index of a block, or `chosen` does not fit the blocks before it.
@@ -94,6 +94,7 @@ class HyTraSupernet(nn.Module):
             raise ValueError(
                 f"model.args.block={block} must be below {blocks}, with a chosen path for each block before"
             )
+        self.num_classes = num_classes
         self.block, self.chosen, self.start = block, tuple(map(from_text, chosen)), 0
         for path in self.chosen:
             if path not in paths(self.start, layers):
