@@ -10,6 +10,7 @@ from datamodules.bands import EXTENSIONS as BAND_EXTENSIONS
 from datamodules.bands import BandImages
 from datamodules.image_folder import ImageFolder
 from datamodules.images import EXTENSIONS, FileImages, list_images
+from datamodules.scenes import find_scenes
 
 
 class AnyFolder(ImageFolder):
@@ -58,3 +59,11 @@ class AnyFolder(ImageFolder):
     def _folder(self, split: str) -> Path:
         assert self.root is not None
         return self.root / split if split in self._split_folders else self.root
+
+
+class ScenesImages(AnyFolder):
+    """Images of the scenes (`datamodules.scenes`) without their labels; without a root, in the user's cache."""
+
+    def find_root(self, root: str | None) -> Path | None:
+        folder = super().find_root(str(find_scenes()) if root is None else root)
+        return None if folder is None else folder / "images"
