@@ -27,7 +27,7 @@ def test_the_overview_is_one_screen(cli, program):
     text = "\n".join(lines)
     assert f"Usage: python {program}.py" in text and all(group in text for group in GROUPS)
     assert (
-        "classification, detection, panoptic, segmentation" in text
+        "classification, detection, panoptic, pretraining, segmentation" in text
         and f"{len(list_choices('model'))}   --help model" in text
     )
 
