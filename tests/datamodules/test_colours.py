@@ -5,6 +5,7 @@ import pytest
 
 from datamodules.colours import Colours
 from datamodules.loader import private_rng, seed_rng
+from datamodules.views import View, ViewTransform
 
 
 @pytest.fixture
@@ -61,3 +62,30 @@ def test_follows_from_the_seed_and_keeps_grey_images_grey(image):
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=f"a view's colours.{next(iter(wrong))} must be"):
         Colours(**wrong)
+
+
+def transform(views: dict[str, dict]) -> ViewTransform:
+    kinds = [View.from_config(view) for view in views.values()]
+    return ViewTransform(
+        kinds, {}, 32, flip=False, mean=(0.5, 0.5, 0.5), in_chans=3, bands=False, mask_patch=lambda side: 4
+    )
+
+
+def test_views_have_their_own_sizes_and_colours():
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    views = {
+        "plain": {},
+        "grey": {"number": 2, "share": 0.43, "colours": {"grey": 1.0, "jitter": [0.4, 0.4, 0.2, 0.1]}},
+    }
+    with private_rng():
+        seed_rng(0)
+        plain, first, second = (view["image"] for view in transform(views)({"image": image})["views"])
+    assert plain.shape == (32, 32, 3) and first.shape == second.shape == (16, 16, 3)
+    assert not (plain == plain[..., :1]).all()
+    assert (first == first[..., :1]).all() and (second == second[..., :1]).all()
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(("side", "share", "expected"), [(224, 0.43, 96), (32, 0.43, 16), (224, 1.0, 224), (8, 0.1, 8)])
+def test_a_share_of_the_image_is_a_multiple_of_eight_pixels(side, share, expected):
+    assert View(share=share).side(side) == (expected, expected)
