@@ -21,7 +21,7 @@ Classification (K classes) adds:
     label           int64 (B,), 0 to K - 1
     target          float32 (B, K), in training with MixUp, CutMix or MaskMix only: mixed and smoothed labels
     mix             `datamodules.mixing.Mix`, with `target` only: which images were mixed, and where
-    views           float32 (B·V, C, H, W), in training with `augment.jsd` only: V AugMix views of all images, view by
+    altered         float32 (B·V, C, H, W), in training with `augment.jsd` only: V AugMix views of all images, view by
                     view
     map_scores, map_labels, map_view   in training with label maps only: see `datamodules.token_maps`
 
@@ -158,7 +158,7 @@ class BatchTransform:
             batch = {key: value for key, value in batch.items() if key != "ops"}
         if image.shape[1] > len(self.mean):
             image = to_grey(image)
-        views = batch.get("views")
+        views = batch.get("altered")
         if views is not None:
             # (B, V, H, W, C) → (B·V, C, H, W), view by view
             image = torch.cat([image, views.transpose(0, 1).flatten(0, 1).permute(0, 3, 1, 2)])
@@ -175,7 +175,7 @@ class BatchTransform:
         batch = batch | {"image": image}
         if views is not None:
             count = len(batch["label"])
-            batch |= {"image": image[:count], "views": image[count:]}
+            batch |= {"image": image[:count], "altered": image[count:]}
         if mix is not None:
             target = mix.targets(batch["label"], self.num_classes, augment.label_smoothing)
             batch |= {"mix": mix, "target": target}

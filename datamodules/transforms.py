@@ -323,7 +323,7 @@ class TrainTransform:
         if self.augment.jsd:
             picture = Image.fromarray(image)
             views = [self._in_mode(to_array(self.color_and_shape(picture))) for _ in range(AUGMIX_VIEWS)]
-            return sample | {"image": self._in_mode(image), "views": np.stack(views)}
+            return sample | {"image": self._in_mode(image), "altered": np.stack(views)}
         if self.sampler is not None:
             if self.augment.device is not None:
                 return sample | {"image": image, "ops": self.sampler.encode(ops)}

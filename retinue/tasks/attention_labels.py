@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from datamodules.mixing import Mix, smooth_labels
 from models.plain import PlainBackbone
+from models.reduction.blocks import ReducedBlock
 from ops.attention.full import FullAttention
 
 KINDS = ("transmix", "mixpro")
@@ -28,8 +29,8 @@ def check_attention(model: nn.Module, kind: str, augment: Mapping) -> None:
         augment: The recipe's augmentation.
 
     Raises:
-        ValueError: `kind` is unknown, the net has no class token, its last op is not full attention, or the recipe does
-            not mix images in the way that `kind` is for.
+        ValueError: `kind` is unknown, the net has no class token, its last op is not full attention, it merges or drops
+            tokens, or the recipe does not mix images in the way that `kind` is for.
     """
     if kind not in KINDS:
         raise ValueError(f"task.mixed_labels must be one of {', '.join(KINDS)} or null, not {kind!r}")
@@ -38,6 +39,8 @@ def check_attention(model: nn.Module, kind: str, augment: Mapping) -> None:
             f"task.mixed_labels={kind} needs a plain net with a class token and full attention in its last block, such "
             "as model=deit or model=lvvit"
         )
+    if isinstance(model.blocks[-1], ReducedBlock):
+        raise ValueError(f"task.mixed_labels={kind} needs a net that keeps all tokens: model.reduction=null")
     needed, example = (("maskmix",), "maskmix={cell: 56}") if kind == "mixpro" else (MIXES, "cutmix=1")
     if not any(augment.get(key) for key in needed):
         raise ValueError(f"task.mixed_labels={kind} needs mixed images, such as recipe.augment.{example}")
@@ -48,19 +51,14 @@ def last_op(model: PlainBackbone) -> nn.Module:
     return model.blocks[-1].get_submodule("mixer")
 
 
-def attended_share(mix: Mix, attention: Tensor | None, grid: tuple[int, int]) -> Tensor:
+def attended_share(mix: Mix, attention: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return the share of the class token's attention that an image's own patches receive, (B,).
 
     Args:
         mix: How the images were mixed; a patch is an image's own if its first pixel is, as in the authors' code.
-        attention: Attention of the class token to the map's tokens, (B, N); None if the last block has not computed it.
+        attention: Attention of the class token to the map's tokens, (B, N).
         grid: Rows and columns of the map's tokens.
-
-    Raises:
-        ValueError: The net drops tokens before or in its last block.
     """
-    if attention is None or attention.shape[1] != grid[0] * grid[1]:
-        raise ValueError("task.mixed_labels needs a net that keeps all tokens, such as model=deit; this one drops some")
     own = F.interpolate(mix.own, grid, mode="nearest").flatten(1)
     return (own * attention).sum(1) / attention.sum(1)
 

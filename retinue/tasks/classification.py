@@ -203,7 +203,7 @@ class Classification(Task):
             losses.token_labels, image_label = self.token_labels.targets(batch, teacher_scores)
             target = target if image_label is None else image_label
             weights["token_labels"] = self.token_labels.weight
-        views = batch.get("views")
+        views = batch.get("altered")
         logits, figures = self._run(image if views is None else torch.cat([image, views]), losses)
         # Scores of a net's branches, (branches, B, K)
         branches = logits if isinstance(logits, Tensor) and logits.ndim == 3 else None
@@ -214,6 +214,7 @@ class Classification(Task):
             weights["jsd"], logits = self.jsd, logits[: len(image)]
         logits, distilled = logits if isinstance(logits, tuple) else (logits, logits)
         if losses.wants_attention:
+            assert losses.attention is not None
             share = attended_share(batch["mix"], losses.attention, token_grid(self.model, image))
             target = attention_targets(
                 str(self.mixed_labels), batch["mix"], label, target, logits, share, self.smoothing

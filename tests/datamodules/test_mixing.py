@@ -92,23 +92,23 @@ def test_augmix_views_belong_to_the_same_crop_and_the_image_stays_clean():
         np.random.seed(1)
         random.seed(1)
         outputs.append(views(sample))
-    for key in ("image", "views"):
+    for key in ("image", "altered"):
         assert np.array_equal(outputs[0][key], outputs[1][key])
     assert np.array_equal(outputs[0]["image"], clean)
-    first, second = outputs[0]["views"]
+    first, second = outputs[0]["altered"]
     assert first.shape == clean.shape and not np.array_equal(first, second) and not np.array_equal(first, clean)
 
 
 def test_views_are_normalised_view_by_view():
     batch = make_batch()
-    batch["views"] = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (6, 2, 20, 24, 3), np.uint8))
+    batch["altered"] = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (6, 2, 20, 24, 3), np.uint8))
     out = BatchTransform(MEAN, STD, 4, Augment.from_config(AUGMIX))(batch)
-    assert out["image"].shape == (6, 3, 20, 24) and out["views"].shape == (12, 3, 20, 24)
+    assert out["image"].shape == (6, 3, 20, 24) and out["altered"].shape == (12, 3, 20, 24)
     for view in range(2):
         for i in range(6):
-            pixels = batch["views"][i, view].permute(2, 0, 1) / 255
+            pixels = batch["altered"][i, view].permute(2, 0, 1) / 255
             expected = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-            torch.testing.assert_close(out["views"][6 * view + i], expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(out["altered"][6 * view + i], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_resumed_loader_gives_the_same_batches(kind, tmp_path):
     whole, rest = batches(0), batches(3)
     assert (len(whole), len(rest)) == (5, 2)
     for one, other in zip(whole[3:], rest, strict=True):
-        assert one.keys() == other.keys() and ("views" in one, "map_view" in one) == (
+        assert one.keys() == other.keys() and ("altered" in one, "map_view" in one) == (
             kind == "augmix",
             kind == "label maps",
         )

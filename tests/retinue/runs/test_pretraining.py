@@ -59,7 +59,7 @@ def test_a_run_and_its_weights_in_other_tasks(cli):
     ("arguments", "says"),
     [
         (("task=classification", "method=simmim"), "method is for task=pretraining, not task=classification"),
-        (("task=pretraining", "method=null"), "method must be one of mae, selfie, simmim, not null"),
+        (("task=pretraining", "method=null"), "method must be one of amcl_moco_v3, amcl_simclr, dino,"),
         (("task=pretraining", "data=scenes"), "data=scenes is for task=detection, not task=pretraining"),
         (("task=pretraining", "method=mae"), "method=mae needs a ViT with full attention and learned positions"),
         (("task=pretraining", "method.views.image.mask.ratio=1.5"), "method.views"),
