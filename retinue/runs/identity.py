@@ -49,6 +49,7 @@ NOT_RESULT = {
 # Section or key -> the key that switches it off when it is null.
 SWITCHES = {
     "task.distillation": "task.distillation.teacher",
+    "task.distillation.maps": "task.distillation.maps.loss",
     "task.token_labels": "task.token_labels.source",
     "recipe.ema": "recipe.ema.decay",
     "drop_classifier": "weights",
@@ -56,7 +57,8 @@ SWITCHES = {
 }
 
 # Keys of weights files, and the key under which a run's config keeps their SHA-256 by these keys.
-WEIGHTS = ("weights", "task.distillation.weights", "task.teacher.weights")
+# A classifier's `task.distillation.teacher` is a net's name and counts as such, since there is no such file.
+WEIGHTS = ("weights", "task.distillation.weights", "task.distillation.teacher", "task.teacher.weights")
 WEIGHTS_DIGESTS = "weights_sha256"
 
 
