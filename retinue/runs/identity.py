@@ -187,11 +187,12 @@ def _select(config: Any, name: str) -> Any:
 
 def _remove(config: dict[str, Any], name: str) -> None:
     """Remove the key called `name`, dotted, from the config; its sections are copied, since others may hold them."""
-    section, _, key = name.rpartition(".")
-    if not section:
-        config.pop(key, None)
+    section, _, rest = name.partition(".")
+    if not rest:
+        config.pop(section, None)
     elif isinstance(config.get(section), dict):
-        config[section] = {name: value for name, value in config[section].items() if name != key}
+        config[section] = dict(config[section])
+        _remove(config[section], rest)
 
 
 def _without_empty(value: Any, name: str) -> Any:
