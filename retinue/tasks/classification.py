@@ -125,8 +125,8 @@ class Classification(Task):
         if self.map_settings is None:
             return
         assert self.teacher is not None
-        height, width = to_2tuple(datamodule.image_size)
-        image = torch.randn(1, datamodule.in_chans, height, width, generator=torch.Generator().manual_seed(0))
+        size: Any = to_2tuple(datamodule.image_size)
+        image = torch.randn(1, datamodule.in_chans, *size, generator=torch.Generator().manual_seed(0))
         own = map_levels(self.model, image, "student")
         seen = self.teacher.see(image, datamodule.mean, datamodule.std)
         others = map_levels(self.teacher.net, seen, "teacher")

@@ -183,15 +183,18 @@ def channel_divergence(student: Tensor, teacher: Tensor, temperature: float) -> 
 
     The divergence is multiplied by the square of the temperature, which keeps the size of the gradients.
     """
-    logs = [F.log_softmax(x.flatten(2).flatten(0, 1) / temperature, -1) for x in (student, teacher)]
-    return F.kl_div(*logs, reduction="batchmean", log_target=True) * temperature**2
+    own, target = (
+        F.log_softmax(x.flatten(2).flatten(0, 1) / temperature, -1) for x in (student, teacher)
+    )  # (B * C, N)
+    return F.kl_div(own, target, reduction="batchmean", log_target=True) * temperature**2
 
 
 def gram_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the squared distance of the cosine similarities between all places, the mean over images and pairs."""
-    size = [min(side, GRAM_SIDE) for side in teacher.shape[2:]]
-    similarities = []
-    for x in (student, teacher):
+    size = min(teacher.shape[2], GRAM_SIDE), min(teacher.shape[3], GRAM_SIDE)
+
+    def similarities(x: Tensor) -> Tensor:
         vectors = F.normalize(F.adaptive_avg_pool2d(x, size).flatten(2), dim=1)  # (B, C, N)
-        similarities.append(vectors.transpose(1, 2) @ vectors)
-    return F.mse_loss(*similarities)
+        return vectors.transpose(1, 2) @ vectors
+
+    return F.mse_loss(similarities(student), similarities(teacher))

@@ -94,7 +94,7 @@ def test_a_detector_learns_from_the_maps_of_another(part, scenes, teachers):
     )
     if part == "neck":
         own, others = student.model.neck(own), trained.model.neck(others)
-    expected = 0.5 * sum(cwd(a, b) for a, b in zip(own, others, strict=True))
+    expected = 0.5 * torch.stack([cwd(a, b) for a, b in zip(own, others, strict=True)]).sum()
     assert figures["train/loss_maps"] == pytest.approx(expected.item(), rel=1e-3)
     assert sum(value for name, value in figures.items() if name != "train/loss") == pytest.approx(loss.item(), rel=1e-5)
     loss.backward()

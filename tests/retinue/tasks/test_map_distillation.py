@@ -178,13 +178,14 @@ def make_task(student: Any, teacher: str, **maps: Any) -> Classification:
 def test_a_classifier_learns_from_maps_of_any_teacher(name, args, teacher, pairs):
     net: Any = timm.create_model(name, num_classes=3) if name == "resnet10t" else build(name, num_classes=3, **args)
     task = make_task(net, teacher, weight=0.5)
-    distillation, teacher_net = cast(MapDistillation, task.map_distillation), cast(Teacher, task.teacher).net
+    distillation: Any = task.map_distillation
+    teacher_net: Any = cast(Teacher, task.teacher).net
     assert (distillation.student_indices, distillation.teacher_indices) == pairs
     # Batch statistics would change the running ones, and so the second pass.
     net.eval()
     loss = task.training_step(BATCH, 0)
     seen = (BATCH["image"] * torch.tensor(DATA.std).view(-1, 1, 1) + torch.tensor(DATA.mean).view(-1, 1, 1) - 0.5) / 0.5
-    logits, scores = net(BATCH["image"]), cast(Any, teacher_net)(seen)
+    logits, scores = net(BATCH["image"]), teacher_net(seen)
     maps = [
         each.forward_intermediates(x, indices=indices, intermediates_only=True)
         for each, x, indices in ((net, BATCH["image"], pairs[0]), (teacher_net, seen, pairs[1]))
