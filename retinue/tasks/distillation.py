@@ -26,7 +26,7 @@ from retinue.tasks.map_distillation import Level
 
 
 class Answer(NamedTuple):
-    """What a teacher says of a batch.
+    """Outputs of a teacher for a batch.
 
     Attributes:
         logits: (B, K).

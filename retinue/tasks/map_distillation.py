@@ -128,7 +128,7 @@ def pair_maps(
         ValueError: The lists of indices do not match the maps or each other, or no stride is common.
     """
     if own is None and others is None:
-        # Of several maps of one stride, the dictionary keeps the last.
+        # The dictionary keeps the last of several maps of one stride.
         by_stride = [{level.stride: i for i, level in enumerate(levels)} for levels in (student, teacher)]
         common = sorted(by_stride[0].keys() & by_stride[1].keys())
         if not common:
