@@ -114,6 +114,9 @@ def check(cfg: DictConfig) -> None:
             f"trainer.strategy=fsdp on CPUs needs torch 2.11 or newer, not {torch.__version__}, since torch 2.8 sums "
             "the gradients of the processes where FSDP asks for their mean; trainer.strategy=ddp works"
         )
+    distills_maps = all(OmegaConf.select(cfg, f"task.distillation.{key}") for key in ("teacher", "maps.loss"))
+    if cfg.trainer.strategy == "fsdp" and distills_maps:
+        raise ValueError("task.distillation.maps has projections that fsdp does not shard: trainer.strategy=ddp")
     per_device_batch(cfg)
 
 

@@ -49,6 +49,7 @@ NOT_RESULT = {
 # Section or key -> the key that switches it off when it is null.
 SWITCHES = {
     "task.distillation": "task.distillation.teacher",
+    "task.distillation.maps": "task.distillation.maps.loss",
     "task.token_labels": "task.token_labels.source",
     "recipe.ema": "recipe.ema.decay",
     "drop_classifier": "weights",
@@ -56,7 +57,8 @@ SWITCHES = {
 }
 
 # Keys of weights files, and the key under which a run's config keeps their SHA-256 by these keys.
-WEIGHTS = ("weights", "task.distillation.weights", "task.teacher.weights")
+# A classifier's `task.distillation.teacher` is a net's name and counts as such, since there is no such file.
+WEIGHTS = ("weights", "task.distillation.weights", "task.distillation.teacher", "task.teacher.weights")
 WEIGHTS_DIGESTS = "weights_sha256"
 
 
@@ -185,11 +187,12 @@ def _select(config: Any, name: str) -> Any:
 
 def _remove(config: dict[str, Any], name: str) -> None:
     """Remove the key called `name`, dotted, from the config; its sections are copied, since others may hold them."""
-    section, _, key = name.rpartition(".")
-    if not section:
-        config.pop(key, None)
+    section, _, rest = name.partition(".")
+    if not rest:
+        config.pop(section, None)
     elif isinstance(config.get(section), dict):
-        config[section] = {name: value for name, value in config[section].items() if name != key}
+        config[section] = dict(config[section])
+        _remove(config[section], rest)
 
 
 def _without_empty(value: Any, name: str) -> Any:

@@ -37,6 +37,21 @@ class Task(Keys):
 FIGURE = "figure that chooses the best checkpoint (in validation) and that a sweep compares (in the test)"
 
 
+class MapDistillation(Keys):
+    """`task.distillation.maps`."""
+
+    loss: Literal["mse", "normalised_mse", "cwd", "gram", "mgd"] | None = Field(
+        None, description="loss between the student's maps and the teacher's; null: none. docs/distillation.md has them"
+    )
+    weight: NonNegative = Field(1.0, description="weight of the loss between maps")
+    temperature: Positive = Field(1.0, description="cwd: divisor of the maps")
+    masked: Share = Field(0.65, description="mgd: share of the student's places that are masked")
+    student: list[WholeNumber] | None = Field(
+        None, description="indices of the student's maps; null: the last map of each stride that both nets have"
+    )
+    teacher: list[WholeNumber] | None = Field(None, description="indices of the teacher's maps, as many")
+
+
 class Distillation(Keys):
     """`task.distillation`."""
 
@@ -51,6 +66,37 @@ class Distillation(Keys):
     temperature: Positive = Field(description="divisor of the logits in mode soft")
     tokens: NonNegative = Field(
         description="weight of the squared distance of the final tokens from those of the teacher, for ViT-shaped nets"
+    )
+    maps: MapDistillation = Field(
+        MapDistillation(),  # pyright: ignore[reportCallIssue]
+        description="loss between maps of the student and of the teacher",
+    )
+
+
+class DenseDistillation(Keys):
+    """`task.distillation` of detection and segmentation."""
+
+    teacher: PathText | None = Field(
+        None, description="checkpoint of a run of the same task, RUN/checkpoints/best.ckpt; null: no teacher"
+    )
+    part: Literal["backbone", "neck"] = Field("neck", description="part of the two nets whose maps are compared")
+    maps: MapDistillation = Field(
+        MapDistillation(loss="cwd"),  # pyright: ignore[reportCallIssue]
+        description="loss between maps of the student and of the teacher",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> Self:
+        if self.teacher and not self.maps.loss:
+            raise ValueError("task.distillation.teacher needs task.distillation.maps.loss, such as cwd")
+        return self
+
+
+class SegmentorDistillation(DenseDistillation):
+    """`task.distillation` of segmentation."""
+
+    part: Literal["backbone", "neck", "logits"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        "logits", description="part of the two nets whose maps are compared; logits: a score for each class"
     )
 
 
@@ -164,6 +210,10 @@ class DetectionTask(Task):
         DetectionInference(),  # pyright: ignore[reportCallIssue]
         description="how images become detections in a test; docs/detection.md explains it",
     )
+    distillation: DenseDistillation = Field(
+        DenseDistillation(),  # pyright: ignore[reportCallIssue]
+        description="learning from a trained detector; docs/distillation.md explains it",
+    )
 
 
 class PanopticTask(Task):
@@ -215,6 +265,10 @@ class SegmentationTask(Task):
         None, description="weight of each class in task.losses; null: all equal"
     )
     test: Inference = Field(description="how images become predictions; docs/segmentation.md explains it")
+    distillation: SegmentorDistillation = Field(
+        SegmentorDistillation(),  # pyright: ignore[reportCallIssue]
+        description="learning from a trained segmentor; docs/distillation.md explains it",
+    )
 
     @model_validator(mode="after")
     def _has_what_a_key_needs(self) -> Self:

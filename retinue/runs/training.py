@@ -123,6 +123,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     check_limits(cfg, datamodule)
     task = build_task(cfg, datamodule)
     check_sizes(task, datamodule)
+    task.prepare_training(datamodule)
     checkpoints = folder / "checkpoints"
     resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints, task.state_dict())
     if resume is None and cfg.weights:

@@ -19,6 +19,7 @@ from models.weights import load_weights
 from retinue.evaluation.contributions import Contributions
 from retinue.tasks.compilation import compile_net, seconds_gained
 from retinue.tasks.freezing import freeze, keep_in_evaluation
+from retinue.tasks.map_distillation import MapDistillation
 from retinue.tasks.not_finite import save_batch
 from retinue.tasks.optimization import check_optimizer, clip_adaptively, create_optimizer, create_schedule
 from retinue.tasks.plateau import PlateauScheduler
@@ -75,6 +76,8 @@ class Task(pl.LightningModule):
         self.compile_choice, self.cuda_graphs = compile, compile == "reduce-overhead"
         if grad_checkpointing:
             model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
+        # Loss between this net's maps and a teacher's, which `prepare_training` builds.
+        self.map_distillation: MapDistillation | None = None
         # Sums since the last row of the log: of figure * images by the figure's name, and the number of `images`.
         self._sums: dict[str, Tensor] = {}
         self.log_grad_norm = log_grad_norm
@@ -115,6 +118,9 @@ class Task(pl.LightningModule):
             ValueError: The file cannot be read, or its weights do not fit.
         """
         load_weights(self.model, weights, drop_classifier=drop_classifier)
+
+    def prepare_training(self, datamodule: Any) -> None:
+        """Build what training alone needs beside the net, and what its checkpoints hold; a test does not call this."""
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
         """Return the figures of the last test by name, the same on all ranks."""
@@ -192,7 +198,7 @@ class Task(pl.LightningModule):
             fully_shard(self.model, mesh=mesh)
 
     def configure_optimizers(self) -> Any:
-        optimizer = create_optimizer(self.model, self.recipe)
+        optimizer = create_optimizer(self.model, self.recipe, self.map_distillation)
         schedule = create_schedule(optimizer, self.recipe, self.steps_per_epoch())
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 

@@ -1,12 +1,13 @@
 """Task of image classification."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
@@ -21,7 +22,8 @@ from retinue.tasks.attention_labels import attended_share, attention_targets, ch
 from retinue.tasks.base import Task
 from retinue.tasks.class_weights import check_class_weights, class_weights, weighted_mean
 from retinue.tasks.consistency import jensen_shannon
-from retinue.tasks.distillation import Teacher
+from retinue.tasks.distillation import Teacher, map_levels
+from retinue.tasks.map_distillation import MapDistillation
 from retinue.tasks.token_labels import TEACHER, TokenLabels, token_grid
 from retinue.utils.suggestions import nearest
 
@@ -39,7 +41,8 @@ class Classification(Task):
         model: Net from images (B, C, H, W) to logits (B, num_classes).
         recipe: As in `Task`, with `loss` (ce or bce), `augment.label_smoothing` and `bce_target_threshold`.
         num_classes: Number of classes.
-        distillation: `teacher` (a timm name, null for none), and the further arguments of
+        distillation: `teacher` (a timm name, null for none), `maps` (arguments of
+            `retinue.tasks.map_distillation.MapDistillation`, of which `loss` may be null), and the further arguments of
             `retinue.tasks.distillation.Teacher`.
         loss_weights: Weights of the net's auxiliary losses by name; by default those of the paper.
         mixed_labels: "transmix" or "mixpro" labels mixed images by the class token's attention
@@ -71,7 +74,11 @@ class Classification(Task):
         self.loss_weights = weights_of_losses(model, loss_weights or {})
         self.num_classes = num_classes
         self.mixed_labels = mixed_labels
-        self.teacher = Teacher(num_classes=num_classes, **distillation) if distillation["teacher"] else None
+        settings = {key: value for key, value in distillation.items() if key != "maps"}
+        self.teacher = Teacher(num_classes=num_classes, **settings) if distillation["teacher"] else None
+        maps = distillation.get("maps")
+        # Arguments of the loss between maps, or None without such a loss.
+        self.map_settings = maps if self.teacher is not None and maps and maps["loss"] else None
         if self.teacher is not None:
             if self.teacher.tokens and not isinstance(model, PlainBackbone):
                 raise ValueError("task.distillation.tokens needs a ViT-shaped net of Retinue's, such as model=deit")
@@ -113,6 +120,17 @@ class Classification(Task):
             datamodule: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
             labels = datamodule.images("train").labels
             self.class_weights = class_weights(weights, datamodule.class_names, labels).to(self.device)
+
+    def prepare_training(self, datamodule: Any) -> None:
+        if self.map_settings is None:
+            return
+        assert self.teacher is not None
+        size: Any = to_2tuple(datamodule.image_size)
+        image = torch.randn(1, datamodule.in_chans, *size, generator=torch.Generator().manual_seed(0))
+        own = map_levels(self.model, image, "student")
+        seen = self.teacher.see(image, datamodule.mean, datamodule.std)
+        others = map_levels(self.teacher.net, seen, "teacher")
+        self.map_distillation = MapDistillation(own, others, **self.map_settings)
 
     @staticmethod
     def data_arguments(cfg: Any) -> dict[str, Any]:
@@ -191,20 +209,25 @@ class Classification(Task):
         image, label, target = batch["image"], batch["label"], batch.get("target", batch["label"])
         losses, weights, teacher_logits = Losses(), dict(self.loss_weights), None
         losses.wants_attention = self.mixed_labels is not None and "mix" in batch
-        teacher_scores = None
+        teacher_scores, teacher_maps = None, ()
         if self.teacher is not None:
             datamodule: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
             dense = self.token_labels is not None and self.token_labels.from_teacher
             grid = token_grid(self.model, image) if dense else None
-            answer = self.teacher.answer_densely(image, datamodule.mean, datamodule.std, grid)
-            teacher_logits, losses.target, teacher_scores = answer
+            indices = self.map_distillation.teacher_indices if self.map_distillation is not None else ()
+            answer = self.teacher.answer_densely(image, datamodule.mean, datamodule.std, grid, indices)
+            teacher_logits, losses.target, teacher_scores, teacher_maps = answer
             weights["tokens"] = self.teacher.tokens
         if self.token_labels is not None:
             losses.token_labels, image_label = self.token_labels.targets(batch, teacher_scores)
             target = target if image_label is None else image_label
             weights["token_labels"] = self.token_labels.weight
         views = batch.get("altered")
-        logits, figures = self._run(image if views is None else torch.cat([image, views]), losses)
+        if self.map_distillation is not None:
+            logits, figures = self._run_with_maps(image, teacher_maps)
+            weights["maps"] = self.map_distillation.weight
+        else:
+            logits, figures = self._run(image if views is None else torch.cat([image, views]), losses)
         # Scores of a net's branches, (branches, B, K)
         branches = logits if isinstance(logits, Tensor) and logits.ndim == 3 else None
         if branches is not None:
@@ -244,6 +267,15 @@ class Classification(Task):
         for key, given in (("task.mixed_labels", self.mixed_labels), ("task.distillation.tokens", tokens)):
             if branches and given:
                 raise ValueError(f"{key} is for nets of one branch, such as model=deit")
+        for key, given in (
+            ("task.mixed_labels", self.mixed_labels is not None),
+            ("task.token_labels", self.token_labels is not None),
+            ("task.distillation.tokens", tokens),
+            ("a net with auxiliary losses", bool(self.loss_weights)),
+            ("a net of several branches", branches),
+        ):
+            if self.map_settings is not None and given:
+                raise ValueError(f"task.distillation.maps cannot be combined with {key}")
         if self.mixed_labels and self.token_labels is not None and self.token_labels.image_label == "maps":
             raise ValueError("task.mixed_labels labels the images: it needs task.token_labels.image_label=truth")
 
@@ -254,6 +286,13 @@ class Classification(Task):
             return self(image), {}
         model: Any = self.model
         return model.forward_with_losses(image, losses=losses)
+
+    def _run_with_maps(self, image: Tensor, teacher_maps: Sequence[Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """Return the net's scores, and the distance `maps` of its maps from those of the teacher."""
+        model: Any = self.model
+        assert self.map_distillation is not None
+        features, maps = model.forward_intermediates(image, indices=self.map_distillation.student_indices)
+        return model.forward_head(features), {"maps": self.map_distillation(maps, teacher_maps)}
 
     def _loss_of_branches(self, scores: Tensor, target: Tensor) -> Tensor:
         """Return the loss of scores (branches, B, K) as the net weighs it."""

@@ -100,7 +100,7 @@ class Detection(DensePredictionTask):
         losses = self.model.loss(
             batch["image"], batch["sizes"], batch["boxes"], batch["labels"], batch.get("masks"), batch["ignored"]
         )
-        return self.sum_losses(losses, len(batch["image"]))
+        return self.sum_losses(losses | self.distillation_losses(batch["image"]), len(batch["image"]))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._detect(batch, DetectionInference())

@@ -1,13 +1,13 @@
 """Distillation from a teacher in timm's registry.
 
 Scores: Hinton et al., arXiv:1503.02531; hard labels and the distillation token: DeiT, arXiv:2012.12877. Tokens: as in
-Sparsifiner, arXiv:2303.13755.
+Sparsifiner, arXiv:2303.13755. `retinue.tasks.map_distillation` compares maps.
 """
 
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -22,6 +22,23 @@ from models.factory import check_name, image_size_argument
 from models.plain import PlainBackbone
 from models.preprocessing import net_preprocessing, read_run, run_config
 from models.weights import load_weights
+from retinue.tasks.map_distillation import Level
+
+
+class Answer(NamedTuple):
+    """Outputs of a teacher for a batch.
+
+    Attributes:
+        logits: (B, K).
+        tokens: Final tokens (B, N, C), or None if they are not wanted.
+        scores: Scores of the places of a grid (B, K, h, w), or None if they are not wanted.
+        maps: The wanted maps, (B, C, H, W) each.
+    """
+
+    logits: Tensor
+    tokens: Tensor | None = None
+    scores: Tensor | None = None
+    maps: Sequence[Tensor] = ()
 
 
 class Teacher:
@@ -113,16 +130,11 @@ class Teacher:
             mean: The student's mean of each channel.
             std: The student's standard deviation of each channel.
         """
-
-        def column(values: Sequence[float]) -> Tensor:
-            return channel_values(tuple(values), image.device).view(-1, 1, 1)
-
         own = self.preprocessing
-        image = image * column(std) + column(mean)
         # Only nets that are built for one size have the argument.
         if image_size_argument(self.teacher, self.size) and image.shape[2:] != self.size:
             image = F.interpolate(image, self.size, mode="bicubic", antialias=True)
-        return (image - column(own["mean"])) / column(own["std"])
+        return restandardise(image, mean, std, own["mean"], own["std"])
 
     @torch.no_grad()
     def answer(self, image: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor | None]:
@@ -137,34 +149,40 @@ class Teacher:
 
     @torch.no_grad()
     def answer_densely(
-        self, image: Tensor, mean: Sequence[float], std: Sequence[float], grid: tuple[int, int] | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return what `answer` returns, and the teacher's scores for each token of a grid.
+        self,
+        image: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        grid: tuple[int, int] | None,
+        maps: Sequence[int] = (),
+    ) -> Answer:
+        """Return what `answer` returns, the teacher's scores for each token of a grid, and maps.
 
         Args:
             image: The student's images (B, C, H, W), normalised with `mean` and `std`.
             mean: The student's mean of each channel.
             std: The student's standard deviation of each channel.
             grid: Rows h and columns w of the grid; None for no scores of tokens.
-
-        Returns:
-            Logits (B, K), final tokens (B, N, C) or None, and scores (B, K, h, w) or None.
+            maps: Indices of the wanted maps in the teacher's `feature_info`, ascending.
         """
         net: Any = self.net
         # Moving the net again in each step would take as long as launching its kernels.
         if next(net.parameters()).device != image.device:
             net.to(image.device)
         image = self.see(image, mean, std)
-        if not self.tokens and grid is None:
-            return net(image), None, None
-        features = net.forward_features(image)
+        if not self.tokens and grid is None and not maps:
+            return Answer(net(image))
+        if maps:
+            features, chosen = net.forward_intermediates(image, indices=list(maps))
+        else:
+            features, chosen = net.forward_features(image), ()
         tokens = scores = None
         if self.tokens:
             plain = isinstance(net, PlainBackbone)
             tokens = net.distillation_tokens(features) if plain else features[:, prefix_tokens(net) :]
         if grid is not None:
             scores = F.interpolate(dense_scores(net, features, image.shape[2:]), grid, mode="bilinear", antialias=True)
-        return net.forward_head(features), tokens, scores
+        return Answer(net.forward_head(features), tokens, scores, chosen)
 
     def blend(self, loss: Tensor, logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """Return (1 - alpha) * loss + alpha * distillation loss, a scalar.
@@ -182,6 +200,62 @@ class Teacher:
             # The factor keeps the size of the gradients independent of the temperature.
             distillation_loss = F.kl_div(student, target, reduction="batchmean", log_target=True) * self.temperature**2
         return (1 - self.alpha) * loss + self.alpha * distillation_loss
+
+
+def restandardise(
+    image: Tensor, mean: Sequence[float], std: Sequence[float], new_mean: Sequence[float], new_std: Sequence[float]
+) -> Tensor:
+    """Return images (B, C, H, W) that were normalised with `mean` and `std` as others normalise them.
+
+    Args:
+        image: The images.
+        mean: Mean of each channel with which the images were normalised.
+        std: Standard deviation of each channel with which the images were normalised.
+        new_mean: Mean of each channel of the result's normalisation.
+        new_std: Standard deviation of each channel of the result's normalisation.
+    """
+
+    def column(values: Sequence[float]) -> Tensor:
+        return channel_values(tuple(values), image.device).view(-1, 1, 1)
+
+    return (image * column(std) + column(mean) - column(new_mean)) / column(new_std)
+
+
+@torch.no_grad()
+def map_levels(net: Any, image: Tensor, who: str) -> list[Level]:
+    """Return the maps of a classifier, after a check that its scores can be computed together with them.
+
+    Args:
+        net: Classifier of timm's registry.
+        image: An image (1, C, H, W) as the net takes it.
+        who: What the message calls the net, such as `teacher`.
+
+    Raises:
+        ValueError: The net has no maps, its maps do not have their strides, or what `forward_intermediates` returns
+            does not lead to the scores of the forward pass.
+    """
+    found = [Level(info["num_chs"], info["reduction"]) for info in getattr(net, "feature_info", ())]
+    if not found or not hasattr(net, "forward_intermediates"):
+        raise ValueError(f"task.distillation.maps: the {who}, a {type(net).__name__}, has no maps to compare")
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    with torch.random.fork_rng(devices=[]):
+        # Some ops draw random numbers in evaluation too.
+        torch.manual_seed(0)
+        scores = net(image)
+        torch.manual_seed(0)
+        features, maps = net.forward_intermediates(image)
+        same = torch.allclose(net.forward_head(features), scores, rtol=1e-3, atol=1e-4)
+    for module, training in modes:
+        module.training = training
+    # A pruned map has all of its tokens in one row.
+    pruned = any(2 * m.shape[2] < image.shape[2] // level.stride for m, level in zip(maps, found, strict=False))
+    if not same or pruned or len(maps) != len(found):
+        raise ValueError(
+            f"task.distillation.maps: a {type(net).__name__} as {who} does not give its scores and maps at once; "
+            "task.distillation.maps.loss=null compares scores alone"
+        )
+    return found
 
 
 def prefix_tokens(net: Any) -> int:

@@ -47,7 +47,7 @@ def check_optimizer(recipe: Mapping) -> None:
         raise ValueError("recipe.schedule.kind=plateau needs recipe.schedule.patience and gamma, such as 5 and 0.1")
 
 
-def create_optimizer(model: nn.Module, recipe: Mapping) -> Optimizer:
+def create_optimizer(model: nn.Module, recipe: Mapping, companion: nn.Module | None = None) -> Optimizer:
     """Create the recipe's optimiser.
 
     Norms, biases and the parameters that `model.no_weight_decay()` names take no weight decay. The learning rate is
@@ -64,6 +64,7 @@ def create_optimizer(model: nn.Module, recipe: Mapping) -> Optimizer:
     Args:
         model: The net.
         recipe: A composed `conf/recipe/*.yaml`.
+        companion: Module beside the net that learns too, such as projections for a teacher; without the two factors.
 
     Raises:
         ValueError: The optimiser is one of `MUON`, and the net has no hidden matrix.
@@ -85,6 +86,10 @@ def create_optimizer(model: nn.Module, recipe: Mapping) -> Optimizer:
     optimizer._step_supports_amp_scaling = False  # pyright: ignore[reportAttributeAccessIssue]
     if factor is not None:
         _scale_backbone_rates(optimizer, model.backbone, factor)  # pyright: ignore[reportArgumentType]
+    if companion is not None and any(parameter.requires_grad for parameter in companion.parameters()):
+        plain = {k: v for k, v in recipe["optimizer"].items() if k not in ("layer_decay", "backbone_factor")}
+        for group in create_optimizer(companion, {**recipe, "optimizer": plain}).param_groups:
+            optimizer.add_param_group(group)
     return optimizer
 
 

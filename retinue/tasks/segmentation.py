@@ -241,7 +241,8 @@ class Segmentation(DensePredictionTask):
         self.model.set_progress(self.global_step / self._steps)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        return self.sum_losses(self.model.loss(batch["image"], batch["mask"]), len(batch["image"]))
+        losses = self.model.loss(batch["image"], batch["mask"])
+        return self.sum_losses(losses | self.distillation_losses(batch["image"]), len(batch["image"]))
 
     def predictions(self, batch: dict[str, Any], inference: Inference) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the index, the scores (K, H, W) and the true mask (H, W) of each image of a batch.

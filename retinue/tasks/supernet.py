@@ -27,7 +27,7 @@ class Supernet(Classification):
         kwargs: Further arguments of `Classification`.
 
     Raises:
-        ValueError: The net is no supernet, or the recipe has an average of the weights.
+        ValueError: The net is no supernet, the recipe has an average of the weights, or maps are distilled.
     """
 
     model: ViTResNASSupernet  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -38,6 +38,10 @@ class Supernet(Classification):
         if recipe["ema"]["decay"] is not None:
             raise ValueError("task=supernet sorts the weights anew, so they have no average: recipe.ema.decay=null")
         super().__init__(model, recipe, **kwargs)
+        if self.map_settings is not None:
+            raise ValueError(
+                "task=supernet draws widths, so its maps are not compared: task.distillation.maps.loss=null"
+            )
         self.warmup_epochs = warmup_epochs
 
     @staticmethod
