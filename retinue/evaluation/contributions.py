@@ -19,6 +19,9 @@ from retinue.utils.files import replacing
 # File in a run's folder.
 FILE = "test_images.npz"
 
+# Average precisions, which are biased in small sets (`retinue.evaluation.statistics.half_sample_intervals`).
+BIASED = ("map", *(f"{kind}_{name}" for kind in ("box", "mask") for name in detection_matches.FIGURES))
+
 # Function from how often each image counts, (N,), to the figures by name.
 Figures = Callable[[np.ndarray], dict[str, float]]
 
