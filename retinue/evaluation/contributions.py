@@ -37,9 +37,9 @@ class Contributions:
             `top5`), its `loss`, `brier` score and `label`. Multi-label classification: the attributes of `Scores`
             except `index`. Segmentation: `areas` (N, 3, K) of `segmentation.areas`, with two classes `pixel_auc` (N,),
             and with medical figures `distances` (N, K) and the label `background`, -1 for none. Panoptic: `counts`
-            (N, 4, K) of `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`, of boxes as `box_...` and of
-            masks as `mask_...`. BossNAS: `agreement`. Pretraining: whether each image is right by its neighbours
-            (`knn_top1`) and by the linear probe (`probe_top1`).
+            (N, 4, K) of `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`, of boxes as
+            `box_...` and of masks as `mask_...`. BossNAS: `agreement`. Pretraining: whether each image is right by its
+            neighbours (`knn_top1`) and by the linear probe (`probe_top1`).
     """
 
     task: str

@@ -17,7 +17,7 @@ from retinue.evaluation.statistics import (
     holm,
     mcnemar,
 )
-from retinue.results.collection import Run, find_runs, group_runs
+from retinue.results.collection import Group, Run, find_runs, group_runs
 from retinue.results.report import net_name
 from retinue.utils.suggestions import nearest
 
@@ -76,16 +76,26 @@ def read_nets(folders: Sequence[Path], resamples: int) -> list[Net]:
         kind = "training" if any(run.kind == "training" for run in finished) else "evaluation"
         known = {run.folder.resolve() for run in runs}
         runs += [run for run in finished if run.kind == kind and run.folder.resolve() not in known]
-    nets = []
-    for group in group_runs(runs):
-        name, tests, folder_of = net_name(group), {}, {}
-        for run in group.runs:
-            seed = run.values.get("seed")
-            if seed in tests:
-                raise ValueError(f"{run.folder} and {folder_of[seed]} are the same run of {name}: name one of them")
-            tests[seed], folder_of[seed] = Contributions.read(run.folder), run.folder
-        nets.append(Net(name, tests, resamples))
-    return nets
+    return [read_net(group, resamples) for group in group_runs(runs)]
+
+
+def read_net(group: Group, resamples: int) -> Net:
+    """Return the net of a group of runs, with the tests of those that are finished.
+
+    Raises:
+        ValueError: No run is finished, a run has no contributions, or a seed occurs twice.
+    """
+    name, tests, folder_of = net_name(group), {}, {}
+    for run in group.runs:
+        if run.status != "finished":
+            continue
+        seed = run.values.get("seed")
+        if seed in tests:
+            raise ValueError(f"{run.folder} and {folder_of[seed]} are the same run of {name}: name one of them")
+        tests[seed], folder_of[seed] = Contributions.read(run.folder), run.folder
+    if not tests:
+        raise ValueError(f"no run of {name} is finished")
+    return Net(name, tests, resamples)
 
 
 def check_nets(nets: Sequence[Net], figure: str | None) -> str:
