@@ -2,6 +2,7 @@
 
     python scripts/collect.py                                             # runs below outputs, on the terminal
     python scripts/collect.py where.data=cifar10 where.model=swin_*,biformer_* out=paper.tex
+    python scripts/collect.py baseline=swin_nano                          # with the difference to a net
     python scripts/collect.py by=[model] pivot=data columns=[test/top1] spread=std out=[table.csv,table.md]
 
 A row stands for the runs that differ in nothing but the seed, or, with `by`, for the runs with the same values of these
@@ -17,6 +18,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from retinue.results.baseline import compare_groups
 from retinue.results.benchmark_csv import join_benchmarks
 from retinue.results.collection import check_name, choose_runs, distinguishing_names, find_runs, group_runs
 from retinue.results.figures import COUNTS, main_figures
@@ -40,6 +42,9 @@ class Options(command_line.Options):
     columns: list[str] | None = Field(None, description="names to show; null: the tasks' main metrics, params and macs")
     pivot: str | None = Field(None, description="name whose values each get columns of their own")
     spread: Literal["ci95", "std"] = Field("ci95", description="what stands after ±; a CSV file has both")
+    baseline: str | None = Field(
+        None, description="net to which each other gets its difference, as compare.py computes it"
+    )
     benchmarks: Path | None = Field(None, description="CSV of benchmark_models.py; adds the names inference_...")
     out: list[Path] = Field([], description=f"files to write, which end in {', '.join(SUFFIXES)}")
 
@@ -61,12 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.pivot and options.pivot not in by:
         by = [*by, options.pivot]
     groups = group_runs(runs, by)
-    rows = make_table(groups, columns, options.pivot)
+    differences = compare_groups(groups, options.baseline) if options.baseline else None
+    rows = make_table(groups, columns, options.pivot, differences)
     lines = format_table(rows, options.spread)
     print(to_markdown(lines, count_text_columns(lines)), end="")
     for path in options.out:
         write_table(path, rows, options.spread)
-    for line in [*describe_table(runs, groups, columns), *map(str, options.out)]:
+    notes = differences.notes if differences else []
+    for line in [*describe_table(runs, groups, columns), *notes, *map(str, options.out)]:
         print(line, file=sys.stderr)
 
 

@@ -165,7 +165,7 @@ def summarize(
         "adaptive_ece": adaptive_error(predictions.confidence, correct),
         "brier": float(predictions.brier.mean(dtype=np.float64)),
         "brier_ci95": brier_interval,
-        "aurc": risk_coverage_area(predictions.confidence, correct),
+        "aurc": float(risk_coverage(predictions.confidence, correct).mean()),
         "aurc_ci95": aurc_interval,
         "mean_class_accuracy": float(mean),
         "mean_class_accuracy_ci95": wilson(mean, effective).tolist(),
@@ -247,19 +247,22 @@ def adaptive_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     return float(sum(abs(part.sum()) for part in parts) / len(gaps))
 
 
-def risk_coverage_area(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Return the area under the risk-coverage curve (Geifman et al., ICLR 2019, arXiv:1805.08206).
+def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Return the risk-coverage curve (Geifman et al., ICLR 2019, arXiv:1805.08206).
 
-    A net that answers only the n images of which it is most confident has a risk, its share of wrong answers; the area
-    is the mean of the risk over n = 1, ..., N. Images of equal confidence count as wrong by their common share.
+    A net that answers only the n images of which it is most confident has a risk, its share of wrong answers. Images of
+    equal confidence count as wrong by their common share. The mean of the curve is the area under it.
 
     Args:
         confidence: (N,), probability of the most probable class.
         correct: bool (N,), whether that class is the label.
+
+    Returns:
+        (N,), the risk for n = 1, ..., N.
     """
     _, level, counts = np.unique(-confidence, return_inverse=True, return_counts=True)
     wrong = (np.bincount(level, ~correct) / counts).repeat(counts)
-    return float((wrong.cumsum() / np.arange(1, len(wrong) + 1)).mean())
+    return wrong.cumsum() / np.arange(1, len(wrong) + 1)
 
 
 def selective_intervals(predictions: Predictions, resamples: int, seed: int) -> tuple[list[float], list[float]]:
@@ -273,7 +276,7 @@ def selective_intervals(predictions: Predictions, resamples: int, seed: int) -> 
         share = np.bincount(level, draws * ~correct) / np.maximum(counts, 1)
         wrong = share.repeat(counts.astype(int))
         resampled[i] = draws @ predictions.brier / n, (wrong.cumsum() / ranks).mean()
-    observed = np.array([predictions.brier.mean(), risk_coverage_area(confidence, correct)])
+    observed = np.array([predictions.brier.mean(), risk_coverage(confidence, correct).mean()])
     brier, aurc = percentile_intervals(observed, resampled).tolist()
     return brier, aurc
 

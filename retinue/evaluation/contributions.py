@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from retinue.evaluation import detection_matches, multi_label, panoptic, segmentation
+from retinue.evaluation import detection_matches, manipulation, medical, multi_label, panoptic, segmentation
 from retinue.evaluation.detection_matches import Matches
 from retinue.utils.files import replacing
 
 # File in a run's folder.
 FILE = "test_images.npz"
+
+# Average precisions, which are biased in small sets (`retinue.evaluation.statistics.half_sample_intervals`).
+BIASED = ("map", *(f"{kind}_{name}" for kind in ("box", "mask") for name in detection_matches.FIGURES))
 
 # Function from how often each image counts, (N,), to the figures by name.
 Figures = Callable[[np.ndarray], dict[str, float]]
@@ -32,10 +35,11 @@ class Contributions:
         images: name of each image, (N,).
         arrays: what the task's figures follow from, by name. Classification: whether each image is right (`top1`,
             `top5`), its `loss`, `brier` score and `label`. Multi-label classification: the attributes of `Scores`
-            except `index`. Segmentation: `areas` (N, 3, K) of `segmentation.areas`. Panoptic: `counts` (N, 4, K) of
-            `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`, of boxes as `box_...` and of
-            masks as `mask_...`. BossNAS: `agreement`. Pretraining: whether each image is right by its neighbours
-            (`knn_top1`) and by the linear probe (`probe_top1`).
+            except `index`. Segmentation: `areas` (N, 3, K) of `segmentation.areas`, with two classes `pixel_auc` (N,),
+            and with medical figures `distances` (N, K) and the label `background`, -1 for none. Panoptic: `counts`
+            (N, 4, K) of `panoptic.match`, and `num_things`. Detection: the attributes of `Matches`, of boxes as
+            `box_...` and of masks as `mask_...`. BossNAS: `agreement`. Pretraining: whether each image is right by its
+            neighbours (`knn_top1`) and by the linear probe (`probe_top1`).
     """
 
     task: str
@@ -105,10 +109,12 @@ def _bossnas(arrays: Mapping[str, np.ndarray]) -> Figures:
 def _segmentation(arrays: Mapping[str, np.ndarray]) -> Figures:
     areas = arrays["areas"]
     flat = areas.reshape(len(areas), -1).astype(np.float64)
+    of_images = medical.figures_of(arrays) if "distances" in arrays else lambda draws: {}
+    of_pixels = manipulation.figures_of(arrays) if "pixel_auc" in arrays else lambda draws: {}
 
     def figures(draws: np.ndarray) -> dict[str, float]:
         rates = segmentation.rates((draws @ flat).reshape(areas.shape[1:]))
-        return dict(zip(segmentation.FIGURES, rates.tolist(), strict=True))
+        return dict(zip(segmentation.FIGURES, rates.tolist(), strict=True)) | of_images(draws) | of_pixels(draws)
 
     return figures
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retinue.evaluation.statistics import draw_images, percentile_intervals
+from retinue.evaluation.statistics import draw_halves, half_sample_intervals
 
 if TYPE_CHECKING:
     from pycocotools.cocoeval import COCOeval
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 FIGURES = ("ap", "ap50", "ap75")
 # Number of thresholds of intersection over union, from 0.5 to 0.95.
 NUM_THRESHOLDS = 10
-# Number of resamples for the intervals of a test; 1,000 of COCO's 5,000 images would take a minute and more.
-RESAMPLES = 300
+# Number of half-samples for the intervals of a test; 1,000 of COCO's 5,000 images would take half a minute and more.
+HALF_SAMPLES = 300
 # Levels of recall at which precision is read, as in pycocotools.
 RECALLS = np.linspace(0, 1, 101)
 
@@ -172,14 +172,16 @@ class Matches:
         overall = [_mean(_mean(precision[rows].mean(0), 1), 0) for rows in thresholds]
         return np.array([*overall, *of_classes])
 
-    def intervals(self, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-        """Return the 95 % percentile intervals of `figures` by a bootstrap over images, (3 + K, 2); NaN for one image.
+    def intervals(self, count: int = HALF_SAMPLES, seed: int = 0) -> np.ndarray:
+        """Return the 95 % intervals of `figures` from half-samples of the images, (3 + K, 2); NaN for one image.
 
-        Precision is accumulated anew in each resample: a mean of figures of single images would be another figure.
+        Precision is accumulated anew in each half-sample: a mean of figures of single images would be another figure.
         """
         n = int(self.shape[0])
-        resampled = [self.figures(draws) for draws in draw_images(n, resamples if n > 1 else 0, seed)]
-        return percentile_intervals(self.figures(), np.array(resampled))
+        if n < 2:
+            return np.full((len(FIGURES) + int(self.shape[1]), 2), np.nan)
+        halves = [self.figures(draws) for draws in draw_halves(n, count, seed)]
+        return half_sample_intervals(self.figures(), np.array(halves), n)
 
 
 def cells_of(evaluator: COCOeval) -> list[Mapping[str, Any]]:

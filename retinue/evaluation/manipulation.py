@@ -6,10 +6,12 @@ manipulation localisation such as IML-ViT (arXiv:2307.14863).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from retinue.evaluation.segmentation import divide
 from retinue.utils.masks import IGNORED
 
 
@@ -72,3 +74,19 @@ def summarize(areas: np.ndarray, aucs: np.ndarray, *, resamples: int = 1000, see
         result[f"{name}_ci95"] = np.percentile(means, [2.5, 97.5]).tolist() if len(values) > 1 else None
         methods[name] = f"percentile bootstrap over images, {resamples} resamples, seed {seed}"
     return result | {"ci_methods": methods}
+
+
+def figures_of(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], dict[str, float]]:
+    """Return the function from how often each image counts, (N,), to the figures, for `Contributions`.
+
+    A figure is NaN if no image that counts has it.
+    """
+    values = np.stack([pixel_f1(arrays["areas"]), arrays["pixel_auc"]], 1)
+    defined = np.isfinite(values)
+    filled = np.where(defined, values, 0.0)
+
+    def figures(draws: np.ndarray) -> dict[str, float]:
+        pixel_f1, pixel_auc = divide(draws @ filled, draws @ defined).tolist()
+        return {"pixel_f1": pixel_f1, "pixel_auc": pixel_auc}
+
+    return figures

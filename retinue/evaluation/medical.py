@@ -7,7 +7,7 @@ class, in the truth and in the prediction.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,8 +132,7 @@ def add_medical_figures(
         seed: Seed of the bootstrap.
     """
     order = sorted(counts.areas)
-    values = np.stack([np.vstack([image_rates(counts.areas[index]), counts.distances[index]]) for index in order])
-    images = np.stack([with_counts(value) for value in values])  # (N, 2, F, K)
+    images = _image_sums([counts.areas[index] for index in order], [counts.distances[index] for index in order])
 
     def figures(sums: np.ndarray) -> np.ndarray:
         means, per_class = mean_figures(sums, background)
@@ -149,3 +148,21 @@ def add_medical_figures(
             entries[f"{name}_ci95"] = None if np.isnan(pair).any() else pair.tolist()
         summary["ci_methods"][name] = summary["ci_methods"]["miou"]
     summary["hd95_unit"] = unit
+
+
+def figures_of(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], dict[str, float]]:
+    """Return the function from how often each image counts, (N,), to the `FIGURES`, for `Contributions`."""
+    images, background = _image_sums(arrays["areas"], arrays["distances"]), int(arrays["background"])
+    flat = images.reshape(len(images), -1)
+
+    def figures(draws: np.ndarray) -> dict[str, float]:
+        means, _ = mean_figures((draws @ flat).reshape(images.shape[1:]), None if background < 0 else background)
+        return dict(zip(FIGURES, means.tolist(), strict=True))
+
+    return figures
+
+
+def _image_sums(areas: Sequence[np.ndarray] | np.ndarray, distances: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    """Return what each image adds to the sums of `mean_figures`, (N, 2, F, K), from areas (3, K) and distances (K,)."""
+    values = [np.vstack([image_rates(area), distance]) for area, distance in zip(areas, distances, strict=True)]
+    return np.stack([with_counts(value) for value in values])

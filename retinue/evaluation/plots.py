@@ -8,13 +8,19 @@ from __future__ import annotations
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retinue.evaluation.classification import CALIBRATION_BINS, Predictions, calibration_bins, calibration_gaps
+from retinue.evaluation.classification import (
+    CALIBRATION_BINS,
+    Predictions,
+    calibration_bins,
+    calibration_gaps,
+    risk_coverage,
+)
 from retinue.utils.files import replacing
 
 if TYPE_CHECKING:
@@ -108,6 +114,28 @@ def plot_reliability(path: str | Path, predictions: Predictions) -> None:
         bottom.axvline(float(mean), color=colour, label=f"mean {name} {mean:.3f}")
     bottom.legend(frameon=False, fontsize="small")
     bottom.set(xlabel="confidence", ylabel="share of images", xlim=(0, 1))
+    save_figure(figure, path)
+
+
+def plot_risk_coverage(path: str | Path, curves: Mapping[str, Predictions]) -> None:
+    """Plot the share of wrong answers against the share of answered images (Geifman et al. 2019), in % of the images.
+
+    Args:
+        path: file to write; its suffix determines the format.
+        curves: predictions by the label of their curve.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure((5, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for (name, predictions), colour in zip(curves.items(), (BLUE, ORANGE, GREEN), strict=False):
+        risk = risk_coverage(predictions.confidence, predictions.correct)
+        coverage = np.arange(1, len(risk) + 1) / len(risk)
+        axes.plot(100 * coverage, 100 * risk, color=colour, label=f"{name}, area {risk.mean():.4f}")
+    axes.set(xlabel="coverage: answered images, the most confident first (%)", ylabel="risk: wrong answers (%)")
+    axes.set(xlim=(0, 100), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
     save_figure(figure, path)
 
 

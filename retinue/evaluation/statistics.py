@@ -7,6 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import bdtr, stdtr, stdtrit
 
+# Bias of average precision in a set of n images is proportional to n ** -BIAS_POWER (`half_sample_intervals`).
+BIAS_POWER = 2 / 3
+# Standard error of average precision less its bias, relative to that of average precision, in simulations.
+CORRECTION_ERROR = 1.04
+
 
 class Summary(NamedTuple):
     """Summary of n values.
@@ -114,6 +119,66 @@ def percentile_intervals(observed: np.ndarray, resampled: np.ndarray) -> np.ndar
     if len(resampled) and defined.any():
         intervals[defined] = np.nanpercentile(resampled[:, defined], [2.5, 97.5], axis=0).T
     return intervals
+
+
+def draw_halves(n: int, count: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield half-samples of n images, each followed by its other half: float64 (n,), 1 for the images that are in it.
+
+    Args:
+        n: number of images.
+        count: number of half-samples, which is even.
+        seed: seed of the half-samples.
+    """
+    rng = np.random.default_rng(seed)
+    for _ in range(count // 2):
+        half = np.zeros(n)
+        half[rng.permutation(n)[: n // 2]] = 1
+        yield half
+        yield 1 - half
+
+
+def correct_bias(observed: np.ndarray, halves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return figures less their bias, and resamples with the spread of these figures; see `half_sample_intervals`.
+
+    Args:
+        observed: (F,), the figures.
+        halves: (R, F), the figures of each half-sample.
+
+    Returns:
+        The figures (F,), and the resamples (R, F), whose mean they are. A half-sample in which a figure is undefined
+        does not count; a figure that is undefined in all of them is NaN.
+    """
+    counts = np.isfinite(halves).sum(0)
+    mean = np.divide(np.nansum(halves, 0), counts, out=np.full(len(observed), np.nan), where=counts > 0)
+    corrected = observed - (mean - observed) / (2**BIAS_POWER - 1)
+    return corrected, corrected + CORRECTION_ERROR * (halves - mean)
+
+
+def half_sample_intervals(observed: np.ndarray, halves: np.ndarray, n: int) -> np.ndarray:
+    """Return the 95 % intervals of figures between 0 and 1 whose bias falls slowly with the number of images: (F, 2).
+
+    Average precision is biased upwards, since it takes for each recall the maximum of the precisions from there on. The
+    bias of such a monotone envelope falls as n^(-2/3) (Groeneboom 1985, Estimating a Monotone Density), so that the
+    mean over classes with few objects is off by a standard error and more. A bootstrap finds only a part of the bias:
+    its copies of images have equal scores. Half-samples have none (delete-d jackknife, Shao and Wu 1989, A General
+    Theory for Jackknife Variance Estimation). Their variance is that of the figure, and from their mean follows the
+    bias. The intervals are Student's t, of the arcsine of the square root of the figures.
+
+    Args:
+        observed: (F,), the figures; NaN if undefined.
+        halves: (R, F), the figures of each half-sample.
+        n: number of images.
+
+    Returns:
+        The intervals; NaN for a figure that is undefined, or that fewer than two half-samples have.
+    """
+    corrected, resamples = correct_bias(np.arcsin(np.sqrt(observed)), np.arcsin(np.sqrt(halves)))
+    counts = np.isfinite(resamples).sum(0)
+    squares = np.nansum((resamples - corrected) ** 2, 0)
+    error = np.sqrt(np.divide(squares, counts - 1, out=np.full(len(observed), np.nan), where=counts > 1))
+    margin = float(stdtrit(n - 1, 0.975)) * math.sqrt(n / (n - 1)) * error
+    limits = np.stack([corrected - margin, corrected + margin], -1)
+    return np.sin(np.clip(limits, 0, math.pi / 2)) ** 2
 
 
 def bootstrap_difference(observed: Sequence[float], resampled: np.ndarray) -> Difference:

@@ -7,9 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from retinue.evaluation.contributions import Contributions
-from retinue.evaluation.statistics import Difference, bootstrap_difference, draw_images, holm, mcnemar
-from retinue.results.collection import Run, find_runs, group_runs
+from retinue.evaluation.contributions import BIASED, Contributions
+from retinue.evaluation.statistics import (
+    Difference,
+    bootstrap_difference,
+    correct_bias,
+    draw_halves,
+    draw_images,
+    holm,
+    mcnemar,
+)
+from retinue.results.collection import Group, Run, find_runs, group_runs
 from retinue.results.report import net_name
 from retinue.utils.suggestions import nearest
 
@@ -21,7 +29,7 @@ class Net:
     Attributes:
         name: Name of the net.
         tests: Contributions of the test images in each run, by seed.
-        resamples: Number of resamples of the bootstrap over images.
+        resamples: Number of resamples of the images: half-samples for average precision, else of the bootstrap.
         resampled: Figures (R,) of each resample, by figure and seed, as far as they have been needed.
     """
 
@@ -39,18 +47,17 @@ class Net:
         """Return a figure of one run in each resample of the images, which is the same for all nets: (R,)."""
         if (figure, seed) not in self.resampled:
             test = self.tests[seed]
-            draws = draw_images(len(test.images), self.resamples, 0)
-            values = [test.figures(counts) for counts in draws]
-            self.resampled |= {
-                (name, seed): np.array([value[name] for value in values]) for name in self.observed[seed]
-            }
+            draw = draw_halves if figure in BIASED else draw_images
+            values = [test.figures(counts) for counts in draw(len(test.images), self.resamples, 0)]
+            names = [name for name in self.observed[seed] if (name in BIASED) == (figure in BIASED)]
+            self.resampled |= {(name, seed): np.array([value[name] for value in values]) for name in names}
         return self.resampled[figure, seed]
 
     def value(self, figure: str) -> Difference:
         """Return the mean of a figure over the runs, with its interval, as the difference from 0."""
         seeds = list(self.tests)
         columns = np.stack([self.resample(figure, seed) for seed in seeds], 1)
-        return bootstrap_difference([self.observed[seed][figure] for seed in seeds], columns)
+        return difference_of(figure, [self.observed[seed][figure] for seed in seeds], columns)
 
 
 def read_nets(folders: Sequence[Path], resamples: int) -> list[Net]:
@@ -69,16 +76,26 @@ def read_nets(folders: Sequence[Path], resamples: int) -> list[Net]:
         kind = "training" if any(run.kind == "training" for run in finished) else "evaluation"
         known = {run.folder.resolve() for run in runs}
         runs += [run for run in finished if run.kind == kind and run.folder.resolve() not in known]
-    nets = []
-    for group in group_runs(runs):
-        name, tests, folder_of = net_name(group), {}, {}
-        for run in group.runs:
-            seed = run.values.get("seed")
-            if seed in tests:
-                raise ValueError(f"{run.folder} and {folder_of[seed]} are the same run of {name}: name one of them")
-            tests[seed], folder_of[seed] = Contributions.read(run.folder), run.folder
-        nets.append(Net(name, tests, resamples))
-    return nets
+    return [read_net(group, resamples) for group in group_runs(runs)]
+
+
+def read_net(group: Group, resamples: int) -> Net:
+    """Return the net of a group of runs, with the tests of those that are finished.
+
+    Raises:
+        ValueError: No run is finished, a run has no contributions, or a seed occurs twice.
+    """
+    name, tests, folder_of = net_name(group), {}, {}
+    for run in group.runs:
+        if run.status != "finished":
+            continue
+        seed = run.values.get("seed")
+        if seed in tests:
+            raise ValueError(f"{run.folder} and {folder_of[seed]} are the same run of {name}: name one of them")
+        tests[seed], folder_of[seed] = Contributions.read(run.folder), run.folder
+    if not tests:
+        raise ValueError(f"no run of {name} is finished")
+    return Net(name, tests, resamples)
 
 
 def check_nets(nets: Sequence[Net], figure: str | None) -> str:
@@ -105,6 +122,20 @@ def check_nets(nets: Sequence[Net], figure: str | None) -> str:
     return known[0] if figure is None else figure
 
 
+def difference_of(figure: str, observed: Sequence[float], resampled: np.ndarray) -> Difference:
+    """Return the mean of a figure's differences with its interval and test, without the bias of average precision.
+
+    Args:
+        figure: Name of the figure.
+        observed: (n,), the difference in each pair of runs.
+        resampled: (R, n), the differences in each resample of `Net.resample`.
+    """
+    if figure not in BIASED:
+        return bootstrap_difference(observed, resampled)
+    corrected, resampled = correct_bias(np.array(observed), resampled)
+    return bootstrap_difference(corrected.tolist(), resampled)._replace(mean=float(np.mean(observed)))
+
+
 def compare_pair(net: Net, baseline: Net, figure: str) -> Difference:
     """Return the difference of a figure between a net and the baseline, paired by image and by seed.
 
@@ -123,7 +154,7 @@ def compare_pair(net: Net, baseline: Net, figure: str) -> Difference:
         )
     observed = [net.observed[a][figure] - baseline.observed[b][figure] for a, b in pairs]
     resampled = np.stack([net.resample(figure, a) - baseline.resample(figure, b) for a, b in pairs], 1)
-    difference = bootstrap_difference(observed, resampled)
+    difference = difference_of(figure, observed, resampled)
     [a, b] = pairs[0]
     right = net.tests[a].arrays.get(figure), baseline.tests[b].arrays.get(figure)
     if len(pairs) == 1 and figure in ("top1", "top5") and right[0] is not None and right[1] is not None:

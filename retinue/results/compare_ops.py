@@ -17,8 +17,9 @@ from ops.registry import family_of
 from retinue.benchmarks.models import Setting, benchmark
 from retinue.benchmarks.op_properties import cost_exponent
 from retinue.benchmarks.timing import Row
-from retinue.evaluation.statistics import holm, paired_difference, rate_interval
+from retinue.evaluation.statistics import holm, rate_interval
 from retinue.results import budgets
+from retinue.results.baseline import compare_runs
 from retinue.results.collection import read_run
 from retinue.results.report import make_data, make_page, read_curves
 from retinue.results.search import read_space, to_overrides
@@ -273,28 +274,18 @@ def test_at(comparison: Comparison, entries: Mapping[str, Entry], size: int, fig
 
 
 def add_differences(comparison: Comparison, entries: Mapping[str, Entry], figure: str) -> None:
-    """Add each op's difference to the baseline over seeds: mean, 95 % interval, `same_within`, and p after Holm.
+    """Add each op's difference to the baseline: mean, 95 % interval, `same_within`, and p after Holm.
 
-    The test is a paired t-test; `retinue.evaluation.statistics.Difference` describes the columns.
+    `retinue.results.baseline.compare_runs` compares the runs, and `retinue.evaluation.statistics.Difference` describes
+    the columns.
     """
-    base = figures(entries[comparison.baseline], figure)
-    tested: dict[str, float] = {}
-    for op, entry in entries.items():
-        own = figures(entry, figure)
-        seeds = sorted(own.keys() & base.keys())
-        if op == comparison.baseline or len(seeds) < 2:
-            continue
-        difference = paired_difference([own[seed] for seed in seeds], [base[seed] for seed in seeds])
-        entry.columns |= {"diff": difference.mean, "diff_low": difference.low, "diff_high": difference.high}
-        entry.columns["same_within"] = difference.same_within
-        tested[op] = difference.p
-    for op, p in zip(tested, holm(list(tested.values())), strict=True):
-        entries[op].columns["p"] = None if math.isnan(p) else p
-
-
-def figures(entry: Entry, figure: str) -> dict[int, float]:
-    """Return the test figure of each seed."""
-    return {seed: (read_result(run) or {})["metrics"][f"test/{figure}"] for seed, run in entry.runs.items()}
+    base = entries[comparison.baseline].runs
+    found = {op: compare_runs(entry.runs, base, figure) for op, entry in entries.items() if op != comparison.baseline}
+    differences = {op: difference for op, difference in found.items() if difference is not None}
+    adjusted = holm([difference.p for difference in differences.values()])
+    for (op, difference), p in zip(differences.items(), adjusted, strict=True):
+        entries[op].columns |= {"diff": difference.mean, "diff_low": difference.low, "diff_high": difference.high}
+        entries[op].columns |= {"same_within": difference.same_within, "p": None if math.isnan(p) else p}
 
 
 def summarise_row(row: Row) -> Row:

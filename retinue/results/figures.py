@@ -11,6 +11,8 @@ FRACTIONS = (
     "mean_class_accuracy",
     "ece",
     "adaptive_ece",
+    "calibrated_ece",
+    "calibrated_adaptive_ece",
     "map",
     "f1_micro",
     "f1_macro",

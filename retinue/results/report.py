@@ -40,12 +40,16 @@ FACTS = ("device", "precision", "versions", "git_commit", "weights")
 Curves = dict[str, list[list[float]]]
 
 
-def make_data(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
+def make_data(
+    runs: Sequence[Run], folder: Path, baseline: str | None = None, differences: Mapping[int, str] | None = None
+) -> dict[str, Any]:
     """Return what the page shows, ready for JSON: every number is finite or absent.
 
     Args:
         runs: Runs; `training_ms_per_image` is added to their values.
         folder: The folder that the page names as their place.
+        baseline: Name of the net with which the others are compared; None compares none.
+        differences: Difference to the baseline in words, by the position of the group in `group_runs(runs)`.
     """
     for run in runs:
         if speed := run.number("images_per_second"):
@@ -59,7 +63,7 @@ def make_data(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
     curves = {run.folder: read_curves(run.folder / "metrics.csv") for run in runs if run.kind == "training"}
     num_curves = sum(map(len, curves.values()))
     max_points = max(MIN_POINTS_PER_CURVE, MAX_POINTS // max(1, num_curves))
-    data_sets = Counter(_data_set(group) for group in groups for _ in group.runs)
+    data_sets = Counter(data_set(group) for group in groups for _ in group.runs)
     return {
         "folder": str(folder),
         "made": f"{datetime.now():%d %B %Y, %H:%M}",
@@ -67,17 +71,19 @@ def make_data(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
         "columns": columns,
         "curveColumns": [_describe_column(name, runs) for name in _order_curves(curves.values(), figures)],
         "curveFigure": next((name.partition("/")[2] for name in figures), None),
+        "baseline": baseline,
         "sets": [name for name, _ in data_sets.most_common()],
         "groups": [
             {
                 "name": net_name(group),
-                "set": _data_set(group),
+                "set": data_set(group),
                 "key": group.key,
                 "config": _config_text(group.runs[0]),
                 "stats": _statistics(group, names),
+                "difference": (differences or {}).get(i, ""),
                 "runs": [_describe_run(run, names, curves.get(run.folder, {}), max_points) for run in group.runs],
             }
-            for group in groups
+            for i, group in enumerate(groups)
         ],
     }
 
@@ -104,7 +110,7 @@ def _order_curves(curves: Iterable[Curves], figures: Sequence[str]) -> list[str]
     return sorted(names, key=lambda name: (not name.startswith("val/"), name.partition("/")[2] not in main))
 
 
-def _data_set(group: Group) -> str:
+def data_set(group: Group) -> str:
     """Return the title of the runs that one chart may compare: the same task on the same data."""
     values = group.runs[0].values
     if "data" not in values:

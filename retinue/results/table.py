@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from retinue.evaluation.statistics import Summary
+from retinue.evaluation.statistics import Difference, Summary
+from retinue.results.baseline import Differences
 from retinue.results.collection import Group, Run, distinguishing_names
 from retinue.results.figures import display_unit
 from retinue.utils.command_line import to_text
 from retinue.utils.files import replacing, write_text
 
-Cell = str | Summary | None
+Cell = str | Summary | Difference | None
 CsvRow = dict[str, str | float | None]
 SUFFIXES = (".csv", ".md", ".tex")
 # Columns of a CSV file beside each mean.
@@ -24,7 +25,9 @@ LATEX_ESCAPES = {character: rf"\{character}" for character in "&%$#_{}"} | {
 }  # fmt: skip
 
 
-def make_table(groups: Sequence[Group], columns: Sequence[str], pivot: str | None = None) -> list[dict[str, Cell]]:
+def make_table(
+    groups: Sequence[Group], columns: Sequence[str], pivot: str | None = None, differences: Differences | None = None
+) -> list[dict[str, Cell]]:
     """Return a row for each group: its key, the number of its runs, and a cell for each column.
 
     Args:
@@ -32,18 +35,21 @@ def make_table(groups: Sequence[Group], columns: Sequence[str], pivot: str | Non
         columns: Names of the values to show; numbers are summarised, other values are listed.
         pivot: A name in the keys. Groups that differ in this name only share a row, which has the columns once for
             each value of the name. Default: no pivot.
+        differences: Differences to a baseline, which get a column for each of their figures. Default: none.
     """
     rows: dict[tuple[str, ...], dict[str, Cell]] = {}
     counts: dict[tuple[str, ...], Counter[str]] = {}
-    for group in groups:
+    for i, group in enumerate(groups):
         shown = {name: value for name, value in group.key.items() if name != pivot}
         key = tuple(shown.values())
         row = rows.setdefault(key, {**shown, "runs": None})
         counts.setdefault(key, Counter()).update(group.count_by_status())
+        prefix = f"{group.key[pivot]} " if pivot else ""
         for column in columns:
-            heading = f"{group.key[pivot]} {column}" if pivot else column
             summary = group.summary(column)
-            row[heading] = _list_values(group, column) if summary is None else summary
+            row[prefix + column] = _list_values(group, column) if summary is None else summary
+        if differences and i in differences.values:
+            row[f"{prefix}difference {differences.figures[i]}"] = differences.values[i]
     for key, row in rows.items():
         row["runs"] = _describe_counts(counts[key])
     headings = dict.fromkeys(heading for row in rows.values() for heading in row)
@@ -76,7 +82,7 @@ def format_table(rows: Sequence[Mapping[str, Cell]], spread: str) -> list[list[s
 
 
 def _column_unit(heading: str, cells: Sequence[Cell]) -> tuple[str, float]:
-    means = [cell.mean for cell in cells if isinstance(cell, Summary)]
+    means = [cell.mean for cell in cells if isinstance(cell, Summary | Difference)]
     return display_unit(heading.split()[-1], max(means)) if means else ("", 1.0)
 
 
@@ -85,6 +91,8 @@ def _format_cell(cell: Cell, symbol: str, scale: float, spread: str) -> str:
         return ""
     if isinstance(cell, str):
         return cell
+    if isinstance(cell, Difference):
+        return describe_difference(cell, scale)
     half_width = cell.std if spread == "std" else cell.ci95
     if cell.mean.is_integer() and not symbol:
         mean, digits = str(int(cell.mean)), ".4g"
@@ -94,6 +102,26 @@ def _format_cell(cell: Cell, symbol: str, scale: float, spread: str) -> str:
     # Counts, such as the number of parameters, do not vary over seeds; `± 0` would tell nothing.
     is_constant = half_width == 0 and symbol != "%"
     return mean if math.isnan(half_width) or is_constant else f"{mean} ± {format(half_width / scale, digits)}"
+
+
+def describe_difference(difference: Difference, scale: float) -> str:
+    """Return a difference in words, such as `+1.20 (+0.31 to +2.09), p 0.011, same within 1.95`."""
+    digits = ".2f" if scale != 1 else ".4f"
+    mean, low, high = (format(value / scale, f"+{digits}") for value in difference[:3])
+    same_within = format(difference.same_within / scale, digits)
+    return f"{mean} ({low} to {high}), p {difference.p:.2g}, same within {same_within}"
+
+
+def in_words(differences: Differences) -> dict[int, str]:
+    """Return the differences of groups in words with their figure, by the group's position."""
+    words = {}
+    for i, value in differences.values.items():
+        symbol, scale = display_unit(differences.figures[i], 1)
+        unit = f" ({symbol})" if symbol else ""
+        words[i] = (
+            value if isinstance(value, str) else f"{differences.figures[i]}{unit} {describe_difference(value, scale)}"
+        )
+    return words
 
 
 def count_text_columns(lines: Sequence[Sequence[str]]) -> int:
@@ -153,6 +181,7 @@ def to_csv_rows(rows: Sequence[Mapping[str, Cell]]) -> list[CsvRow]:
         rows: Rows of `make_table`.
     """
     measured = [heading for heading in rows[0] if any(isinstance(row[heading], Summary) for row in rows)]
+    compared = [heading for heading in rows[0] if any(isinstance(row[heading], Difference) for row in rows)]
     lines: list[CsvRow] = []
     for row in rows:
         line: CsvRow = {}
@@ -165,6 +194,9 @@ def to_csv_rows(rows: Sequence[Mapping[str, Cell]]) -> list[CsvRow]:
                     f"{heading}_n": cell.n,
                 }
                 line |= {column: None if math.isnan(number) else number for column, number in numbers.items()}
+            elif heading in compared:
+                numbers = cell._asdict() if isinstance(cell, Difference) else dict.fromkeys(Difference._fields)
+                line |= {f"{heading} {column}": number for column, number in numbers.items()}
             else:
                 line[heading] = cell
                 if heading in measured:

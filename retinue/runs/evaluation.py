@@ -8,13 +8,14 @@ from omegaconf import DictConfig
 
 from models import load_weights
 from ops.backend import set_backend
-from retinue.runs.config import check
+from retinue.runs.config import check, world_size
 from retinue.runs.folders import no_empty_folder, refuse_inside_a_run, refuse_over_a_run
 from retinue.runs.identity import fingerprint
 from retinue.runs.launch import launch, needs_launch, rank
 from retinue.runs.preprocessing import resolved_data
 from retinue.runs.result_file import provenance, read_result, show_result, write_result
-from retinue.runs.training import build_data, build_task, quiet_libraries, result_labels, test
+from retinue.runs.training import build_data, build_task, build_trainer, quiet_libraries, result_labels, test
+from retinue.tasks.calibration import TemperatureScaling
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -56,6 +57,8 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
     task = load_task(cfg, datamodule)
     task.save_images = cfg.save_images
     task.predictions_folder = folder if cfg.save_predictions or cfg.save_maps else None
+    if cfg.calibrate:
+        calibrate(cfg, task, datamodule)
     metrics = test(cfg, task, datamodule)
     params, macs = task.complexity(datamodule)
     result = {
@@ -89,6 +92,24 @@ def prepare(cfg: DictConfig) -> None:
     pl.seed_everything(cfg.seed, verbose=False)
     if not cfg.weights and not cfg.model.get("pretrained"):
         raise ValueError("there are no weights: give run=DIR, weights=FILE, or model=timm model.pretrained=true")
+
+
+def calibrate(cfg: DictConfig, task: Any, datamodule: Any) -> None:
+    """Fit the temperature of a classification task to the validation split.
+
+    Raises:
+        ValueError: the task is another one, or the test images are those of the validation split.
+    """
+    if cfg.task.name != "classification":
+        raise ValueError(f"calibrate=true is for task=classification, not task={cfg.task.name}")
+    if not {"val", "test"} <= set(datamodule.splits):
+        raise ValueError(
+            f"calibrate=true needs validation images that are not the test images: data={cfg.data.name} has the splits "
+            f"{', '.join(datamodule.splits)}"
+        )
+    strategy = "ddp" if world_size(cfg) > 1 else "auto"
+    trainer = build_trainer(cfg, logger=False, strategy=strategy)
+    trainer.validate(TemperatureScaling(task), datamodule=datamodule, verbose=False)
 
 
 def load_task(cfg: DictConfig, datamodule: Any) -> Any:

@@ -39,7 +39,7 @@ IDENTITY_VERSION = 2
 NOT_RESULT = {
     "": (
         *("hydra", "run", "run_dir", "rerun", "seed", "checkpoint", "logger", "ops"),
-        *("save_images", "save_predictions", "save_maps", "save", "pictures", "cache", "weights_sha256"),
+        *("save_images", "save_predictions", "save_maps", "save", "pictures", "cache", "weights_sha256", "calibrate"),
     ),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps"),
     "data": ("num_workers", "own", "cache"),

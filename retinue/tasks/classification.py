@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from models.factory import create_model
 from models.plain import PlainBackbone
 from ops.losses import Losses, loss_weights
+from retinue.evaluation.calibration import calibrated_figures
 from retinue.evaluation.classification import Predictions, check_finite, summarize, topk_predictions
 from retinue.evaluation.contributions import Contributions
-from retinue.evaluation.plots import draw_probabilities, plot_confusion, plot_reliability
+from retinue.evaluation.plots import draw_probabilities, plot_confusion, plot_reliability, plot_risk_coverage
 from retinue.evaluation.predictions import write_predictions_csv, write_probabilities
 from retinue.tasks.attention_labels import attended_share, attention_targets, check_attention
 from retinue.tasks.base import Task
@@ -52,6 +53,8 @@ class Classification(Task):
 
     Attributes:
         predictions: Predictions of all ranks for the test split, after a test.
+        temperature: Number that the logits of a test are divided by for `calibrated`; None has no such predictions.
+        calibrated: Predictions as `predictions`, from the divided logits.
 
     Raises:
         ValueError: `recipe.loss` is unknown, the net has no loss of a name in `loss_weights`, it lacks what
@@ -108,6 +111,9 @@ class Classification(Task):
         # Predictions of this rank in the current test, by batch.
         self._rank_predictions: list[Predictions] = []
         self.predictions: Predictions | None = None
+        self.temperature: float | None = None
+        self._rank_calibrated: list[Predictions] = []
+        self.calibrated: Predictions | None = None
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
@@ -139,7 +145,10 @@ class Classification(Task):
 
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
         assert self.predictions is not None
-        return summarize(self.predictions, datamodule.class_names)
+        figures = summarize(self.predictions, datamodule.class_names)
+        if self.calibrated is not None and self.temperature is not None:
+            figures |= calibrated_figures(self.calibrated, datamodule.class_names, self.temperature)
+        return figures
 
     def contributions(self, datamodule: Any) -> Contributions:
         assert self.predictions is not None
@@ -156,12 +165,20 @@ class Classification(Task):
         return Contributions("classification", images, arrays)
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
-        """Write `predictions.csv`, `confusion.png` and `reliability.png`; with `predictions_folder` predictions."""
+        """Write `predictions.csv`, `confusion.png`, `reliability.png` and `risk_coverage.png`.
+
+        With a temperature there is `reliability_calibrated.png`, and with `predictions_folder` there are predictions.
+        """
         assert self.predictions is not None
         names, classes = datamodule.names("test"), datamodule.class_names
         write_predictions_csv(folder / "predictions.csv", self.predictions, classes, names)
         plot_confusion(folder / "confusion.png", self.predictions, classes)
         plot_reliability(folder / "reliability.png", self.predictions)
+        curves = {"test": self.predictions}
+        if self.calibrated is not None:
+            plot_reliability(folder / "reliability_calibrated.png", self.calibrated)
+            curves = {"before calibration": self.predictions, "after calibration": self.calibrated}
+        plot_risk_coverage(folder / "risk_coverage.png", curves)
         if self.predictions_folder:
             self.write_predictions(folder, datamodule)
 
@@ -323,11 +340,18 @@ class Classification(Task):
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         subset = self.trainer.datamodule.class_subset  # pyright: ignore[reportAttributeAccessIssue]
-        self._rank_predictions.append(topk_predictions(self(batch["image"]), batch["label"], batch["index"], subset))
+        logits, label, index = self(batch["image"]), batch["label"], batch["index"]
+        self._rank_predictions.append(topk_predictions(logits, label, index, subset))
+        if self.temperature is not None:
+            divided = logits.float() / self.temperature
+            self._rank_calibrated.append(topk_predictions(divided, label, index, subset))
 
     def on_test_epoch_end(self) -> None:
         own, self._rank_predictions = Predictions.concatenate(self._rank_predictions), []
         self.predictions = Predictions.concatenate(self.gather(own))
+        if self.temperature is not None:
+            own, self._rank_calibrated = Predictions.concatenate(self._rank_calibrated), []
+            self.calibrated = Predictions.concatenate(self.gather(own))
 
     # The labels of images without labels are placeholders, and `write_predictions` leaves them out.
     predict_step = test_step

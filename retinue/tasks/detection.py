@@ -26,7 +26,7 @@ from retinue.evaluation.detection import (
 )
 from retinue.evaluation.detection_confusion import BACKGROUND, confusion_matrix
 from retinue.evaluation.detection_matches import FIGURES as AP_FIGURES
-from retinue.evaluation.detection_matches import RESAMPLES
+from retinue.evaluation.detection_matches import HALF_SAMPLES
 from retinue.evaluation.detection_plots import (
     MIN_DRAWN_SCORE,
     plot_class_ap,
@@ -186,8 +186,8 @@ class Detection(DensePredictionTask):
 
         Names are `box_ap`, ..., `mask_ap`, ...; `per_class` is a dictionary by class. If the test split joins several
         sets, the figures are means over the sets, and the figures of a set have its name: `hidden/n`, `hidden/box_ap`.
-        Average precision, also at 50 and 75 % and of each class, has an interval `<name>_ci95` by a bootstrap over the
-        images; it is None where the figure is, and for a single image.
+        Average precision, also at 50 and 75 % and of each class, has an interval `<name>_ci95` from half-samples of
+        the images; it is None where the figure is, and for a single image.
         """
         images = datamodule.images("test")
         figures: dict[str, Any] = {
@@ -200,7 +200,7 @@ class Detection(DensePredictionTask):
             figures |= name_intervals(f"{kind}_", pairs)
         figures["ci_methods"] = dict.fromkeys(
             [f"{kind}_{name}" for kind in intervals for name in AP_FIGURES],
-            f"percentile bootstrap over images, accumulated anew, {RESAMPLES} resamples, seed 0",
+            f"half-samples of the images, accumulated anew, less the bias, {HALF_SAMPLES} half-samples, seed 0",
         )
         for name, positions in datamodule.sets("test").items():
             figures[f"{name}/n"] = sum(image.index in positions for image in self.detections)

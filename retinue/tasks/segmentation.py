@@ -213,7 +213,14 @@ class Segmentation(DensePredictionTask):
         indices, images = sorted(self.counts.areas), datamodule.images("test")
         areas_of_images = np.stack([self.counts.areas[index] for index in indices])
         names = [images.name(index) for index in indices]
-        return Contributions("segmentation", np.array(names), {"areas": areas_of_images})
+        arrays = {"areas": areas_of_images}
+        if self.aucs:
+            arrays["pixel_auc"] = np.array([self.aucs[index] for index in indices])
+        if self.medical:
+            background = -1 if datamodule.background is None else datamodule.background
+            arrays["distances"] = np.stack([self.counts.distances[index] for index in indices])
+            arrays["background"] = np.array(background)
+        return Contributions("segmentation", np.array(names), arrays)
 
     def write_report(self, folder: Path, datamodule: Any) -> None:
         """Write `iou.csv`, `per_class.png`, `confusion.png` and `images/*.png`.

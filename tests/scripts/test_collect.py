@@ -7,8 +7,9 @@ import time
 import pytest
 
 from retinue.results.collection import find_runs
-from scripts import collect
+from scripts import collect, compare
 from tests.scripts.run_folders import fail, make_run, write_result
+from tests.scripts.test_compare import make_test
 
 
 @pytest.fixture
@@ -195,3 +196,27 @@ def test_a_thousand_runs_take_at_most_two_seconds(tmp_path):
     rows = table(tmp_path)
     assert len(rows) == 200 and all(row["runs"] == "5" for row in rows)
     assert time.process_time() - start < 2
+
+
+def test_differences_to_a_baseline_are_those_of_compare(tmp_path, capsys):
+    for name, accuracy in (("a", 0.5), ("bb", 0.9), ("ccc", 0.55)):
+        for seed in (0, 1):
+            make_test(tmp_path, name, seed, accuracy)
+    make_run(tmp_path, "dddd", 0, 0.5)
+    make_run(tmp_path, "swin_nano", 0, 0.5, data="cifar10")
+    rows = {row["model"]: row for row in table(tmp_path, "baseline=a")}
+    out, err = capsys.readouterr()
+    compare.main(
+        [str(tmp_path / "classification/digits" / name) for name in ("a", "bb", "ccc")] + [f"out={tmp_path}/c.csv"]
+    )
+    with open(tmp_path / "c.csv", newline="", encoding="utf-8") as file:
+        expected = {row["what"]: row for row in csv.DictReader(file)}
+    for name in ("bb", "ccc"):
+        for ours, column in (("mean", "diff"), ("low", "diff_low"), ("p", "p"), ("same_within", "same_within")):
+            assert float(rows[name][f"difference top1 {ours}"]) == pytest.approx(float(expected[name][column]))
+    assert rows["a"]["difference top1 mean"] == rows["dddd"]["difference top1 mean"] == ""
+    assert "difference top1 (%) |" in out and " baseline |" in out and ", same within " in out
+    assert "dddd: no difference: " in err and "test_images.npz is missing" in err
+    assert "cifar10 (classification): no difference, since a has no run" in err
+    with pytest.raises(ValueError, match=r"there is no net 'bbb'\. Did you mean 'bb'"):
+        collect.main([f"folder={tmp_path}", "baseline=bbb"])

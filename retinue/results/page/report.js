@@ -155,6 +155,7 @@ function drawTable() {
       { scope: "col", "aria-sort": state.sort === name ? (state.descending ? "descending" : "ascending") : null },
       element("button", { type: "button", "data-sort": name, onclick: () => sortBy(name) }, text),
     );
+  const differences = data.baseline && state.view === "groups";
   const top = Object.fromEntries(
     used.map((column) => {
       const means = entries.filter((entry) => entry.stats[column.name]).map((entry) => entry.stats[column.name][0]);
@@ -171,6 +172,7 @@ function drawTable() {
       head("name", "Net"),
       head("runs", state.view === "groups" ? "Runs" : "Status"),
       ...used.map((column) => head(column.name, heading(column))),
+      ...(differences ? [element("th", { scope: "col" }, `Difference to ${data.baseline}`)] : []),
     ),
   );
   $("table").tBodies[0].replaceChildren(
@@ -200,6 +202,7 @@ function drawTable() {
             rest.length ? element("small", {}, ` ± ${rest[0]}`) : "",
           );
         }),
+        ...(differences ? [element("td", {}, entry.group.difference)] : []),
       ),
     ),
   );

@@ -6,6 +6,8 @@ import pytest
 from retinue.evaluation.detection import Accuracy, ImageDetections, average, coco_results, evaluate
 from retinue.evaluation.detection_matches import Matches
 from retinue.evaluation.lvis import evaluate_federated
+from retinue.evaluation.statistics import draw_halves, half_sample_intervals
+from retinue.results.compare import difference_of
 from tests.retinue.evaluation.test_detection import CATEGORIES, IMAGES, make_truth, predictions
 
 # pycocotools warns with NumPy 2.
@@ -73,36 +75,65 @@ def test_a_single_image_and_a_set_without_detections_have_no_interval_to_speak_o
     truth = make_truth()
     own = [result for result in noisy_results(truth) if result["image_id"] == IMAGES[0]]
     assert np.isnan(evaluate("box", own, truth, IMAGES[:1], CATEGORIES).matches.intervals()).all()
-    nothing = evaluate("box", [], truth, IMAGES, CATEGORIES).matches.intervals(resamples=20)
+    nothing = evaluate("box", [], truth, IMAGES, CATEGORIES).matches.intervals(count=20)
     assert (nothing == 0).all()
 
 
-def simulated_matches(num_images: int, rng: np.random.Generator) -> Matches:
-    """Return matches of one class with two objects an image, found with a probability that differs by image."""
+def simulated_matches(num_images: int, rng: np.random.Generator, num_classes: int = 1, nets: int = 1) -> list[Matches]:
+    """Return the matches of equally good nets on the same images, which have two objects each.
+
+    An object has two detections. Images are of different difficulty, and one of two wrong detections has a wrong class.
+    Matches are the same at all thresholds, so that one of them is enough.
+    """
     image = np.repeat(np.arange(num_images), 4)
-    right = rng.random(len(image)) < np.repeat(rng.uniform(0.2, 0.7, num_images), 4)
-    # An image has two objects, so the first two right detections are right.
-    right &= right.reshape(-1, 4).cumsum(1).ravel() <= 2
-    objects = np.repeat(np.arange(num_images), 2)
-    return Matches(
-        np.array([num_images, 1, 1]),
-        image,
-        np.zeros(len(image), int),
-        rng.normal(right * 1.0, 1),
-        np.tile(right, (10, 1)),
-        np.zeros((10, len(image)), bool),
-        objects,
-        np.zeros(len(objects), int),
-    )
+    objects, label = image[::2], rng.integers(num_classes, size=2 * num_images)
+    easy = rng.uniform(0.2, 0.7, num_images)[image]
+    matches = []
+    for _ in range(nets):
+        right = rng.random(len(image)) < easy
+        # The second detection of an object that has been found is wrong.
+        right[1::2] &= ~right[::2]
+        confused = ~right & (rng.random(len(image)) < 0.5)
+        predicted = np.where(confused, rng.integers(num_classes, size=len(image)), label.repeat(2))
+        shape, none = np.array([num_images, num_classes, 1]), np.zeros((1, len(image)), bool)
+        score = rng.normal(right * 1.0, 1)
+        matches.append(Matches(shape, image, predicted, score, right[None], none, objects, label))
+    return matches
+
+
+def mean_ap(matches: Matches, draws: np.ndarray | None = None) -> float:
+    return float(np.nanmean(matches.class_precision(draws)))
 
 
 @pytest.mark.slow
-def test_intervals_cover_the_precision_of_the_population():
+@pytest.mark.parametrize(("num_images", "num_classes", "lowest"), [(200, 1, 0.93), (50, 1, 0.92), (200, 10, 0.90)])
+def test_intervals_cover_the_precision_of_the_population(num_images, num_classes, lowest):
     rng = np.random.default_rng(0)
-    population = simulated_matches(100_000, rng).figures()[0]
-    covered = 0
+    population = np.mean([mean_ap(*simulated_matches(100_000, rng, num_classes)) for _ in range(3)])
+    halves = list(draw_halves(num_images, 200, 0))
+    covered = too_high = 0
     for _ in range(400):
-        low, high = simulated_matches(200, rng).intervals(resamples=200)[0]
+        [matches] = simulated_matches(num_images, rng, num_classes)
+        values = np.array([[mean_ap(matches, half)] for half in halves])
+        [[low, high]] = half_sample_intervals(np.array([mean_ap(matches)]), values, num_images)
         covered += low <= population <= high
-    # Precision is biased upwards in small sets and more so in resamples, so the coverage is below 0.95: 362 of 400.
-    assert 0.88 < covered / 400 < 0.98
+        too_high += population < low
+    print(num_images, num_classes, covered / 400, too_high / 400)
+    assert lowest < covered / 400 < 0.98
+    assert too_high < 0.08 * 400
+
+
+@pytest.mark.slow
+def test_differences_of_average_precision_keep_their_level():
+    """Compare two equally good nets on 200 images with 10 classes, by what compare.py computes."""
+    rng, halves = np.random.default_rng(1), list(draw_halves(200, 200, 0))
+    found = covered = 0
+    for _ in range(400):
+        pair = simulated_matches(200, rng, 10, nets=2)
+        observed = [mean_ap(pair[0]) - mean_ap(pair[1])]
+        values = np.array([[mean_ap(pair[0], half) - mean_ap(pair[1], half)] for half in halves])
+        difference = difference_of("box_ap", observed, values)
+        found += difference.p < 0.05
+        covered += difference.low <= 0 <= difference.high
+    print(found / 400, covered / 400)
+    assert found / 400 < 0.08 and 0.92 < covered / 400 < 0.985
