@@ -11,6 +11,14 @@ BENCHMARK = (
 )  # fmt: skip
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
+# Corruptions of the places in an image, by Naseer et al. (NeurIPS 2021, arXiv:2105.10497), for images of any size.
+PATCHES = {
+    # Share of the cells of a grid of 14 x 14 that become black
+    "occlusion": (0.1, 0.25, 0.5, 0.75, 0.9),
+    # Cells along a side of the grid whose cells are shuffled
+    "patch_shuffle": (2, 3, 4, 8, 14),
+}
+NAMES = (*BENCHMARK, *EXTRA, *PATCHES)
 
 # Name -> values of the severities 1 to 5, for images of 224 px. The comment names the values.
 IMAGENET = {

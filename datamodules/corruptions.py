@@ -9,13 +9,15 @@ the shorter side. What differs from the specification:
 - `spatter` takes the border of the drops for their edges, where the authors run OpenCV's Canny;
 - images are not stored as JPEGs of quality 85 afterwards, as those of ImageNet-C are.
 
-`occlusion` and `patch_shuffle` are those of Naseer et al. (NeurIPS 2021, arXiv:2105.10497).
+`occlusion` and `patch_shuffle` are those of Naseer et al. (NeurIPS 2021, arXiv:2105.10497): cells of a grid become
+black, or change places.
 """
 
 import io
 import math
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from PIL import Image
 from scipy import ndimage
 from scipy.signal import fftconvolve
 
-from datamodules.corruption_levels import BENCHMARK, CIFAR, EXTRA, IMAGENET, SEVERITIES
+from datamodules.corruption_levels import CIFAR, IMAGENET, NAMES, PATCHES, SEVERITIES
 from retinue.utils.suggestions import nearest
 
 # Geometric mean of the sides of CIFAR's and ImageNet's images, in pixels.
@@ -31,12 +33,6 @@ BOUND = math.sqrt(32 * 224)
 # Mean (R, G, B) and deviation, from 0 to 255, of the five photos that the authors draw from.
 FROSTS = (((78, 149, 166), 19), ((201, 205, 214), 22), ((201, 205, 214), 22), ((138, 153, 165), 29),
           ((112, 123, 135), 43))  # fmt: skip
-PATCHES = {
-    # Share of the cells of a grid of 14 x 14 that become black
-    "occlusion": (0.1, 0.25, 0.5, 0.75, 0.9),
-    # Cells along a side of the grid whose cells are shuffled
-    "patch_shuffle": (2, 3, 4, 8, 14),
-}
 OCCLUSION_GRID = 14
 GREY_WEIGHTS = np.array([0.299, 0.587, 0.114])
 WATER, MUD = np.array([175, 238, 238]) / 255, np.array([63, 42, 20]) / 255
@@ -54,13 +50,18 @@ def corrupt(image: np.ndarray, name: str, severity: int) -> np.ndarray:
         uint8, of the same shape.
 
     Raises:
-        ValueError: if there is no such corruption or severity.
+        ValueError: if there is no such corruption or severity, or the image has another number of channels.
     """
-    check_corruption(name, severity)
+    if name not in NAMES:
+        raise ValueError(f"no corruption is called {name!r}.{nearest(name, NAMES)} There are: {', '.join(NAMES)}")
+    if severity not in SEVERITIES:
+        raise ValueError(f"a corruption has a severity from 1 to 5, not {severity!r}")
+    if image.shape[2] not in (1, 3):
+        raise ValueError(f"data.corrupt is for images of 1 or 3 channels, not of {image.shape[2]} bands")
     if image.shape[2] == 1:
         colour = corrupt(image.repeat(3, axis=2), name, severity)
         return np.rint(colour @ GREY_WEIGHTS).astype(np.uint8)[..., None]
-    rng = np.random.default_rng([zlib.crc32(np.ascontiguousarray(image)), zlib.crc32(name.encode()), severity])
+    rng = np.random.default_rng([zlib.crc32(image.tobytes()), zlib.crc32(name.encode()), severity])
     if name in PATCHES:
         return CORRUPTIONS[name](image, PATCHES[name][severity - 1], rng)
     side = min(image.shape[:2])
@@ -70,13 +71,23 @@ def corrupt(image: np.ndarray, name: str, severity: int) -> np.ndarray:
     return (np.clip(corrupted, 0, 1) * 255 + 1e-6).astype(np.uint8)
 
 
-def check_corruption(name: str, severity: int) -> None:
-    """Raise a ValueError if there is no such corruption or severity."""
-    if name not in CORRUPTIONS:
-        known = ", ".join(CORRUPTIONS)
-        raise ValueError(f"no corruption is called {name!r}.{nearest(name, list(CORRUPTIONS))} There are: {known}")
-    if severity not in SEVERITIES:
-        raise ValueError(f"a corruption has a severity from 1 to 5, not {severity!r}")
+@dataclass(frozen=True)
+class CorruptTransform:
+    """Transform of a test sample that corrupts the image after evaluation's resizing and cropping.
+
+    Attributes:
+        transform: evaluation's transform.
+        name: name of the corruption.
+        severity: strength, 1 to 5.
+    """
+
+    transform: Callable[[dict], dict]
+    name: str
+    severity: int
+
+    def __call__(self, sample: dict) -> dict:
+        sample = self.transform(sample)
+        return sample | {"image": corrupt(sample["image"], self.name, self.severity)}
 
 
 def gaussian_noise(x: np.ndarray, deviation: float, scale: float, rng: np.random.Generator) -> np.ndarray:
@@ -141,7 +152,7 @@ def snow(x: np.ndarray, level: tuple, scale: float, rng: np.random.Generator) ->
     mean, deviation, flake, threshold, radius, motion, share = level
     layer = _zoom(rng.normal(mean, deviation, (*x.shape[:2], 1)), max(1.0, flake * scale))
     layer = np.floor(np.clip(np.where(layer < threshold, 0, layer), 0, 1) * 255) / 255
-    layer = np.rint(_move(layer, radius * scale, motion * scale, rng.uniform(-135, -45)) * 255) / 255
+    layer = np.floor(_move(layer, radius * scale, motion * scale, rng.uniform(-135, -45)) * 255) / 255
     whitened = np.maximum(x, (x @ GREY_WEIGHTS)[..., None] * 1.5 + 0.5)
     return share * x + (1 - share) * whitened + layer + np.rot90(layer, 2)
 
@@ -298,7 +309,7 @@ def _relief(drops: np.ndarray) -> np.ndarray:
     """Return how the light falls on drops of water, (H, W) from 0 to 255, from the distance to the drops' borders."""
     border = drops ^ ndimage.binary_erosion(drops, border_value=1)
     distance = np.minimum(ndimage.distance_transform_edt(~border), 20)
-    distance = np.rint(ndimage.uniform_filter(distance, 3, mode="mirror")).astype(np.uint8)
+    distance = ndimage.uniform_filter(distance, 3, mode="mirror").astype(np.uint8)
     counts = np.bincount(distance.ravel(), minlength=256)
     first = counts[counts > 0][0]
     equal = np.rint((counts.cumsum() - first) * 255 / max(1, distance.size - first))[distance]
@@ -325,4 +336,4 @@ def _picture(x: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint(x * 255).astype(np.uint8))
 
 
-CORRUPTIONS: dict[str, Callable[..., Any]] = {name: globals()[name] for name in (*BENCHMARK, *EXTRA, *PATCHES)}
+CORRUPTIONS: dict[str, Callable[..., Any]] = {name: globals()[name] for name in NAMES}

@@ -12,7 +12,8 @@ import yaml
 from omegaconf import OmegaConf
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
-from retinue.runs.schema_messages import Expected, one_line, refuse_choice
+from retinue.runs.schema_messages import Expected, one_line, refuse_choice, without_null
+from retinue.runs.schema_panels import Panel
 from retinue.runs.schema_probes import PROBES, Probe
 from retinue.runs.schema_sections import (
     ClassificationData,
@@ -220,6 +221,7 @@ class Evaluation(Inference):
         description="true: write the prediction of each test image: probabilities, or maps; detections always are"
     )
     save_maps: bool = Field(description="the same as save_predictions, for segmentation and panoptic")
+    panel: Panel | None = Field(None, description="further test sets, for classification; null: none")
 
 
 class Prediction(Inference):
@@ -437,5 +439,5 @@ def meaning(key: str, program: str = "train", task: str = "classification", prob
         if not (isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields):
             return None
         field = model.model_fields[part]
-        model = field.annotation
+        model = without_null(field.annotation)
     return None if field is None else field.description
