@@ -136,7 +136,7 @@ def defocus_blur(x: np.ndarray, level: tuple, scale: float, rng: np.random.Gener
     weights = np.exp(-(np.arange(-half, half + 1) ** 2) / (2 * smoothing**2))
     disk = ndimage.correlate(disk / disk.sum(), np.outer(weights, weights) / weights.sum() ** 2, mode="mirror")
     padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
-    return fftconvolve(padded, disk[..., None], mode="valid", axes=(0, 1))
+    return np.asarray(fftconvolve(padded, disk[..., None], mode="valid", axes=(0, 1)))
 
 
 def motion_blur(x: np.ndarray, level: tuple, scale: float, rng: np.random.Generator) -> np.ndarray:
@@ -308,7 +308,7 @@ def _plasma(sides: tuple[int, int], decay: float, rng: np.random.Generator) -> n
 def _relief(drops: np.ndarray) -> np.ndarray:
     """Return how the light falls on drops of water, (H, W) from 0 to 255, from the distance to the drops' borders."""
     border = drops ^ ndimage.binary_erosion(drops, border_value=1)
-    distance = np.minimum(ndimage.distance_transform_edt(~border), 20)
+    distance = np.minimum(np.asarray(ndimage.distance_transform_edt(~border)), 20)
     distance = ndimage.uniform_filter(distance, 3, mode="mirror").astype(np.uint8)
     counts = np.bincount(distance.ravel(), minlength=256)
     first = counts[counts > 0][0]
