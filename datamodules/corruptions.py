@@ -273,7 +273,7 @@ def _zoom(x: np.ndarray, factor: float) -> np.ndarray:
     crops = [math.ceil(side / factor) for side in sides]
     starts = [(side - crop) // 2 for side, crop in zip(sides, crops, strict=True)]
     centre = x[starts[0] : starts[0] + crops[0], starts[1] : starts[1] + crops[1]]
-    zoomed = ndimage.zoom(centre, (factor, factor, 1), order=1)
+    zoomed = np.asarray(ndimage.zoom(centre, (factor, factor, 1), order=1))
     top, left = ((large - side) // 2 for large, side in zip(zoomed.shape[:2], sides, strict=True))
     return zoomed[top : top + sides[0], left : left + sides[1]]
 

@@ -76,10 +76,11 @@ def test_pgd_is_no_weaker_than_fgsm_and_more_change_is_worse(net):
 
 def test_fgsm_finds_the_worst_image_of_a_linear_net():
     torch.manual_seed(0)
-    linear = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+    layer = nn.Linear(4, 2, bias=False)
+    linear = nn.Sequential(nn.Flatten(), layer)
     image, label = torch.zeros(1, 1, 2, 2), torch.tensor([0])
     worst = fgsm(linear, label, Ball(image, 0.1, MEAN, STD))
-    weight = linear[1].weight.detach()
+    weight = layer.weight.detach()
     # The margin of a linear net sinks by epsilon times the sum of the absolute differences of the weights.
     scores = linear(worst).detach()[0]
     margin = scores[0] - scores[1]
@@ -124,5 +125,5 @@ def test_rows_and_groups_have_their_figures():
 def test_the_interval_of_a_mean_over_sets_is_that_over_images():
     """Sets that agree about every image tell no more than one of them."""
     once = np.random.default_rng(0).random((1, 400)) < 0.7
-    one, three = mean_interval(once), mean_interval(once.repeat(3, 0))
-    assert np.subtract(*one[::-1]) == pytest.approx(np.subtract(*three[::-1]), rel=0.1)
+    (low, high), (low3, high3) = mean_interval(once), mean_interval(once.repeat(3, 0))
+    assert high - low == pytest.approx(high3 - low3, rel=0.1)
