@@ -14,6 +14,7 @@ import torch
 from datamodules.bands import BandEvalTransform, BandTrainTransform
 from datamodules.batch import BatchTransform
 from datamodules.classes import Classes
+from datamodules.corruptions import CorruptTransform
 from datamodules.holdout import hold_out
 from datamodules.images import EncodedImages, LabelledImages, Subset, draw_shots
 from datamodules.loader import BatchFetcher, ImageSet, Loader, TrainLoader, stack
@@ -265,6 +266,7 @@ class ClassificationData(ImageData):
         augment: the recipe's augmentation, with the fields of `datamodules.transforms.Augment`. None means no
             augmentation.
         token_maps: folder of label maps of the training images, as `datamodules.token_maps` reads them.
+        corrupt: `name` and `severity` of a corruption of the test images (`datamodules.corruptions`), or None.
         batch_size: number of images per step and device.
         holdout: number of training images of each class that are taken out of the training split and replace the
             validation split; None leaves the splits as they are.
@@ -293,6 +295,7 @@ class ClassificationData(ImageData):
         shots: int | None = None,
         augment: Mapping | None = None,
         token_maps: str | None = None,
+        corrupt: Mapping | None = None,
         batch_size: int = 64,
         holdout: int | None = None,
         **common: Any,
@@ -321,6 +324,7 @@ class ClassificationData(ImageData):
             mean=self.mean,
             in_chans=self.in_chans,
         )
+        self.corrupt = corrupt
         # Transforms of training samples by size, if the size changes during training.
         self._by_size = {
             size: train(self.augment, size, mean=self.mean, in_chans=self.in_chans) for size in self.augment.sizes or ()
@@ -367,6 +371,8 @@ class ClassificationData(ImageData):
     def _source(self, split: str) -> tuple[BatchFetcher, Callable[[dict], dict] | None]:
         images, train, device = self.images(split), self.train_transform, self._gpu
         changes = split == "train" and self.augment.sizes is not None
+        if split == "test" and self.corrupt is not None:
+            return BatchFetcher(images, CorruptTransform(self.eval_transform, **self.corrupt), self.collate), None
         if split == "train" and self.token_maps is not None:
             return BatchFetcher(LabelMaps(images, self.token_maps, self.num_classes), train, self.collate), None
         if device is not None and not changes and fits(images, train if split == "train" else self.eval_transform):

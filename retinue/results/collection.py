@@ -59,7 +59,7 @@ class Run:
         An evaluation has its own image size, and a probing its own probe and feature.
         """
         if self.result and self.kind == "evaluation" and "image_size" in self.result:
-            probing = {name: self.result[name] for name in ("probe", "feature") if name in self.result}
+            probing = {name: self.result[name] for name in ("probe", "feature", "panel") if name in self.result}
             probing |= {f"probe.{name}": value for name, value in flatten(self.result.get("settings", {}))}
             return self._config[1] | {"data.image_size": self.result["image_size"]} | probing
         return self._config[1]

@@ -30,6 +30,7 @@ LOWER_IS_BETTER = (
     "brier",
     "ece",
     "aurc",
+    "mce",
     "hd95",
     "params",
     "macs",
@@ -64,7 +65,8 @@ def display_unit(name: str, largest: float) -> tuple[str, float]:
         name: Name of the figure, such as `test/top1`.
         largest: The largest value to be shown; it decides between M and G.
     """
-    if name.rpartition("/")[2] in FRACTIONS:
+    figure = name.rpartition("/")[2]
+    if figure in FRACTIONS or figure.startswith("robust_"):
         return "%", 0.01
     if name in COUNTS:
         return ("G", 1e9) if largest >= 1e9 else ("M", 1e6)

@@ -20,7 +20,7 @@ from retinue.results.collection import RUN_KEYS, Group, Run, group_runs
 from retinue.results.figures import display_unit, lower_is_better, main_figures
 
 PAGE_FOLDER = Path(__file__).resolve().parent / "page"
-SCRIPTS = ("charts.js", "details.js", "report.js")
+SCRIPTS = ("charts.js", "radar.js", "details.js", "report.js")
 # Maximum number of points of all curves together, which take about 8 MB.
 MAX_POINTS = 400_000
 MIN_POINTS_PER_CURVE = 20

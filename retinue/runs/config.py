@@ -185,6 +185,8 @@ def with_run(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]) -
         run_cfg.task = OmegaConf.merge(task_defaults, run_cfg.task)
         # So does its net: `model` has here the keys that every net has.
         run_cfg.model = OmegaConf.merge(OmegaConf.load(CONF / "eval.yaml").model, run_cfg.model)
+        if run_cfg.data.get("task") == "classification":
+            run_cfg.data.setdefault("corrupt", None)
         # The digests are those of the files that the run started from.
         run_cfg.pop(WEIGHTS_DIGESTS, None)
         given = [override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides]

@@ -14,6 +14,7 @@ from retinue.runs.identity import fingerprint
 from retinue.runs.launch import launch, needs_launch, rank
 from retinue.runs.preprocessing import resolved_data
 from retinue.runs.result_file import provenance, read_result, show_result, write_result
+from retinue.runs.robustness import Panel, check_panel
 from retinue.runs.training import build_data, build_task, build_trainer, quiet_libraries, result_labels, test
 from retinue.tasks.calibration import TemperatureScaling
 
@@ -54,12 +55,18 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
     if cfg.save_maps and cfg.task.name not in ("segmentation", "panoptic"):
         raise ValueError(f"save_maps=true is for task=segmentation or panoptic, not task={cfg.task.name}")
     datamodule = build_data(cfg)
+    if cfg.get("panel"):
+        check_panel(cfg, datamodule)
     task = load_task(cfg, datamodule)
     task.save_images = cfg.save_images
     task.predictions_folder = folder if cfg.save_predictions or cfg.save_maps else None
     if cfg.calibrate:
         calibrate(cfg, task, datamodule)
     metrics = test(cfg, task, datamodule)
+    facts = {}
+    if cfg.get("panel"):
+        figures, facts = Panel(cfg, task, datamodule).run()
+        metrics |= figures
     params, macs = task.complexity(datamodule)
     result = {
         "status": "finished",
@@ -67,6 +74,7 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
         "weights": cfg.weights,
         "image_size": resolved_data(cfg)["image_size"],
         "metrics": metrics,
+        **facts,
         "params": params,
         "macs": macs,
         "precision": cfg.trainer.precision,

@@ -32,7 +32,9 @@ from retinue.utils.paths import CONF, list_group
 from retinue.utils.suggestions import nearest
 
 GROUPS = ("model", "ops", "gates", "reduction", "task", "head", "method", "data", "recipe", "trainer", "logger",
-          "callbacks", "hydra/launcher", "experiment", "probe")  # fmt: skip
+          "callbacks", "hydra/launcher", "experiment", "probe", "panel")  # fmt: skip
+# Groups of one program only
+GROUPS_OF = {"probe": "probe", "panel": "eval"}
 WIDTH = 100  # characters in a line
 FLAGS = ("--help", "-h")
 
@@ -61,6 +63,7 @@ EXAMPLES = {
         ("eval.py run=outputs/detection/... save_images=20", "with pictures"),
         ("eval.py model=biformer weights=FILE data=imagenet data.root=DIR", "released weights"),
         ("eval.py model=timm model.name=resnet50 model.pretrained=true", "timm's weights"),
+        ("eval.py run=DIR panel=robustness", "corruptions, sizes and attacks"),
     ),
     "predict": (
         ("predict.py run=outputs/classification/... images=photos", "the images in a folder"),
@@ -104,7 +107,7 @@ def _overview(program: str) -> list[str]:
     lines += [f"  python {command:{width}}  # {meaning}" for command, meaning in EXAMPLES[program]]
     lines += ["", "Groups and the number of their choices:"]
     for group in GROUPS:
-        if group == "probe" and program != "probe":
+        if GROUPS_OF.get(group, program) != program:
             continue
         choices = list_choices(group)
         names = ", ".join(choices)
@@ -247,6 +250,8 @@ def _with_meanings(lines: Iterable[str], group: str, choice: str) -> Iterator[st
         name = ".".join(name for _, name in above)
         if group == "probe":
             text = meaning(f"probe.{name}", "probe", probe=choice)
+        elif group == "panel":
+            text = meaning(f"panel.{name}", "eval")
         else:
             text = meaning(name if group == "data" else f"{group}.{name}", "train", task)
         yield f"{line} # {text}" if text and " # " not in line else line

@@ -12,9 +12,10 @@ import yaml
 from omegaconf import OmegaConf
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
-from retinue.runs.schema_messages import Expected, one_line, refuse_choice
+from retinue.runs.schema_messages import Expected, one_line, refuse_choice, without_null
 from retinue.runs.schema_methods import Method
 from retinue.runs.schema_nets import Head, Model
+from retinue.runs.schema_panels import Panel
 from retinue.runs.schema_probes import PROBES, Probe
 from retinue.runs.schema_sections import (
     ClassificationData,
@@ -143,6 +144,7 @@ class Evaluation(Inference):
     calibrate: bool = Field(
         description="true: fit a temperature to the validation split; add figures after it, for classification"
     )
+    panel: Panel | None = Field(None, description="further test sets, for classification; null: none")
 
 
 class Prediction(Inference):
@@ -372,5 +374,5 @@ def meaning(key: str, program: str = "train", task: str = "classification", prob
         if not (isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields):
             return None
         field = model.model_fields[part]
-        model = field.annotation
+        model = without_null(field.annotation)
     return None if field is None else field.description

@@ -87,7 +87,7 @@ def one_line(error: ValidationError, schema: type[BaseModel], values: Mapping[st
     keys: list[str] = []
     value: Any = values
     for part in fault["loc"]:
-        model = _without_null(model)
+        model = without_null(model)
         if len(keys) > 1 and get_origin(model) is dict and _is_keys(get_args(model)[1]):
             # An entry of a mapping within a section, such as a view, has the type of all entries.
             keys.append(str(part))
@@ -121,13 +121,13 @@ def _is_keys(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _without_null(annotation: Any) -> Any:
+def without_null(annotation: Any) -> Any:
     """Return the type T of `Annotated[T, ...]` and of `T | None`; other types as they are."""
     if get_origin(annotation) is Annotated:
-        return _without_null(get_args(annotation)[0])
+        return without_null(get_args(annotation)[0])
     others = [argument for argument in get_args(annotation) if argument is not type(None)]
     is_optional = get_origin(annotation) in (Union, types.UnionType) and len(others) == 1
-    return _without_null(others[0]) if is_optional else annotation
+    return without_null(others[0]) if is_optional else annotation
 
 
 def _hint(value: Any, annotation: Any) -> str:

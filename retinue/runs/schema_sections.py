@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from datamodules.corruption_levels import NAMES as CORRUPTIONS
 from retinue.runs.schema_messages import Expected
 from retinue.utils.command_line import to_text
 
@@ -19,6 +20,12 @@ def _is_whole_or_share(value: float) -> float:
 
 def _is_grey_or_colour(value: int) -> int:
     if value not in (1, 3):
+        raise ValueError
+    return value
+
+
+def _is_corruption(value: str) -> str:
+    if value not in CORRUPTIONS:
         raise ValueError
     return value
 
@@ -57,6 +64,7 @@ PixelLosses = Annotated[
     dict[str, Positive | dict[str, NonNegative]],
     Expected("a mapping of losses to weights above 0, or to mappings of weight and parameters"),
 ]
+CorruptionName = Annotated[str, AfterValidator(_is_corruption), Expected(f"one of {', '.join(CORRUPTIONS)}")]
 Pair = Annotated[list[Positive], Field(min_length=2, max_length=2), Expected("a pair of numbers above 0")]
 
 
@@ -335,6 +343,13 @@ class Data(Keys):
     )
 
 
+class Corruption(Keys):
+    """`data.corrupt`; see `datamodules.corruptions`."""
+
+    name: CorruptionName = Field(description="name of the corruption")
+    severity: Annotated[int, Field(ge=1, le=5)] = Field(description="strength, 1 to 5")
+
+
 class ClassificationData(Data):
     """`conf/data/*.yaml` for classification."""
 
@@ -357,6 +372,9 @@ class ClassificationData(Data):
     flip: bool = Field(description="false: a mirrored image has another label, so hflip and vflip are not applied")
     shots: Count | None = Field(
         None, description="images of each class to train on, drawn by the seed; null: all images"
+    )
+    corrupt: Corruption | None = Field(
+        None, description="corruption of the test images, such as {name: fog, severity: 3}; null: none"
     )
 
 

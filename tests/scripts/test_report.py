@@ -242,3 +242,21 @@ def test_a_folder_without_any_result_still_makes_a_page(tmp_path, chrome):
     assert "No run is finished." in reader.one("#costs").text
     assert "0 + 1 failed" in reader.one("tbody tr").text.replace("\n", " ")
     assert chrome.get_log("browser") == []
+
+
+def test_panels_of_robustness_have_a_radar(tmp_path, chrome):
+    figures = {"test/top1": 0.9, "test/robust_corruption": 0.6, "test/robust_size": 0.5, "test/robust_pgd": 0.0}
+    result = {"status": "finished", "task": "classification", "model": "swin_nano", "data": "digits", "weights": "w",
+              "image_size": 32, "panel": "robustness", "metrics": figures}  # fmt: skip
+    folder = tmp_path / "evaluation" / "aaaaaaaa"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    report.main([f"folder={folder.parent}", f"out={tmp_path / 'report.html'}"])
+    reader = Reader(chrome)
+    chrome.get_log("browser")
+    reader.open(tmp_path / "report.html")
+    assert reader.one("#radar-card").is_displayed()
+    labels = [node.text for node in reader.all("#radar svg text")]
+    assert labels == ["top1", "corruption", "size", "pgd"]
+    assert "corruption 60.0 %" in reader.one("#radar path.curve").get_attribute("aria-label")
+    assert chrome.get_log("browser") == []

@@ -115,12 +115,33 @@ function drawCharts() {
       bounds: y.unit === "%" ? [0, 100] : [-Infinity, Infinity],
     });
   }
+  drawRobustness();
   const lines = curvesOf(entries, state.curve);
   drawCurves($("curves"), lines.slice(0, MAX_CURVES), CURVE_AXES);
   $("curves-note").textContent =
     lines.length > MAX_CURVES
       ? `${MAX_CURVES} of ${lines.length} runs are drawn; the filter chooses others.`
       : "Each line is a run; runs of one colour differ in the seed only.";
+}
+
+// Draws the figures of the panels of robustness, if any row has them.
+function drawRobustness() {
+  const axes = data.columns.filter(
+    (column) => column.name.startsWith("test/robust_") && entries.some((entry) => entry.stats[column.name]),
+  );
+  $("radar-card").hidden = !axes.length;
+  if (!axes.length) return;
+  const rows = entries.filter((entry) => axes.some((column) => entry.stats[column.name]));
+  drawRadar(
+    $("radar"),
+    ["top1", ...axes.map((column) => column.heading.replace("robust_", ""))],
+    rows.map((entry) => ({
+      name: entry.name,
+      index: entry.index,
+      shares: ["test/top1", ...axes.map((column) => column.name)].map((name) => entry.stats[name]?.[0] ?? null),
+      open: () => openDetails(entry),
+    })),
+  );
 }
 
 // Returns the curves of this name of all runs of these entries, as `drawCurves` takes them.
