@@ -163,15 +163,10 @@ def _rows(call: Call, args: tuple, kwargs: dict[str, Any], queries: Tensor) -> R
     sources = _run_to_the_values(call, args, kwargs)
     maps, extras, outside = [], [], []
     for head in range(heads):
-        # All channels of a head have the same weights, so one of them is enough.
-        direction = torch.zeros_like(inputs)
-        direction[..., head * (width // heads)] = reached[..., 0]
-        (weights,) = torch.autograd.grad(inputs, values, direction, retain_graph=True)
-        weighted = (weights * values).reshape(Q, -1).sum(1)
-        expected = (direction * inputs).reshape(Q, -1).sum(1)
-        if not torch.allclose(weighted, expected, rtol=0, atol=TOLERANCE * inputs.abs().max().item()):
-            raise ValueError(f"{name} has no attention that can be shown: its output is not linear in its values")
-        row = weights.sum(-1)
+        first, last = head * (width // heads), (head + 1) * (width // heads) - 1
+        row, other = (_row(name, values, inputs, reached, channel, Q) for channel in (first, last))
+        if not torch.allclose(row, other, rtol=0, atol=TOLERANCE * row.abs().max().item()):
+            raise ValueError(f"{name} has no attention that can be shown: the channels of a head have different weights")
         on_map, on_extra = _place(call, row, sources)
         maps.append(on_map)
         extras.append(on_extra)
@@ -179,9 +174,22 @@ def _rows(call: Call, args: tuple, kwargs: dict[str, Any], queries: Tensor) -> R
     return Rows(torch.stack(maps).detach(), torch.stack(extras).detach(), torch.stack(outside).detach())
 
 
+def _row(name: str, values: Tensor, inputs: Tensor, reached: Tensor, channel: int, queries: int) -> Tensor:
+    """Return the weights of the values for a channel of the queries' outputs, (..., tokens), and check them."""
+    direction = torch.zeros_like(inputs)
+    direction[..., channel] = reached[..., 0]
+    (weights,) = torch.autograd.grad(inputs, values, direction, retain_graph=True)
+    weighted, expected = ((a * b).reshape(queries, -1).sum(1) for a, b in ((weights, values), (direction, inputs)))
+    if not torch.allclose(weighted, expected, rtol=0, atol=TOLERANCE * inputs.abs().max().item()):
+        raise ValueError(f"{name} has no attention that can be shown: its output is not linear in its values")
+    return weights.sum(-1)
+
+
 def count_heads(module: nn.Module) -> int:
     """Return the number of heads of an attention module, or of all its parts that have heads; else 1."""
-    own = getattr(module, "num_heads", None)
+    own = getattr(module, "num_heads", None) or getattr(module, "heads", None)
+    if isinstance(own, (list, tuple)):
+        return sum(own)
     return own or sum(getattr(part, "num_heads", 0) for part in module.modules()) or 1
 
 
