@@ -25,7 +25,8 @@ from typing import Literal
 from pydantic import Field
 
 from retinue.benchmarks.timing import pick_device
-from retinue.results.sight import KINDS, Choices, load
+from retinue.results.sight import KINDS
+from retinue.results.sight.subject import Choices, load
 from retinue.runs.config import register_resolvers
 from retinue.utils import command_line
 from retinue.utils.errors import user_errors
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     choices = Choices(options.pictures, query, options.blocks, options.method, other, resized)
     options.out.mkdir(parents=True, exist_ok=True)
     KINDS[options.kind](subject, choices, options.out)
-    print(*sorted(path for path in options.out.glob("*") if path.suffix in (".png", ".csv", ".npz")))
+    print(options.out)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,8 @@ def attention_rows(call: Call, queries: Sequence[int]) -> Rows:
 def _rows(call: Call, args: tuple, kwargs: dict[str, Any], queries: Tensor) -> Rows:
     name, Q = type(call.module).__name__, len(queries)
     values, inputs, outputs, result = _run_with_free_values(call, args, kwargs)
+    # What the op adds whatever the values are, such as a convolution of its input.
+    offset = _run_with_free_values(call, args, kwargs, 0.0)[1].detach()
     if not result.requires_grad:
         raise ValueError(f"{name} has no attention: its output does not depend on its values")
     picked = result[torch.arange(Q, device=result.device), queries].sum()
@@ -164,9 +166,11 @@ def _rows(call: Call, args: tuple, kwargs: dict[str, Any], queries: Tensor) -> R
     maps, extras, outside = [], [], []
     for head in range(heads):
         first, last = head * (width // heads), (head + 1) * (width // heads) - 1
-        row, other = (_row(name, values, inputs, reached, channel, Q) for channel in (first, last))
+        row, other = (_row(name, values, inputs, offset, reached, channel, Q) for channel in (first, last))
         if not torch.allclose(row, other, rtol=0, atol=TOLERANCE * row.abs().max().item()):
-            raise ValueError(f"{name} has no attention that can be shown: the channels of a head have different weights")
+            raise ValueError(
+                f"{name} has no attention that can be shown: the channels of a head have different weights"
+            )
         on_map, on_extra = _place(call, row, sources)
         maps.append(on_map)
         extras.append(on_extra)
@@ -174,12 +178,16 @@ def _rows(call: Call, args: tuple, kwargs: dict[str, Any], queries: Tensor) -> R
     return Rows(torch.stack(maps).detach(), torch.stack(extras).detach(), torch.stack(outside).detach())
 
 
-def _row(name: str, values: Tensor, inputs: Tensor, reached: Tensor, channel: int, queries: int) -> Tensor:
+def _row(
+    name: str, values: Tensor, inputs: Tensor, offset: Tensor, reached: Tensor, channel: int, queries: int
+) -> Tensor:
     """Return the weights of the values for a channel of the queries' outputs, (..., tokens), and check them."""
     direction = torch.zeros_like(inputs)
     direction[..., channel] = reached[..., 0]
     (weights,) = torch.autograd.grad(inputs, values, direction, retain_graph=True)
-    weighted, expected = ((a * b).reshape(queries, -1).sum(1) for a, b in ((weights, values), (direction, inputs)))
+    weighted, expected = (
+        (a * b).reshape(queries, -1).sum(1) for a, b in ((weights, values), (direction, inputs - offset))
+    )
     if not torch.allclose(weighted, expected, rtol=0, atol=TOLERANCE * inputs.abs().max().item()):
         raise ValueError(f"{name} has no attention that can be shown: its output is not linear in its values")
     return weights.sum(-1)
@@ -193,8 +201,14 @@ def count_heads(module: nn.Module) -> int:
     return own or sum(getattr(part, "num_heads", 0) for part in module.modules()) or 1
 
 
-def _run_with_free_values(call: Call, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the values, which are a leaf, what the output layer reads and returns, and the op's output as tokens."""
+def _run_with_free_values(
+    call: Call, args: tuple, kwargs: dict[str, Any], factor: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run with the values multiplied by `factor`, as a leaf.
+
+    Returns:
+        The values, what the output layer reads, what it returns, and the op's output as tokens.
+    """
     values: list[Tensor] = []
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
@@ -202,7 +216,7 @@ def _run_with_free_values(call: Call, args: tuple, kwargs: dict[str, Any]) -> tu
 
     def free(module: nn.Module, _: Any, output: Tensor) -> Tensor:
         fixed = output.shape[-1] * (parts - 1) // parts
-        values.append(output[..., fixed:].detach().clone().requires_grad_())
+        values.append((factor * output[..., fixed:].detach()).requires_grad_())
         return torch.cat([output[..., :fixed].detach(), values[-1]], dim=-1)
 
     def record(module: nn.Module, read: tuple, output: Tensor) -> None:

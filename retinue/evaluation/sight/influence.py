@@ -71,9 +71,7 @@ def influence(net: Any, image: Tensor, module: str) -> tuple[Tensor, tuple[int, 
     width = gradient.shape[-1]
     if any(t.numel() != tokens * width for t in (found[0], gradient)):
         raise ValueError(f"{module} cuts or pads the map before it computes values, so influence cannot be computed")
-    values, gradient = (
-        t.reshape(tokens, heads, width // heads).transpose(0, 1).double() for t in (found[0], gradient)
-    )
+    values, gradient = (t.reshape(tokens, heads, width // heads).transpose(0, 1).double() for t in (found[0], gradient))
     g, attention = gradient @ values.transpose(1, 2), attention.double()
     mean = (attention * g).sum(-1, keepdim=True)
     change = (attention * (g - mean) / (1 - attention + EPS)).abs()
