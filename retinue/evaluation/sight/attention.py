@@ -277,9 +277,10 @@ def _place(call: Call, row: Tensor, sources: tuple[list[Tensor], Tensor]) -> tup
 
 def _as_tokens(output: Any) -> Tensor:
     """Join a map and extra tokens: (B, H, W, C), or a tuple of it and (B, E, C), to (B, E + H * W, C)."""
-    if isinstance(output, tuple) and len(output) > 1:
-        return torch.cat([output[1], output[0].flatten(1, 2)], dim=1)
-    x = output[0] if isinstance(output, tuple) else output
+    parts = list(output) if isinstance(output, tuple) else [output]
+    if len(parts) > 1:
+        return torch.cat([parts[1], parts[0].flatten(1, 2)], dim=1)
+    x = parts[0]
     return x.flatten(1, 2) if x.ndim == 4 else x
 
 

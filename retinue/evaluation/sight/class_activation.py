@@ -40,6 +40,6 @@ def class_activation(
     images = images.detach().clone().requires_grad_()
     with torch.enable_grad(), METHODS[method](net, module, reshape_transform=to_channels_first) as extractor:
         scores = net(images)
-        classes = scores.argmax(1).tolist() if classes is None else classes
-        (maps,) = extractor(classes, scores)
-    return maps.detach(), classes
+        chosen: list[int] = scores.argmax(1).tolist() if classes is None else classes
+        (maps,) = extractor(chosen, scores)
+    return maps.detach(), chosen

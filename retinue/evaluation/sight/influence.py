@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ EPS = 1e-6
 def influence(net: Any, image: Tensor, module: str) -> tuple[Tensor, tuple[int, int]]:
     """Return the first-order influence of each entry of an attention matrix on the loss, (heads, H * W, H * W).
 
-    E_ij = |A_ij (g_ij - sum_k A_ik g_ik) / (1 - A_ij)| with g = dLoss/dA is the change of the loss if A_ij becomes 0 and
-    the rest of its row is normalised again (MoA, arXiv:2406.14909). The label is the class that the net itself predicts.
+    E_ij = |A_ij (g_ij - sum_k A_ik g_ik) / (1 - A_ij)| with g = dLoss/dA is the change of the loss if A_ij becomes 0
+    and the rest of its row is normalised again (MoA, arXiv:2406.14909). The label is the class that the net predicts.
 
     Args:
         net: Classifier from images (1, C, h, w) to logits (1, K).
@@ -210,9 +211,8 @@ def path_contributions(net: Any, images: Tensor, labels: Tensor) -> list[dict[st
                 handle.remove()
         if len(states) != 2 * len(blocks) + 1 or any(state.shape != states[0].shape for state in states):
             raise ValueError(f"kind=paths {wanted}, not {name}: the tokens between its blocks differ in shape")
-        sums = zip(states, states[1:], strict=False)
         paths = {"embedding": states[0]}
-        for i, (before, after) in enumerate(sums):
+        for i, (before, after) in enumerate(pairwise(states)):
             paths[f"{i // 2}.{('mixer', 'mlp')[i % 2]}"] = after - before
         scale = float(states[-1].norm())
         rows = []

@@ -29,7 +29,6 @@ def draw_grid(
     cells: Sequence[Sequence[tuple[str, np.ndarray | None, np.ndarray | None]]],
     title: str,
     mark: tuple[float, float] | None = None,
-    shared_scale: bool = False,
 ) -> None:
     """Draw a grid of images, each with a heat map over it.
 
@@ -38,14 +37,12 @@ def draw_grid(
         cells: Rows of (caption, image (h, w, 3) with values from 0 to 1 or None, heat map (H, W) at least 0 or None). A
             map without an image has its own colours.
         title: Title of the picture.
-        mark: Place that is marked in each image, as shares of the height and width.
-        shared_scale: The heat maps of a row have one scale of colours.
+        mark: Place whose pixel or token is marked in each cell, as shares of the height and width.
     """
     rows, columns = len(cells), max(len(row) for row in cells)
     figure = _figure(1.7 * columns, 1.9 * rows + 0.4)
     axes = figure.subplots(rows, columns, squeeze=False)
     for row, line in zip(cells, axes, strict=True):
-        top = max((heat.max() for _, _, heat in row if heat is not None), default=0) if shared_scale else None
         for axis in line:
             axis.axis("off")
         for (caption, image, heat), axis in zip(row, line, strict=False):
@@ -53,13 +50,18 @@ def draw_grid(
             if image is not None:
                 axis.imshow(image, extent=extent, interpolation="nearest")
             if heat is not None:
-                axis.imshow(
-                    heat, extent=extent, cmap="inferno", alpha=1.0 if image is None else 0.65, vmin=0, vmax=top,
-                    interpolation="nearest",
-                )  # fmt: skip
+                alpha = 1.0 if image is None else 0.65
+                # A map of equal values has the colour in the middle of the scale.
+                top = max(float(heat.max()), 2 * float(heat.mean()), 1e-12)
+                axis.imshow(heat, extent=extent, cmap="inferno", alpha=alpha, vmin=0, vmax=top, interpolation="nearest")
             axis.set_title(caption, fontsize=7)
-            if mark is not None:
-                axis.plot([mark[1]], [mark[0]], marker="x", color="cyan", markersize=6, markeredgewidth=1.5)
+            shown = heat if heat is not None else image
+            if mark is not None and shown is not None:
+                y, x = (
+                    (min(int(share * side), side - 1) + 0.5) / side
+                    for share, side in zip(mark, shown.shape, strict=False)
+                )
+                axis.plot([x], [y], marker="x", color="cyan", markersize=6, markeredgewidth=1.5)
             axis.set_xlim(0, 1)
             axis.set_ylim(1, 0)
     figure.suptitle(title, fontsize=8)

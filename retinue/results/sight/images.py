@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from retinue.benchmarks.timing import print_rows, write_csv
+from retinue.benchmarks.timing import Row, print_rows, write_csv
 from retinue.evaluation.sight import features, pictures
 from retinue.evaluation.sight.attention import all_rows, attention_rows, capture
 from retinue.evaluation.sight.blocks import find_blocks, record_maps
 from retinue.evaluation.sight.influence import massive_channels
 from retinue.evaluation.sight.receptive_field import contributions, covered_area
 from retinue.results.sight.subject import SHOWN_BLOCKS, Choices, Subject, choose_attention, choose_blocks
+from retinue.utils.arithmetic import ceil_div
 from retinue.utils.files import replacing
 from retinue.utils.suggestions import nearest
 
@@ -22,9 +23,9 @@ def see_erf(subject: Subject, choices: Choices, out: Path) -> None:
     names = choose_blocks(list(find_blocks(subject.net)), choices.blocks, SHOWN_BLOCKS)
     fields = {name: contributions(subject.net, subject.images, name) for name in names}
     areas = {name: covered_area(field) for name, field in fields.items()}
-    rows = [{"block": name} | {f"area_{t:.0%}": area for t, area in areas[name].items()} for name in names]
-    # The paper draws log10(1 + contribution), with the largest contribution as 1 after the logarithm.
-    shown = {name: np.log10(field / len(subject.images) / field.max() * 1e4 + 1) for name, field in fields.items()}
+    rows: list[Row] = [{"block": name, **{f"area_{t:.0%}": area for t, area in areas[name].items()}} for name in names]
+    # As in the paper the scale is logarithmic, here over three decades below the largest contribution.
+    shown = {name: np.log10(1 + 1e3 * field / field.max()) for name, field in fields.items()}
     cells = [[(f"{name}\n99 % in {areas[name][0.99]:.0%} of the area", None, shown[name]) for name in names]]
     pictures.draw_grid(out / "erf.png", cells, f"effective receptive field (log), {subject.title}")
     _save(out / "erf.npz", blocks=np.array(names), fields=np.stack(list(fields.values())))
@@ -68,13 +69,14 @@ def see_routes(subject: Subject, choices: Choices, out: Path) -> None:
     cells, data = [], {}
     for i in range(min(choices.pictures, len(subject.images))):
         calls = capture(subject.net, subject.images[i : i + 1])
-        row = [(f"image {i}", subject.photos[i], None)]
+        row: list[Any] = [(f"image {i}", subject.photos[i], None)]
         for name in choose_attention(subject, choices.blocks, SHOWN_BLOCKS):
             heat = attention_rows(calls[name], [calls[name].token(*choices.query)]).map[:, 0].abs().mean(0)
             routes = (heat > 0).cpu().numpy()
             data[f"{i}/{name}/routes"], data[f"{i}/{name}/attention"] = routes, heat.cpu().numpy()
             # Tokens that the query does not attend to are dark.
-            side = np.kron(routes, np.ones((8, 8)))
+            factor = ceil_div(max(subject.photos[i].shape[:2]), max(routes.shape))
+            side = np.kron(routes, np.ones((factor, factor)))
             photo = torch.from_numpy(subject.photos[i]).permute(2, 0, 1)[None]
             photo = torch.nn.functional.interpolate(photo, side.shape, mode="nearest")[0].permute(1, 2, 0).numpy()
             row += [
@@ -133,7 +135,7 @@ def see_sinks(subject: Subject, choices: Choices, out: Path) -> None:
     cells, sinks = [], []
     for i in range(min(choices.pictures, len(subject.images))):
         calls = capture(subject.net, subject.images[i : i + 1])
-        row = [(f"image {i}", subject.photos[i], None)]
+        row: list[Any] = [(f"image {i}", subject.photos[i], None)]
         for name in choose_attention(subject, choices.blocks, SHOWN_BLOCKS):
             found = all_rows(calls[name])
             received, extra = found.map.mean((0, 1)).cpu().numpy(), found.extra.mean((0, 1)).cpu().numpy()

@@ -75,13 +75,13 @@ def see_cka(subject: Subject, choices: Choices, out: Path) -> None:
             list(record_maps(each.net, each.images[start : start + size], chosen).values())
             for each, chosen in zip((subject, other), names, strict=True)
         ]
-        cka.add(*maps)
+        cka.add(maps[0], maps[1])
     matrix = cka.result()
     title = f"linear CKA, rows: {subject.title}" + (f"; columns: {other.title}" if choices.other else "")
-    pictures.draw_matrix(out / "cka.png", matrix, *names, title)
+    pictures.draw_matrix(out / "cka.png", matrix, names[0], names[1], title)
     rows = [
-        {"block": name, **dict(zip(names[1], map(float, row), strict=True))}
-        for name, row in zip(names[0], matrix, strict=True)
+        {"block": name} | dict(zip(names[1], row, strict=True))
+        for name, row in zip(names[0], matrix.tolist(), strict=True)
     ]
     write_csv(out / "cka.csv", rows)
 
