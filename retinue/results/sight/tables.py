@@ -134,7 +134,8 @@ def see_influence(subject: Subject, choices: Choices, out: Path) -> None:
             total = total + influence.by_distance(matrix, size)
         profile = (total / min(choices.pictures, len(subject.images))).cpu().numpy()
         for head, (needed, values) in enumerate(zip(influence.span(profile), profile, strict=True)):
-            side = 2 * int(needed) + 1
+            # Only the class token of the last block acts on the scores, so queries of the map have no influence there.
+            side = 2 * int(needed) + 1 if values.sum() > 0 else None
             rows.append({"module": name, "head": head, "influence": float(values.sum()), "span_95": side})
             data += [{"module": name, "head": head, "distance": d, "influence": v} for d, v in enumerate(values)]
         shares = profile / np.maximum(profile.sum(1, keepdims=True), 1e-300)

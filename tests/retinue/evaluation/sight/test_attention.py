@@ -16,7 +16,7 @@ QUERY = 5 * SIDE + 9
 OPS = (
     "agent", "bilevel_routing", "block_mixture", "combiner", "conv_enhanced_window", "core_context",
     "cross_shaped_window", "decomposed_position", "double_window", "enhanced_linear", "flow", "full", "grid",
-    "grouped_query", "hierarchical", "lora_window", "multi_shift_window", "neighborhood", "overlapping_cross",
+    "grouped_query", "hierarchical", "multi_shift_window", "neighborhood", "overlapping_cross",
     "overlapping_patch", "plain_window", "polyline_path", "position_aware", "prob_sparse", "radial",
     "rectified_sparse", "recurrent_softmax", "region", "relative_conv_attention", "softmax_free", "sparsifiner",
     "varied_size_window", "window",
