@@ -82,7 +82,7 @@ def test_an_op_without_attention_is_left_out(subject: Subject, tmp_path: Path, c
     with np.load(tmp_path / "routes.npz") as arrays:
         assert {name.split("/")[1] for name in arrays.files} == {"blocks.1.mixer"}
     only = load(None, [*NET, "model.mixers=channel"], 4, torch.device("cpu"))
-    with pytest.raises(ValueError, match="no module.s attention can be shown; blocks.1.mixer: Channel"):
+    with pytest.raises(ValueError, match=r"no module.s attention can be shown; blocks.1.mixer: Channel"):
         KINDS["attention"](only, choices(), tmp_path)
 
 
