@@ -110,7 +110,9 @@ def save_onnx(program: ExportedProgram, path: Path, metadata: Mapping[str, str])
     import onnx
 
     try:
-        converted: Any = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
+        converted: Any = torch.onnx.export(
+            program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False
+        )
     except Exception as error:
         # The exporter wraps the reason several times.
         raise ValueError(f"the net cannot be written as ONNX: {_reason(error)}") from error
@@ -139,7 +141,9 @@ def load_program(path: Path) -> Callable[[Tensor], Tensor]:
     return torch.export.load(path).module()
 
 
-def check(net: nn.Module, graph: Callable[[Tensor], Tensor], shape: Sequence[int], variable: Iterable[int]) -> Agreement:
+def check(
+    net: nn.Module, graph: Callable[[Tensor], Tensor], shape: Sequence[int], variable: Iterable[int]
+) -> Agreement:
     """Compare a graph with its net on normally distributed images, at several numbers and sizes of images.
 
     Sizes that the net itself refuses are left out.
@@ -172,7 +176,9 @@ def check(net: nn.Module, graph: Callable[[Tensor], Tensor], shape: Sequence[int
             try:
                 given = graph(images)
             except Exception as error:
-                raise ValueError(f"the exported graph refuses images {_text(images.shape)}: {_reason(error)}") from error
+                raise ValueError(
+                    f"the exported graph refuses images {_text(images.shape)}: {_reason(error)}"
+                ) from error
         if given.shape != expected.shape:
             raise ValueError(
                 f"for images {_text(images.shape)} the exported graph gives logits {_text(given.shape)} "

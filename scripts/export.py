@@ -6,7 +6,8 @@
     python scripts/export.py run=RUN format=hub out=FOLDER push_to_hub=owner/name
 
 All other keys are those of `eval.py`. The file holds the preprocessing, the classes and the source of the net, takes
-any number of images, and is checked against PyTorch before it takes its place. docs/export.md says what can be exported.
+any number of images, and is checked against PyTorch before it takes its place. docs/export.md lists what can be
+exported.
 """
 
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cfg = compose_net(quote_brackets(overrides))
     exportable = load_net(cfg)
     if options.format == "hub":
-        from retinue.runs.hub import push, write_folder
+        from retinue.results.hub import push, write_folder
 
         write_folder(exportable, cfg, options.out)
         if options.push_to_hub is not None:

@@ -1,4 +1,4 @@
-"""Export the net of a run, or of a config with weights, to a file with its preprocessing, its classes and its source."""
+"""Export the net of a run, or of a config with weights, with its preprocessing, its classes and its source."""
 
 import copy
 import json
