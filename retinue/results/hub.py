@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
-from timm.models import save_config_for_hf
+from timm.models._hub import save_config_for_hf
 
 from models.hub import CLASSES, RUN_CONFIG, TIMM_CONFIG, WEIGHTS
 from models.merging import contiguous
@@ -55,6 +55,7 @@ def write_folder(exportable: Exportable, cfg: DictConfig, folder: Path) -> None:
 
 
 def _write_timm_config(exportable: Exportable, name: str, args: dict[str, Any], path: Path) -> None:
+    """Write the description from which timm builds the net and prepares its images."""
     preparation = json.loads(exportable.metadata["preprocessing"])
     size = {"input_size": list(exportable.shape)}
     kept = {
@@ -103,9 +104,11 @@ def make_card(exportable: Exportable, name: str, cfg: DictConfig, run: Run | Non
     lines = [
         "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
         f"# {name} on {cfg.data.name}", "",
-        f"{name} with {len(exportable.classes.names)} classes, trained and exported by Retinue {source['retinue']}.", "",
-        "```python", "import timm, models  # models: the nets of Retinue",
-        'net = timm.create_model("hf-hub:OWNER/NAME", pretrained=True)', "```", "",
+        f"{name} with {len(exportable.classes.names)} classes, exported by Retinue {source['retinue']}.", "",
+        "```python",
+        "import timm, models  # models: the nets of Retinue",
+        'net = timm.create_model("hf-hub:OWNER/NAME", pretrained=True)',
+        "```", "",
         "`python eval.py model=... weights=hf-hub:OWNER/NAME data=...` evaluates it.", "",
         "Preprocessing: " + ", ".join(f"{key} {value}" for key, value in preparation.items()) + ".",
     ]  # fmt: skip

@@ -84,10 +84,11 @@ def load_net(cfg: DictConfig) -> Exportable:
         image_size=size if isinstance(size, int) else (height, width),
     )  # fmt: skip
     net = load_task(cfg, facts).model.eval().requires_grad_(False)
+    architecture = resolve(cfg.model, size_pixels(data), under_head=cfg.task.name == "segmentation")
     source = {
         "retinue": retinue.__version__,
         "git_commit": git_commit(),
-        "model": cfg.model.name,
+        "model": architecture[0],
         "weights": cfg.weights,
         "weights_sha256": weights_digest(cfg.weights) if cfg.weights else None,
         "data": cfg.data.name,
@@ -101,8 +102,6 @@ def load_net(cfg: DictConfig) -> Exportable:
         "source": source,
     }
     metadata = {key: json.dumps(entry, ensure_ascii=False) for key, entry in entries.items()}
-    dense = cfg.task.name == "segmentation"
-    architecture = resolve(cfg.model, size_pixels(data), under_head=dense)
     return Exportable(net, (data["in_chans"], height, width), classes, architecture, metadata)
 
 
