@@ -92,7 +92,9 @@ def variable_dimensions(program: ExportedProgram) -> set[int]:
     """Return the dimensions of the images that may vary: 0 for their number, 2 and 3 for height and width."""
     [name] = program.graph_signature.user_inputs
     image = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
-    return {i for i, length in enumerate(image.shape) if isinstance(length, torch.SymInt)}
+    # A length that the trace has fixed may still be a symbol, of one value.
+    symbols = {i: length.node for i, length in enumerate(image.shape) if isinstance(length, torch.SymInt)}
+    return {i for i, node in symbols.items() if node.maybe_as_int() is None}
 
 
 def save_program(program: ExportedProgram, path: Path, metadata: Mapping[str, str]) -> None:
