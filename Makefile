@@ -17,7 +17,7 @@ setup: $(STAMP) ## make .venv with the pinned requirements (Python 3.11 to 3.13;
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(CHECK)' || { echo "Python 3.11 to 3.13 is needed; name one with PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,dense,parquet]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,dense,parquet,export]'
 	touch $(STAMP)
 
 train: setup ## train BiFormer on the embedded digits (about two minutes on two cores)

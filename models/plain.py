@@ -235,7 +235,7 @@ class PlainBackbone(Backbone):
         """Return the tokens (B, E + H * W, C) of images (B, in_chans, h, w) with positions added, and (H, W)."""
         x = self.patch_embed(x)
         size, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
-        extra = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
+        extra = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
         x = torch.cat([*extra, x], dim=1)
         if self.pos_embed is None:
             return x, size

@@ -11,6 +11,7 @@ from timm.data import resolve_data_config
 from timm.models import resolve_pretrained_cfg
 
 from models.factory import check_name
+from models.hub import RUN_CONFIG, fetch, is_hub_name
 from retinue.utils.suggestions import nearest
 
 # Keys of a data set's config that follow the weights, in the order in which they are shown.
@@ -55,7 +56,10 @@ def net_preprocessing(name: str, args: Mapping[str, Any] | None = None) -> dict[
 
 
 def run_config(weights: str | Path) -> Path | None:
-    """Return the `config.yaml` of the run whose checkpoint `weights` is; None for any other file."""
+    """Return the `config.yaml` of the run whose checkpoint `weights` is, also from a hub; None for any other file."""
+    if is_hub_name(weights):
+        config = fetch(str(weights)) / RUN_CONFIG
+        return config if config.is_file() else None
     path = Path(weights).expanduser().resolve()
     config = path.parent.parent / "config.yaml"
     return config if path.parent.name == "checkpoints" and config.is_file() else None

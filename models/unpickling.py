@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from models.hub import WEIGHTS, fetch, is_hub_name
+
 # First bytes of torch files from before version 1.6.
 LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 
@@ -124,7 +126,8 @@ def read_weights(path: str | Path) -> Any:
     """Read a safetensors or torch file with all tensors on the CPU, and without executing code of the file.
 
     Args:
-        path: The file. Its kind follows from its first bytes, not from its name.
+        path: The file. Its kind follows from its first bytes, not from its name. `hf-hub:owner/name` stands for the
+            safetensors file of a hub's repository, which is downloaded.
 
     Returns:
         The content: a mapping from names to tensors, or what a checkpoint holds around such a mapping. Objects that
@@ -134,7 +137,7 @@ def read_weights(path: str | Path) -> Any:
         ValueError: There is no such file, it is truncated or of another kind, or it would call a function that builds
             no tensor.
     """
-    path = Path(path)
+    path = fetch(str(path)) / WEIGHTS if is_hub_name(path) else Path(path)
     if not path.is_file():
         raise ValueError(f"there is no weights file {path}")
     with path.open("rb") as file:

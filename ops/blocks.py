@@ -156,7 +156,7 @@ def block_attention(
     top = tiles.reduce(peak, "max")
     if extra is not None:
         extra_scores = (q.view(B * heads, -1, D) @ extra[0].flatten(0, 1).transpose(1, 2)).to(dtype)
-        extra_scores = extra_scores.view(len(q), queries, -1)
+        extra_scores = extra_scores.view(q.shape[0], queries, -1)
         top = torch.maximum(top, extra_scores.detach().amax(-1, keepdim=True))
     factor = (peak - top.index_select(0, tiles.owner)).exp()
     total, values = (tiles.reduce(factor * t, "sum") for t in (total, values))

@@ -27,7 +27,7 @@ def superpixels(x: Tensor, side: int, steps: int, compactness: float) -> Tensor:
         (features,) = at_least_float32(x)
         spacing = (H * W / (grid[0] * grid[1])) ** 0.5
         axes = (torch.arange(n, device=x.device, dtype=features.dtype) * compactness / spacing for n in (H, W))
-        positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).expand(len(x), -1, -1, -1)
+        positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).expand(x.shape[0], -1, -1, -1)
         features = torch.cat([F.normalize(features, dim=-1), positions], dim=-1)
         means = F.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), grid).flatten(2).transpose(1, 2)  # (B, K, C + 2)
         features = features.flatten(1, 2)

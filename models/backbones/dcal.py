@@ -173,7 +173,7 @@ class DCAL(DeiT):
         assert rollout is not None
         count = math.ceil(self.local * (x.shape[1] - 1))
         chosen = 1 + rollout[:, 0, 1:].topk(count, dim=1).indices
-        index = torch.cat([chosen.new_zeros(len(x), 1), chosen], dim=1)
+        index = torch.cat([chosen.new_zeros(x.shape[0], 1), chosen], dim=1)
         local = self.local_norm(self.local_block(x, index))
         x = self.norm(x)
         return torch.cat([x[:, :1], local[:, :1], x[:, 1:]], dim=1)

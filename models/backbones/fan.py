@@ -191,7 +191,7 @@ class FAN(PlainBackbone):
 
     def finish(self, x: Tensor) -> Tensor:
         if self.cls_token is not None:
-            x = self.cls_attn_blocks(torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1))
+            x = self.cls_attn_blocks(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1))
         return self.norm(x)
 
 

@@ -172,7 +172,7 @@ class PVT(HierarchicalBackbone):
         embed = cast(PatchEmbed, last.downsample)
         x = embed(x)
         size = x.shape[2:]
-        cls_token = (self.cls_token + embed.pos_embed[:, :1]).expand(len(x), -1, -1)
+        cls_token = (self.cls_token + embed.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = torch.cat([cls_token, x.flatten(2).transpose(1, 2)], dim=1)
         recompute = last.grad_checkpointing and torch.is_grad_enabled()
         for block, has_losses in zip(cast(list[Block], list(last.blocks)), last.have_losses, strict=True):

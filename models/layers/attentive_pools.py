@@ -114,7 +114,7 @@ class AimPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x.transpose(1, 2)).transpose(1, 2)
-        return attend(self.query.expand(len(x), -1, -1), self.key(x), self.value(x), self.num_heads).squeeze(1)
+        return attend(self.query.expand(x.shape[0], -1, -1), self.key(x), self.value(x), self.num_heads).squeeze(1)
 
 
 class JepaPool(nn.Module):
@@ -145,7 +145,7 @@ class JepaPool(nn.Module):
             self.mlp.fc2.weight.div_(2**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        query = self.query_token.expand(len(x), -1, -1)
+        query = self.query_token.expand(x.shape[0], -1, -1)
         keys, values = self.kv(self.norm1(x)).chunk(2, -1)
         query = query + self.proj(attend(self.q(query), keys, values, self.num_heads))
         return (query + self.mlp(self.norm2(query))).squeeze(1)

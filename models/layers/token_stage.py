@@ -48,7 +48,7 @@ class TokenStem(nn.Module):
         x = self.proj(x)
         size, x = (x.shape[2], x.shape[3]), x.flatten(2).transpose(1, 2)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return x + resize_positions(self.pos_embed, self.grid, size, self.extra), size
 
     def no_weight_decay(self) -> set[str]:

@@ -145,7 +145,7 @@ class BlockMixtureAttention(nn.Module):
         else:
             chosen = top_share(gates, own_entries, valid, self.threshold)
         if self.scope == "block":
-            chosen = chosen.view(len(q), cut.number, self.num_heads, -1).movedim(1, -1)
+            chosen = chosen.view(q.shape[0], cut.number, self.num_heads, -1).movedim(1, -1)
         # Padded queries attend to their own block, and their outputs are cut off
         return chosen.reshape(own.shape) | own
 

@@ -51,7 +51,7 @@ class CircularLocalAttention(nn.Module):
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Any:
         (H, W), C = x.shape[1:3], x.shape[3]
         qkv = self.qkv(x)
-        extra_qkv = self.qkv(x.new_empty(len(x), 0, C) if extra is None else extra)  # (B, E, 3C)
+        extra_qkv = self.qkv(x.new_empty(x.shape[0], 0, C) if extra is None else extra)  # (B, E, 3C)
         shared = extra_qkv[..., C:]
         if self.spatial_weight is not None:
             cells = weighted_sums(qkv[..., C:], self.spatial_weight.unsqueeze(-1))

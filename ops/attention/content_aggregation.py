@@ -110,7 +110,7 @@ class ContentAggregation(nn.Module):
 
         by_group = self.attend_to_groups(q, k, v, order)
         queries, keys, values = (
-            split_heads(t, self.num_heads).expand(len(x), -1, -1, -1)
+            split_heads(t, self.num_heads).expand(x.shape[0], -1, -1, -1)
             for t in (q, self.center_k(centers)[None], self.center_v(centers)[None])
         )
         by_centers = merge_heads(F.scaled_dot_product_attention(queries, keys, values))

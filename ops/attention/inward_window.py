@@ -76,7 +76,7 @@ class InwardWindowAttention(nn.Module):
         size, E = x.shape[1:3], 0 if extra is None else extra.shape[1]
         window = (min(self.window[0], size[0]), min(self.window[1], size[1]))
         q, k, v = self.project(x)
-        extra_q, extra_k, extra_v = self.project(x.new_empty(len(x), 0, x.shape[3]) if extra is None else extra)
+        extra_q, extra_k, extra_v = self.project(x.new_empty(x.shape[0], 0, x.shape[3]) if extra is None else extra)
         q = q * self.factor(window[0] * window[1] + E, E)
         if window == size:
             keys, values = (torch.cat([t.flatten(1, 2), e], 1) for t, e in ((k, extra_k), (v, extra_v)))

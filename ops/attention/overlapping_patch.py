@@ -71,7 +71,7 @@ class OverlappingPatchAttention(nn.Module):
             split_heads(t[:, index], self.num_heads).flatten(0, 1)  # (B * P, heads, L, D)
             for t in (self.q(tokens), self.k(tokens), self.v(tokens))
         )
-        out = merge_heads(F.scaled_dot_product_attention(q, k, v)).unflatten(0, (len(x), -1))
+        out = merge_heads(F.scaled_dot_product_attention(q, k, v)).unflatten(0, (x.shape[0], -1))
         sums = torch.zeros_like(tokens, dtype=out.dtype).index_add(1, index.flatten(), out.flatten(1, 2))
         counts = out.new_zeros(tokens.shape[1]).index_add(0, index.flatten(), out.new_ones(index.numel()))
         return self.proj(sums / counts.unsqueeze(1)).view(x.shape)

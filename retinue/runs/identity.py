@@ -155,8 +155,13 @@ def weights_digests(cfg: Mapping) -> dict[str, str]:
 
 
 def weights_digest(path: str) -> str | None:
-    """Return the SHA-256 of a file in hexadecimal, or None if it cannot be read."""
+    """Return the SHA-256 of a file, also of a hub's, in hexadecimal, or None if it cannot be read."""
     try:
+        if path.startswith("hf-hub:"):
+            # Only here, since torch is slow to import.
+            from models import hub
+
+            path = str(hub.fetch(path) / hub.WEIGHTS)
         facts = os.stat(path)
         return _file_digest(os.path.abspath(path), facts.st_mtime_ns, facts.st_size)
     except (OSError, ValueError):
