@@ -49,7 +49,11 @@ function drawSpeed() {
       element(
         "tr",
         {},
-        element("td", {}, element("div", { class: "name" }, swatch({ index }), ...breakable(name(model)))),
+        element(
+          "td",
+          {},
+          element("div", { class: "name" }, swatch({ index }), element("span", {}, ...breakable(name(model)))),
+        ),
         ...used.map(([column]) => {
           const number = cell(model, column);
           return element("td", {}, number === undefined ? "" : formatNumber(number));
