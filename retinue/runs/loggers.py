@@ -1,4 +1,4 @@
-"""Loggers of a run: metrics.csv always; TensorBoard, Weights & Biases and MLflow on demand. All continue a resumed run."""
+"""Loggers of a run: metrics.csv always; TensorBoard, W&B and MLflow on demand; each continues a resumed run."""
 
 import csv
 import errno
