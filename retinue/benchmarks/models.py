@@ -3,25 +3,24 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-import torch.nn.functional as F
 
-from models import complexity, create_model
-from ops.backend import redirecting, using
+from models import complexity
 from retinue.benchmarks import nets
-from retinue.benchmarks.forms import EAGER, GPU_FORMS, GRAPH, in_form, prepare
-from retinue.benchmarks.formulations import PLAIN_PYTORCH
+from retinue.benchmarks.forms import EAGER, GPU_FORMS
+from retinue.benchmarks.machine import PowerMeter, describe_machine, joules_per_call, power_meter
+from retinue.benchmarks.model_steps import IN_CHANS, Setting, build, make_step
 from retinue.benchmarks.numerics import first_line
 from retinue.benchmarks.timing import (
     Row,
     Timing,
-    autocast,
     interleave,
     kernels_of,
     make_row,
@@ -32,36 +31,8 @@ from retinue.benchmarks.timing import (
 from retinue.utils.files import replacing
 from retinue.utils.suggestions import nearest
 
-NUM_CLASSES, IN_CHANS = 1000, 3
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Conditions under which all models of a comparison are measured.
-
-    Attributes:
-        image_size: side of the square images, in pixels.
-        batch_size: images of a batch.
-        device: "cpu", "cuda" or "cuda:N".
-        dtype: "float32", or the type of autocast: "bfloat16" or "float16".
-        channels_last: store weights and images in channels-last memory format.
-    """
-
-    image_size: int
-    batch_size: int
-    device: str
-    dtype: str
-    channels_last: bool
-
-    @property
-    def is_cuda(self) -> bool:
-        """True if the device is a GPU."""
-        return torch.device(self.device).type == "cuda"
-
-
-def build(model: Mapping[str, Any], image_size: int) -> torch.nn.Module:
-    """Build a model for 1000 classes from the arguments of `models.create_model`."""
-    return create_model(model, NUM_CLASSES, IN_CHANS, image_size)
+# Largest number of models that are held in memory and timed in turn, besides the baseline.
+MAX_IN_TURN = 8
 
 
 def with_peers(names: Sequence[str], setting: Setting) -> dict[str, tuple[str, str]]:
@@ -82,52 +53,6 @@ def with_peers(names: Sequence[str], setting: Setting) -> dict[str, tuple[str, s
     return candidates
 
 
-def make_step(
-    model: Mapping[str, Any], setting: Setting, train: bool, form: str = EAGER, formulation: str = nets.OURS
-) -> Callable[[], object]:
-    """Return a function that runs the model once on a batch, or with `train` trains it for one step.
-
-    Inference is a forward pass in evaluation mode; a training step is forward, cross-entropy, backward and an update by
-    AdamW, fused on a GPU. Weights and images are random and lie on the device.
-
-    Args:
-        model: arguments of `models.create_model`.
-        setting: conditions of the measurement.
-        train: train the model.
-        form: a name of `retinue.benchmarks.forms.FORMS`.
-        formulation: formulation of the attention, as in `retinue.benchmarks.nets.make_step`.
-    """
-    torch.manual_seed(0)
-    net = build(model, setting.image_size).to(setting.device).train(train)
-    image = torch.randn(setting.batch_size, IN_CHANS, setting.image_size, setting.image_size, device=setting.device)
-    if setting.channels_last:
-        net, image = net.to(memory_format=torch.channels_last), image.contiguous(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    label = torch.randint(NUM_CLASSES, (setting.batch_size,), device=setting.device)
-    prepare(net, form)
-    # Casts of weights that autocast keeps would not be repeated when a graph is replayed.
-    precision = partial(autocast, setting.device, setting.dtype, cache_enabled=form != GRAPH)
-    backend, redirections = "torch" if formulation == PLAIN_PYTORCH else "auto", nets.redirections_to(formulation)
-
-    @torch.no_grad()
-    def infer() -> None:
-        with using(backend), redirecting(redirections), precision():
-            net(image)
-
-    def learn() -> None:
-        with using(backend), redirecting(redirections), precision():
-            loss = F.cross_entropy(net(image), label)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    if not train:
-        return in_form(infer, form)
-    optimizer = torch.optim.AdamW(
-        net.parameters(), lr=1e-5, fused=setting.is_cuda, capturable=setting.is_cuda and form == GRAPH
-    )
-    return in_form(learn, form)
-
-
 @dataclass(frozen=True)
 class Measured:
     """Figures of one model in one form.
@@ -136,17 +61,29 @@ class Measured:
         timing: its time per batch.
         peak_mb: its peak memory in MB (10^6 bytes).
         ready_s: seconds until it had run twice, with building and compiling.
+        joules: energy of a batch; None if it was not measured.
     """
 
     timing: Timing
     peak_mb: float
     ready_s: float
+    joules: float | None = None
 
 
 def measure(
-    makers: Mapping[str, Callable[[], Callable[[], object]]], setting: Setting, rounds: int
+    makers: Mapping[str, Callable[[], Callable[[], object]]],
+    setting: Setting,
+    rounds: int,
+    read_watts: PowerMeter | None = None,
 ) -> dict[str, Measured]:
-    """Build, prepare and time models in turn; a model that cannot run on a GPU is left out with a message."""
+    """Build, prepare and time models in turn; a model that cannot run on a GPU is left out with a message.
+
+    Args:
+        makers: functions that build and return a step, by name.
+        setting: conditions of the measurement.
+        rounds: how often each model is timed.
+        read_watts: reads the GPU's power; without it, no energy is measured.
+    """
     steps, memory, ready = {}, {}, {}
     for name, make in makers.items():
         began = time.monotonic()
@@ -165,7 +102,95 @@ def measure(
             continue
         ready[name] = time.monotonic() - began
     timings = interleave(steps, rounds, min_seconds=0.1)
-    return {name: Measured(timing, memory[name], ready[name]) for name, timing in timings.items()}
+    joules = {name: joules_per_call(step, read_watts) for name, step in steps.items()} if read_watts else {}
+    return {name: Measured(timing, memory[name], ready[name], joules.get(name)) for name, timing in timings.items()}
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Return the names of models, ours and timm's, with every pattern such as `swin_*` replaced by what it matches.
+
+    Raises:
+        ValueError: no model matches a pattern.
+    """
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        matches = timm.list_models(pattern) if is_pattern(pattern) else [pattern]
+        if not matches:
+            raise ValueError(f"no model matches {pattern}.{nearest(pattern.strip('*'), timm.list_models())}")
+        names |= dict.fromkeys(matches)
+    return list(names)
+
+
+def is_pattern(name: str) -> bool:
+    """Tell whether a name has wildcards."""
+    return any(character in name for character in "*?[")
+
+
+def complexities(
+    models: Mapping[str, Mapping[str, Any]], image_size: int, may_fail: Collection[str] = ()
+) -> dict[str, tuple[int, int]]:
+    """Return parameters and MACs of each model.
+
+    Args:
+        models: the arguments of `models.create_model` for each name.
+        image_size: side of the images in pixels.
+        may_fail: names that are left out with a message if the model cannot be built or run with this image size.
+    """
+    counted = {}
+    for name, model in models.items():
+        try:
+            counted[name] = complexity(partial(build, model, image_size), image_size, IN_CHANS)
+        except Exception as error:
+            if name not in may_fail:
+                raise
+            print(f"{name} is left out: {first_line(error)}")
+    return counted
+
+
+def make_model_row(
+    name: str,
+    timing: Timing,
+    setting: Setting,
+    counted: tuple[int, int],
+    *,
+    mode: str,
+    form: str,
+    against: tuple[str, Timing] | None = None,
+    peak_mb: float | None = None,
+    **extra: float | None,
+) -> Row:
+    """Return the row of one model: speed, memory, size, and the machine.
+
+    Args:
+        name: name in the row.
+        timing: time per batch.
+        setting: conditions of the measurement.
+        counted: parameters and MACs.
+        mode: what was timed, such as "inference".
+        form: a name of `retinue.benchmarks.forms.FORMS`.
+        against: name and timing of the baseline.
+        peak_mb: peak memory in MB (10^6 bytes).
+        extra: further columns.
+    """
+    size, (params, macs) = setting.image_size, counted
+    return make_row(
+        name,
+        timing,
+        against=against,
+        shape=f"{setting.batch_size}x{IN_CHANS}x{size}x{size}",
+        dtype=setting.dtype,
+        device=setting.device,
+        peak_mb=peak_mb,
+        mode=mode,
+        form=form,
+        batch_size=setting.batch_size,
+        images_per_s=setting.batch_size / timing.median,
+        **extra,
+        params_m=params / 1e6,
+        macs_g=macs / 1e9,
+        channels_last=str(setting.channels_last),
+        machine=describe_machine(setting.device),
+    )
 
 
 def benchmark(
@@ -177,8 +202,12 @@ def benchmark(
     against: str | None = None,
     forms: Sequence[str] = (EAGER,),
     formulations: Mapping[str, str] | None = None,
+    may_fail: Collection[str] = (),
+    energy: bool = False,
 ) -> list[Row]:
     """Measure models in turn, in each mode and form: rows for inference, then rows for training.
+
+    More than `MAX_IN_TURN` models are measured in groups, each with the baseline.
 
     Args:
         models: the arguments of `models.create_model` for each name in the rows.
@@ -189,48 +218,65 @@ def benchmark(
             empty.
         forms: names of `retinue.benchmarks.forms.FORMS`.
         formulations: formulations of the attention by name in the rows; by default ours.
+        may_fail: names that are left out if the model does not take the image size.
+        energy: measure the joules of an image, if the GPU tells its power.
 
     Raises:
         ValueError: a model is unknown, `against` is not among the models, or a form needs a GPU.
     """
     if against is not None and against not in models:
         raise ValueError(f"against={against} is not one of the models.{nearest(against, models)}")
-    for form in forms:
-        if form in GPU_FORMS and not setting.is_cuda:
-            raise ValueError(f"the form {form} needs a CUDA device, not {setting.device}")
-    size = setting.image_size
-    complexities = {name: complexity(partial(build, model, size), size, IN_CHANS) for name, model in models.items()}
+    check_forms(forms, setting)
+    counted = complexities(models, setting.image_size, may_fail)
+    read_watts = power_meter(setting.device) if energy else None
     rows = []
     for mode in ("inference", "training") if train else ("inference",):
         for form in forms:
-            torch.compiler.reset()
-            gc.collect()
             makers = {
-                name: partial(make_step, model, setting, mode == "training", form, (formulations or {}).get(name, ""))
-                for name, model in models.items()
-            }
-            measured = measure(makers, setting, rounds)
-            baseline = None if against not in measured else (against, measured[against].timing)
-            for name, figures in measured.items():
-                params, macs = complexities[name]
-                row = make_row(
-                    name,
-                    figures.timing,
-                    against=baseline,
-                    shape=f"{setting.batch_size}x{IN_CHANS}x{size}x{size}",
-                    dtype=setting.dtype,
-                    device=setting.device,
-                    peak_mb=figures.peak_mb,
-                    mode=mode,
-                    form=form,
-                    images_per_s=setting.batch_size / figures.timing.median,
-                    ready_s=figures.ready_s,
-                    params_m=params / 1e6,
-                    macs_g=macs / 1e9,
-                    channels_last=str(setting.channels_last),
+                name: partial(
+                    make_step, models[name], setting, mode == "training", form, (formulations or {}).get(name, "")
                 )
-                rows.append(row)
+                for name in counted
+            }
+            done: set[str] = set()
+            for names in groups(list(makers), against):
+                torch.compiler.reset()
+                gc.collect()
+                measured = measure({name: makers[name] for name in names}, setting, rounds, read_watts)
+                baseline = None if against not in measured else (against, measured[against].timing)
+                for name, figures in measured.items():
+                    if name in done:
+                        continue
+                    done.add(name)
+                    row = make_model_row(
+                        name,
+                        figures.timing,
+                        setting,
+                        counted[name],
+                        mode=mode,
+                        form=form,
+                        against=baseline,
+                        peak_mb=figures.peak_mb,
+                        joules_per_image=None if figures.joules is None else figures.joules / setting.batch_size,
+                        ready_s=figures.ready_s,
+                    )
+                    rows.append(row)
     return rows
+
+
+def check_forms(forms: Sequence[str], setting: Setting) -> None:
+    """Raise a ValueError if one of the forms needs a GPU and the setting has none."""
+    for form in forms:
+        if form in GPU_FORMS and not setting.is_cuda:
+            raise ValueError(f"the form {form} needs a CUDA device, not {setting.device}")
+
+
+def groups(names: Sequence[str], against: str | None) -> Iterator[list[str]]:
+    """Yield the names in groups of at most `MAX_IN_TURN`, each with the baseline `against` besides."""
+    others = [name for name in names if name != against]
+    for start in range(0, max(1, len(others)), MAX_IN_TURN):
+        chosen = {*others[start : start + MAX_IN_TURN], against}
+        yield [name for name in names if name in chosen]
 
 
 def count_kernels(models: Mapping[str, tuple[str, str]], setting: Setting, forms: Sequence[str]) -> list[Row]:

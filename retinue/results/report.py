@@ -20,7 +20,9 @@ from retinue.results.collection import RUN_KEYS, Group, Run, group_runs
 from retinue.results.figures import display_unit, lower_is_better, main_figures
 
 PAGE_FOLDER = Path(__file__).resolve().parent / "page"
-SCRIPTS = ("charts.js", "radar.js", "details.js", "report.js")
+SCRIPTS = ("charts.js", "radar.js", "details.js", "speed.js", "report.js")
+# Script of a page that a server keeps up to date.
+LIVE_SCRIPT = "live.js"
 # Maximum number of points of all curves together, which take about 8 MB.
 MAX_POINTS = 400_000
 MIN_POINTS_PER_CURVE = 20
@@ -28,7 +30,10 @@ MIN_POINTS_PER_CURVE = 20
 COSTS = {
     "macs": "MACs",
     "params": "Parameters",
-    "inference_ms_per_image": "Latency, ms/image",
+    "inference_ms_per_image": "Inference, ms/image",
+    "latency_ms": "Latency of one image, ms",
+    "latency_p99_ms": "Latency, 99th percentile, ms",
+    "inference_joules_per_image": "Energy, J/image",
     "training_ms_per_image": "Training, ms/image",
     "inference_peak_mb": "Memory of inference, MB",
     "peak_memory_mb": "Memory of training, MB",
@@ -41,19 +46,24 @@ Curves = dict[str, list[list[float]]]
 
 
 def make_data(
-    runs: Sequence[Run], folder: Path, baseline: str | None = None, differences: Mapping[int, str] | None = None
+    runs: Sequence[Run],
+    folder: Path,
+    speed: Sequence[Mapping[str, Any]] = (),
+    baseline: str | None = None,
+    differences: Mapping[int, str] | None = None,
 ) -> dict[str, Any]:
     """Return what the page shows, ready for JSON: every number is finite or absent.
 
     Args:
         runs: Runs; `training_ms_per_image` is added to their values.
         folder: The folder that the page names as their place.
+        speed: What `retinue.results.benchmark_csv.read_speed` returns, for the part on speed.
         baseline: Name of the net with which the others are compared; None compares none.
         differences: Difference to the baseline in words, by the position of the group in `group_runs(runs)`.
     """
     for run in runs:
-        if speed := run.number("images_per_second"):
-            run.values["training_ms_per_image"] = 1000 / speed
+        if rate := run.number("images_per_second"):
+            run.values["training_ms_per_image"] = 1000 / rate
     groups = group_runs(runs)
     metrics = [name for run in runs for name in (run.result or {}).get("metrics", {}) if run.number(name) is not None]
     figures = main_figures(runs)
@@ -85,6 +95,7 @@ def make_data(
             }
             for i, group in enumerate(groups)
         ],
+        "speed": list(speed),
     }
 
 
@@ -162,6 +173,7 @@ def _describe_run(run: Run, names: Sequence[str], curves: Curves, max_points: in
         "values": numbers,
         "facts": {name.replace("_", " "): str(fact) for name, fact in facts.items()},
         "commands": commands(run),
+        "epochs": run.number("recipe.epochs"),
         "curves": {name: thin(points, max_points) for name, points in curves.items()},
     }
 
@@ -169,9 +181,9 @@ def _describe_run(run: Run, names: Sequence[str], curves: Curves, max_points: in
 def commands(run: Run) -> list[tuple[str, str]]:
     """Return (title, command) pairs: how to resume the run, or how to train it again and to evaluate it.
 
-    An evaluation, and a run without a config, have no commands.
+    An evaluation, a run that is running, and a run without a config have no commands.
     """
-    if run.kind == "evaluation" or not run.config:
+    if run.kind == "evaluation" or run.status == "running" or not run.config:
         return []
     if run.status != "finished":
         return [("Resume the run", _train_command(run, str(run.folder)))]
@@ -228,18 +240,20 @@ def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def make_page(data: Mapping[str, Any], title: str) -> str:
+def make_page(data: Mapping[str, Any], title: str, live: bool = False) -> str:
     """Return the whole page as HTML.
 
     Args:
         data: What `make_data` returns.
         title: Title and heading of the page.
+        live: Let the page ask its server for new data every few seconds.
     """
+    scripts = (*SCRIPTS, LIVE_SCRIPT) if live else SCRIPTS
     embedded = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     parts = {
         "title": html.escape(title),
         "style": (PAGE_FOLDER / "report.css").read_text(encoding="utf-8"),
-        "script": "\n".join((PAGE_FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS),
+        "script": "\n".join((PAGE_FOLDER / name).read_text(encoding="utf-8") for name in scripts),
         # Escaped so that no name can end the script element.
         "data": embedded.replace("<", "\\u003c"),
     }

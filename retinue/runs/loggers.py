@@ -1,4 +1,4 @@
-"""Loggers of a run: metrics.csv always, TensorBoard and Weights & Biases on demand; each continues a resumed run."""
+"""Loggers of a run: metrics.csv always; TensorBoard, W&B and MLflow on demand; each continues a resumed run."""
 
 import csv
 import errno
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -119,11 +119,10 @@ def wandb(
         group: name under which W&B shows runs together.
         tags: tags of the run.
     """
-    run_id = hashlib.sha256(str(Path(run_dir)).encode()).hexdigest()[:16]
     return WandbRun(
-        name="/".join(Path(run_dir).parts[-3:]),
+        name=_run_name(run_dir),
         save_dir=run_dir,
-        id=run_id,
+        id=_run_id(run_dir),
         project=project,
         entity=entity,
         mode=mode,
@@ -131,6 +130,60 @@ def wandb(
         tags=list(tags),
         resume="allow",
     )
+
+
+class MLflowRun(MLFlowLogger):
+    """Lightning's MLflow logger, which logs no figure of a step again that a run before the resume has logged."""
+
+    _logged: dict[str, int] | None = None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self._logged is None:
+            names, of_run = self.experiment.get_run(str(self.run_id)).data.metrics, self.experiment.get_metric_history
+            self._logged = {name: max(figure.step for figure in of_run(str(self.run_id), name)) for name in names}
+        new = {name: value for name, value in metrics.items() if (step or 0) > self._logged.get(name, -1)}
+        super().log_metrics(new, step)
+
+
+def mlflow(run_dir: str, from_step: int, experiment: str, tracking_uri: str | None) -> MLflowRun:
+    """Return a logger that goes on with the MLflow run of the run's folder, or begins one if no step was trained.
+
+    A new MLflow run replaces that of the same folder, which `mlflow gc` removes for good.
+
+    Args:
+        run_dir: the run's folder.
+        from_step: step from which the run is resumed, or 0.
+        experiment: MLflow's experiment, which is made if there is none.
+        tracking_uri: address of the server or of the database; None for `MLFLOW_TRACKING_URI` or MLflow's default.
+
+    Raises:
+        ValueError: MLflow is not installed.
+    """
+    try:
+        from mlflow import MlflowClient, get_tracking_uri
+    except ImportError:
+        raise ValueError("logger=mlflow needs MLflow: pip install 'retinue[mlflow]'") from None
+    uri, tags, run_id = tracking_uri or get_tracking_uri(), {"retinue.run": _run_id(run_dir)}, None
+    if rank_zero_only.rank == 0:
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(experiment)
+        filter_ = f"tags.`retinue.run` = '{tags['retinue.run']}'"
+        for run in client.search_runs([found.experiment_id], filter_) if found else []:
+            if from_step:
+                run_id = run.info.run_id
+            else:
+                client.delete_run(run.info.run_id)
+    return MLflowRun(experiment, _run_name(run_dir), uri, tags, run_id=run_id)
+
+
+def _run_id(run_dir: str) -> str:
+    """Return an id that follows from the run's folder."""
+    return hashlib.sha256(str(Path(run_dir)).encode()).hexdigest()[:16]
+
+
+def _run_name(run_dir: str) -> str:
+    return "/".join(Path(run_dir).parts[-3:])
 
 
 def links(loggers: Iterable[Logger]) -> dict[str, str]:

@@ -195,7 +195,7 @@ function drawCosts(container, points, { xTitle, formatX, formatY, lowerIsBetter,
 }
 
 // Draws learning curves. Each line is {points: [[x, y], ...], name, index, entry}.
-function drawCurves(container, lines, { xTitle, formatY, height = 372 }) {
+function drawCurves(container, lines, { xTitle, formatY, height = 372, mayBeLog = false }) {
   if (!lines.length) return empty(container, "No run has such a curve.");
   const all = lines.flatMap((line) => line.points);
   const formatX = (value) => value.toLocaleString("en");
@@ -207,14 +207,15 @@ function drawCurves(container, lines, { xTitle, formatY, height = 372 }) {
     xTitle,
     formatX,
     formatY,
-    false,
+    mayBeLog,
   );
   const paths = lines.map((line) =>
     svg("path", {
       class: "curve",
       style: `--colour: ${colour(line.index)}`,
       "data-entry": line.entry,
-      d: line.points.map((p, i) => `${i ? "L" : "M"}${x(p[0]).toFixed(1)} ${y(p[1]).toFixed(1)}`).join(""),
+      // The last part has no length: it shows a line of one point as a dot.
+      d: `${line.points.map((p, i) => `${i ? "L" : "M"}${x(p[0]).toFixed(1)} ${y(p[1]).toFixed(1)}`).join("")}h0`,
     }),
   );
   picture.append(...paths);

@@ -52,7 +52,10 @@ function openDetails(entry, chosen = 0) {
           element(
             "pre",
             { class: COLOURS[run.status] },
-            run.reason ?? "The run has no result yet; the command resumes it.",
+            run.reason ??
+              (run.status === "running"
+                ? "The run has no result yet; a process trains it."
+                : "The run has no result yet; the command resumes it."),
           ),
         )),
     ...section("Folder", element("div", { style: "overflow-wrap: anywhere" }, run.folder)),

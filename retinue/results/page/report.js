@@ -1,6 +1,6 @@
-const data = JSON.parse(document.getElementById("data").textContent);
+let data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const columns = new Map(data.columns.map((column) => [column.name, column]));
+let columns = new Map(data.columns.map((column) => [column.name, column]));
 const MAX_CURVES = 60,
   MAX_LEGEND_ENTRIES = 24;
 const state = { set: 0, view: "groups", filter: "", sort: null, descending: true, x: null, y: null, curve: null };
@@ -232,10 +232,16 @@ function drawTable() {
 // Returns the text with places for a line break after each _ and =.
 const breakable = (text) => text.split(/(?<=[_=])/).flatMap((part, i) => (i ? [element("wbr"), part] : [part]));
 
-const COLOURS = { failed: "bad", stopped: "wait", unreadable: "bad" };
+const COLOURS = { running: "live", failed: "bad", stopped: "wait", unreadable: "bad" };
+
+// Returns the status of a run, and how far it has come if it is running.
+function describeStatus(run) {
+  const epoch = Math.max(0, ...Object.values(run.curves).map((points) => points.at(-1)[0]));
+  return run.status === "running" && run.epochs ? `running, epoch ${formatNumber(epoch)} of ${run.epochs}` : run.status;
+}
 
 function status(runs) {
-  if (state.view === "runs") return [element("span", { class: COLOURS[runs[0].status] ?? null }, runs[0].status)];
+  if (state.view === "runs") return [element("span", { class: COLOURS[runs[0].status] ?? null }, describeStatus(runs[0]))];
   const finished = runs.filter((run) => run.status === "finished").length;
   const others = Object.keys(COLOURS)
     .map((name) => [name, runs.filter((run) => run.status === name).length])
@@ -284,18 +290,26 @@ function fillSelect(select, names, texts, chosen) {
   );
 }
 
-function start() {
+function showCounts() {
   const counts = Object.entries(data.counts)
     .map(([name, count]) => `${count} ${name}`)
     .join(", ");
   $("counts").textContent = `${data.folder}: ${counts}. ${data.made}`;
+}
+
+function fillSets() {
   fillSelect(
     $("set"),
     data.sets.map((_, i) => i),
     data.sets,
-    0,
+    state.set,
   );
   $("set-field").hidden = data.sets.length < 2;
+}
+
+function start() {
+  showCounts();
+  fillSets();
   $("set").addEventListener("change", (event) => {
     state.set = Number(event.target.value);
     fillMenus();
@@ -331,11 +345,13 @@ function start() {
     if (innerWidth !== width) {
       width = innerWidth;
       drawCharts();
+      drawSpeed();
     }
   });
   showTheme();
   fillMenus();
   update();
+  startSpeed();
 }
 
 // Fills the menus with the figures, costs and curves that the runs on the chosen data set have.

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
-from retinue.runs.loggers import MetricsCSV, WandbRun, links
+from retinue.runs.loggers import MetricsCSV, WandbRun, links, mlflow
 from tests.retinue.runs.cli import SMALL, SWIN, rows, start, stop_when
 
 
@@ -105,3 +106,30 @@ def test_the_result_links_to_an_online_run(tmp_path):
     online._experiment, offline._experiment = (SimpleNamespace(url=address) for address in (url, None))  # pyright: ignore
     assert links([MetricsCSV(tmp_path / "metrics.csv", 0), online]) == {"wandb": url}
     assert links([offline]) == {}
+
+
+def test_mlflow_goes_on_with_the_same_run_and_logs_no_step_twice(tmp_path):
+    client = pytest.importorskip("mlflow", reason="the test takes mlflow").MlflowClient
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+    def log(from_step, steps, folder="outputs/it's/a/run"):
+        logger = mlflow(folder, from_step, "retinue", uri)
+        for step in steps:
+            logger.log_metrics({"train/loss": 1 / step} | ({"val/top1": step / 10} if step % 4 == 0 else {}), step)
+        logger.finalize("success")
+        return logger.run_id
+
+    def steps(run, name):
+        return [figure.step for figure in client(uri).get_metric_history(run, name)]
+
+    killed, other = log(0, range(1, 7)), log(0, [1], "outputs/another/run")
+    # The checkpoint is that of step 3, so the resumed run repeats the steps 4 to 6.
+    assert log(3, range(4, 10)) == killed
+    assert (steps(killed, "train/loss"), steps(killed, "val/top1")) == (list(range(1, 10)), [4, 8])
+    assert client(uri).get_run(killed).data.metrics["train/loss"] == pytest.approx(1 / 9)
+    assert client(uri).get_run(killed).info.run_name == "it's/a/run"
+    # A run that begins anew replaces its MLflow run and no other run's.
+    again = log(0, [1, 2])
+    experiment = client(uri).get_experiment_by_name("retinue").experiment_id
+    assert {run.info.run_id for run in client(uri).search_runs([experiment])} == {again, other}
+    assert steps(again, "train/loss") == [1, 2]

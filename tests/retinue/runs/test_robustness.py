@@ -141,7 +141,7 @@ def test_objectnet_accepts_every_class_of_an_object_and_cuts_the_border(tmp_path
     assert [names[label] for label in data.accepted(2)] == ["barber chair", "folding chair", "rocking chair"]
     assert images.image(0).shape == (36, 36, 3)
     (tmp_path / "mappings" / "objectnet_to_imagenet_1k.json").write_text('{"Chair": "golden chair"}')
-    with pytest.raises(ValueError, match=".golden chair. is no class of ImageNet-1k"):
+    with pytest.raises(ValueError, match=r".golden chair. is no class of ImageNet-1k"):
         ObjectNet(root=str(tmp_path), synsets="imagenet1k", image_size=32).images("test")
 
 

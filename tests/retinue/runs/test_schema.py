@@ -93,7 +93,7 @@ TRAIN = {
     "task must be one of bossnas, classification, detection, hashing, multi_label, panoptic, pretraining,": [
         "task=null"
     ],
-    "logger must be one of none, tensorboard, wandb, not null": ["logger=null"],
+    "logger must be one of mlflow, none, tensorboard, wandb, not null": ["logger=null"],
     "head must be one of att_swin_unet, cascade_mask_rcnn,": ["head=null"],
     "callbacks must be one of early_stopping, none, not null": ["callbacks=null"],
 }  # fmt: skip
