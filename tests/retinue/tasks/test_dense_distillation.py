@@ -79,7 +79,7 @@ def cwd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return (shares[1] * (shares[1] / shares[0]).log()).sum(-1).mean()
 
 
-@pytest.mark.parametrize("part", ["neck", "backbone"])
+@pytest.mark.parametrize("part", ["neck", pytest.param("backbone", marks=pytest.mark.slow)])
 def test_a_detector_learns_from_the_maps_of_another(part, scenes, teachers):
     path, trained = teachers["detection"]
     arguments = ("head=retinanet", f"task.distillation.part={part}", "task.distillation.maps.weight=0.5")
@@ -106,7 +106,7 @@ def test_a_detector_learns_from_the_maps_of_another(part, scenes, teachers):
     assert {key.partition(".")[0] for key in student.state_dict()} == {"model", "map_distillation"}
 
 
-@pytest.mark.parametrize("head", ["semantic_fpn", "fpn_lite"])
+@pytest.mark.parametrize("head", [pytest.param("semantic_fpn", marks=pytest.mark.slow), "fpn_lite"])
 def test_a_segmentor_learns_from_the_logits_of_another(head, scenes, teachers):
     path, trained = teachers["segmentation"]
     student, data, batch = prepared(scenes, "segmentation", path, f"head={head}")
@@ -123,7 +123,7 @@ def test_a_segmentor_learns_from_the_logits_of_another(head, scenes, teachers):
     assert student.running_figures()["train/loss_maps"] == pytest.approx(cwd(resized, others[0]).item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("part", ["neck", "backbone", "logits"])
+@pytest.mark.parametrize("part", ["logits", *(pytest.param(p, marks=pytest.mark.slow) for p in ("neck", "backbone"))])
 def test_a_student_with_the_teachers_weights_has_no_loss(part, scenes, teachers):
     path, trained = teachers["segmentation"]
     same = ("head=semantic_fpn", "data.mean=[0.3,0.4,0.5]", "data.std=[0.2,0.2,0.3]", f"task.distillation.part={part}")
