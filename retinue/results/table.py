@@ -194,7 +194,7 @@ def to_csv_rows(rows: Sequence[Mapping[str, Cell]]) -> list[CsvRow]:
                     f"{heading}_n": cell.n,
                 }
                 line |= {column: None if math.isnan(number) else number for column, number in numbers.items()}
-            elif heading in compared:
+            elif heading in compared or isinstance(cell, Difference):
                 numbers = cell._asdict() if isinstance(cell, Difference) else dict.fromkeys(Difference._fields)
                 line |= {f"{heading} {column}": number for column, number in numbers.items()}
             else:

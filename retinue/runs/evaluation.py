@@ -54,6 +54,8 @@ def evaluate_here(cfg: DictConfig) -> dict[str, Any]:
     prepare(cfg)
     if cfg.save_maps and cfg.task.name not in ("segmentation", "panoptic"):
         raise ValueError(f"save_maps=true is for task=segmentation or panoptic, not task={cfg.task.name}")
+    if cfg.calibrate and cfg.task.name != "classification":
+        raise ValueError(f"calibrate=true is for task=classification, not task={cfg.task.name}")
     datamodule = build_data(cfg)
     if cfg.get("panel"):
         check_panel(cfg, datamodule)
@@ -106,10 +108,8 @@ def calibrate(cfg: DictConfig, task: Any, datamodule: Any) -> None:
     """Fit the temperature of a classification task to the validation split.
 
     Raises:
-        ValueError: the task is another one, or the test images are those of the validation split.
+        ValueError: the test images are those of the validation split, or there is no validation split.
     """
-    if cfg.task.name != "classification":
-        raise ValueError(f"calibrate=true is for task=classification, not task={cfg.task.name}")
     if not {"val", "test"} <= set(datamodule.splits):
         raise ValueError(
             f"calibrate=true needs validation images that are not the test images: data={cfg.data.name} has the splits "

@@ -15,7 +15,8 @@ from retinue.tasks.classification import Classification
 class TemperatureScaling(pl.LightningModule):
     """A validation of this module sets the temperature of a classification task.
 
-    The logits of the split are kept in the processor's memory: 200 MB for 50,000 images and 1,000 classes.
+    The logits of the split are kept in the processor's memory. For 50,000 images and 1,000 classes they take 200 MB,
+    and the fit, in float64, 1.2 GB more.
 
     Args:
         task: The task, with the weights to calibrate.

@@ -20,6 +20,7 @@ from retinue.results import watch
 from retinue.results.report import make_data
 from scripts import report
 from tests.scripts.run_folders import fail, make_run, write_result
+from tests.scripts.test_compare import make_test
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 EVIL = "größe_</script><script>document.title='taken'</script><b>&amp;"
@@ -420,3 +421,15 @@ def test_ctrl_c_ends_the_watching(tmp_path, capsys):
 def test_a_folder_to_watch_must_exist(tmp_path):
     with pytest.raises(ValueError, match="there is no folder"):
         report.main([f"folder={tmp_path / 'nowhere'}", "watch=true"])
+
+
+def test_the_table_has_the_differences_to_a_baseline(tmp_path, chrome):
+    for seed in (0, 1):
+        make_test(tmp_path, "a", seed, 0.5)
+        make_test(tmp_path, "bb", seed, 0.9)
+    report.main([f"folder={tmp_path}", "baseline=a", f"out={tmp_path / 'page.html'}"])
+    reader = Reader(chrome)
+    reader.open(tmp_path / "page.html")
+    rows = {name: row.text for name, row in zip(reader.names(), reader.all("tbody tr"), strict=True)}
+    assert "Difference to a" in reader.one("#table thead").text and "baseline" in rows["a"]
+    assert re.search(r"top1 \(%\) \+\d+\.\d\d \(\+.* to \+.*\), p .*, same within ", rows["bb"].replace("\n", " "))

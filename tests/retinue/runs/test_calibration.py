@@ -9,7 +9,7 @@ from tests.retinue.runs.cli import result, start
 CALIBRATE = ("calibrate=true", "trainer=cpu", "data.num_workers=0")
 
 
-def test_a_calibrated_evaluation(cli, tmp_path):
+def test_a_calibrated_evaluation_and_data_without_images_for_it(cli, tmp_path, monkeypatch):
     assert cli.train("hydra.run.dir=run").code == 0
     plain = cli("eval", "run=run", "trainer=cpu", "data.num_workers=0", "hydra.run.dir=plain")
     assert plain.code == 0 and "test/temperature" not in result(tmp_path / "plain")["metrics"]
@@ -26,11 +26,7 @@ def test_a_calibrated_evaluation(cli, tmp_path):
     assert metrics["test/calibrated_loss"] != metrics["test/loss"]
     for name in ("reliability_calibrated.png", "risk_coverage.png"):
         assert (tmp_path / "calibrated" / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_what_cannot_be_calibrated(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(Digits, "splits", ("train", "val"))
-    assert cli.train("hydra.run.dir=run").code == 0
     error = cli("eval", "run=run", *CALIBRATE).error
     assert "calibrate=true needs validation images that are not the test images: data=digits has the splits" in error
 
