@@ -153,7 +153,7 @@ def attention_rows(call: Call, queries: Sequence[int]) -> Rows:
 def _rows(call: Call, args: tuple, kwargs: dict[str, Any], queries: Tensor) -> Rows:
     name, Q = type(call.module).__name__, len(queries)
     values, inputs, outputs, result = _run_with_free_values(call, args, kwargs)
-    # What the op adds whatever the values are, such as a convolution of its input.
+    # The op adds this whatever the values are, such as a convolution of its input.
     offset = _run_with_free_values(call, args, kwargs, 0.0)[1].detach()
     if not result.requires_grad:
         raise ValueError(f"{name} has no attention: its output does not depend on its values")
