@@ -7,7 +7,7 @@ the row, are the op's output.
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +102,9 @@ def capture(net: Any, image: Tensor) -> dict[str, Call]:
                     extra = others[0].shape[1] if others and getattr(module, "takes_extra", False) else 0
                     calls[name] = Call(module, args, kwargs, (x.shape[1], x.shape[2]), extra)
                 elif x.ndim == 3:
-                    H, W = token_grid(net, x.shape[1], (image.shape[2], image.shape[3]))
-                    calls[name] = Call(module, args, kwargs, (H, W), x.shape[1] - H * W)
+                    with suppress(ValueError):
+                        H, W = token_grid(net, x.shape[1], (image.shape[2], image.shape[3]))
+                        calls[name] = Call(module, args, kwargs, (H, W), x.shape[1] - H * W)
 
         return hook
 
@@ -137,7 +138,9 @@ def attention_rows(call: Call, queries: Sequence[int]) -> Rows:
     """
     module, Q = call.module, len(queries)
     args, kwargs = tree_map_only(
-        Tensor, lambda t: t.detach().repeat_interleave(Q, 0) if len(t) == 1 else t.detach(), (call.args, call.kwargs)
+        Tensor,
+        lambda t: t.detach().repeat_interleave(Q, 0) if t.ndim and len(t) == 1 else t.detach(),
+        (call.args, call.kwargs),
     )
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
@@ -195,10 +198,13 @@ def _row(
 
 def count_heads(module: nn.Module) -> int:
     """Return the number of heads of an attention module, or of all its parts that have heads; else 1."""
-    own = getattr(module, "num_heads", None) or getattr(module, "heads", None)
-    if isinstance(own, (list, tuple)):
-        return sum(own)
-    return own or sum(getattr(part, "num_heads", 0) for part in module.modules()) or 1
+    for name in ("num_heads", "heads"):
+        heads = getattr(module, name, None)
+        if isinstance(heads, int):
+            return heads
+        if isinstance(heads, (list, tuple)):
+            return sum(heads)
+    return sum(getattr(part, "num_heads", 0) for part in module.modules()) or 1
 
 
 def _run_with_free_values(
