@@ -1,6 +1,7 @@
 """scripts/see.py: every kind leaves a picture and data, and mistakes are refused in one line."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,8 @@ def test_data_say_what_the_net_does(subject: Subject, tmp_path: Path):
         assert ((sums > 0.5) & (sums < 1)).all()
     KINDS["cka"](subject, choices(), tmp_path)
     assert [float(row[row["block"]]) for row in rows(tmp_path / "cka.csv")] == pytest.approx([1, 1])
+    with pytest.raises(ValueError, match="CKA compares nets on the same test images"):
+        KINDS["cka"](subject, choices(other=replace(subject, labels=subject.labels + 1)), tmp_path)
     KINDS["similarity"](subject, choices(resized={32: subject}), tmp_path)
     assert [row["image_size"] for row in rows(tmp_path / "similarity.csv")] == ["16", "16", "32", "32"]
 

@@ -1,1 +1,1 @@
-"""What a net looks at: receptive fields, attention maps, class activation, and statistics of its features by depth."""
+"""Views of what a net looks at: receptive fields, attention, class activation, and statistics of features by depth."""

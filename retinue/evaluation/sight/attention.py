@@ -7,7 +7,7 @@ the row, are the op's output.
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +45,10 @@ class Call:
     extra: int
 
     @property
-    def value_layer(self) -> str:
-        return next(name for name in VALUE_LAYERS if isinstance(getattr(self.module, name, None), nn.Linear))
+    def value_layers(self) -> list[tuple[nn.Module, int]]:
+        """Layers that compute values, each with the number of parts of its output."""
+        layers = [(getattr(self.module, name, None), parts) for name, parts in VALUE_LAYERS.items()]
+        return [(layer, parts) for layer, parts in layers if isinstance(layer, nn.Linear)]
 
     @property
     def output_layer(self) -> nn.Linear:
@@ -102,8 +104,9 @@ def capture(net: Any, image: Tensor) -> dict[str, Call]:
                     extra = others[0].shape[1] if others and getattr(module, "takes_extra", False) else 0
                     calls[name] = Call(module, args, kwargs, (x.shape[1], x.shape[2]), extra)
                 elif x.ndim == 3:
-                    H, W = token_grid(net, x.shape[1], (image.shape[2], image.shape[3]))
-                    calls[name] = Call(module, args, kwargs, (H, W), x.shape[1] - H * W)
+                    with suppress(ValueError):
+                        H, W = token_grid(net, x.shape[1], (image.shape[2], image.shape[3]))
+                        calls[name] = Call(module, args, kwargs, (H, W), x.shape[1] - H * W)
 
         return hook
 
@@ -137,7 +140,9 @@ def attention_rows(call: Call, queries: Sequence[int]) -> Rows:
     """
     module, Q = call.module, len(queries)
     args, kwargs = tree_map_only(
-        Tensor, lambda t: t.detach().repeat_interleave(Q, 0) if len(t) == 1 else t.detach(), (call.args, call.kwargs)
+        Tensor,
+        lambda t: t.detach().repeat_interleave(Q, 0) if t.ndim and len(t) == 1 else t.detach(),
+        (call.args, call.kwargs),
     )
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
@@ -153,7 +158,7 @@ def attention_rows(call: Call, queries: Sequence[int]) -> Rows:
 def _rows(call: Call, args: tuple, kwargs: dict[str, Any], queries: Tensor) -> Rows:
     name, Q = type(call.module).__name__, len(queries)
     values, inputs, outputs, result = _run_with_free_values(call, args, kwargs)
-    # What the op adds whatever the values are, such as a convolution of its input.
+    # The op adds this whatever the values are, such as a convolution of its input.
     offset = _run_with_free_values(call, args, kwargs, 0.0)[1].detach()
     if not result.requires_grad:
         raise ValueError(f"{name} has no attention: its output does not depend on its values")
@@ -162,62 +167,73 @@ def _rows(call: Call, args: tuple, kwargs: dict[str, Any], queries: Tensor) -> R
     if not torch.allclose(reached, reached[..., :1]):
         raise ValueError(f"{name} has no attention that can be shown: it changes what its output layer returns")
     heads, width = count_heads(call.module), inputs.shape[-1]
-    sources = _run_to_the_values(call, args, kwargs)
+    leaves, reads = _run_to_the_values(call, args, kwargs)
     maps, extras, outside = [], [], []
     for head in range(heads):
         first, last = head * (width // heads), (head + 1) * (width // heads) - 1
-        row, other = (_row(name, values, inputs, offset, reached, channel, Q) for channel in (first, last))
-        if not torch.allclose(row, other, rtol=0, atol=TOLERANCE * row.abs().max().item()):
-            raise ValueError(
-                f"{name} has no attention that can be shown: the channels of a head have different weights"
-            )
-        on_map, on_extra = _place(call, row, sources)
-        maps.append(on_map)
-        extras.append(on_extra)
-        outside.append(row.reshape(Q, -1).sum(1) - on_map.sum((1, 2)) - on_extra.sum(1))
+        rows, others = (_weights(name, values, inputs, offset, reached, channel, Q) for channel in (first, last))
+        for row, other in zip(rows, others, strict=True):
+            if not torch.allclose(row, other, rtol=0, atol=TOLERANCE * row.abs().max().item()):
+                raise ValueError(
+                    f"{name} has no attention that can be shown: the channels of a head have different weights"
+                )
+        placed = [_place(call, row, leaves, read) for row, read in zip(rows, reads, strict=True)]
+        maps.append(torch.stack([on_map for on_map, _ in placed]).sum(0))
+        extras.append(torch.stack([on_extra for _, on_extra in placed]).sum(0))
+        total = torch.stack([row.reshape(Q, -1).sum(1) for row in rows]).sum(0)
+        outside.append(total - maps[-1].sum((1, 2)) - extras[-1].sum(1))
     return Rows(torch.stack(maps).detach(), torch.stack(extras).detach(), torch.stack(outside).detach())
 
 
-def _row(
-    name: str, values: Tensor, inputs: Tensor, offset: Tensor, reached: Tensor, channel: int, queries: int
-) -> Tensor:
-    """Return the weights of the values for a channel of the queries' outputs, (..., tokens), and check them."""
+def _weights(
+    name: str, values: list[Tensor], inputs: Tensor, offset: Tensor, reached: Tensor, channel: int, queries: int
+) -> list[Tensor]:
+    """Return the weights of the values for a channel of the queries' outputs, each (..., tokens), and check them."""
     direction = torch.zeros_like(inputs)
     direction[..., channel] = reached[..., 0]
-    (weights,) = torch.autograd.grad(inputs, values, direction, retain_graph=True)
-    weighted, expected = (
-        (a * b).reshape(queries, -1).sum(1) for a, b in ((weights, values), (direction, inputs - offset))
+    weights = torch.autograd.grad(
+        inputs, values, direction, retain_graph=True, allow_unused=True, materialize_grads=True
     )
-    if not torch.allclose(weighted, expected, rtol=0, atol=TOLERANCE * inputs.abs().max().item()):
+    weighted = sum((w * v).reshape(queries, -1).sum(1) for w, v in zip(weights, values, strict=True))
+    expected = (direction * (inputs - offset)).reshape(queries, -1).sum(1)
+    if not torch.allclose(torch.as_tensor(weighted), expected, rtol=0, atol=TOLERANCE * inputs.abs().max().item()):
         raise ValueError(f"{name} has no attention that can be shown: its output is not linear in its values")
-    return weights.sum(-1)
+    return [w.sum(-1) for w in weights]
 
 
 def count_heads(module: nn.Module) -> int:
     """Return the number of heads of an attention module, or of all its parts that have heads; else 1."""
-    own = getattr(module, "num_heads", None) or getattr(module, "heads", None)
-    if isinstance(own, (list, tuple)):
-        return sum(own)
-    return own or sum(getattr(part, "num_heads", 0) for part in module.modules()) or 1
+    for name in ("num_heads", "heads"):
+        heads = getattr(module, name, None)
+        if isinstance(heads, int):
+            return heads
+        if isinstance(heads, (list, tuple)):
+            return sum(heads)
+    return sum(getattr(part, "num_heads", 0) for part in module.modules()) or 1
 
 
 def _run_with_free_values(
     call: Call, args: tuple, kwargs: dict[str, Any], factor: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run with the values multiplied by `factor`, as a leaf.
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Run with the values multiplied by `factor`, as leaves.
 
     Returns:
-        The values, what the output layer reads, what it returns, and the op's output as tokens.
+        The values of each call of a value layer, what the output layer reads, what the output layer returns, and the
+        op's output as tokens.
     """
     values: list[Tensor] = []
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
-    parts = VALUE_LAYERS[call.value_layer]
 
-    def free(module: nn.Module, _: Any, output: Tensor) -> Tensor:
-        fixed = output.shape[-1] * (parts - 1) // parts
-        values.append((factor * output[..., fixed:].detach()).requires_grad_())
-        return torch.cat([output[..., :fixed].detach(), values[-1]], dim=-1)
+    def free(parts: int) -> Any:
+        def hook(module: nn.Module, _: Any, output: Tensor) -> Tensor | None:
+            if not output.numel():
+                return None
+            fixed = output.shape[-1] * (parts - 1) // parts
+            values.append((factor * output[..., fixed:].detach()).requires_grad_())
+            return torch.cat([output[..., :fixed].detach(), values[-1]], dim=-1)
+
+        return hook
 
     def record(module: nn.Module, read: tuple, output: Tensor) -> None:
         inputs.append(read[0])
@@ -227,41 +243,46 @@ def _run_with_free_values(
         return torch.zeros_like(output) if output.requires_grad else None
 
     with ExitStack() as stack:
-        hooks = [(getattr(call.module, call.value_layer), free), (call.output_layer, record)]
+        hooks = [(layer, free(parts)) for layer, parts in call.value_layers] + [(call.output_layer, record)]
         hooks += [(module, drop) for module in call.module.modules() if isinstance(module, nn.Conv2d)]
         for module, hook in hooks:
             stack.enter_context(_hooked(module, hook))
         result = call.module(*args, **kwargs)
-    if len(values) != 1 or len(inputs) != 1:
-        raise ValueError(f"{type(call.module).__name__} computes its values or its output in several steps")
-    return values[0], inputs[0], outputs[0], _as_tokens(result)
+    if not values or len(inputs) != 1:
+        raise ValueError(f"{type(call.module).__name__} computes its output in several steps")
+    return values, inputs[0], outputs[0], _as_tokens(result)
 
 
-def _run_to_the_values(call: Call, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
-    """Return the op's inputs (map or tokens, and extra tokens), which are leaves, and what its value layer reads."""
+def _run_to_the_values(call: Call, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the op's inputs (map or tokens, and extra tokens), as leaves, and what its value layers read."""
     number = 2 if len(args) > 1 and call.extra and args[0].ndim == 4 else 1
     leaves = [tensor.detach().clone().requires_grad_() for tensor in args[:number]]
-    read: list[Tensor] = []
-    with _hooked(getattr(call.module, call.value_layer), lambda module, inputs, output: read.append(inputs[0])):
+    reads: list[Tensor] = []
+    with ExitStack() as stack:
+        for layer, _ in call.value_layers:
+            stack.enter_context(_hooked(layer, lambda module, inputs, output: reads.append(inputs[0])))
         call.module(*leaves, *args[number:], **kwargs)
-    return leaves, read[0]
+    return leaves, [read for read in reads if read.numel()]
 
 
-def _place(call: Call, row: Tensor, sources: tuple[list[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _place(call: Call, row: Tensor, leaves: list[Tensor], read: Tensor) -> tuple[Tensor, Tensor]:
     """Return the weights (Q, H, W) and (Q, E) of the op's input tokens.
 
     Args:
         call: Call of the attention module.
         row: Weights of the tokens that the value layer reads.
-        sources: Leaves and what the value layer reads, as `_run_to_the_values` returns them.
+        leaves: Inputs of the op.
+        read: Tokens that the value layer reads, computed from the leaves.
 
     Raises:
         ValueError: The value layer reads neither the op's tokens nor a smaller map of them.
     """
-    (leaves, read), (H, W) = sources, call.size
+    H, W = call.size
     # Different factors of the channels show whether the op mixes channels on the way, as a norm does.
     factors = torch.linspace(1, 2, read.shape[-1], device=row.device)
-    gradients = torch.autograd.grad(read, leaves, row.unsqueeze(-1) * factors, retain_graph=True)
+    gradients = torch.autograd.grad(
+        read, leaves, row.unsqueeze(-1) * factors, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
     same_width = all(gradient.shape[-1] == len(factors) for gradient in gradients)
     if same_width and all(torch.allclose(gradient, gradient[..., :1] * factors, atol=1e-6) for gradient in gradients):
         # The op only moves, repeats, pads or averages tokens, so the gradient adds the weights of a token's copies.

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from retinue.evaluation.sight.attention import (
     OUTPUT_LAYERS,
-    VALUE_LAYERS,
     all_rows,
     capture,
     count_heads,
@@ -48,7 +47,9 @@ def influence(net: Any, image: Tensor, module: str) -> tuple[Tensor, tuple[int, 
     rows = all_rows(call)
     attention = torch.cat([rows.extra, rows.map.flatten(2)], dim=2)
     found: list[Tensor] = []
-    parts = VALUE_LAYERS[call.value_layer]
+    if len(call.value_layers) != 1:
+        raise ValueError(f"{module} has several layers for values, so influence cannot be computed")
+    [(value_layer, parts)] = call.value_layers
 
     def keep_values(layer: nn.Module, inputs: Any, output: Tensor) -> None:
         found.append(output[..., output.shape[-1] * (parts - 1) // parts :].detach())
@@ -58,7 +59,7 @@ def influence(net: Any, image: Tensor, module: str) -> tuple[Tensor, tuple[int, 
         return (found[-1],)
 
     handles = [
-        getattr(call.module, call.value_layer).register_forward_hook(keep_values),
+        value_layer.register_forward_hook(keep_values),
         call.output_layer.register_forward_pre_hook(keep_inputs),
     ]
     try:

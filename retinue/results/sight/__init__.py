@@ -1,4 +1,4 @@
-"""What a net looks at, each kind as a picture and as data: `scripts/see.py`."""
+"""Views of what a net looks at, each kind as a picture and as data: `scripts/see.py`."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -24,7 +24,7 @@ def see_erf(subject: Subject, choices: Choices, out: Path) -> None:
     fields = {name: contributions(subject.net, subject.images, name) for name in names}
     areas = {name: covered_area(field) for name, field in fields.items()}
     rows: list[Row] = [{"block": name, **{f"area_{t:.0%}": area for t, area in areas[name].items()}} for name in names]
-    # As in the paper the scale is logarithmic, here over three decades below the largest contribution.
+    # The scale is logarithmic as in the paper, here over three decades below the largest contribution.
     shown = {name: np.log10(1 + 1e3 * field / field.max()) for name, field in fields.items()}
     cells = [[(f"{name}\n99 % in {areas[name][0.99]:.0%} of the area", None, shown[name]) for name in names]]
     pictures.draw_grid(out / "erf.png", cells, f"effective receptive field (log), {subject.title}")

@@ -48,7 +48,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user chooses beside the net; `scripts/see.py` explains each.
+    """Choices of the user beside the net; `scripts/see.py` explains each.
 
     Attributes:
         pictures: Number of images that are drawn, and of which attention is computed.

@@ -65,6 +65,8 @@ def see_distance(subject: Subject, choices: Choices, out: Path) -> None:
 def see_cka(subject: Subject, choices: Choices, out: Path) -> None:
     """Linear CKA between all blocks of a net, or of two nets on the same images."""
     other = choices.other or subject
+    if not torch.equal(subject.labels, other.labels):
+        raise ValueError(f"CKA compares nets on the same test images; those of other={other.title} are others")
     names = [choose_blocks(list(find_blocks(each.net)), choices.blocks) for each in (subject, other)]
     cka = features.MinibatchCKA()
     number = min(len(subject.images), len(other.images))

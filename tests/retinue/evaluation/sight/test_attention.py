@@ -7,8 +7,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from models.factory import build
 from ops import create_op
-from retinue.evaluation.sight.attention import VALUE_LAYERS, Call, all_rows, attention_rows, capture, find_attention
+from retinue.evaluation.sight.attention import Call, all_rows, attention_rows, capture, find_attention
 
 SIDE = 14
 QUERY = 5 * SIDE + 9
@@ -34,7 +35,7 @@ def make_call(name: Any, x: Tensor | None = None, **arguments: Any) -> Call:
 @torch.no_grad()
 def response(call: Call, shift: Tensor) -> Tensor:
     """Return by how much the op's output at the query changes if `shift` (N,) is added to all values of the tokens."""
-    layer, parts = getattr(call.module, call.value_layer), VALUE_LAYERS[call.value_layer]
+    [(layer, parts)] = call.value_layers
 
     def add(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         output = output.clone()
@@ -114,6 +115,20 @@ def test_padding_and_smaller_maps_of_values():
     rows = attention_rows(make_call("spatial_reduction", ratio=2), [QUERY]).map
     assert torch.equal(rows[..., ::2, ::2], rows[..., 1::2, 1::2]) and rows[0].std() > 0
     torch.testing.assert_close(rows.sum((2, 3)), torch.ones(2, 1))
+
+
+def test_values_of_the_map_and_of_a_pooled_map_add_up():
+    torch.manual_seed(0)
+    net: Any = build("swin_nano", mixers="pixel_focused", depths=(1, 1), heads=(2, 4), num_classes=3)
+    call = capture(net.eval(), torch.randn(1, 3, 32, 32))["stages.0.blocks.0.mixer"]
+    rows = attention_rows(call, [call.token(0.5, 0.5)])
+    # One softmax is over 3 x 3 neighbours and the 2 x 2 tokens of the pooled map, each of 8 x 8 tokens.
+    torch.testing.assert_close(rows.map.sum((2, 3)) + rows.outside, torch.ones(2, 1))
+    pooled = rows.map[0, 0, ::15, ::15].repeat_interleave(8, 0).repeat_interleave(8, 1)
+    near = torch.zeros(16, 16, dtype=torch.bool)
+    near[7:10, 7:10] = True
+    torch.testing.assert_close(rows.map[0, 0][~near], pooled[~near])
+    assert (rows.map[0, 0] > pooled + 1e-3)[near].all() and (pooled > 0).all()
 
 
 def test_rows_of_several_queries_are_those_of_each():
