@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 from models import exporting
 from retinue.utils.paths import PROJECT
-from tests.models.test_backbones import EVERY, build
+from tests.models.test_backbones import NAMES, build
 
-SMALLEST = [str(net.values[0]) for net in EVERY if not net.marks]
+# The smallest net of each file of backbones.
+SMALLEST = list({model_entrypoint(name).__module__: name for name in reversed(NAMES)}.values())[::-1]
 # The nets of timm that have a config of their own, and two shapes that all other nets share.
 OF_TIMM = ("test_convnext", "test_resnet", "test_vit")
 SIDE = 64
