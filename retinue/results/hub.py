@@ -113,15 +113,13 @@ def make_card(exportable: Exportable, name: str, cfg: DictConfig, run: Run | Non
         "Preprocessing: " + ", ".join(f"{key} {value}" for key, value in preparation.items()) + ".",
     ]  # fmt: skip
     if run is not None and run.result is not None:
-        lines += ["", "## Test figures", "", "| figure | value | 95 % interval |", "|---|---|---|"]
-        lines += _figures(run.result)
-    if run is not None:
         command = "python train.py --config-dir . --config-name config hydra.output_subdir=null hydra.run.dir=again"
         lines += [
+            "", "## Test figures", "", "| figure | value | 95 % interval |", "|---|---|---|", *_figures(run.result),
             "", "## Training", "",
-            f"`config.yaml` is the whole config; give `data.root=` if the data need a folder. In a folder with it,"
-            f" `{command} run_dir=again` trains again. Seed {cfg.seed}, config {source['config_sha256'][:8]}, commit"
-            f" {source['git_commit']}.",
+            "`config.yaml` is the whole config; give `data.root=` if the data need a folder. In a folder with it,"
+            f" `{command} run_dir=again` trains again. Seed {run.result.get('seed')}, commit"
+            f" {run.result.get('git_commit')}.",
         ]  # fmt: skip
     lines += ["", "## Licence", "", "Apache-2.0 for the code; the weights also follow the licence of their data."]
     return "\n".join(lines) + "\n"

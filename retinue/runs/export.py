@@ -78,7 +78,7 @@ def load_net(cfg: DictConfig) -> Exportable:
     data, classes = resolved_data(cfg), find_classes(cfg)
     size = data["image_size"]
     height, width = (size, size) if isinstance(size, int) else size
-    # What a task reads of its data module to build a net.
+    # A task reads these facts of its data module to build a net.
     facts = SimpleNamespace(
         class_names=classes.names, num_classes=len(classes.names), in_chans=data["in_chans"],
         image_size=size if isinstance(size, int) else (height, width),
