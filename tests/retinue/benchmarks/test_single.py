@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_halving_ends_at_a_size_that_was_measured_and_another_fault_is_not_halve
 
 
 def test_the_rows_of_one_model():
-    rows = single.measure_alone(
+    rows: list[dict[str, Any]] = single.measure_alone(  # pyright: ignore[reportAssignmentType]
         {"net": NET}, SETTING, batch_sizes=[2, 4], latency=True, parts=True, energy=True, rounds=1
     )
     assert [(row["mode"], row["batch_size"]) for row in rows] == [
