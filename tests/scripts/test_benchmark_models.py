@@ -48,6 +48,7 @@ def test_a_wildcard_and_single_models_are_in_the_file_that_the_page_reads(tmp_pa
     # A process that measures the peak memory takes seconds.
     monkeypatch.setattr(models, "peak_memory_mb", lambda make, device: 1.0)
     monkeypatch.setattr(single, "MAX_CALLS", 20)
+    monkeypatch.setattr(single, "CALLS_SECONDS", 0.2)
     arguments = ["models=test_resne?", "image_size=32", "batch_size=2", "rounds=1", "threads=1", "device=cpu"]
     arguments += ["batch_sizes=[4,2]", "latency=true", "parts=true", "energy=true", f"out={tmp_path / 'rows.csv'}"]
     benchmark_models.main(arguments)
