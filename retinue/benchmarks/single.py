@@ -1,6 +1,7 @@
 """One model at a time: throughput against the batch size, latency of single images, and parts of a training step."""
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -199,7 +200,9 @@ def time_parts(model: Mapping[str, Any], setting: Setting, form: str, formulatio
 
 def free_memory() -> None:
     """Give back the memory of models that are no longer used."""
-    torch.compiler.reset()
+    # Resetting the compiler would import it.
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from retinue.benchmarks import models, single
+from retinue.results.benchmark_csv import read_speed
 from retinue.tasks import compilation
 from scripts import benchmark_models
 
@@ -40,6 +42,23 @@ def test_models_are_compared_in_rows_with_csv_and_plot(tmp_path, capsys):
     assert "torch" in resnet18["versions"]
     assert "resnet10t" in capsys.readouterr().out
     assert len(np.unique(np.asarray(Image.open(tmp_path / "plot.png").convert("L")))) > 10
+
+
+def test_a_wildcard_and_single_models_are_in_the_file_that_the_page_reads(tmp_path, monkeypatch, capsys):
+    # A process that measures the peak memory takes seconds.
+    monkeypatch.setattr(models, "peak_memory_mb", lambda make, device: 1.0)
+    monkeypatch.setattr(single, "MAX_CALLS", 20)
+    monkeypatch.setattr(single, "CALLS_SECONDS", 0.2)
+    arguments = ["models=test_resne?", "image_size=32", "batch_size=2", "rounds=1", "threads=1", "device=cpu"]
+    arguments += ["batch_sizes=[4,2]", "latency=true", "parts=true", "energy=true", f"out={tmp_path / 'rows.csv'}"]
+    benchmark_models.main(arguments)
+    [entry] = read_speed(tmp_path / "rows.csv")
+    assert entry["name"] == "test_resnet" and "cores" in entry["conditions"]
+    assert [size for size, _ in entry["throughput"]] == [size for size, _ in entry["training_throughput"]] == [2, 4]
+    assert list(entry["parts"]) == ["forward", "backward", "optimizer"]
+    assert entry["latency_p99_ms"] >= entry["latency_ms"] > 0 and entry["peak_mb"] == 1
+    assert "joules_per_image" not in entry
+    assert "test_resnet" in capsys.readouterr().out
 
 
 @pytest.mark.slow

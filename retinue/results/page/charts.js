@@ -211,7 +211,7 @@ function drawCurves(container, lines, { xTitle, formatY, height = 372, mayBeLog 
   );
   const paths = lines.map((line) =>
     svg("path", {
-      class: "curve",
+      class: line.points.length > 1 ? "curve" : "curve dot",
       style: `--colour: ${colour(line.index)}`,
       "data-entry": line.entry,
       // The last part has no length: it shows a line of one point as a dot.

@@ -72,9 +72,10 @@ def history(folder: Path) -> Iterator[dict[str, str]]:
             yield {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
 
 
-def test_tensorboard_and_wandb_go_on_with_the_same_run(tmp_path):
+def test_tensorboard_wandb_and_mlflow_go_on_with_the_same_run(tmp_path):
+    client = pytest.importorskip("mlflow", reason="the test takes mlflow").MlflowClient
     command = (
-        *SWIN, *SMALL[:-2], "data.num_workers=0", "logger=[tensorboard,wandb]", "logger.wandb.mode=offline",
+        *SWIN, *SMALL[:-2], "data.num_workers=0", "logger=[tensorboard,wandb,mlflow]", "logger.wandb.mode=offline",
         "logger.wandb.tags=[short]", "trainer.log_every_n_steps=1",
         "trainer.limit_train_batches=8", "recipe.epochs=3", "hydra.run.dir=run",
     )  # fmt: skip
@@ -88,6 +89,12 @@ def test_tensorboard_and_wandb_go_on_with_the_same_run(tmp_path):
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == steps
     assert [event.step for event in events.Scalars("val/top1")] == epoch_ends
+
+    store = client(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    [run] = store.search_runs([store.get_experiment_by_name("retinue").experiment_id])
+    assert [figure.step for figure in store.get_metric_history(run.info.run_id, "train/loss")] == steps
+    assert [figure.step for figure in store.get_metric_history(run.info.run_id, "val/top1")] == epoch_ends
+    assert (run.info.run_name, run.info.status) == ("/".join((*tmp_path.parts[-2:], "run")), "FINISHED")
 
     parts = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
     assert len(parts) == 2 and len({part.name.rpartition("-")[2] for part in parts}) == 1  # one id
