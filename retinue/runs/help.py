@@ -34,7 +34,7 @@ from retinue.utils.suggestions import nearest
 GROUPS = ("model", "ops", "gates", "reduction", "task", "head", "method", "data", "recipe", "trainer", "logger",
           "callbacks", "hydra/launcher", "experiment", "probe", "panel")  # fmt: skip
 # Groups of one program only
-GROUPS_OF = {"probe": "probe", "panel": "eval"}
+GROUPS_OF = {"probe": "probe", "panel": "eval", "logger": "train", "callbacks": "train"}
 WIDTH = 100  # characters in a line
 FLAGS = ("--help", "-h")
 
