@@ -65,7 +65,7 @@ EXAMPLES = {
         ("eval.py run=outputs/detection/... save_images=20", "with pictures"),
         ("eval.py model=biformer weights=FILE data=imagenet data.root=DIR", "released weights"),
         ("eval.py model=timm model.name=resnet50 model.pretrained=true", "timm's weights"),
-        ("eval.py run=DIR panel=robustness", "corruptions, sizes and attacks"),
+        ("eval.py run=DIR panel=robustness", "corruptions, attacks"),
     ),
     "predict": (
         ("predict.py run=outputs/classification/... images=photos", "the images in a folder"),
