@@ -34,7 +34,7 @@ from retinue.utils.suggestions import nearest
 GROUPS = ("model", "ops", "gates", "reduction", "task", "head", "method", "data", "recipe", "trainer", "logger",
           "callbacks", "hydra/launcher", "experiment", "probe", "panel")  # fmt: skip
 # Groups of one program only
-GROUPS_OF = {"probe": "probe", "panel": "eval"}
+GROUPS_OF = {"probe": "probe", "panel": "eval", "logger": "train", "callbacks": "train"}
 WIDTH = 100  # characters in a line
 FLAGS = ("--help", "-h")
 
@@ -63,7 +63,7 @@ EXAMPLES = {
         ("eval.py run=outputs/detection/... save_images=20", "with pictures"),
         ("eval.py model=biformer weights=FILE data=imagenet data.root=DIR", "released weights"),
         ("eval.py model=timm model.name=resnet50 model.pretrained=true", "timm's weights"),
-        ("eval.py run=DIR panel=robustness", "corruptions, sizes and attacks"),
+        ("eval.py run=DIR panel=robustness", "corruptions, attacks"),
     ),
     "predict": (
         ("predict.py run=outputs/classification/... images=photos", "the images in a folder"),

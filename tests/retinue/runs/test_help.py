@@ -14,7 +14,7 @@ from models.reduction import list_reductions
 from ops import list_gates, list_ops
 from retinue.results.experiments import experiments
 from retinue.runs import schema, schema_probes, schema_sections, schema_tasks
-from retinue.runs.help import GROUPS, OP_GIVEN, list_choices
+from retinue.runs.help import GROUPS, GROUPS_OF, OP_GIVEN, list_choices
 from retinue.runs.signatures import find_net, find_ops, find_reductions, list_arguments
 from retinue.utils.paths import CONF, PROJECT
 
@@ -26,8 +26,7 @@ def test_the_overview_is_one_screen(cli, program):
     lines = cli(program, "--help").out.splitlines()
     assert len(lines) <= SCREEN and max(map(len, lines)) <= 100
     text = "\n".join(lines)
-    # Only probe.py takes a probe.
-    groups = [group for group in GROUPS if group != "probe" or program == "probe"]
+    groups = [group for group in GROUPS if GROUPS_OF.get(group, program) == program]
     assert f"Usage: python {program}.py" in text and all(group in text for group in groups)
     assert "task                9   --help task" in text or program == "probe"
     assert f"{len(list_choices('model'))}   --help model" in text
