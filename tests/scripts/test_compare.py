@@ -9,6 +9,7 @@ from retinue.evaluation.contributions import FILE, Contributions
 from retinue.evaluation.statistics import holm, mcnemar
 from scripts import compare
 from tests.retinue.evaluation.conftest import predict
+from tests.retinue.evaluation.test_detection_matches import simulated_matches
 from tests.scripts.run_folders import make_run
 
 IMAGES = np.array([f"größe/{i}" for i in range(200)])
@@ -98,3 +99,23 @@ def test_mistakes_are_answered_in_one_line(tmp_path):
     file.unlink()
     with pytest.raises(ValueError, match=r"test_images.npz is missing: .* eval.py run="):
         compare.main([str(tmp_path)])
+
+
+def test_detectors_are_compared_by_half_samples_less_the_bias(tmp_path):
+    images = IMAGES[:40]
+    observed = []
+    for net, name in zip(simulated_matches(40, np.random.default_rng(0), 5, nets=2), ("a", "bb"), strict=True):
+        arrays = net.arrays()
+        arrays |= {key: np.repeat(arrays[key], 10, 0) for key in ("right", "ignored")}
+        arrays = {f"box_{key}": values for key, values in arrays.items()}
+        test = Contributions("detection", images, arrays)
+        test.write(make_run(tmp_path, name, 0, 0.5))
+        observed.append(test.observed()["box_ap"])
+    a, b = table(tmp_path, "resamples=100")
+    assert [float(row["box_ap"]) for row in (a, b)] == pytest.approx(observed)
+    assert float(b["diff"]) == pytest.approx(observed[1] - observed[0])
+    assert float(b["diff_low"]) < 0 < float(b["diff_high"]) and float(b["p"]) > 0.05
+    for row in (a, b):
+        # The figure is biased upwards, so the interval's middle lies below it.
+        low, high = float(row["box_ap_low"]), float(row["box_ap_high"])
+        assert low < float(row["box_ap"]) and (low + high) / 2 < float(row["box_ap"]) - (high - low) / 20
