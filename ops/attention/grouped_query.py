@@ -123,7 +123,9 @@ class GroupedQueryAttention(nn.Module):
         """
         groups = self.allocate(k.detach())
         # One index for each image and query head, or one for each query head
-        index = (torch.arange(k.shape[0], device=k.device)[:, None], groups) if groups.ndim == 2 else (slice(None), groups)
+        index = (
+            (torch.arange(k.shape[0], device=k.device)[:, None], groups) if groups.ndim == 2 else (slice(None), groups)
+        )
         q, k, scale = self.softmax(q, k[index], size)
         out = F.scaled_dot_product_attention(q, k, v[index], scale=scale)
         return out - noise_like(out, self.training) if self.noise else out
