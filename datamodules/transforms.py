@@ -28,8 +28,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 # Number of AugMix views of an image that `augment.jsd` compares with the image.
 AUGMIX_VIEWS = 2
-# Pillow's image modes by number of channels.
-PILLOW_MODES = {1: "L", 3: "RGB"}
+PILLOW_MODES = {1: "L", 3: "RGB"}  # by number of channels
 
 
 @dataclass(frozen=True, kw_only=True)

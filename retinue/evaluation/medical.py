@@ -84,7 +84,7 @@ def hd95(first: np.ndarray, second: np.ndarray, spacing: Sequence[float] = (1.0,
     either = first | second
     # Outside the box around both regions there is no border, so it need not be searched.
     box = tuple(slice(indices[0], indices[-1] + 1) for indices in map(np.flatnonzero, (either.any(1), either.any(0))))
-    borders = [region[box] & ~binary_erosion(region[box]) for region in (first, second)]
+    borders = [region[box] & np.logical_not(binary_erosion(region[box])) for region in (first, second)]
     pairs = zip(borders, reversed(borders), strict=True)
     return max(float(np.percentile(distances_from(other, spacing)[border], 95)) for border, other in pairs)
 

@@ -141,9 +141,7 @@ class Evaluation(Inference):
         description="true: write the prediction of each test image: probabilities, or maps; detections always are"
     )
     save_maps: bool = Field(description="the same as save_predictions, for segmentation and panoptic")
-    calibrate: bool = Field(
-        description="true: fit a temperature to the validation split; add figures after it, for classification"
-    )
+    calibrate: bool = Field(description="true: add figures after temperature scaling, for classification")
     panel: Panel | None = Field(None, description="further test sets, for classification; null: none")
 
 
