@@ -12,7 +12,7 @@ from retinue.utils.suggestions import nearest
 BALANCED = "balanced"
 
 
-def check_class_weights(weights: str | Mapping | None, class_names: Sequence[str]) -> None:
+def check_class_weights(weights: str | Mapping, class_names: Sequence[str]) -> None:
     """Check that `recipe.class_weights` names classes of the data.
 
     Raises:

@@ -117,7 +117,8 @@ class Classification(Task):
 
     @staticmethod
     def build_net(cfg: Any, datamodule: Any) -> nn.Module:
-        check_class_weights(cfg.recipe.get("class_weights"), datamodule.class_names)
+        if weights := cfg.recipe.get("class_weights"):
+            check_class_weights(weights, datamodule.class_names)
         return create_model(cfg.model, datamodule.num_classes, datamodule.in_chans, datamodule.image_size)
 
     def on_fit_start(self) -> None:

@@ -47,10 +47,14 @@ def epochs(data, count=2):
     return batches
 
 
+def equal_values(a, b):
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(equal_values, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
 def equal_batches(a, b):
-    return a.keys() == b.keys() and all(
-        torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key] for key in a
-    )
+    return a.keys() == b.keys() and all(equal_values(a[key], b[key]) for key in a)
 
 
 def test_batches_do_not_depend_on_workers(root):

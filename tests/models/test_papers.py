@@ -28,7 +28,7 @@ ROWS = {name: row for name, row in ALL.items() if model_entrypoint(row["net"])._
 # (parameters, multiply-accumulates) by the choice of a net: rows that differ only in training share one count.
 COUNTED: dict[tuple[str, ...], tuple[int, int]] = {}
 # M parameters. Small sizes show a net's layout already, and counting the large sizes takes a while.
-LARGE = 40
+LARGE = 20
 
 
 def composed(choice: Sequence[str]) -> DictConfig:

@@ -24,6 +24,7 @@ QUICK = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_blocks_are_chosen_by_their_ratings_and_the_net_is_trained(capfd, monkeypatch, tmp_path):
     cli = CommandLine(capfd, monkeypatch, tmp_path)
     search = ("scripts/search_bossnas", "name=small", "device=cpu", "+model.args.blocks=2", *QUICK)

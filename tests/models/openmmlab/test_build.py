@@ -321,7 +321,13 @@ def test_checkpointing_gives_the_same_loss():
     assert all(stage.grad_checkpointing for stage in model.backbone.net.stages)
 
 
-@pytest.mark.parametrize("head", DETECTORS + SEGMENTORS)
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(head, marks=() if head in ("retinanet", "semantic_fpn") else pytest.mark.slow)
+        for head in DETECTORS + SEGMENTORS
+    ],
+)
 def test_costs_are_counted_on_the_meta_device_and_leave_the_model_alone(head):
     model = build(head).train()
     params, macs = complexity(model, (64, 96))

@@ -137,6 +137,7 @@ def test_mask_rcnn_equals_mmdetections():
         assert torch.allclose(a.bboxes, b.boxes, atol=1e-3) and torch.allclose(a.scores, b.scores, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_upernet_equals_mmsegmentations():
     package_model, our_model = build_pair("upernet")
     from mmseg.structures import SegDataSample

@@ -10,8 +10,15 @@ SWIN = {"name": "swin_nano", "mixers": "window", "args": {}}
 MACS = Setting("macs", (32, 32), 3)
 
 
-@pytest.mark.parametrize("quantity", ["macs", "params"])
-@pytest.mark.parametrize("op", ["full", "lora_window", "strip_self"])
+@pytest.mark.parametrize(
+    ("op", "quantity"),
+    [
+        ("full", "macs"),
+        ("lora_window", "params"),
+        pytest.param("strip_self", "macs", marks=pytest.mark.slow),
+        pytest.param("strip_self", "params", marks=pytest.mark.slow),
+    ],
+)
 def test_the_width_brings_a_net_to_the_budget(quantity, op):
     setting = Setting(quantity, (32, 32), 3)
     budget = cost(SWIN, setting)

@@ -153,7 +153,7 @@ def test_throughput_includes_the_steps_that_the_gpu_has_not_finished(last):
     )
     training_log: Any = TrainingLog()
     with mock.patch("torch.cuda.synchronize") as wait:
-        training_log.on_train_batch_end(trainer, None, None, {"image": [0, 0]}, 0)
+        training_log.on_train_batch_end(trainer, None, None, {"index": [0, 0]}, 0)
     assert wait.call_count == last and training_log.images == 2
 
 
