@@ -19,6 +19,8 @@ from timm.data.auto_augment import NAME_TO_OP, AugmentOp, AutoAugment, RandAugme
 from torch import Tensor
 from torchvision.transforms import ColorJitter
 
+# Number of AugMix views of an image that `augment.jsd` compares with the image.
+AUGMIX_VIEWS = 2
 # Names of timm's ops that move pixels along one axis.
 SHIFT_OPS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
 # Names of timm's ops that interpolate.

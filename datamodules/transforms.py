@@ -17,7 +17,7 @@ from timm.data.transforms_factory import transforms_imagenet_eval, transforms_im
 from torch.nn.functional import interpolate
 from torchvision.transforms import Compose
 
-from datamodules.auto_augment import OpSampler, accelerate, apply_ops
+from datamodules.auto_augment import AUGMIX_VIEWS, OpSampler, accelerate, apply_ops
 from datamodules.decode import EncodedJPEG
 from datamodules.mixing import MaskMix
 from datamodules.sizes import Size
@@ -26,9 +26,8 @@ from retinue.utils.suggestions import nearest
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
-# Number of AugMix views of an image that `augment.jsd` compares with the image.
-AUGMIX_VIEWS = 2
-PILLOW_MODES = {1: "L", 3: "RGB"}  # by number of channels
+# Pillow's image modes by number of channels.
+PILLOW_MODES = {1: "L", 3: "RGB"}
 
 
 @dataclass(frozen=True, kw_only=True)

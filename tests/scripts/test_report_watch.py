@@ -105,6 +105,15 @@ def test_the_server_sends_the_runs_once_and_to_this_machine_only(served):
     assert (code("", Host="example.org:8000"), code("../scripts/report.py")) == (403, 404)
 
 
+@pytest.fixture
+def interruptible():
+    """Let Ctrl-C interrupt this process, also where a shell that started it in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_watching(tmp_path, capsys):
     make_run(tmp_path, "swin_nano", 0, 0.8)
     with socket.create_server(("127.0.0.1", 0)) as taken:
