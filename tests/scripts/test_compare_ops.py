@@ -77,6 +77,7 @@ def test_gates_are_compared_with_the_net_without_them(tmp_path, monkeypatch):
         compare_ops.main(["gates=[ela]"])
 
 
+@pytest.mark.slow
 def test_ops_are_matched_tuned_and_tested_at_other_sizes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     chosen = ["ops=[conv_enhanced_window]", "baseline=window", "match=macs", "tune=2", "test_sizes=[8,24]"]

@@ -108,6 +108,7 @@ def test_two_processes_count_each_image_once(undisturbed, tmp_path):
 
 
 @averages_shards
+@pytest.mark.slow
 def test_a_sharded_run_leaves_the_weights_of_a_whole_net(undisturbed, scenes, tmp_path):
     task, run = undisturbed
     sharded = start(

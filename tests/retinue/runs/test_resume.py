@@ -58,7 +58,7 @@ def assert_same_run(one, other):
     assert [row | {speed: ""} for row in rows_a] == [row | {speed: ""} for row in rows_b]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_within_an_epoch_ends_the_same(workers, undisturbed, tmp_path):
     command = (*RUN, f"data.num_workers={workers}", "hydra.run.dir=run")
     killed = start("train", *command, folder=tmp_path)
@@ -74,7 +74,7 @@ def test_a_run_that_is_killed_within_an_epoch_ends_the_same(workers, undisturbed
     assert_same_run(undisturbed, tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_that_a_signal_stops_ends_the_same(number, undisturbed, tmp_path):
     command = (*RUN, "checkpoint.every_steps=null", "hydra.run.dir=run")
     stopped = start("train", *command, folder=tmp_path)

@@ -174,6 +174,7 @@ def test_a_killed_run_is_reported_and_no_other_process_may_train_it_before(tmp_p
     assert status(run).state == "failed"
 
 
+@pytest.mark.slow
 def test_two_slurm_tasks_train_like_two_local_processes(tmp_path):
     ddp = ("trainer.strategy=ddp", "trainer.devices=2", "recipe.epochs=1")
     sweep(tmp_path, *ddp)

@@ -189,6 +189,7 @@ def test_a_short_run_is_scored_with_statistics_of_its_weights_and_resumes_bit_fo
     assert result(cli.folder / "run")["batch_norm"] == result(whole)["batch_norm"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_statistics(textures, tmp_path):
     command = (
         *batch_norm_run(textures, "classification"),
