@@ -1,6 +1,5 @@
 """Base classes of the data modules: splits and loaders of every data set, and the classification data sets' part."""
 
-import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from datamodules.batch import BatchTransform
 from datamodules.classes import Classes
 from datamodules.corruptions import CorruptTransform
 from datamodules.holdout import hold_out
-from datamodules.images import EncodedImages, LabelledImages, Subset, draw_shots
+from datamodules.images import LabelledImages, Subset, draw_shots
 from datamodules.loader import BatchFetcher, ImageSet, Loader, TrainLoader, stack
 from datamodules.resident import Labels, Residents, fits
 from datamodules.sampler import EvalSampler, TrainSampler, repeat_factors
@@ -385,9 +384,8 @@ class ClassificationData(ImageData):
             return BatchFetcher(Labels(images), residents.draw, self.collate), residents
         if split != "train":
             return super()._source(split)
-        if self.augment.decode is not None and isinstance(images, EncodedImages):
-            images = copy.copy(images)
-            images.undecoded = True
+        if self.augment.decode is not None:
+            images = images.encoded()
         return BatchFetcher(images, train, self.collate, self._by_size), None
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:

@@ -1,5 +1,6 @@
 """Sets of labelled images, read by position, for the classification data modules."""
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -43,6 +44,10 @@ class LabelledImages(ABC):
     def name(self, index: int) -> str:
         """Return the name of the image at a position."""
 
+    def encoded(self) -> "LabelledImages":
+        """Return the set with JPEGs as `EncodedJPEG` in its samples, which their transform decodes, if it has any."""
+        return self
+
 
 class ArrayImages(LabelledImages):
     """Set of images in memory.
@@ -76,6 +81,11 @@ class EncodedImages(LabelledImages):
     @abstractmethod
     def read(self, index: int) -> bytes:
         """Return the encoded image at a position."""
+
+    def encoded(self) -> "LabelledImages":
+        images = copy.copy(self)
+        images.undecoded = True
+        return images
 
     def stem(self, index: int) -> str:
         """Return the name of the image at a position without its suffix, for files that belong to the image."""
@@ -138,6 +148,9 @@ class Subset(LabelledImages):
 
     def __getitem__(self, index: int) -> dict:
         return self.source[int(self.positions[index])]
+
+    def encoded(self) -> LabelledImages:
+        return Subset(self.source.encoded(), self.positions)
 
     def image(self, index: int) -> np.ndarray:
         return self.source.image(int(self.positions[index]))

@@ -1,6 +1,5 @@
 """Images for self-supervised pretraining: those of any data set, with the views that a method takes of each image."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from datamodules.base import ClassificationData, ImageData
 from datamodules.batch import BatchTransform
-from datamodules.images import EncodedImages, LabelledImages, Subset
+from datamodules.images import LabelledImages, Subset
 from datamodules.loader import BatchFetcher, Loader, seed_rng
 from datamodules.sampler import EvalSampler
 from datamodules.transforms import Augment
@@ -110,9 +109,7 @@ class PretrainingData(ImageData):
     def _source(self, split: str) -> tuple[BatchFetcher, Callable[[dict], dict] | None]:
         images = self.images(split)
         if split == "train":
-            if self.reduced_decoding and isinstance(images, EncodedImages):
-                images = copy.copy(images)
-                images.undecoded = True
+            images = images.encoded() if self.reduced_decoding else images
             return BatchFetcher(images, self.train_transform, self.collate), None
         return HeldOutFetcher(images, self.eval_transform, self.collate, seed=self.seed), None
 

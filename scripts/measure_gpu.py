@@ -1,4 +1,4 @@
-"""Measure every target of speed on a GPU in some twenty minutes, the most important ones first.
+"""Measure the targets of speed on a GPU, the most important ones first, until a time limit.
 
     python scripts/measure_gpu.py out=measured
     python scripts/measure_gpu.py out=measured sections=[routed_attention,swin_tiny] seconds=200

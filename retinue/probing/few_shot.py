@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datamodules.images import draw_shots as draw_class_shots
 from retinue.probing.features import Features
 
 # Value of the constant feature that stands for the bias: so large that the regularisation hardly reduces the bias.
@@ -28,13 +29,11 @@ def draw_shots(label: Tensor, shots: int, seed: int) -> Tensor:
         ValueError: A class has fewer images.
     """
     labels = label.cpu().numpy()
-    classes, counts = np.unique(labels, return_counts=True)
-    fewest = int(counts.min())
+    fewest = int(np.unique(labels, return_counts=True)[1].min())
     if shots > fewest:
         raise ValueError(f"probe.shots={shots} is more than the {fewest} training images of the smallest class")
-    rng = np.random.default_rng(seed)
-    rows = [rng.permutation(np.flatnonzero(labels == each))[:shots] for each in classes]
-    return torch.from_numpy(np.concatenate(rows)).to(label.device)
+    drawn = draw_class_shots(labels, np.ones(len(labels), bool), shots, seed)
+    return torch.from_numpy(np.flatnonzero(drawn)).to(label.device)
 
 
 def least_squares(train: Features, num_classes: int, l2: float, values: Tensor) -> Tensor:

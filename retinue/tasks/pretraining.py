@@ -18,7 +18,8 @@ from models.factory import create_model
 from models.weights import load_weights
 from retinue.evaluation.classification import wilson
 from retinue.evaluation.contributions import Contributions
-from retinue.evaluation.representation import knn_top1, probe_top1, rankme
+from retinue.evaluation.representation import rankme
+from retinue.probing.online import knn_top1, probe_top1
 from retinue.tasks.base import Task
 from retinue.tasks.methods.method import Method
 from retinue.tasks.methods.unused import unused_parameters
@@ -176,7 +177,7 @@ class Pretraining(Task):
                 torch.from_numpy(array).to(self.device) for array in (bank, bank_labels, features)
             )
             for name, predict in (("knn_top1", knn_top1), ("probe_top1", probe_top1)):
-                hits[name] = predict(known, classes, unknown).cpu().numpy() == labels
+                hits[name] = predict(known, classes, unknown).numpy() == labels
                 figures[name] = float(hits[name].mean())
         return figures, index, hits
 

@@ -35,7 +35,7 @@ CASES = {
     "16 states": Case(9, channels=3, states=16),
     "states that are no power of two": Case(7, states=3),
     "three chunks": Case(21, states=2),
-    "a chunk and a token": Case(9, channels=7, batch=2),
+    "a chunk and a token": Case(9, channels=1, orders=7),
     "two blocks of channels": Case(6, channels=33, states=2),
     "resets": Case(19, channels=4, orders=2, resets=True),
     "one token": Case(1, states=2),

@@ -7,18 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 from datamodules.scenes import write_scenes
 from retinue.evaluation.detection import evaluate
 from retinue.runs.arguments import quote_paths
-from retinue.runs.preprocessing import resolve_preprocessing
-from retinue.runs.result_file import CLASSES
-from retinue.runs.training import build_data, build_task, save_config
+from retinue.runs.training import build_data
 from tests.retinue.runs.cli import SWIN, result
 from tests.retinue.runs.test_config import composed
+from tests.retinue.runs.untrained import make_run
 
 TASKS = ("classification", "detection", "segmentation")
 
@@ -37,17 +34,7 @@ def runs(scenes, tmp_path_factory) -> Path:
     dense = (f"data.root={scenes}", "data.image_size=[96,120]", "data.num_workers=0")
     for task in TASKS:
         special = ("data.image_size=16",) if task == "classification" else dense
-        cfg = composed(*SWIN, f"task={task}", "logger=none", *special)
-        run = folder / task
-        OmegaConf.update(cfg, "run_dir", str(run))
-        resolve_preprocessing(cfg)
-        torch.manual_seed(0)
-        data = build_data(cfg)
-        net = build_task(cfg, data)
-        save_config(cfg, run)
-        data.classes_of_net.write(run / CLASSES)
-        (run / "checkpoints").mkdir()
-        torch.save({"state_dict": net.state_dict()}, run / "checkpoints/best.ckpt")
+        make_run(folder / task, f"task={task}", *special)
     return folder
 
 

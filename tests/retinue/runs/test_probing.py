@@ -10,34 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 from retinue.probing.cache import cached, images_digest, weights_digest
 from retinue.probing.features import KINDS, Features, read
 from retinue.results.collection import find_runs, group_runs
 from retinue.runs.preprocessing import resolve_preprocessing
-from retinue.runs.result_file import CLASSES, write_result
-from retinue.runs.training import build_data, build_task, save_config
+from retinue.runs.result_file import write_result
+from retinue.runs.training import build_data
 from tests.retinue.runs.cli import SWIN, result, start, stop_when
 from tests.retinue.runs.test_config import composed
+from tests.retinue.runs.untrained import make_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """Return the folder of a run on the digits that has random weights."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    cfg = composed(*SWIN, "logger=none", "data.image_size=16")
-    OmegaConf.update(cfg, "run_dir", str(folder))
-    resolve_preprocessing(cfg)
-    torch.manual_seed(0)
-    data = build_data(cfg)
-    net = build_task(cfg, data)
-    save_config(cfg, folder)
-    data.classes_of_net.write(folder / CLASSES)
-    (folder / "checkpoints").mkdir()
-    torch.save({"state_dict": net.state_dict()}, folder / "checkpoints/best.ckpt")
-    return folder
+    return make_run(tmp_path_factory.mktemp("runs") / "run", "data.image_size=16")
 
 
 @pytest.fixture(scope="module")

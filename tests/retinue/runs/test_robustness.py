@@ -5,39 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 from datamodules.imagenet import readable_names, synsets
 from datamodules.imagenet_variants import ImageNetV2, ObjectNet
 from retinue.results.collection import find_runs, group_runs
 from retinue.results.report import make_data
-from retinue.runs.preprocessing import resolve_preprocessing
-from retinue.runs.result_file import CLASSES
-from retinue.runs.training import build_data, build_task, save_config
-from tests.retinue.runs.cli import SWIN
-from tests.retinue.runs.test_config import composed
+from tests.retinue.runs.untrained import make_run
 
 SMALL_PANEL = (
     "panel=robustness", "panel.corruptions=[fog,occlusion]", "panel.severities=[1,5]", "panel.sizes=[0.5]",
     "panel.epsilons=[8]", "panel.pgd_steps=2", "trainer.accelerator=cpu",
 )  # fmt: skip
-
-
-def make_run(folder: Path, *overrides: str) -> Path:
-    """Write a run that has random weights."""
-    cfg = composed(*SWIN, "logger=none", *overrides)
-    OmegaConf.update(cfg, "run_dir", str(folder))
-    resolve_preprocessing(cfg)
-    torch.manual_seed(0)
-    data = build_data(cfg)
-    net = build_task(cfg, data)
-    save_config(cfg, folder)
-    data.classes_of_net.write(folder / CLASSES)
-    (folder / "checkpoints").mkdir()
-    torch.save({"state_dict": net.state_dict()}, folder / "checkpoints/best.ckpt")
-    return folder
 
 
 @pytest.fixture(scope="module")
