@@ -1,16 +1,24 @@
 """Checks of the numerical accuracy of kernels."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ops import backend
+
+
+def in_two_types(cases: Iterable[str]) -> list:
+    """Return each case in float32, then in float16, where all but the first one are slow tests."""
+    first, *others = cases
+    half = [pytest.param(case, torch.float16, marks=pytest.mark.slow) for case in others]
+    return [*((case, torch.float32) for case in (first, *others)), (first, torch.float16), *half]
 
 
 def root_mean_square_error(x: Tensor, exact: Tensor) -> float:

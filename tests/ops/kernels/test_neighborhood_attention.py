@@ -14,7 +14,7 @@ from ops.kernels import launch
 from ops.neighborhood import neighborhood_attention, tiled_attention
 from tests.ops.kernels.ahead_of_time import SHARED_MEMORY, Launch, assert_fits, launches_of
 from tests.ops.kernels.interpreter import run_interpreted
-from tests.ops.kernels.numerics import assert_trains_in_half_precision, assert_within_budget, poisoned
+from tests.ops.kernels.numerics import assert_trains_in_half_precision, assert_within_budget, in_two_types, poisoned
 
 interpreted = pytest.mark.interpreted
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -73,8 +73,7 @@ def test_kernels_in_the_interpreter(request):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, dtype", in_two_types(CASES))
 def test_output_and_gradients(kernels, case, dtype):
     assert_exact(case, dtype)
 
