@@ -21,15 +21,14 @@ A gate may also provide:
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from ops.registry import Spec, per_block
+from ops.registry import per_block
+from retinue.utils.registry import Registry, Spec
 from retinue.utils.suggestions import nearest
-
-Gate = TypeVar("Gate", bound=type[nn.Module])
 
 # Name in place of a gate's: the block keeps its output.
 NONE = "none"
@@ -41,28 +40,8 @@ PLACES = {
     "stage": "the output of the stage's last block",
 }
 
-_GATES: dict[str, type[nn.Module]] = {}
-
-
-def register_gate(name: str) -> Callable[[Gate], Gate]:
-    """Return a class decorator that makes a gate available under `name`.
-
-    Raises:
-        ValueError: `name` is already taken.
-    """
-
-    def add(cls: Gate) -> Gate:
-        if name in (*_GATES, NONE):
-            raise ValueError(f"gate {name!r} is registered twice")
-        _GATES[name] = cls
-        return cls
-
-    return add
-
-
-def list_gates() -> list[str]:
-    """Return the names of all registered gates, sorted; `none`, the absence of a gate, is left out."""
-    return sorted(_GATES)
+_GATES: Registry[type[nn.Module]] = Registry("gate", ("dim",), absence=NONE, more=lambda cls: ("at",))
+register_gate, list_gates = _GATES.register, _GATES.names
 
 
 def create_gate(spec: Spec, dim: int) -> Any:
@@ -121,21 +100,6 @@ def parse_gates(gates: Spec | Sequence, depths: Sequence[int]) -> list[list[Spec
 
 
 def _resolve(spec: Spec) -> tuple[type[nn.Module], dict[str, Any]]:
-    """Return the gate's class and its arguments.
-
-    Raises:
-        ValueError: The gate or an argument is unknown.
-    """
-    if not isinstance(spec, str) and not (isinstance(spec, Mapping) and "name" in spec):
-        raise ValueError(f"a gate is a name or a mapping with a 'name', not {spec!r}")
-    name = spec if isinstance(spec, str) else spec["name"]
-    if name not in _GATES:
-        names = [*list_gates(), NONE]
-        raise ValueError(f"no gate is called {name!r}.{nearest(str(name), names)} There are: {', '.join(names)}")
-    arguments = {} if isinstance(spec, str) else {k: v for k, v in spec.items() if k not in ("name", "at")}
-    parameters = list(inspect.signature(_GATES[name]).parameters)[1:]
-    for argument in arguments:
-        if argument not in parameters:
-            suggestion = nearest(argument, parameters)
-            raise ValueError(f"gate {name!r} takes no {argument!r}.{suggestion} It takes: {', '.join(parameters)}, at")
-    return _GATES[name], arguments
+    """Return the gate's class and its arguments, without the place."""
+    cls, arguments = _GATES.resolve(spec)
+    return cls, {key: value for key, value in arguments.items() if key != "at"}

@@ -6,17 +6,14 @@ command line, `--help` and `scripts/compare_reduction.py` find it by themselves,
 the class docstring says how tokens become fewer; the file's docstring names the paper.
 """
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from models.reduction.groups import Groups, Step
-from retinue.utils.suggestions import nearest
+from retinue.utils.registry import Registry, Spec
 
-# Name of a reduction, or a mapping of `name` and arguments.
-Spec = str | Mapping[str, Any]
 # Name in place of a reduction's: the net keeps all tokens.
 NONE = "none"
 
@@ -80,43 +77,8 @@ class Reduction:
         raise NotImplementedError
 
 
-Class = TypeVar("Class", bound=type[Reduction])
-_REDUCTIONS: dict[str, type[Reduction]] = {}
-# Parameters of a reduction that the net sets, not the user.
-GIVEN = ("first", "depth")
-
-
-def register_reduction(name: str) -> Callable[[Class], Class]:
-    """Return a class decorator that makes a reduction available under `name`.
-
-    Raises:
-        ValueError: `name` is already taken.
-    """
-
-    def add(cls: Class) -> Class:
-        if name in (*_REDUCTIONS, NONE):
-            raise ValueError(f"reduction {name!r} is registered twice")
-        _REDUCTIONS[name] = cls
-        return cls
-
-    return add
-
-
-def list_reductions() -> list[str]:
-    """Return the names of all reductions, sorted; `none` is left out."""
-    return sorted(_REDUCTIONS)
-
-
-def find_reduction(name: Any) -> type[Reduction]:
-    """Return the class of a reduction.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
-    if name not in _REDUCTIONS:
-        names = [*list_reductions(), NONE]
-        raise ValueError(f"no reduction is called {name!r}.{nearest(str(name), names)} There are: {', '.join(names)}")
-    return _REDUCTIONS[name]
+_REDUCTIONS: Registry[type[Reduction]] = Registry("reduction", ("first", "depth"), absence=NONE)
+register_reduction, list_reductions, find_reduction = _REDUCTIONS.register, _REDUCTIONS.names, _REDUCTIONS.find
 
 
 def create_reduction(spec: Spec, first: int, depth: int) -> Reduction:
@@ -133,16 +95,8 @@ def create_reduction(spec: Spec, first: int, depth: int) -> Reduction:
     Example:
         `create_reduction({"name": "tome", "r": 8}, first=0, depth=12)`
     """
-    if not isinstance(spec, str) and not (isinstance(spec, Mapping) and "name" in spec):
-        raise ValueError(f"reduction must be a name or a mapping with a 'name', not {spec!r}")
-    name = spec if isinstance(spec, str) else spec["name"]
-    arguments = {} if isinstance(spec, str) else {key: value for key, value in spec.items() if key != "name"}
-    cls: Any = find_reduction(name)
-    parameters = [parameter for parameter in inspect.signature(cls).parameters if parameter not in GIVEN]
-    for argument in arguments:
-        if argument not in parameters:
-            suggestion = nearest(argument, parameters)
-            raise ValueError(f"reduction {name!r} takes no {argument!r}.{suggestion} It takes: {', '.join(parameters)}")
+    cls: Any
+    cls, arguments = _REDUCTIONS.resolve(spec)
     return cls(first, depth, **arguments)
 
 

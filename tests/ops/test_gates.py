@@ -144,7 +144,7 @@ def test_gates_by_stage_and_block():
         ({"name": "ela", "at": "blck"}, "at must be one of branch, conv, block, stage, not 'blck'. Did you mean"),
         ({"name": "ulsam", "groups": 3}, "groups must divide 16 channels, which 3 does not"),
         ({"name": "dfc", "kernel": 4}, "kernel must be odd, not 4"),
-        (3, "a gate is a name or a mapping with a 'name', not 3"),
+        (3, "gate must be a name or a mapping with a 'name', not 3"),
     ],
 )
 def test_wrong_values_are_refused(spec, message):

@@ -41,7 +41,7 @@ def counting_op():
 
 
 def test_unknown_names_are_refused_with_the_nearest_name():
-    with pytest.raises(ValueError, match=r"no op is called 'windw'\. Did you mean 'window'\? Registered: .*full"):
+    with pytest.raises(ValueError, match=r"no op is called 'windw'\. Did you mean 'window'\? There are: .*full"):
         create_op("windw", 8, 2)
     with pytest.raises(ValueError, match=r"'bilevel_routing' takes no 'top_k'\. Did you mean 'topk'\? It takes: n_win"):
         create_op({"name": "bilevel_routing", "top_k": 4}, 8, 2)
