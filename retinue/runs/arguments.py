@@ -110,5 +110,9 @@ def _count_csv(section: Mapping[str, Any]) -> int:
 
 # Data sets that may be of any size -> function that counts the training images.
 COUNTS = {
-    "voc": _count_voc, "coco_json": _count_coco, "yolo": _count_yolo, "box_csv": _count_csv, "coco_panoptic": _count_coco,
-}  # fmt: skip
+    "voc": _count_voc,
+    "coco_json": _count_coco,
+    "coco_panoptic": _count_coco,
+    "yolo": _count_yolo,
+    "box_csv": _count_csv,
+}
