@@ -16,11 +16,13 @@ class Classes:
         names: readable name of each class.
         ids: number that the data's files use for each class: a label, a category id, or a value in a mask.
         subset: labels of the only logits that evaluation compares; None compares all logits.
+        num_things: number of the classes that are things, which come first; None for data that are not panoptic.
     """
 
     names: Sequence[str]
     ids: Sequence[int]
     subset: Sequence[int] | None = None
+    num_things: int | None = None
 
     def write(self, path: Path) -> None:
         """Write the classes as JSON, whole or not at all."""
@@ -36,9 +38,11 @@ class Classes:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             names, ids, subset = [str(name) for name in content["names"]], content["ids"], content["subset"]
-            numbers = [*ids, *([] if subset is None else subset)]
+            # Runs of earlier versions have no number of things.
+            num_things = content.get("num_things")
+            numbers = [*ids, *([] if subset is None else subset), *([] if num_things is None else [num_things])]
             if len(names) != len(ids) or not names or not all(isinstance(number, int) for number in numbers):
                 raise ValueError("it needs one whole number for each name")
-            return cls(names, ids, subset)
+            return cls(names, ids, subset, num_things)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, which names the run's classes, cannot be read: {error}") from None

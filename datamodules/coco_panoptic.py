@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from datamodules.base import SPLITS
+from datamodules.classes import Classes
 from datamodules.coco_format import CocoIndex, index_coco
 from datamodules.decode import BrokenImage, check_pixels, read_file
 from datamodules.detection import DetectionData, check_files
@@ -63,11 +64,16 @@ class PanopticIndex(CocoIndex):
         expected = (*self.sizes[image].tolist(), 3)
         if values.shape != expected:
             raise ValueError(f"{path} must be an RGB image of {expected[1]} x {expected[0]} px: it is {values.shape}")
-        return values.astype(np.int64) @ np.array([1, 256, 65536])
+        return segment_ids(values)
 
     def masks(self, image: int, annotations: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = self.segment_ids[np.asarray(annotations, np.int64)]
         return (self.segment_map(image) == ids[:, None, None]).astype(np.uint8)
+
+
+def segment_ids(colours: np.ndarray) -> np.ndarray:
+    """Return the id of the segment at each pixel, int64 (H, W), from the colours of a PNG, uint8 (H, W, 3)."""
+    return colours.astype(np.int64) @ np.array([1, 256, 65536])
 
 
 def read_panoptic(path: Path, mask_folder: Path) -> PanopticIndex:
@@ -165,6 +171,10 @@ class CocoPanoptic(DetectionData):
         """Number of the classes that are things; they come first."""
         index: Any = self._val_index
         return index.num_things
+
+    @property
+    def classes_of_net(self) -> Classes:
+        return replace(super().classes_of_net, num_things=self.num_things)
 
     def read(self, split: str) -> tuple[PanopticIndex, Path]:
         assert self.root is not None

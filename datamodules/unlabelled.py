@@ -226,6 +226,21 @@ class UnlabelledDetection(UnlabelledData, DetectionData):
         return DetectionFiles(self.folder, self.names_of_files)
 
 
+class UnlabelledPanoptic(UnlabelledDetection):
+    """Images for a panoptic segmentor."""
+
+    @property
+    def num_things(self) -> int:
+        """Number of the classes that are things; they come first.
+
+        Raises:
+            ValueError: if the run, of an earlier version, has not kept the number.
+        """
+        if self._classes.num_things is None:
+            raise ValueError("the run's classes.json does not say how many classes are things: train the run anew")
+        return self._classes.num_things
+
+
 class UnlabelledSegmentation(UnlabelledData, SegmentationData):
     """Images for a segmentor."""
 
@@ -240,4 +255,5 @@ UNLABELLED: dict[str, type[UnlabelledData]] = {
     "hashing": UnlabelledClassification,
     "detection": UnlabelledDetection,
     "segmentation": UnlabelledSegmentation,
+    "panoptic": UnlabelledPanoptic,
 }

@@ -63,7 +63,7 @@ def choose_for_few_images(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     if count is None or count >= FEW_IMAGES:
         return list(arguments)
-    added = ["data.kind=small"] if "recipe" in given else ["data.kind=small", "recipe=small_detection"]
+    added = ["data.kind=small"] if "recipe" in given else ["data.kind=small", f"recipe=small_{section['task']}"]
     print(
         f"data={data} has {count} training images, fewer than {FEW_IMAGES:,}: taking {' '.join(added)}, with a small "
         "head and model; data.kind=coco takes the full ones",
@@ -109,4 +109,10 @@ def _count_csv(section: Mapping[str, Any]) -> int:
 
 
 # Data sets that may be of any size -> function that counts the training images.
-COUNTS = {"voc": _count_voc, "coco_json": _count_coco, "yolo": _count_yolo, "box_csv": _count_csv}
+COUNTS = {
+    "voc": _count_voc,
+    "coco_json": _count_coco,
+    "coco_panoptic": _count_coco,
+    "yolo": _count_yolo,
+    "box_csv": _count_csv,
+}

@@ -168,7 +168,7 @@ class Probing(Inference):
 AUGMENTS = {
     "jsd": ("classification", "supernet"),
     "maskmix": ("classification", "supernet", "multi_label"),
-    "sizes": ("classification", "supernet", "multi_label", "hashing"),
+    "sizes": ("classification", "supernet", "multi_label", "hashing", "detection", "segmentation", "panoptic"),
 }
 
 

@@ -197,10 +197,11 @@ def create_schedule(optimizer: Optimizer, recipe: Mapping, steps_per_epoch: int)
     if warmup is None:
         warmup = round(schedule["warmup_epochs"] * steps_per_epoch)
     if 2 * warmup > total and rank_zero_only.rank == 0:
-        key = "warmup_epochs" if schedule.get("warmup_steps") is None else "warmup_steps"
+        in_epochs = schedule.get("warmup_steps") is None
+        tenth = f"warmup_epochs={total / steps_per_epoch / 10:.2g}" if in_epochs else f"warmup_steps={total // 10}"
         log.warning(
             "the warm-up takes %d of the run's %d steps, so most steps have less than the recipe's learning rate; "
-            "recipe.schedule.%s=%.2g is a tenth", min(warmup, total), total, key, schedule[key] * total / warmup / 10,
+            "recipe.schedule.%s is a tenth", min(warmup, total), total, tenth,
         )  # fmt: skip
     common: dict[str, Any] = {
         "warmup_t": min(warmup, total),

@@ -1,13 +1,16 @@
 """Task of panoptic segmentation."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import nn
 
+from datamodules.coco_panoptic import segment_ids
 from models.openmmlab.build import build_panoptic
 from models.openmmlab.panoptic import PanopticSegmentor
 from retinue.evaluation.contributions import Contributions
@@ -70,13 +73,29 @@ class Panoptic(Detection):
             prediction, truth = Segments(ids.cpu().numpy(), labels), true_segments(images.index, index)
             counts[index] = match(prediction, truth, self.num_classes)
             if self.predictions_folder and split == "test":
-                name = Path(images.name(index)).with_suffix(".png")
-                info = write_segments(self.predictions_folder / "maps" / name, prediction, datamodule.category_ids)
-                results[index] = {
-                    "image_id": int(images.ids[index]), "file_name": name.as_posix(), "segments_info": info,
-                }  # fmt: skip
+                results[index] = self._write_segments(images, index, prediction)
             if split == "test" and index % step == 0 and index < step * self.save_images:
                 pictures[index] = pixel_labels(truth), pixel_labels(prediction)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        images = self.trainer.datamodule.images("test")  # pyright: ignore[reportAttributeAccessIssue]
+        _, results, _ = self._rank_images
+        predictions = self.model.segments(batch["image"], batch["sizes"], batch["original_sizes"])
+        for index, (ids, labels) in zip(batch["index"].tolist(), predictions, strict=True):
+            if index >= 0:
+                results[index] = self._write_segments(images, index, Segments(ids.cpu().numpy(), labels))
+
+    def _write_segments(self, images: Any, index: int, prediction: Segments) -> dict[str, Any]:
+        """Write the map of an image, and return the image's entry in `panoptic.json`."""
+        datamodule = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        info = write_segments(self._map_path(images, index), prediction, datamodule.category_ids)
+        return {
+            "image_id": int(images.ids[index]), "file_name": f"{images.stem(index)}.png", "segments_info": info,
+        }  # fmt: skip
+
+    def _map_path(self, images: Any, index: int) -> Path:
+        assert self.predictions_folder is not None
+        return self.predictions_folder / "maps" / f"{images.stem(index)}.png"
 
     def _gather_images(self) -> tuple[dict[int, Any], ...]:
         """Return what all ranks have found, by image, and forget that of this rank."""
@@ -95,6 +114,8 @@ class Panoptic(Detection):
     def on_test_epoch_end(self) -> None:
         self.counts, self.results, self.pictures = self._gather_images()
 
+    on_predict_epoch_end = on_test_epoch_end
+
     def test_figures(self, datamodule: Any) -> dict[str, Any]:
         return summarize(self.counts, datamodule.class_names, datamodule.num_things)
 
@@ -111,12 +132,41 @@ class Panoptic(Detection):
         """Write `pq.csv`, `images/*.png` and, beside the maps, `panoptic.json` in COCO's format of results."""
         write_pq_csv(folder / "pq.csv", self.counts, datamodule.class_names)
         if self.predictions_folder:
-            annotations = [self.results[index] for index in sorted(self.results)]
-            write_text(folder / "panoptic.json", json.dumps({"annotations": annotations}))
+            self.write_predictions(folder, datamodule)
         images = datamodule.images("test")
         for index, (truth, prediction) in sorted(self.pictures.items()):
             path = self.picture_path(folder, images, index)
             draw_prediction(path, images[index]["image"], truth, prediction, datamodule.class_names)
+
+    def write_predictions(self, folder: Path, datamodule: Any) -> None:
+        """Write `panoptic.json`: the segments in COCO's format of results, and the images and classes of their ids."""
+        images, results = datamodule.images("test"), sorted(self.results.items())
+        content = {
+            "images": [{"id": result["image_id"], "file_name": images.name(index)} for index, result in results],
+            "annotations": [result for _, result in results],
+            "categories": [
+                {"id": id, "name": name, "isthing": int(label < datamodule.num_things)}
+                for label, (id, name) in enumerate(zip(datamodule.category_ids, datamodule.class_names, strict=True))
+            ],
+        }
+        write_text(folder / "panoptic.json", json.dumps(content))
+
+    def describe_predictions(self, datamodule: Any) -> dict[int, str]:
+        names = dict(zip(datamodule.category_ids, datamodule.class_names, strict=True))
+        descriptions = {}
+        for index, result in self.results.items():
+            counts = Counter(names[segment["category_id"]] for segment in result["segments_info"])
+            segments = ", ".join(f"{count} {name}" for name, count in counts.most_common(5))
+            descriptions[index] = segments or "no segment"
+        return descriptions
+
+    def draw_prediction(self, path: Path, index: int, datamodule: Any) -> None:
+        images, labels = datamodule.images("test"), {id: i for i, id in enumerate(datamodule.category_ids)}
+        segments = self.results[index]["segments_info"]
+        with Image.open(self._map_path(images, index)) as file:
+            ids = segment_ids(np.array(file))
+        prediction = Segments(ids, {segment["id"]: labels[segment["category_id"]] for segment in segments})
+        draw_prediction(path, images.image(index), None, pixel_labels(prediction), datamodule.class_names)
 
 
 def true_segments(index: Any, image: int) -> Segments:

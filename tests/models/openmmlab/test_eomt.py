@@ -10,12 +10,13 @@ from tests.models.heads import stir
 from tests.models.openmmlab import CLASSES, build
 from tests.models.openmmlab.test_build import losses, without_gradient
 
-NETS = ("vit_tiny_patch16_224", "deit")
+# Nets with their arguments
+NETS = {"vit_tiny_patch16_224": {"depth": 4}, "deit": {}}
 
 
 @pytest.mark.parametrize("net", NETS)
 def test_every_parameter_is_trained_and_images_have_any_size(net):
-    model = build("eomt", net)
+    model = build("eomt", net, model__args=NETS[net])
     loss = losses(model)
     assert set(loss) == {"decode.loss_cls", "decode.loss_mask", "decode.loss_dice"}
     assert without_gradient(model, loss) == []
@@ -35,8 +36,8 @@ def test_half_precision_trains_every_parameter():
 
 
 def test_without_masks_training_predicts_as_evaluation_and_masks_change_the_prediction():
-    for net in NETS:
-        model = stir(build("eomt", net, model__args={"drop_path_rate": 0.0}))
+    for net, args in NETS.items():
+        model = stir(build("eomt", net, model__args={"drop_path_rate": 0.0, **args}))
         image = torch.randn(2, 3, 64, 96)
         with torch.no_grad():
             results: Any = []

@@ -25,6 +25,8 @@ CONFIGS = {
 }
 NANO = {"embed_dims": 32, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8], "window_size": 4}
 WIDTHS = [32, 64, 128, 256]
+# Numbers of proposals and detections of an image: most of the time of a prediction goes into their boxes and masks.
+LIMITS = {"rpn": {"max_per_img": 200}, "rcnn": {"max_per_img": 20}}
 
 
 def adapt(node: Any) -> Any:
@@ -49,6 +51,9 @@ def build_package_model(head: str) -> Any:
     (config.get("neck") or config["decode_head"])["in_channels"] = WIDTHS
     if "auxiliary_head" in config:
         config["auxiliary_head"]["in_channels"] = WIDTHS[2]
+    if head == "mask_rcnn":
+        for part, limit in LIMITS.items():
+            config["test_cfg"][part] |= limit
     with DefaultScope.overwrite_default_scope(library_name), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(2)
@@ -86,7 +91,7 @@ def rename_as_authors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def build_pair(head: str) -> tuple[Any, Any]:
     """Return the package's model, and ours with the same weights."""
     package_model = build_package_model(head)
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = {"test_cfg": LIMITS}
     if head == "upernet":
         args = {"decode_head": {"dropout_ratio": 0.0}, "auxiliary_head": {"dropout_ratio": 0.0}}
     swin = {"model__size": "nano", "model__args": {"drop_path_rate": 0.0}}

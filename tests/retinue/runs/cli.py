@@ -46,6 +46,22 @@ class Outcome(NamedTuple):
         return lines[-1]
 
 
+def run_here(program: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run `python program.py ...` in this process and its working folder, and return the exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
+    GlobalHydra.instance().clear()
+    handlers = logging.root.handlers[:]
+    try:
+        runpy.run_path(str(PROJECT / f"{program}.py"), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    finally:
+        for handler in set(logging.root.handlers) - set(handlers):
+            handler.close()
+        logging.root.handlers[:] = handlers
+    return 0
+
+
 class CommandLine:
     """Run programs in this process, which is quick, since torch is imported only once."""
 
@@ -55,18 +71,7 @@ class CommandLine:
 
     def __call__(self, program: str, *arguments: str) -> Outcome:
         self.capfd.readouterr()
-        self.monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
-        GlobalHydra.instance().clear()
-        handlers = logging.root.handlers[:]
-        code = 0
-        try:
-            runpy.run_path(str(PROJECT / f"{program}.py"), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        finally:
-            for handler in set(logging.root.handlers) - set(handlers):
-                handler.close()
-            logging.root.handlers[:] = handlers
+        code = run_here(program, *arguments, monkeypatch=self.monkeypatch)
         out, err = self.capfd.readouterr()
         return Outcome(code, out, err)
 

@@ -53,6 +53,9 @@ def test_few_images_of_a_json_file(cli, tmp_path):
     config, err = composed(cli, "data=coco_json", *paths)
     assert (config["data"]["kind"], config["recipe"]["epochs"]) == ("small", 8)
     assert "data=coco_json has 5 training images" in err
+    # Panoptic data have the same list of images, and a small recipe of their own.
+    given = ["data=coco_panoptic", f"data.root={tmp_path}", f"data.train_annotations={coco.PATHS['train_annotations']}"]
+    assert choose_for_few_images(given)[:3] == ["data=coco_panoptic", "data.kind=small", "recipe=small_panoptic"]
 
 
 def test_few_images_of_text_files_and_of_a_table(tmp_path):

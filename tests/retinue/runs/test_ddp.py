@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from tests.retinue.runs.cli import SMALL, SWIN, averages_shards, result, rows, start
+from tests.retinue.runs.cli import SMALL, SWIN, averages_shards, result, rows, run_here
 
 # The optimiser is SGD, since Adam turns the rounding error of a tiny gradient into a whole step.
 RUN = (
@@ -14,9 +14,9 @@ RUN = (
 
 
 def trained(folder, *arguments):
-    run = start("train", *RUN, *arguments, folder=folder)
-    _, err = run.communicate(timeout=300)
-    assert run.returncode == 0, err
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        assert run_here("train", *RUN, *arguments, monkeypatch=monkeypatch) == 0
     return torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True), result(folder / "run")
 
 

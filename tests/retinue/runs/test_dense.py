@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datamodules.scenes import write_scenes
-from tests.retinue.runs.cli import SWIN, averages_shards, result, rows, start, stop_when
+from tests.retinue.runs.cli import SWIN, averages_shards, result, rows, run_here, start, stop_when
 from tests.retinue.runs.test_resume import assert_a_killed_run_ends_the_same, assert_same_run
 
 FIGURES = {"detection": ("box_ap", "mask_ap", "box_ar100", "box_ap_small"), "segmentation": ("miou", "pixel_accuracy")}
@@ -36,9 +36,9 @@ def command(task, scenes):
 def undisturbed(request, scenes, tmp_path_factory):
     """Train a task without a stop, and return its name and the run's folder."""
     folder = tmp_path_factory.mktemp(request.param)
-    run = start("train", *command(request.param, scenes), folder=folder)
-    _, err = run.communicate(timeout=400)
-    assert run.returncode == 0, err
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        assert run_here("train", *command(request.param, scenes), monkeypatch=monkeypatch) == 0
     return request.param, folder / "run"
 
 
@@ -58,16 +58,14 @@ def test_a_run_leaves_its_result_and_its_log(undisturbed):
     assert logged[f"val/{FIGURES[task][0]}"] != ""
 
 
-def test_a_killed_run_ends_like_an_undisturbed_run(undisturbed, scenes, tmp_path):
+def test_a_killed_run_ends_like_an_undisturbed_run(undisturbed, scenes, cli, tmp_path):
     task, run = undisturbed
     killed = start("train", *command(task, scenes), folder=tmp_path)
     previous = tmp_path / "run/checkpoints/previous.ckpt"
     assert stop_when(killed, previous, signal.SIGKILL) == -signal.SIGKILL
     assert not (tmp_path / "run/result.json").exists()
-    again = start("train", *command(task, scenes), folder=tmp_path)
-    _, err = again.communicate(timeout=400)
-    assert again.returncode == 0, err
-    assert "going on from" in err
+    again = cli("train", *command(task, scenes))
+    assert again.code == 0 and "going on from" in again.err, again.err
     assert_same_run(run, tmp_path / "run")
 
 
@@ -88,15 +86,17 @@ def test_a_killed_run_of_a_head_ends_like_an_undisturbed_run(head, scenes, tmp_p
     assert_a_killed_run_ends_the_same(arguments, tmp_path)
 
 
-def test_two_processes_count_each_image_once(undisturbed, tmp_path):
+@pytest.mark.parametrize(
+    "undisturbed", ["detection", pytest.param("segmentation", marks=pytest.mark.slow)], indirect=True
+)
+def test_two_processes_count_each_image_once(undisturbed, cli, tmp_path):
     task, run = undisturbed
     shutil.copytree(run, tmp_path / "run")
-    evaluation = start(
+    evaluation = cli(
         "eval", "run=run", "trainer=cpu", "trainer.devices=2", "trainer.strategy=ddp", "batch_size=2", "save_images=3",
-        "hydra.run.dir=evaluation", folder=tmp_path,
+        "hydra.run.dir=evaluation",
     )  # fmt: skip
-    _, err = evaluation.communicate(timeout=400)
-    assert evaluation.returncode == 0, err
+    assert evaluation.code == 0, evaluation.err
     parallel, single = result(tmp_path / "evaluation")["metrics"], result(run)["metrics"]
     assert parallel["test/n"] == 7
     for name in FIGURES[task]:

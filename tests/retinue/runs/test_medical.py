@@ -23,7 +23,7 @@ def test_a_run_with_losses_class_weights_and_medical_figures(cli, tmp_path):
         "task.figures=medical", "task.figure=dice", "task.spacing=[0.5,0.5]", "task.class_weights=[0.5,1]",
         "task.losses={cross_entropy: 1, dice: 1, boundary: {weight: 0.01}}", "data.num_workers=0", "logger=none",
         "trainer=cpu", "recipe.epochs=1", "recipe.batch_size=2", "recipe.augment.crop=[32,32]",
-        "recipe.optimizer.lr_batch_size=2", "hydra.run.dir=run",
+        "data.image_size=[50,70]", "recipe.optimizer.lr_batch_size=2", "hydra.run.dir=run",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     logged = rows(tmp_path / "run/metrics.csv")[-1]

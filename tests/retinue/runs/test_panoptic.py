@@ -8,6 +8,7 @@ from PIL import Image
 
 from tests.panoptic_folder import CATEGORIES, NAMES, write_panoptic
 from tests.retinue.runs.cli import SWIN, result, rows, start
+from tests.retinue.runs.untrained import make_run
 
 
 def train(cli):
@@ -35,11 +36,6 @@ def test_a_panoptic_run_and_its_results(cli, tmp_path):
     )
     assert outcome.code == 0, outcome.err
     assert result(tmp_path / "evaluation")["metrics"] == trained["metrics"]
-    outcome = cli("predict", "run=run", "images=data", "trainer=cpu")
-    assert (
-        "predict.py is for classification, multi_label, hashing, detection, segmentation, not task=panoptic"
-        in outcome.error
-    )
     assert len([*(tmp_path / "evaluation/images").glob("*.png")]) == 2 and (tmp_path / "evaluation/pq.csv").is_file()
     annotations = json.loads((tmp_path / "evaluation/panoptic.json").read_text())["annotations"]
     truth = json.loads((tmp_path / "data/annotations/panoptic_val2017.json").read_text())
@@ -69,3 +65,29 @@ def test_two_processes_equal_one(cli, tmp_path):
     assert two == one
     files = [(tmp_path / folder / "panoptic.json").read_text() for folder in ("one", "two")]
     assert files[0] == files[1] and len(json.loads(files[0])["annotations"]) == 5
+
+
+def test_predictions_are_those_of_an_evaluation(cli, tmp_path):
+    """The data are away, and the images' names, and so their ids, are in another order than in the annotations."""
+    write_panoptic(tmp_path / "data", {"train": 1, "val": 3})
+    make_run(
+        tmp_path / "run", "data=coco_panoptic", "recipe=small_panoptic", "data.kind=small",
+        f"data.root={tmp_path}/data", "data.image_size=[64,96]", "data.num_workers=0",
+        # The scores of random weights are low.
+        "+head.args.test_cfg.object_mask_thr=0.0", "+head.args.test_cfg.iou_thr=0.0",
+    )  # fmt: skip
+    evaluated = cli("eval", "run=run", "save_predictions=true", "trainer=cpu", "hydra.run.dir=evaluated")
+    assert evaluated.code == 0, evaluated.err
+    (tmp_path / "data").rename(tmp_path / "away")
+    predicted = cli("predict", "run=run", "images=away/val2017", "pictures=true", "trainer=cpu", "save=predicted")
+    assert predicted.code == 0, predicted.err
+    one, two = (json.loads((tmp_path / folder / "panoptic.json").read_text()) for folder in ("evaluated", "predicted"))
+    assert [row["name"] for row in two["categories"]] == NAMES and two["categories"] == one["categories"]
+    assert [row["isthing"] for row in two["categories"]] == [1, 1, 0, 0]
+    assert [row["file_name"] for row in two["images"]] == ["000.png", "001.png", "002.png"]
+    segments = [{row["file_name"]: row["segments_info"] for row in content["annotations"]} for content in (one, two)]
+    assert segments[0] == segments[1] and any(segments[0].values())
+    for name in segments[0]:
+        maps = [(tmp_path / folder / "maps" / name).read_bytes() for folder in ("evaluated", "predicted")]
+        assert maps[0] == maps[1]
+        assert (tmp_path / "predicted/images" / name).is_file()

@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-from tests.retinue.runs.cli import SMALL, SWIN, result, rows, start, stop_when
+from tests.retinue.runs.cli import SMALL, SWIN, result, rows, run_here, start, stop_when
 
 # Dropout, mixup and drop path draw random numbers; accumulation and the average of the weights carry state.
 RUN = (
@@ -20,9 +20,9 @@ RUN = (
 def undisturbed(tmp_path_factory):
     """Train without a stop, and return the run's folder."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run = start("train", *RUN, "hydra.run.dir=run", folder=folder)
-    _, err = run.communicate(timeout=300)
-    assert run.returncode == 0, err
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        assert run_here("train", *RUN, "hydra.run.dir=run", monkeypatch=monkeypatch) == 0
     return folder / "run"
 
 
@@ -59,7 +59,7 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_within_an_epoch_ends_the_same(workers, undisturbed, tmp_path):
+def test_a_run_that_is_killed_within_an_epoch_ends_the_same(workers, undisturbed, cli, tmp_path):
     command = (*RUN, f"data.num_workers={workers}", "hydra.run.dir=run")
     killed = start("train", *command, folder=tmp_path)
     # previous.ckpt exists once a second checkpoint is written, so at least one step of the first epoch is done.
@@ -67,15 +67,13 @@ def test_a_run_that_is_killed_within_an_epoch_ends_the_same(workers, undisturbed
     step = torch.load(tmp_path / "run/checkpoints/previous.ckpt", weights_only=True)["global_step"]
     assert step % 4, "killed at the end of an epoch"
     assert not (tmp_path / "run/result.json").exists()
-    again = start("train", *command, folder=tmp_path)
-    _, err = again.communicate(timeout=300)
-    assert again.returncode == 0, err
-    assert "going on from" in err
+    again = cli("train", *command)
+    assert again.code == 0 and "going on from" in again.err, again.err
     assert_same_run(undisturbed, tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_run_that_a_signal_stops_ends_the_same(number, undisturbed, tmp_path):
+def test_a_run_that_a_signal_stops_ends_the_same(number, undisturbed, cli, tmp_path):
     command = (*RUN, "checkpoint.every_steps=null", "hydra.run.dir=run")
     stopped = start("train", *command, folder=tmp_path)
     # best.ckpt exists once the first epoch has ended, so the second epoch is under way.
@@ -84,20 +82,18 @@ def test_a_run_that_a_signal_stops_ends_the_same(number, undisturbed, tmp_path):
     assert f"stopped by {number.name} at step" in stopped.communicate()[1]
     state = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert 4 <= state["global_step"] < 12
-    again = start("train", *command, folder=tmp_path)
-    _, err = again.communicate(timeout=300)
-    assert again.returncode == 0, err
+    again = cli("train", *command)
+    assert again.code == 0, again.err
     assert_same_run(undisturbed, tmp_path / "run")
 
 
-def test_a_truncated_last_checkpoint_is_replaced_by_the_previous_one(undisturbed, tmp_path):
+def test_a_truncated_last_checkpoint_is_replaced_by_the_previous_one(undisturbed, cli, tmp_path):
     command = (*RUN, "hydra.run.dir=run")
     killed = start("train", *command, folder=tmp_path)
     stop_when(killed, tmp_path / "run/checkpoints/previous.ckpt", signal.SIGKILL)
     last = tmp_path / "run/checkpoints/last.ckpt"
     last.write_bytes(last.read_bytes()[:5000] if last.exists() else b"")
-    again = start("train", *command, folder=tmp_path)
-    _, err = again.communicate(timeout=300)
-    assert again.returncode == 0, err
-    assert "last.ckpt cannot be read" in err and "previous.ckpt, step" in err
+    again = cli("train", *command)
+    assert again.code == 0, again.err
+    assert "last.ckpt cannot be read" in again.err and "previous.ckpt, step" in again.err
     assert_same_run(undisturbed, tmp_path / "run")

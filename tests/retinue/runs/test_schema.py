@@ -3,6 +3,7 @@
 from typing import get_args
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from datamodules.transforms import CROP_MODES, INTERPOLATIONS
@@ -11,6 +12,7 @@ from retinue.runs.schema import check_values, schema
 from retinue.runs.schema_sections import ClassificationData
 from retinue.runs.schema_tasks import SegmentationTask
 from retinue.tasks.optimization import SCHEDULES
+from retinue.utils.paths import CONF, list_group
 from tests.retinue.runs.test_config import composed
 
 # Words of the message -> overrides of train.py.
@@ -205,6 +207,15 @@ def test_every_key_of_the_common_sections_is_in_the_schema(program, task):
         fields = set(expected[section].annotation.model_fields)  # pyright: ignore
         # A section's labels are compared with one another, and `_target_` is Hydra's.
         assert set(cfg[section]) - {"name", "task", "_target_"} <= fields
+
+
+def test_the_recipe_of_every_head_fits_the_schema():
+    heads = [yaml.safe_load((CONF / f"head/{head}.yaml").read_text()) | {"choice": head} for head in list_group("head")]
+    data = {"detection": "coco", "segmentation": "ade20k", "panoptic": "coco_panoptic"}
+    by_recipe = {head["recipe"]: head for head in heads if head.get("task") in data and "recipe" in head}
+    assert {"coco_3x", "mask2former_160k", "mask2former_panoptic"} <= set(by_recipe)
+    for head in by_recipe.values():
+        check_values(composed(f"data={data[head['task']]}", f"head={head['choice']}"))
 
 
 def test_the_choices_are_those_of_the_classes():

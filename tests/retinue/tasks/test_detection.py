@@ -265,8 +265,8 @@ def scenes(tmp_path_factory) -> Path:
 
 
 def real(scenes: Path, head: str = "mask_rcnn") -> tuple[Detection, Any]:
-    small = ("model.size=nano", "recipe.batch_size=2", "data.num_workers=0", f"data.root={scenes}")
-    cfg = composed("task=detection", f"head={head}", *small)
+    small = ("model.size=nano", "recipe.batch_size=2", "data.num_workers=0", "data.image_size=[128,160]")
+    cfg = composed("task=detection", f"head={head}", f"data.root={scenes}", *small)
     torch.manual_seed(0)
     data = build_data(cfg)
     return build_task(cfg, data), data

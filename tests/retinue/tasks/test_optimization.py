@@ -49,6 +49,12 @@ def test_milestones_do_not_move_with_the_warm_up():
     assert rates[5:80] == [1.0] * 75 and rates[80] == pytest.approx(0.1)
 
 
+def test_a_long_warm_up_is_warned_of_with_a_value_that_the_schema_takes(caplog):
+    settings = recipe({"kind": "cosine", "warmup_steps": 5000, "warmup_lr": 0.001, "min_lr": 0.0}, epochs=123)
+    learning_rates(settings, 1)
+    assert "takes 1230 of the run's 1230 steps" in caplog.text and "warmup_steps=123 is a tenth" in caplog.text
+
+
 def test_poly_follows_its_formula():
     rates = learning_rates(recipe({"kind": "poly", "power": 0.9, "min_lr": 0.01}, epochs=4), 40)
     assert rates == pytest.approx([0.01 + 0.99 * (1 - i / 40) ** 0.9 for i in range(40)])
