@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from models.classifier_rows import ClassifierRows
 from models.complexity import complexity
 from models.weights import load_weights
 from retinue.evaluation.contributions import Contributions
@@ -107,17 +108,18 @@ class Task(pl.LightningModule):
         """Return the data module that the task reads; a task may wrap that of the config."""
         return datamodule
 
-    def start_from(self, weights: str, drop_classifier: bool) -> None:
+    def start_from(self, weights: str, drop_classifier: bool, classifier_rows: ClassifierRows | None = None) -> None:
         """Load the weights that training starts from.
 
         Args:
             weights: A weights file of the whole net.
             drop_classifier: Leave out a classifier of another width.
+            classifier_rows: Rows of the file's classifier for the data's classes, for tasks with a classifier.
 
         Raises:
             ValueError: The file cannot be read, or its weights do not fit.
         """
-        load_weights(self.model, weights, drop_classifier=drop_classifier)
+        load_weights(self.model, weights, drop_classifier=drop_classifier, classifier_rows=classifier_rows)
 
     def prepare_training(self, datamodule: Any) -> None:
         """Build what training alone needs beside the net, and what its checkpoints hold; a test does not call this."""

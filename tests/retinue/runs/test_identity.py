@@ -38,7 +38,7 @@ def test_the_folder_changes_with_what_changes_the_result(override):
         "checkpoint.every_steps=7", "task.distillation.alpha=0.7", "drop_classifier=true", "model.size=nano",
         "data.repeat_threshold=0.5", "recipe.freeze=null", "model.reduction=null",
         "checkpoint.top_k=3", "task.log_grad_norm=true", "recipe.val_every=null", "recipe.augment.sizes=null",
-        "recipe.class_weights=null",
+        "recipe.class_weights=null", "classifier_map=imagenet22k",
     ],
 )  # fmt: skip
 def test_the_folder_stays_with_what_does_not(override):
