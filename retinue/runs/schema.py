@@ -99,7 +99,7 @@ class Training(Common):
     drop_classifier: bool = Field(description="with weights: leave out their classifier if it is of another width")
     classifier_map: PathText | None = Field(
         None,
-        description="with weights: their classes (imagenet22k or a classes.json), or a file with a row for each class",
+        description="with weights: what their classes are (imagenet22k), or a file of rows",
     )
     rerun: bool = Field(description="train a finished run anew")
     checkpoint: Checkpoint = Field(description="in addition to the checkpoint at the end of every epoch")
