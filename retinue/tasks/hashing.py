@@ -1,7 +1,7 @@
 """Task of hashing: a classifier that also learns binary codes for retrieval, as EET trains them.
 
 Paper: EET: efficient and effective vision transformer for fine-grained retrieval. Written after the authors'
-repository, WhiteJiang/EET. Its pruning of the student's tokens is not a part of this task, which trains any net.
+repository, WhiteJiang/EET. The task trains any net; EET's student prunes tokens, as `model.reduction=eet` does.
 """
 
 from collections.abc import Mapping
