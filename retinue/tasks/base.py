@@ -77,8 +77,10 @@ class Task(pl.LightningModule):
         self.compile_choice, self.cuda_graphs = compile, compile == "reduce-overhead"
         if grad_checkpointing:
             model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
-        # Loss between this net's maps and a teacher's, which `prepare_training` builds.
+        # Losses that learn too, of which `prepare_training` builds one at most: between this net's maps and those of a
+        # teacher, and between the features of images.
         self.map_distillation: MapDistillation | None = None
+        self.margin: nn.Module | None = None
         # Sums since the last row of the log: of figure * images by the figure's name, and the number of `images`.
         self._sums: dict[str, Tensor] = {}
         self.log_grad_norm = log_grad_norm
@@ -200,7 +202,7 @@ class Task(pl.LightningModule):
             fully_shard(self.model, mesh=mesh)
 
     def configure_optimizers(self) -> Any:
-        optimizer = create_optimizer(self.model, self.recipe, self.map_distillation)
+        optimizer = create_optimizer(self.model, self.recipe, self.map_distillation or self.margin)
         schedule = create_schedule(optimizer, self.recipe, self.steps_per_epoch())
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
