@@ -58,9 +58,9 @@ def test_negatives_are_other_images_even_if_all_are_far_or_few():
         assert drawn[:2].tolist() == [[2, 2], [2, 2]] and set(drawn[2].tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize("dim", [3, 512])
-def test_the_loss_is_the_mean_of_the_costs_that_are_not_zero(dim):
-    features, loss = 3 * unit_vectors(7, dim), MarginLoss(copies=3)
+@pytest.mark.parametrize(("dim", "shift"), [(3, 0.0), (3, 1.0), (512, 0.0)])
+def test_the_loss_is_the_mean_of_the_costs_that_are_not_zero(dim, shift):
+    features, loss = 3 * unit_vectors(7, dim) + 3 * shift, MarginLoss(copies=3)
     features.requires_grad_()
     value = loss(features, IMAGE, seed=3)
     value.backward()
@@ -79,9 +79,9 @@ def test_the_loss_is_the_mean_of_the_costs_that_are_not_zero(dim):
     assert value.item() == pytest.approx(sum(counted) / len(counted), rel=1e-5)
     assert loss.boundary.grad is not None and features.grad is not None
     assert float(loss.boundary.grad) == pytest.approx(slope / len(counted), abs=1e-6)
-    assert features.grad.abs().sum() > 0
+    assert features.grad.abs().sum() > 0 and (slope > 0) == (shift > 0)
     # One image alone has no loss.
-    assert float(loss(features, torch.zeros(7).long(), seed=3)) == 0
+    assert loss(features, torch.zeros(7).long(), seed=3).item() == 0
 
 
 def make_task(net: Any, **changes: Any) -> Classification:
@@ -110,8 +110,10 @@ def test_a_step_blends_the_losses_and_all_parameters_learn(name, args):
     loss = task.training_step(batch, 0)
     loss.backward()
     assert task.margin is not None
-    for key, parameter in task.named_parameters():
+    for key, parameter in net.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+    # The boundary's own gradient is 0 where as many costs rise with it as fall.
+    assert task.margin.boundary.grad is not None
     features = net.forward_head(net.forward_features(batch["image"]), pre_logits=True)
     scores = net.get_classifier()(features)
     expected = 0.75 * F.cross_entropy(scores, batch["label"]) + 0.25 * task.margin(features, IMAGE, (1 << 32) | 4)

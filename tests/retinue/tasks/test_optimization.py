@@ -64,7 +64,7 @@ def test_the_rate_is_highest_at_the_end_of_the_warm_up_if_it_falls_from_there(ki
     schedule = {"kind": kind, "power": 0.9, "warmup_epochs": 3, "min_lr": 0.01, "after_warmup": True}
     falling = [0.01 + 0.99 * share(i / 90) for i in range(90)]
     assert learning_rates(recipe(schedule), 120) == pytest.approx([i / 30 for i in range(30)] + falling)
-    # By default the curve begins at the first step, as in timm.
+    # Without the key the curve begins at the first step, as in timm.
     assert learning_rates(recipe(schedule | {"after_warmup": None}), 31)[30] == pytest.approx(
         0.01 + 0.99 * share(30 / 120)
     )
