@@ -12,7 +12,8 @@ from models.factory import build
     ("name", "args"),
     [
         ("resnet10t", {}),
-        ("swin_tiny_patch4_window7_224", {"embed_dim": 12, "depths": (1, 1, 1, 1)}),  # maps (B, H, W, C)
+        # Its maps are (B, H, W, C).
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 12, "depths": (1, 1, 1, 1)}),
         ("swin_nano", {"depths": (1, 1), "heads": (1, 1)}),
     ],
 )

@@ -1,4 +1,4 @@
-"""What SimCLR and MoCo v3 share: projectors of the features, and a contrastive loss, each with any number of heads."""
+"""Base class of SimCLR and MoCo v3: projectors of the features and a contrastive loss, with any number of heads."""
 
 from typing import Any
 
