@@ -25,7 +25,7 @@ from retinue.tasks.class_weights import check_class_weights, class_weights, weig
 from retinue.tasks.consistency import jensen_shannon
 from retinue.tasks.distillation import Teacher, map_levels
 from retinue.tasks.map_distillation import MapDistillation
-from retinue.tasks.margin import MarginLoss, check_margin_loss, run_with_features
+from retinue.tasks.margin import MarginLoss, check_margin_loss, register_parts, run_with_features
 from retinue.tasks.token_labels import TEACHER, TokenLabels, token_grid
 from retinue.utils.suggestions import nearest
 
@@ -144,6 +144,11 @@ class Classification(Task):
         seen = self.teacher.see(image, datamodule.mean, datamodule.std)
         others = map_levels(self.teacher.net, seen, "teacher")
         self.map_distillation = MapDistillation(own, others, **self.map_settings)
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.margin is not None:
+            register_parts(self.model)
 
     @staticmethod
     def data_arguments(cfg: Any) -> dict[str, Any]:

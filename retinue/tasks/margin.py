@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from retinue.tasks.methods.processes import gather, ranks
 
@@ -137,18 +138,21 @@ def check_margin_loss(augment: Mapping[str, Any], *, maps: bool) -> None:
         )
 
 
+def register_parts(model: Any) -> None:
+    """Let FSDP gather the weights for the two parts of a net that `run_with_features` calls, if the net is sharded."""
+    if isinstance(model, FSDPModule):
+        for part in ("forward_features", "forward_head"):
+            register_fsdp_forward_method(model, part)  # pyright: ignore[reportArgumentType]
+
+
 def run_with_features(model: Any, image: Tensor) -> tuple[Any, Tensor]:
     """Return a net's scores for images (B, C, H, W), and the features (B, D) that its classifier reads.
 
     Raises:
         ValueError: The classifier does not read one vector for each image.
     """
-    seen: list[Tensor] = []
-    hook = model.get_classifier().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    try:
-        scores = model(image)
-    finally:
-        hook.remove()
-    if len(seen) != 1 or seen[0][0].numel() != seen[0].shape[1]:
+    maps = model.forward_features(image)
+    features = model.forward_head(maps, pre_logits=True)
+    if features.ndim != 2:
         raise ValueError("task.margin_loss needs a net whose classifier reads one vector for each image")
-    return scores, seen[0].flatten(1)
+    return model.forward_head(maps), features

@@ -57,13 +57,14 @@ def test_auxiliary_losses_and_their_log_are_those_of_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_margin_loss_compares_the_images_of_all_processes(tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=averages_shards)])
+def test_the_margin_loss_compares_the_images_of_all_processes(strategy, tmp_path):
     margin = ("recipe.augment.repeats=3", "task.margin_loss=0.5")
     states, logs = [], []
     for devices in (1, 2):
         folder = tmp_path / str(devices)
         folder.mkdir()
-        state, _ = trained(folder, *margin, f"trainer.devices={devices}", "trainer.strategy=ddp")
+        state, _ = trained(folder, *margin, f"trainer.devices={devices}", f"trainer.strategy={strategy}")
         states.append(state["state_dict"])
         logs.append(rows(folder / "run/metrics.csv"))
     for key, value in states[0].items():
