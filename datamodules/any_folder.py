@@ -8,6 +8,7 @@ import numpy as np
 
 from datamodules.bands import EXTENSIONS as BAND_EXTENSIONS
 from datamodules.bands import BandImages
+from datamodules.holdout import part_of_split
 from datamodules.image_folder import ImageFolder
 from datamodules.images import EXTENSIONS, FileImages, list_images
 from datamodules.scenes import find_scenes
@@ -48,7 +49,7 @@ class AnyFolder(ImageFolder):
         if not names.size:
             raise ValueError(f"no images in {folder} (looked for {', '.join(self.extensions)})")
         if "val" not in self._split_folders and split != "test":
-            names = names[(np.arange(len(names)) % 5 == 0) == (split == "val")]
+            names = names[part_of_split(np.arange(len(names)), split)]
         images = FileImages(folder, names.tolist(), [-1] * len(names))
         return BandImages(images, self.in_chans) if self.has_bands else images
 

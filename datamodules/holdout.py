@@ -1,4 +1,4 @@
-"""Images that are held out of the training split, by which a search judges without using validation or test images."""
+"""Images that are held out of the training split: for validation, or for a search that judges without validation."""
 
 import numpy as np
 
@@ -6,6 +6,18 @@ from datamodules.images import LabelledImages, Subset, index_in_class
 
 # Seed of the choice, which is the same for all runs.
 SEED = 0
+# One of every so many images is for validation if the data have no such split.
+VALIDATION_EVERY = 5
+
+
+def part_of_split(places: np.ndarray, split: str) -> np.ndarray:
+    """Return which images are in `split`, train or val, of data without a validation split: bool (n,).
+
+    Args:
+        places: (n,) place of each image, among all images or among those of its class.
+        split: Name of the split.
+    """
+    return (places % VALIDATION_EVERY == 0) == (split == "val")
 
 
 def hold_out(images: LabelledImages, count: int) -> tuple[Subset, Subset]:

@@ -9,6 +9,7 @@ import numpy as np
 from datamodules.bands import EXTENSIONS as BAND_EXTENSIONS
 from datamodules.bands import BandImages
 from datamodules.base import SPLITS, ClassificationData
+from datamodules.holdout import part_of_split
 from datamodules.images import EXTENSIONS, FileImages, index_in_class, list_classes, read_class_folders
 from datamodules.transforms import PILLOW_MODES
 
@@ -50,7 +51,7 @@ class ImageFolder(ClassificationData):
         extensions = BAND_EXTENSIONS if self.has_bands else EXTENSIONS
         images = read_class_folders(self.root, split if self._split_folders else "", classes, extensions=extensions)
         if not self._split_folders:
-            in_split = np.flatnonzero((index_in_class(images.labels) % 5 == 0) == (split == "val"))
+            in_split = np.flatnonzero(part_of_split(index_in_class(images.labels), split))
             images = FileImages(self.root, [images.name(i) for i in in_split], images.labels[in_split].tolist())
         return BandImages(images, self.in_chans) if self.has_bands else images
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.base import SPLITS, ClassificationData
+from datamodules.holdout import part_of_split
 from datamodules.images import FileImages
 from datamodules.scenes import find_scenes
 from datamodules.split_checks import check_labels
@@ -22,8 +23,6 @@ logger = logging.getLogger(__name__)
 PRESENT, ABSENT = ("1", "1.0"), ("0", "0.0", "-1", "-1.0", "")
 # Names of separators that a command line would need quotes for.
 SEPARATORS = {"space": " ", "semicolon": ";", "comma": ","}
-# One of every so many images is for validation if there is no file for it.
-VALIDATION_EVERY = 5
 
 
 class MultiLabelData(ClassificationData):
@@ -119,7 +118,7 @@ class MultiLabelCSV(MultiLabelData):
         has_file = self.files[split] is not None
         path, rows = self._read(split if has_file else "train")
         if self.files["val"] is None and split != "test":
-            rows = [row for i, row in enumerate(rows) if (i % VALIDATION_EVERY == 0) == (split == "val")]
+            rows = [rows[i] for i in np.flatnonzero(part_of_split(np.arange(len(rows)), split))]
         names = [row[self._image_column(list(row), path)] + self.suffix for row in rows]
         labels = self._labels(rows, path)
         folder = self.root / self.folder

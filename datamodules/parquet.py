@@ -15,6 +15,7 @@ import numpy as np
 
 from datamodules.base import SPLITS, ClassificationData
 from datamodules.decode import BrokenImage
+from datamodules.holdout import part_of_split
 from datamodules.images import EncodedImages, index_in_class
 from retinue.utils.files import replacing
 from retinue.utils.suggestions import nearest
@@ -25,8 +26,6 @@ NAMES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("t
 PLACES = ("{}.parquet", "{}-*.parquet", "data/{}-*.parquet", "{}/*.parquet", "{}/*.arrow")
 # Number of images that are copied at a time.
 BATCH = 256
-# One of every so many images of a class is for validation if the data have no such split.
-VALIDATION_EVERY = 5
 
 
 def import_arrow() -> Any:
@@ -165,7 +164,7 @@ class Parquet(ClassificationData):
         labels = self._labels(source)
         rows = np.arange(len(labels))
         if not self._files["val"] and split != "test":
-            rows = np.flatnonzero((index_in_class(labels) % VALIDATION_EVERY == 0) == (split == "val"))
+            rows = np.flatnonzero(part_of_split(index_in_class(labels), split))
         return ArrowImages(self._arrow_files[source], self.image_column, rows, labels[rows])
 
     @cached_property

@@ -12,6 +12,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from models.gates import insert_gates
+from models.layers.pool import insert_gem
 from models.reduction import insert_reduction
 from retinue.utils.sizes import resolve
 from retinue.utils.suggestions import nearest
@@ -56,14 +57,17 @@ def build(name: str, image: tuple[int, int] | None = None, **args) -> nn.Module:
         name: Name of a net in timm's registry, with or without a tag of weights.
         image: (height, width) of the images in pixels. timm's nets are checked to take them, and built for them if
             they are built for one size; ours take any size.
-        args: Arguments of `timm.create_model`, `reduction`, as `models.reduction.insert_reduction` reads it, and
-            `gates`, as `models.gates.insert_gates` reads them.
+        args: Arguments of `timm.create_model`, of which `global_pool` may also be "gem", `reduction`, as
+            `models.reduction.insert_reduction` reads it, and `gates`, as `models.gates.insert_gates` reads them.
 
     Raises:
         ValueError: The name or an argument is unknown, or the net cannot take such images.
     """
     architecture = check_name(name)
     gates, reduction = args.pop("gates", None), args.pop("reduction", None)
+    gem = args.get("global_pool") == "gem"
+    if gem:
+        args["global_pool"] = "avg"
     if (gates is not None or reduction is not None) and args.get("features_only"):
         # timm's other wrappers take a net apart.
         args.setdefault("feature_cls", "getter")
@@ -75,6 +79,8 @@ def build(name: str, image: tuple[int, int] | None = None, **args) -> nn.Module:
         net: Any = timm.create_model(name, **args)
     except TypeError as error:
         raise ValueError(_one_line_reason(name, error)) from error
+    if gem:
+        insert_gem(net)
     if reduction is not None:
         insert_reduction(net, reduction)
     if gates is not None:

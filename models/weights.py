@@ -18,6 +18,7 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_levit, resize_re
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from models.classifier_rows import ClassifierRows
 from models.timm_nets import RENAMES, Renames
 from models.unpickling import read_weights
 
@@ -55,7 +56,11 @@ class Loaded(NamedTuple):
 
 
 def load_weights(
-    model: nn.Module, path_or_state: str | Path | Mapping, strict: bool = True, drop_classifier: bool = False
+    model: nn.Module,
+    path_or_state: str | Path | Mapping,
+    strict: bool = True,
+    drop_classifier: bool = False,
+    classifier_rows: ClassifierRows | None = None,
 ) -> Loaded:
     """Load a checkpoint of the authors, of timm or of our own into a net.
 
@@ -81,13 +86,15 @@ def load_weights(
         strict: Raise an error for weights that are missing, unexpected or of another shape. False loads the weights
             that fit and reports the others.
         drop_classifier: Leave out a classifier of another width, and accept a file without a classifier.
+        classifier_rows: Rows of the file's classifier for the model's classes; None takes the classifier as it is.
 
     Returns:
         The names of the weights that were loaded, and of those that were not.
 
     Raises:
         ValueError: The file cannot be read, no weight fits, or with `strict` a weight is missing, unexpected or of
-            another shape. The message lists the first of them and says what to do.
+            another shape. The message lists the first of them and says what to do. Or the file's classifier does not
+            have the rows of `classifier_rows`.
 
     Example:
         >>> net = timm.create_model("swin_tiny", num_classes=10)
@@ -104,6 +111,8 @@ def load_weights(
     state = {key: fit_table(model, key, value, model_state) for key, value in grey.items()}
     tables = [key for key in state if state[key].shape != file_state.get(key, renamed[key]).shape]
 
+    if classifier_rows is not None:
+        state = classifier_rows.pick(state, model_state, classifier_of(model, model_state))
     misshapen = {key for key in state if key in model_state and state[key].shape != model_state[key].shape}
     classifier = classifier_of(model, {**state, **model_state})
     unused = {key for key in getattr(model, "unused_weights", ()) if key not in model_state}

@@ -121,7 +121,6 @@ def _overview(program: str) -> list[str]:
         "model.mixers= takes ops, model.gates= gates: one for all stages, or a list with an entry for each.",
         "--help GROUP          the choices of a group, such as --help model",
         "--help GROUP=CHOICE   keys and meanings, such as --help model=swin, --help ops=agent",
-        "--help experiment=PAPER   the rows of a paper's tables, such as --help experiment=swin",
         "--cfg job, --hydra-help   the composed config with every key; Hydra's own flags",
     ]
 

@@ -10,8 +10,8 @@ The rule, version 2. The identity of a config is the config without
 - `data.own`, since the values of `data` that a config leaves open are filled in before (`retinue.runs.preprocessing`);
 - the value of `task.compile`, which counts as false: like another device, a compiled net differs by rounding and by
   the numbers that dropout draws;
-- the path of a weights file (`WEIGHTS`), whose content counts: the SHA-256 of the file, which a run's config keeps as
-  `weights_sha256`; a file that is not there counts as its path;
+- the path of a weights file or a map of its classes (`WEIGHTS`), whose content counts: the SHA-256 of the file, which
+  a run's config keeps as `weights_sha256`; a file that is not there counts as its path;
 - a batch size that was reduced for a small training set: the recipe's own counts, which is known before the data are;
 - null and empty values: an optional key that is null asks for nothing, so that adding one changes no folder. A head's
   `size` and `args` keep null values, since they are changes of a package's config, where null replaces a value.
@@ -53,12 +53,20 @@ SWITCHES = {
     "task.token_labels": "task.token_labels.source",
     "recipe.ema": "recipe.ema.decay",
     "drop_classifier": "weights",
+    "classifier_map": "weights",
     "data.repeat_threshold": "data.sampler",
 }
 
-# Keys of weights files, and the key under which a run's config keeps their SHA-256 by these keys.
+# Keys of weights files and of the map of their classes, and the key under which a run's config keeps the SHA-256 of
+# these files by these keys.
 # A classifier's `task.distillation.teacher` is a net's name and counts as such, since there is no such file.
-WEIGHTS = ("weights", "task.distillation.weights", "task.distillation.teacher", "task.teacher.weights")
+WEIGHTS = (
+    "weights",
+    "classifier_map",
+    "task.distillation.weights",
+    "task.distillation.teacher",
+    "task.teacher.weights",
+)
 WEIGHTS_DIGESTS = "weights_sha256"
 
 

@@ -45,7 +45,7 @@ from retinue.runs.schema_tasks import (
     SupernetTask,
 )
 from retinue.utils.paths import CONF, list_group
-from retinue.utils.tasks import TAKES_FROM_CLASSIFICATION
+from retinue.utils.tasks import CLASSIFIERS, TAKES_FROM_CLASSIFICATION
 
 MAX_SEED = 2**32 - 1
 
@@ -97,6 +97,10 @@ class Training(Common):
     """Keys of train.py alone."""
 
     drop_classifier: bool = Field(description="with weights: leave out their classifier if it is of another width")
+    classifier_map: PathText | None = Field(
+        None,
+        description="with weights: what their classes are (imagenet22k), or a file of rows",
+    )
     rerun: bool = Field(description="train a finished run anew")
     checkpoint: Checkpoint = Field(description="in addition to the checkpoint at the end of every epoch")
     logger: Objects
@@ -110,6 +114,20 @@ class Training(Common):
                 "clips by the norm of all gradients, or trainer.strategy=ddp"
             )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_rows_of_a_classifier(cls, values: Any) -> Any:
+        if values.get("classifier_map") is None:
+            return values
+        task = values["task"]["name"]
+        if task == "pretraining" or task not in CLASSIFIERS:
+            raise ValueError(f"classifier_map is for tasks with a classifier, not for task={task}")
+        if values.get("weights") is None:
+            raise ValueError("classifier_map takes rows of the classifier in weights=FILE, which is missing")
+        if values.get("drop_classifier"):
+            raise ValueError("drop_classifier=true leaves out the classifier that classifier_map takes rows of")
+        return values
 
     @model_validator(mode="after")
     def _has_graphs_on_one_device_for_one_size(self) -> Self:

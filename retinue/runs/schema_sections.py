@@ -126,6 +126,7 @@ class Schedule(Keys):
     warmup_epochs: NonNegative | None = Field(None, description="epochs in which the learning rate rises linearly")
     warmup_steps: WholeNumber | None = Field(None, description="steps in which the learning rate rises linearly")
     warmup_lr: NonNegative = Field(description="learning rate at the start")
+    after_warmup: bool | None = Field(None, description="true: cosine and poly begin at the end of the warm-up")
     min_lr: NonNegative = Field(description="learning rate at the end")
     milestones: Annotated[list[NonNegative], Field(min_length=1)] | None = Field(
         None, description="epochs after which the learning rate is multiplied by gamma"

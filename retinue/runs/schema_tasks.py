@@ -130,6 +130,9 @@ class ClassificationTask(Task):
         TokenLabels(),  # pyright: ignore[reportCallIssue]
         description="soft labels of the tokens; docs/augmentation.md explains them",
     )
+    margin_loss: PositiveShare | None = Field(
+        None, description="share of MultiGrain's margin loss in the loss, such as 0.5; null: none"
+    )
     distillation: Distillation
 
 

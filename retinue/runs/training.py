@@ -28,6 +28,7 @@ from ops.backend import set_backend
 from retinue.evaluation.plots import plot_curves
 from retinue.runs.batch_norm import BatchNormStatistics
 from retinue.runs.checkpoints import LAST, AtomicCheckpointIO, Checkpoints, find_resume, weights_to_test
+from retinue.runs.classifier_map import read_classifier_map
 from retinue.runs.config import PRECISIONS, check, per_device_batch, world_size
 from retinue.runs.ema import EMA
 from retinue.runs.folders import foreign_content, no_empty_folder, refuse_inside_a_run
@@ -127,7 +128,7 @@ def train_here(cfg: DictConfig) -> dict[str, Any]:
     checkpoints = folder / "checkpoints"
     resume, step = (None, 0) if cfg.rerun else find_resume(checkpoints, task.state_dict())
     if resume is None and cfg.weights:
-        task.start_from(cfg.weights, cfg.drop_classifier)
+        task.start_from(cfg.weights, cfg.drop_classifier, read_classifier_map(cfg.classifier_map, datamodule))
     if task.frozen_modules and not (cfg.weights or cfg.model.get("pretrained")):
         log.warning("recipe.freeze keeps initial weights; weights=FILE or model.pretrained=true loads trained ones")
     # Everything before this point can fail without leaving a folder behind; from here on files are written.

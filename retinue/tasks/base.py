@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from models.classifier_rows import ClassifierRows
 from models.complexity import complexity
 from models.weights import load_weights
 from retinue.evaluation.contributions import Contributions
@@ -76,8 +77,10 @@ class Task(pl.LightningModule):
         self.compile_choice, self.cuda_graphs = compile, compile == "reduce-overhead"
         if grad_checkpointing:
             model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
-        # Loss between this net's maps and a teacher's, which `prepare_training` builds.
+        # Losses that learn too, of which `prepare_training` builds one at most: between this net's maps and those of a
+        # teacher, and between the features of images.
         self.map_distillation: MapDistillation | None = None
+        self.margin: nn.Module | None = None
         # Sums since the last row of the log: of figure * images by the figure's name, and the number of `images`.
         self._sums: dict[str, Tensor] = {}
         self.log_grad_norm = log_grad_norm
@@ -107,17 +110,18 @@ class Task(pl.LightningModule):
         """Return the data module that the task reads; a task may wrap that of the config."""
         return datamodule
 
-    def start_from(self, weights: str, drop_classifier: bool) -> None:
+    def start_from(self, weights: str, drop_classifier: bool, classifier_rows: ClassifierRows | None = None) -> None:
         """Load the weights that training starts from.
 
         Args:
             weights: A weights file of the whole net.
             drop_classifier: Leave out a classifier of another width.
+            classifier_rows: Rows of the file's classifier for the data's classes, for tasks with a classifier.
 
         Raises:
             ValueError: The file cannot be read, or its weights do not fit.
         """
-        load_weights(self.model, weights, drop_classifier=drop_classifier)
+        load_weights(self.model, weights, drop_classifier=drop_classifier, classifier_rows=classifier_rows)
 
     def prepare_training(self, datamodule: Any) -> None:
         """Build what training alone needs beside the net, and what its checkpoints hold; a test does not call this."""
@@ -198,7 +202,7 @@ class Task(pl.LightningModule):
             fully_shard(self.model, mesh=mesh)
 
     def configure_optimizers(self) -> Any:
-        optimizer = create_optimizer(self.model, self.recipe, self.map_distillation)
+        optimizer = create_optimizer(self.model, self.recipe, self.map_distillation or self.margin)
         schedule = create_schedule(optimizer, self.recipe, self.steps_per_epoch())
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 

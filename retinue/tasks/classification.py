@@ -25,6 +25,7 @@ from retinue.tasks.class_weights import check_class_weights, class_weights, weig
 from retinue.tasks.consistency import jensen_shannon
 from retinue.tasks.distillation import Teacher, map_levels
 from retinue.tasks.map_distillation import MapDistillation
+from retinue.tasks.margin import MarginLoss, check_margin_loss, register_parts, run_with_features
 from retinue.tasks.token_labels import TEACHER, TokenLabels, token_grid
 from retinue.utils.suggestions import nearest
 
@@ -49,6 +50,7 @@ class Classification(Task):
         mixed_labels: "transmix" or "mixpro" labels mixed images by the class token's attention
             (`retinue.tasks.attention_labels`), None by area.
         token_labels: `source` (null for none), and the further arguments of `retinue.tasks.token_labels.TokenLabels`.
+        margin_loss: Share of MultiGrain's margin loss (`retinue.tasks.margin`) in the loss; None for none.
         kwargs: Further arguments of `Task`.
 
     Attributes:
@@ -71,6 +73,7 @@ class Classification(Task):
         loss_weights: Mapping[str, float] | None = None,
         mixed_labels: str | None = None,
         token_labels: Mapping | None = None,
+        margin_loss: float | None = None,
         **kwargs,
     ):
         super().__init__(model, recipe, **kwargs)
@@ -98,6 +101,7 @@ class Classification(Task):
         self.jsd = recipe["augment"].get("jsd") or 0.0
         if mixed_labels is not None:
             check_attention(model, mixed_labels, recipe["augment"])
+        self.margin_share = margin_loss or 0.0
         self._refuse_combinations()
         if hasattr(model, "set_branch_training"):
             model.set_branch_training()  # pyright: ignore[reportCallIssue]
@@ -129,6 +133,8 @@ class Classification(Task):
             self.class_weights = class_weights(weights, datamodule.class_names, labels).to(self.device)
 
     def prepare_training(self, datamodule: Any) -> None:
+        if self.margin_share:
+            self.margin = MarginLoss(self.recipe["augment"]["repeats"])
         if self.map_settings is None:
             return
         assert self.teacher is not None
@@ -138,6 +144,11 @@ class Classification(Task):
         seen = self.teacher.see(image, datamodule.mean, datamodule.std)
         others = map_levels(self.teacher.net, seen, "teacher")
         self.map_distillation = MapDistillation(own, others, **self.map_settings)
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.margin is not None:
+            register_parts(self.model)
 
     @staticmethod
     def data_arguments(cfg: Any) -> dict[str, Any]:
@@ -244,6 +255,10 @@ class Classification(Task):
         if self.map_distillation is not None:
             logits, figures = self._run_with_maps(image, teacher_maps)
             weights["maps"] = self.map_distillation.weight
+        elif self.margin is not None:
+            logits, features = run_with_features(self.model, image)
+            seed = self.trainer.datamodule.seed << 32 | self.global_step  # pyright: ignore[reportAttributeAccessIssue]
+            figures, weights["margin"] = {"margin": self.margin(features, batch["index"], seed)}, self.margin_share
         else:
             logits, figures = self._run(image if views is None else torch.cat([image, views]), losses)
         # Scores of a net's branches, (branches, B, K)
@@ -263,6 +278,7 @@ class Classification(Task):
         loss = self.loss(logits, target) if branches is None else self._loss_of_branches(branches, target)
         if self.teacher is not None and teacher_logits is not None:
             loss = self.teacher.blend(loss, distilled, teacher_logits)
+        loss = (1 - self.margin_share) * loss if self.margin is not None else loss
         for name, value in figures.items():
             loss = loss + weights[name] * value
         hit = logits.argmax(1) == (target.argmax(1) if target.ndim == 2 else target)
@@ -292,8 +308,11 @@ class Classification(Task):
             ("a net with auxiliary losses", bool(self.loss_weights)),
             ("a net of several branches", branches),
         ):
-            if self.map_settings is not None and given:
-                raise ValueError(f"task.distillation.maps cannot be combined with {key}")
+            for other, chosen in (("distillation.maps", self.map_settings), ("margin_loss", self.margin_share)):
+                if chosen and given:
+                    raise ValueError(f"task.{other} cannot be combined with {key}")
+        if self.margin_share:
+            check_margin_loss(self.recipe["augment"], maps=self.map_settings is not None)
         if self.mixed_labels and self.token_labels is not None and self.token_labels.image_label == "maps":
             raise ValueError("task.mixed_labels labels the images: it needs task.token_labels.image_label=truth")
 

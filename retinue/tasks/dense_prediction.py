@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from models.classifier_rows import ClassifierRows
 from models.openmmlab.build import DensePredictor
 from models.unpickling import read_weights
 from models.weights import load_weights, unwrap
@@ -56,12 +57,15 @@ class DensePredictionTask(Task):
         )
         self.teacher, self._recorder = teacher, Recorder(part_of(self.model, part))
 
-    def start_from(self, weights: str | Path, drop_classifier: bool) -> None:
+    def start_from(
+        self, weights: str | Path, drop_classifier: bool, classifier_rows: ClassifierRows | None = None
+    ) -> None:
         """Load weights of a whole detector or segmentor, or of its backbone.
 
         Args:
             weights: A weights file of a whole net, or a classifier's for the backbone.
             drop_classifier: Load the weights of the backbone only, even if the file is of a whole net.
+            classifier_rows: Not used, since no classifier is loaded.
 
         Raises:
             ValueError: The file cannot be read, or its weights do not fit.

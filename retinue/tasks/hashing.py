@@ -1,7 +1,7 @@
 """Task of hashing: a classifier that also learns binary codes for retrieval, as EET trains them.
 
 Paper: EET: efficient and effective vision transformer for fine-grained retrieval. Written after the authors'
-repository, WhiteJiang/EET. Its pruning of the student's tokens is not a part of this task, which trains any net.
+repository, WhiteJiang/EET. The task trains any net; EET's student prunes tokens, as `model.reduction=eet` does.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.classifier_rows import ClassifierRows
 from models.factory import build
 from models.hierarchical import init_weights
 from models.plain import PlainBackbone
@@ -94,11 +95,11 @@ class Hashing(Classification):
         net.head_hash = make_head(datamodule.num_classes, cfg.task.bits)
         return net
 
-    def start_from(self, weights: str, drop_classifier: bool) -> None:
+    def start_from(self, weights: str, drop_classifier: bool, classifier_rows: ClassifierRows | None = None) -> None:
         head = self.model.head_hash
         # Weights of a classifier have no such layer.
         del self.model.head_hash
-        super().start_from(weights, drop_classifier)
+        super().start_from(weights, drop_classifier, classifier_rows)
         self.model.head_hash = head
 
     def setup(self, stage: str) -> None:

@@ -33,7 +33,7 @@ def check_optimizer(recipe: Mapping) -> None:
 
     Raises:
         ValueError: The optimiser or the schedule is unknown, a step schedule has no milestones, or a plateau schedule
-            no patience or gamma.
+            no patience or gamma, or `after_warmup` is set for one of these two.
     """
     name, known = recipe["optimizer"]["name"], [str(entry) for entry in timm.optim.list_optimizers()]
     if name not in known:
@@ -45,6 +45,8 @@ def check_optimizer(recipe: Mapping) -> None:
         raise ValueError("recipe.schedule.kind=step needs recipe.schedule.milestones, such as [8, 11] (epochs)")
     if schedule["kind"] == "plateau" and None in (schedule.get("patience"), schedule.get("gamma")):
         raise ValueError("recipe.schedule.kind=plateau needs recipe.schedule.patience and gamma, such as 5 and 0.1")
+    if schedule["kind"] in ("step", "plateau") and schedule.get("after_warmup"):
+        raise ValueError(f"recipe.schedule.after_warmup is for kind=cosine and poly, not {schedule['kind']}")
 
 
 def create_optimizer(model: nn.Module, recipe: Mapping, companion: nn.Module | None = None) -> Optimizer:
@@ -183,8 +185,9 @@ def create_schedule(optimizer: Optimizer, recipe: Mapping, steps_per_epoch: int)
     - plateau: the rate is multiplied by `gamma`, down to `min_lr`, after more than `patience` validations without a
       better figure.
 
-    The warm-up takes `warmup_steps` optimiser steps if that is set, else `warmup_epochs`. `warmup_lr` and `min_lr` are
-    scaled with the batch size as `optimizer.lr` is.
+    The cosine and the polynomial begin at the training's first step, as in timm, or with `after_warmup` at the end of
+    the warm-up. The warm-up takes `warmup_steps` optimiser steps if that is set, else `warmup_epochs`. `warmup_lr` and
+    `min_lr` are scaled with the batch size as `optimizer.lr` is.
 
     Args:
         optimizer: The optimiser of `create_optimizer`.
@@ -217,7 +220,9 @@ def create_schedule(optimizer: Optimizer, recipe: Mapping, steps_per_epoch: int)
         # timm changes the rate one step before a milestone.
         milestones = [round(epoch * steps_per_epoch) + 1 for epoch in schedule["milestones"]]
         return MultiStepLRScheduler(optimizer, milestones, schedule["gamma"], warmup_prefix=False, **common)
-    common |= {"t_initial": max(1, total), "lr_min": schedule["min_lr"] * scale}
+    after_warmup = bool(schedule.get("after_warmup"))
+    steps = total - common["warmup_t"] if after_warmup else total
+    common |= {"t_initial": max(1, steps), "lr_min": schedule["min_lr"] * scale, "warmup_prefix": after_warmup}
     if schedule["kind"] == "poly":
         return PolyLRScheduler(optimizer, power=schedule["power"], **common)
     return CosineLRScheduler(optimizer, **common)

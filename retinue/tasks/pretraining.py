@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.optim import Optimizer
 
 from datamodules.pretraining import PretrainingData
+from models.classifier_rows import ClassifierRows
 from models.complexity import complexity
 from models.factory import create_model
 from models.weights import load_weights
@@ -93,7 +94,7 @@ class Pretraining(Task):
         )
         return PretrainingData(datamodule, views, augment, get_class(cfg.method._target_).mask_patch)  # pyright: ignore[reportArgumentType]
 
-    def start_from(self, weights: str, drop_classifier: bool) -> None:
+    def start_from(self, weights: str, drop_classifier: bool, classifier_rows: ClassifierRows | None = None) -> None:
         load_weights(self.model.backbone, weights, drop_classifier=True)
         for name in self.model.copies:
             self.model.get_submodule(name).load_state_dict(self.model.backbone.state_dict())

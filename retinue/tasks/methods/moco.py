@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from models.masking import find_stem
-from retinue.tasks.methods.contrastive_losses import ContrastiveLoss
-from retinue.tasks.methods.method import Method
+from retinue.tasks.methods.contrastive import Contrastive
 from retinue.tasks.methods.multi_crop import pooled
 from retinue.tasks.methods.processes import gather, rank
 from retinue.tasks.methods.projectors import Projectors
 from retinue.tasks.methods.teacher import cosine, follow, set_teacher_mode, teacher_of
 
 
-class MoCo(Method):
+class MoCo(Contrastive):
     """MoCo v3 with any number of heads, and AMCL with temperatures of pairs.
 
     The backbone is the one that is trained. The teacher of backbone and projectors follows it with a momentum that
@@ -27,16 +26,13 @@ class MoCo(Method):
 
     Args:
         backbone: Net from the registry.
-        heads: Number of projectors and predictors side by side; MoCo v3 has 1, AMCL 3.
+        heads: Number of projectors and predictors side by side.
         hidden: Number of hidden channels of projectors and predictors.
         dim: Number of channels of a projection.
-        layers: Number of layers of a projector; the paper has 3 for ViTs and 2 for ResNets.
-        temperature: Divisor of the similarities; "adaptive" gives each pair its own (AMCL).
-        limits: Minimum and maximum of adaptive temperatures.
-        penalty: Weight of AMCL's penalty on adaptive temperatures.
+        temperature: As in `Contrastive`.
         momentum: Momentum of the teacher at the start.
         freeze_stem: Leave the patch embedding as it is initialised, which the paper finds to be more stable for ViTs.
-        arguments: As those of `Method`.
+        arguments: Further arguments of `Contrastive`; the paper has 3 `layers` for ViTs and 2 for ResNets.
 
     Raises:
         ValueError: The temperature or the limits are not as expected, or the net has no patch embedding to freeze.
@@ -51,22 +47,16 @@ class MoCo(Method):
         heads: int,
         hidden: int,
         dim: int,
-        layers: int,
         temperature: float | str,
-        limits: tuple[float, float],
-        penalty: float,
         momentum: float,
         freeze_stem: bool,
         **arguments: Any,
     ):
-        super().__init__(backbone, **arguments)
+        super().__init__(backbone, heads=heads, hidden=hidden, dim=dim, temperature=temperature, **arguments)
         if freeze_stem:
             find_stem(backbone).requires_grad_(False)
-        widths = (self.feature_dim, *[hidden] * (layers - 1), dim)
-        self.projectors = Projectors(heads, widths, final_norm=True)
         self.predictors = Projectors(heads, (dim, hidden, dim), final_norm=True)
         self.teacher = nn.ModuleDict({"backbone": teacher_of(backbone), "projectors": teacher_of(self.projectors)})
-        self.loss = ContrastiveLoss(heads, dim, temperature, limits, penalty)
         # The paper scales a loss at a constant temperature so that the size of the gradients does not depend on it.
         self.scale = 1.0 if isinstance(temperature, str) else 2 * temperature
         self.momentum = momentum

@@ -56,6 +56,24 @@ def test_auxiliary_losses_and_their_log_are_those_of_one_process(tmp_path):
     assert not [name for name in logs[0][0] if name in ("val/connectivity", "val/diversity")]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=averages_shards)])
+def test_the_margin_loss_compares_the_images_of_all_processes(strategy, tmp_path):
+    margin = ("recipe.augment.repeats=3", "task.margin_loss=0.5")
+    states, logs = [], []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        state, _ = trained(folder, *margin, f"trainer.devices={devices}", f"trainer.strategy={strategy}")
+        states.append(state["state_dict"])
+        logs.append(rows(folder / "run/metrics.csv"))
+    for key, value in states[0].items():
+        assert torch.allclose(value, states[1][key], atol=1e-4), key
+    assert float(states[0]["margin.boundary"]) != 1.2
+    values = [[float(row["train/margin"]) for row in log if row["train/margin"]] for log in logs]
+    assert values[0] and values[0] == pytest.approx(values[1], rel=1e-3)
+
+
 def test_sharding_on_cpus_needs_a_torch_that_averages(cli, monkeypatch):
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0+cu128"))
     outcome = cli.train("trainer.strategy=fsdp", "trainer.devices=2", "recipe.ema.decay=null")

@@ -24,8 +24,15 @@ RUNS = {
     "augmix": ("model=deit", *TINY, "recipe.augment.auto_augment=augmix-m3-w3", "recipe.augment.jsd=12"),
     "diversity": ("model=deit", *TINY, "model.mixers={name: full, diversity: 2.0}", "+task.loss_weights.diversity=0.5"),
     "dcal": ("model=dcal", *TINY, *CUTMIX),
+    "margin": ("model=deit", *TINY, "recipe.augment.repeats=3", "task.margin_loss=0.5"),
 }  # fmt: skip
-FIGURES = {"label_maps": "token_labels", "teacher": "token_labels", "augmix": "jsd", "diversity": "diversity"}
+FIGURES = {
+    "label_maps": "token_labels",
+    "teacher": "token_labels",
+    "augmix": "jsd",
+    "diversity": "diversity",
+    "margin": "margin",
+}
 
 
 def prepare(folder: Path, name: str) -> tuple[str, ...]:

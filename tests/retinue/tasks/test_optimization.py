@@ -1,5 +1,7 @@
 """Tests of the optimiser and the learning-rate schedules of recipes."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,20 @@ def test_poly_follows_its_formula():
     assert rates == pytest.approx([0.01 + 0.99 * (1 - i / 40) ** 0.9 for i in range(40)])
 
 
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [("cosine", lambda t: 0.5 * (1 + math.cos(math.pi * t))), ("poly", lambda t: (1 - t) ** 0.9)],
+)
+def test_the_rate_is_highest_at_the_end_of_the_warm_up_if_it_falls_from_there(kind, share):
+    schedule = {"kind": kind, "power": 0.9, "warmup_epochs": 3, "min_lr": 0.01, "after_warmup": True}
+    falling = [0.01 + 0.99 * share(i / 90) for i in range(90)]
+    assert learning_rates(recipe(schedule), 120) == pytest.approx([i / 30 for i in range(30)] + falling)
+    # Without the key the curve begins at the first step, as in timm.
+    assert learning_rates(recipe(schedule | {"after_warmup": None}), 31)[30] == pytest.approx(
+        0.01 + 0.99 * share(30 / 120)
+    )
+
+
 def test_steps_are_rounded_up_to_whole_epochs():
     settings = recipe({"kind": "poly", "power": 1.0}, epochs=None, steps=95)
     assert total_epochs(settings, STEPS_PER_EPOCH) == 10
@@ -99,6 +115,10 @@ def test_backbone_factor_holds_for_the_first_step():
     ("schedule", "says"),
     [
         ({"kind": "linear"}, "recipe.schedule.kind must be cosine, step, poly, plateau, not 'linear'"),
+        (
+            {"kind": "step", "milestones": [8], "after_warmup": True},
+            "after_warmup is for kind=cosine and poly, not step",
+        ),
         ({"kind": "step"}, r"recipe.schedule.kind=step needs recipe.schedule.milestones, such as \[8, 11\]"),
     ],
 )
