@@ -42,6 +42,7 @@ class ProxyTokenAttention(nn.Module):
     """
 
     family = "mixed"
+    value_layers, output_layers = ("local_qkv", "cross_kv"), ("local_proj", "cross_proj")
 
     def __init__(
         self,
