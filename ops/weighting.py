@@ -22,8 +22,8 @@ class Values(nn.Module):
 
         Args:
             values: The values.
-            tokens: The map (B, H, W, C) of which the values are rearranged copies; None if each value is a function of
-                one token of the op's input.
+            tokens: The map (B, H, W, C) of which the values are rearranged copies, or tokens (B, ..., tokens, C) for
+                which the values stand. None if each value is a function of one token of the op's input.
         """
         return values
 

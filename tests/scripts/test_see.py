@@ -81,7 +81,7 @@ def test_data_say_what_the_net_does(subject: Subject, tmp_path: Path):
 def test_an_op_without_attention_is_left_out(subject: Subject, tmp_path: Path, capsys):
     mixed = load(None, [*NET, "model.mixers=[[channel,window]]"], 4, torch.device("cpu"))
     KINDS["routes"](mixed, choices(), tmp_path)
-    assert "blocks.0.mixer: ChannelAttention has no attention that can be shown" in capsys.readouterr().err
+    assert "blocks.0.mixer: ChannelAttention has no attention: it is of the family channel" in capsys.readouterr().err
     with np.load(tmp_path / "routes.npz") as arrays:
         assert {name.split("/")[1] for name in arrays.files} == {"blocks.1.mixer"}
     only = load(None, [*NET, "model.mixers=channel"], 4, torch.device("cpu"))

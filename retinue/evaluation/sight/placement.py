@@ -11,7 +11,7 @@ from retinue.utils.arithmetic import ceil_div
 # Function of weights (Q, ...) of the values to those of the map (Q, H, W) and of the extra tokens (Q, E)
 Placement = Callable[[Tensor], tuple[Tensor, Tensor]]
 # Smallest correlation of the places of the cells of a smaller map with those of the tokens that they are computed from
-MIN_CORRELATION = 0.5
+MIN_CORRELATION = 0.9
 
 
 def make_placement(
@@ -27,7 +27,8 @@ def make_placement(
         size: Size (H, W) of the map.
         leaves: Inputs of the op: a map (Q, H, W, C) or tokens (Q, E + H * W, C), and perhaps extra tokens (Q, E, C).
         read: Tokens (Q, ..., D) that are a function of the leaves, one for each value.
-        tokens: A map (Q, H, W, D) of which `read` are rearranged copies, or None.
+        tokens: A map (Q, H, W, D) of which `read` are rearranged copies; or tokens (Q, ..., D) for which the values
+            stand, one for each, in place of `read`; or None.
 
     Raises:
         ValueError: None of these is the case.
@@ -38,11 +39,13 @@ def make_placement(
     def split(weights: Tensor) -> tuple[Tensor, Tensor]:
         return weights[:, extra:].unflatten(1, size), weights[:, :extra]
 
-    sources = leaves if tokens is None else [tokens]
+    on_map = tokens is not None and tokens.shape[1:3] == size
+    sources = [tokens] if on_map else leaves
+    read = read if on_map or tokens is None else tokens
     if _copied(read, sources, torch.ones_like(read[..., 0])) is not None:
         return lambda row: split(_copied(read, sources, row))
-    index = _find_values(read, leaves) if tokens is None else None
-    if index is None and tokens is None:
+    index = None if on_map else _find_values(read, leaves)
+    if index is None and not on_map:
         index = _find_cells(read, leaves, size, extra)
     if index is None:
         raise ValueError(f"{name} has no attention that can be shown: it mixes tokens before it computes values")
@@ -121,7 +124,7 @@ def _find_values(read: Tensor, leaves: Sequence[Tensor]) -> Tensor | None:
 def _find_cells(read: Tensor, leaves: Sequence[Tensor], size: tuple[int, int], extra: int) -> Tensor | None:
     """Return the index of the cell of a smaller map in which each token lies, (Q, tokens), or None.
 
-    There must be a smaller map (Q, h, w, D), or the last tokens of (Q, E + h * w, D) with cells of a whole number of tokens.
+    There must be a smaller map (Q, h, w, D), or the last tokens of (Q, E + h * w, D) must be one by a whole factor.
     """
     Q, (H, W) = len(leaves[0]), size
     T = read[..., 0].numel() // Q
@@ -129,18 +132,20 @@ def _find_cells(read: Tensor, leaves: Sequence[Tensor], size: tuple[int, int], e
         grids = [(read.shape[1], read.shape[2])]
     else:
         grids = [(ceil_div(H, f), ceil_div(W, f)) for f in range(1, max(H, W) + 1)]
+        grids += [(H // f, W // f) for f in range(2, min(H, W) + 1)]
     grids = [grid for grid in grids if grid[0] * grid[1] + extra == T]
-    if not grids:
+    if not grids or len(read) != Q:
         return None
     h, w = grids[0]
     rows, columns = ((torch.arange(side) * cells // side) for side, cells in ((H, h), (W, w)))
     for axis, cells in enumerate((h, w)):
         # The cells must be where the tokens are from which they are computed.
-        place = torch.arange(h * w, device=read.device).div(w, rounding_mode="floor") if axis == 0 else None
-        place = torch.arange(h * w, device=read.device) % w if place is None else place
+        place = torch.arange(h * w, device=read.device)
+        place = place % w if axis else place.div(w, rounding_mode="floor")
         numbers = torch.cat([place.new_zeros(extra), place]).to(read.dtype)
         mean = _read_from(read, leaves, numbers)[0][:, extra:].unflatten(1, size).mean((0, 2 - axis))
-        if cells > 1 and torch.corrcoef(torch.stack([mean, torch.arange(size[axis]).to(mean)]))[0, 1] < MIN_CORRELATION:
+        both = torch.stack([mean, torch.arange(size[axis]).to(mean)])
+        if cells > 1 and not torch.corrcoef(both)[0, 1] >= MIN_CORRELATION:
             return None
     index = extra + (rows[:, None] * w + columns).flatten()
     return torch.cat([torch.arange(extra), index]).to(read.device).expand(Q, -1)

@@ -45,7 +45,7 @@ class _Value:
     Attributes:
         free: The values, of which the sums are a function, (B, ..., D).
         read: Tokens of which each value is a function; they are a function of the op's input.
-        tokens: The map whose tokens the values are copies of, or None.
+        tokens: Tokens that the values are copies of, or for which they stand, or None.
         by_head: The values are (B, heads, N, D) of tokens (B, N, C).
     """
 
@@ -208,14 +208,15 @@ def _run_with_free_values(
         values.append(_Value((factor * output.detach()).requires_grad_(), read, tokens, mark.by_head))
         return values[-1].free
 
-    def drop_convolution(module: nn.Module, _: Any, output: Tensor) -> Tensor | None:
-        return torch.zeros_like(output) if output.requires_grad else None
+    def drop_convolution(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+        return torch.zeros_like(output) if _depends(inputs[0], [value.free for value in values]) else None
 
     attention = call.attention
     marks = [part for part in attention.modules() if isinstance(part, Values)]
-    layers = value_layers(attention) or [found for part in attention.children() for found in value_layers(part)]
     hooks: list[tuple[nn.Module, Any]] = [(mark, free_mark) for mark in marks]
-    hooks += [] if marks else [(layer, free_part(width)) for layer, width in layers]
+    if not marks or hasattr(attention, "value_layers"):
+        layers = value_layers(attention) or [found for part in attention.children() for found in value_layers(part)]
+        hooks += [(layer, free_part(width)) for layer, width in layers]
     hooks += [(layer, lambda module, inputs, output: sums.append(inputs[0])) for layer in output_layers(attention)]
     if drop:
         hooks += [(module, drop_convolution) for module in attention.modules() if isinstance(module, nn.Conv2d)]
@@ -223,6 +224,14 @@ def _run_with_free_values(
     if not values or not sums:
         raise ValueError(f"{type(attention).__name__} has no attention in this form: it computes no values")
     return _Run(values, sums)
+
+
+def _depends(x: Tensor, values: list[Tensor]) -> bool:
+    """Tell whether a tensor has a gradient by the values that is not 0."""
+    if not (x.requires_grad and values):
+        return False
+    gradients = torch.autograd.grad(x, values, torch.rand_like(x), retain_graph=True, allow_unused=True)
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
 def _find_queries(call: Call, args: tuple, kwargs: dict[str, Any], queries: Tensor) -> list[Tensor]:
@@ -276,3 +285,9 @@ def _as_tokens(output: Any) -> Tensor:
         return torch.cat([parts[1], parts[0].flatten(1, 2)], dim=1)
     x = parts[0]
     return x.flatten(1, 2) if x.ndim == 4 else x
+
+
+def distances(size: tuple[int, int], norm: float = 2.0) -> Tensor:
+    """Return the distance between all tokens of a map in tokens, (H * W, H * W); `norm` inf takes the longer side."""
+    places = torch.cartesian_prod(torch.arange(size[0]), torch.arange(size[1])).view(-1, 2).float()
+    return torch.cdist(places, places, p=norm)

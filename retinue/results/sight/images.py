@@ -8,10 +8,11 @@ import torch
 
 from retinue.benchmarks.timing import Row, print_rows, write_csv
 from retinue.evaluation.sight import features, pictures
-from retinue.evaluation.sight.attention import all_rows, attention_rows, capture
+from retinue.evaluation.sight.attention import capture
 from retinue.evaluation.sight.blocks import find_blocks, record_maps
 from retinue.evaluation.sight.influence import massive_channels
 from retinue.evaluation.sight.receptive_field import contributions, covered_area
+from retinue.evaluation.sight.rows import all_rows, attention_rows
 from retinue.results.sight.subject import SHOWN_BLOCKS, Choices, Subject, choose_attention, choose_blocks
 from retinue.utils.arithmetic import ceil_div
 from retinue.utils.files import replacing

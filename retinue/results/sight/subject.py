@@ -14,7 +14,8 @@ from torch import Tensor
 
 from models import load_weights
 from ops.backend import set_backend
-from retinue.evaluation.sight.attention import attention_rows, capture
+from retinue.evaluation.sight.attention import capture
+from retinue.evaluation.sight.rows import attention_rows
 from retinue.runs.config import check, with_run
 from retinue.runs.many import compose_evaluation
 from retinue.runs.preprocessing import resolved_data
