@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from retinue.results.sight import KINDS
+from retinue.results.sight import TABLES, VIEWS
+from retinue.results.sight import see as show
 from retinue.results.sight.subject import Choices, Subject, load
 from retinue.runs.config import register_resolvers
 from scripts import see
@@ -37,8 +38,7 @@ def subject() -> Subject:
 
 
 def choices(**changes) -> Choices:
-    return Choices(**{"pictures": 1, "query": (0.5, 0.5), "blocks": None, "method": "gradcam", "other": None,
-                      "resized": {}} | changes)  # fmt: skip
+    return Choices(**{"pictures": 1} | changes)
 
 
 def test_the_net_and_the_images(subject: Subject):
@@ -48,9 +48,9 @@ def test_the_net_and_the_images(subject: Subject):
     assert not any(parameter.requires_grad for parameter in subject.net.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*VIEWS, *TABLES])
 def test_every_kind_leaves_a_picture_and_data(kind: str, subject: Subject, tmp_path: Path):
-    KINDS[kind](subject, choices(), tmp_path)
+    show(kind, subject, choices(), tmp_path)
     files = sorted(path.name for path in tmp_path.iterdir())
     pictures = [name for name in files if name.endswith(".png")]
     assert f"{kind}.png" in pictures and sorted([*DATA[kind], *pictures]) == files
@@ -64,29 +64,29 @@ def test_every_kind_leaves_a_picture_and_data(kind: str, subject: Subject, tmp_p
 
 
 def test_data_say_what_the_net_does(subject: Subject, tmp_path: Path):
-    KINDS["attention"](subject, choices(query=None, blocks=["blocks.1.mixer"]), tmp_path)
+    show("attention", subject, choices(query=None, blocks=["blocks.1.mixer"]), tmp_path)
     with np.load(tmp_path / "attention.npz") as arrays:
         assert arrays.files == ["0/blocks.1.mixer"]
         # The class token attends to itself too.
         sums = arrays["0/blocks.1.mixer"].sum((1, 2))
         assert ((sums > 0.5) & (sums < 1)).all()
-    KINDS["cka"](subject, choices(), tmp_path)
+    show("cka", subject, choices(), tmp_path)
     assert [float(row[row["block"]]) for row in rows(tmp_path / "cka.csv")] == pytest.approx([1, 1])
     with pytest.raises(ValueError, match="CKA compares nets on the same test images"):
-        KINDS["cka"](subject, choices(other=replace(subject, labels=subject.labels + 1)), tmp_path)
-    KINDS["similarity"](subject, choices(resized={32: subject}), tmp_path)
+        show("cka", subject, choices(other=replace(subject, labels=subject.labels + 1)), tmp_path)
+    show("similarity", subject, choices(resized={32: subject}), tmp_path)
     assert [row["image_size"] for row in rows(tmp_path / "similarity.csv")] == ["16", "16", "32", "32"]
 
 
 def test_an_op_without_attention_is_left_out(subject: Subject, tmp_path: Path, capsys):
     mixed = load(None, [*NET, "model.mixers=[[channel,window]]"], 4, torch.device("cpu"))
-    KINDS["routes"](mixed, choices(), tmp_path)
+    show("routes", mixed, choices(), tmp_path)
     assert "blocks.0.mixer: ChannelAttention has no attention: it is of the family channel" in capsys.readouterr().err
     with np.load(tmp_path / "routes.npz") as arrays:
         assert {name.split("/")[1] for name in arrays.files} == {"blocks.1.mixer"}
     only = load(None, [*NET, "model.mixers=channel"], 4, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"no module.s attention can be shown; blocks.1.mixer: Channel"):
-        KINDS["attention"](only, choices(), tmp_path)
+        show("attention", only, choices(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,6 @@ from retinue.runs.training import build_data, build_task, quiet_libraries
 from retinue.utils.paths import CONF
 from retinue.utils.sizes import model_name, size_pixels
 from retinue.utils.suggestions import nearest
-
-# Number of blocks that a picture of images shows, unless the user names blocks.
-SHOWN_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,33 @@ class Choices:
         method: Method of class activation.
         other: Second net of CKA; None for the same net.
         resized: The same net and images at further sizes, by size in px.
+        shown: Number of blocks or modules that a picture of images shows, unless `blocks` names them.
     """
 
-    pictures: int
-    query: tuple[float, float] | None
-    blocks: Sequence[str] | None
-    method: str
-    other: Subject | None
-    resized: Mapping[int, Subject]
+    pictures: int = 4
+    query: tuple[float, float] | None = (0.5, 0.5)
+    blocks: Sequence[str] | None = None
+    method: str = "gradcam"
+    other: Subject | None = None
+    resized: Mapping[int, Subject] = field(default_factory=dict)
+    shown: int = 4
+
+
+def read_query(query: Sequence[str]) -> tuple[float, float] | None:
+    """Return a place as shares of the height and width, or None for the class token.
+
+    Raises:
+        ValueError: The query is neither two numbers from 0 to 1 nor `class`.
+    """
+    if list(query) == ["class"]:
+        return None
+    try:
+        y, x = map(float, query)
+        if not (0 <= y <= 1 and 0 <= x <= 1):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"query must be class, or [y,x] from 0 to 1, not [{','.join(query)}]") from None
+    return y, x
 
 
 def load(run: Path | None, overrides: Sequence[str], number: int, device: torch.device) -> Subject:
