@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from retinue.results.sight import TABLES, VIEWS
+from retinue.evaluation.sight import pictures
+from retinue.results.run_pictures import read_pictures
+from retinue.results.sight import TABLES, VIEWS, sheet
 from retinue.results.sight import see as show
 from retinue.results.sight.subject import Choices, Subject, load
 from retinue.runs.config import register_resolvers
@@ -105,3 +107,35 @@ def test_an_op_without_attention_is_left_out(subject: Subject, tmp_path: Path, c
 def test_a_mistake_is_refused(arguments: list[str], message: str, tmp_path: Path):
     with pytest.raises(ValueError, match=message):
         see.main([*arguments, "images=2", f"out={tmp_path}"])
+
+
+def test_a_sheet_has_a_row_for_each_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subject: Subject, capsys):
+    channel = load(None, [*NET, "model.mixers=channel"], 8, torch.device("cpu"))
+    nets, drawn = {"a": subject, "b": channel}, {}
+    monkeypatch.setattr(sheet, "load", lambda run, *_: nets[run.name])
+    monkeypatch.setattr(pictures, "draw_grid", lambda path, cells, *rest: drawn.update({path.stem: (cells, *rest)}))
+    out = {kind: tmp_path / f"{kind}.png" for kind in ("erf", "attention")}
+    runs = {"full": Path("a"), "channel": Path("b")}
+    sheet.draw_sheets(runs, (0.9, 0.1), torch.device("cpu"), out, "two nets")
+    for cells, title, mark in drawn.values():
+        assert [row[0][0].splitlines()[0] for row in cells] == ["full", "channel"] and title.endswith(", two nets")
+        assert mark == ((0.9, 0.1) if title.startswith("attention") else None)
+    # A net without attention has the reason in its row.
+    [(caption, _, heat)] = drawn["attention"][0][1]
+    assert "ChannelAttention has no attention" in " ".join(caption.split()) and heat is None
+    assert "attention of channel: no module's attention can be shown" in capsys.readouterr().err
+    with np.load(tmp_path / "attention.npz") as arrays:
+        assert arrays.files == ["full/0/blocks.1.mixer"]
+
+
+def test_the_files_of_a_run_lie_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subject: Subject):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(see, "load", lambda *_: subject)
+    (tmp_path / "run").mkdir()
+    see.main(["kind=attention", "run=run", "query=[0.2,0.7]", "pictures=1"])
+    [shown] = read_pictures(tmp_path / "run")
+    assert shown["title"] == "attention, query 0.2,0.7"
+    assert shown["command"] == "python scripts/see.py kind=attention run=run 'query=[0.2,0.7]' pictures=1"
+    assert shown["src"].startswith("data:image/png;base64,iVBOR")
+    see.main(["kind=erf", *NET])
+    assert sorted(path.name for path in (tmp_path / "sight").iterdir()) == ["erf.csv", "erf.json", "erf.npz", "erf.png"]
