@@ -132,9 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_text(page, make_comparison_page(comparison, entries, run))
     # One sheet for each kind of sight, with the ops in the order of the table
     sheets = {kind: options.out / f"{options.kind}s_{kind}.png" for kind in options.sight}
-    runs = {str(row["what"]): next(iter(entry.runs.values())) for row in rows if (entry := entries[row["what"]]).runs}
     if sheets:
-        draw_sheets(runs, query, device, sheets, run)
+        ordered = {op: entries[op].runs for op in (str(row["what"]) for row in rows)}
+        shown = {op: next(iter(folders.values())) for op, folders in ordered.items() if folders}
+        draw_sheets(shown, query, device, sheets, run)
     print(table, plot, page, *sheets.values())
 
 

@@ -3,6 +3,7 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,8 +40,8 @@ def subject() -> Subject:
     return load(None, NET, 8, torch.device("cpu"))
 
 
-def choices(**changes) -> Choices:
-    return Choices(**{"pictures": 1} | changes)
+def choices(**changes: Any) -> Choices:
+    return Choices(**{"pictures": 1, **changes})
 
 
 def test_the_net_and_the_images(subject: Subject):
@@ -125,7 +126,7 @@ def test_a_sheet_has_a_row_for_each_net(tmp_path: Path, monkeypatch: pytest.Monk
     assert "ChannelAttention has no attention" in " ".join(caption.split()) and heat is None
     assert "attention of channel: no module's attention can be shown" in capsys.readouterr().err
     with np.load(tmp_path / "attention.npz") as arrays:
-        assert arrays.files == ["full/0/blocks.1.mixer"]
+        assert arrays.files == ["full/0/blocks.0.mixer"]
 
 
 def test_the_files_of_a_run_lie_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subject: Subject):

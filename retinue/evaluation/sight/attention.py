@@ -65,11 +65,11 @@ def value_layers(module: Any) -> list[tuple[nn.Linear, int]]:
 
 
 def _width(layer: nn.Linear, parts: int, holder: Any) -> int:
-    widths = getattr(holder, "widths", ())
+    widths: Sequence[int] = getattr(holder, "widths", ())
     return widths[-1] if sum(widths) == layer.out_features else layer.out_features // parts
 
 
-def output_layers(module: Any) -> list[nn.Module]:
+def output_layers(module: Any) -> Sequence[nn.Module]:
     """Return the marks of a module's weighted sums, or the layers that read them."""
     marks = [part for part in module.modules() if isinstance(part, WeightedSums)]
     if marks:

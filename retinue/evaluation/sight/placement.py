@@ -39,9 +39,11 @@ def make_placement(
     def split(weights: Tensor) -> tuple[Tensor, Tensor]:
         return weights[:, extra:].unflatten(1, size), weights[:, :extra]
 
-    on_map = tokens is not None and tokens.shape[1:3] == size
-    sources = [tokens] if on_map else leaves
-    read = read if on_map or tokens is None else tokens
+    sources, on_map = leaves, False
+    if tokens is not None and tokens.shape[1:3] == size:
+        sources, on_map = [tokens], True
+    elif tokens is not None:
+        read = tokens
     if _copied(read, sources, torch.ones_like(read[..., 0])) is not None:
         return lambda row: split(_copied(read, sources, row))
     index = None if on_map else _find_values(read, leaves)

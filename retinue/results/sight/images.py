@@ -1,5 +1,6 @@
 """Kinds of sight that are drawn over images: each returns a view, which is written as a picture and as data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from retinue.evaluation.sight.blocks import find_blocks, record_maps
 from retinue.evaluation.sight.influence import massive_channels
 from retinue.evaluation.sight.receptive_field import contributions, covered_area
 from retinue.evaluation.sight.rows import all_rows, attention_rows
-from retinue.results.sight.subject import Choices, Subject, choose_attention, choose_blocks
+from retinue.results.sight.subject import SHOWN_BLOCKS, Choices, Subject, choose_attention, choose_blocks
 from retinue.utils.arithmetic import ceil_div
 from retinue.utils.files import replacing
 from retinue.utils.suggestions import nearest
@@ -33,7 +34,7 @@ class View:
     """
 
     title: str
-    cells: list[list[pictures.Cell]]
+    cells: Sequence[Sequence[pictures.Cell]]
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     tables: dict[str, list[Row]] = field(default_factory=dict)
     mark: tuple[float, float] | None = None
@@ -58,7 +59,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def view_erf(subject: Subject, choices: Choices) -> View:
     """Effective receptive field of the central token of some blocks, and the area that holds shares of it."""
-    names = choose_blocks(list(find_blocks(subject.net)), choices.blocks, choices.shown)
+    names = choose_blocks(list(find_blocks(subject.net)), choices.blocks, SHOWN_BLOCKS)
     fields = {name: contributions(subject.net, subject.images, name) for name in names}
     areas = {name: covered_area(field) for name, field in fields.items()}
     rows: list[Row] = [{"block": name, **{f"area_{t:.0%}": area for t, area in areas[name].items()}} for name in names]
@@ -72,7 +73,7 @@ def view_erf(subject: Subject, choices: Choices) -> View:
 def view_attention(subject: Subject, choices: Choices) -> View:
     """Attention of a query in each head of some ops, on one row for each op and image."""
     cells, data = [], {}
-    names = choose_attention(subject, choices.blocks, choices.shown)
+    names = choose_attention(subject, choices.blocks, SHOWN_BLOCKS)
     for i in range(min(choices.pictures, len(subject.images))):
         calls = capture(subject.net, subject.images[i : i + 1])
         for name in names:
@@ -101,7 +102,7 @@ def view_routes(subject: Subject, choices: Choices) -> View:
     if choices.query is None:
         raise ValueError("kind=routes takes a place as query, such as query=[0.5,0.5]")
     cells, data = [], {}
-    names = choose_attention(subject, choices.blocks, choices.shown)
+    names = choose_attention(subject, choices.blocks, SHOWN_BLOCKS)
     for i in range(min(choices.pictures, len(subject.images))):
         calls = capture(subject.net, subject.images[i : i + 1])
         row: list[Any] = [(f"image {i}", subject.photos[i], None)]
@@ -130,7 +131,7 @@ def view_gradcam(subject: Subject, choices: Choices) -> View:
     if choices.method not in METHODS:
         known = ", ".join(METHODS)
         raise ValueError(f"method must be one of {known}, not {choices.method}.{nearest(choices.method, METHODS)}")
-    names = choose_blocks(list(find_blocks(subject.net)), choices.blocks, choices.shown)
+    names = choose_blocks(list(find_blocks(subject.net)), choices.blocks, SHOWN_BLOCKS)
     images, photos = subject.images[: choices.pictures], subject.photos
     found = {name: class_activation(subject.net, images, name, choices.method) for name in names}
     classes = next(iter(found.values()))[1]
@@ -145,7 +146,7 @@ def view_gradcam(subject: Subject, choices: Choices) -> View:
 
 def view_pca(subject: Subject, choices: Choices) -> View:
     """First three principal components of a block's tokens as colours, shared by the images that are drawn."""
-    names = choose_blocks(list(find_blocks(subject.net)), choices.blocks, choices.shown)
+    names = choose_blocks(list(find_blocks(subject.net)), choices.blocks, SHOWN_BLOCKS)
     number = min(choices.pictures, len(subject.images))
     maps = record_maps(subject.net, subject.images, names)
     # The components are those of all images, of which the first are drawn.
@@ -166,7 +167,7 @@ def view_sinks(subject: Subject, choices: Choices) -> View:
     """Massive activations of each block, and the attention that each token receives from all queries."""
     rows = massive_channels(subject.net, subject.images)
     cells, sinks = [], []
-    names = choose_attention(subject, choices.blocks, choices.shown)
+    names = choose_attention(subject, choices.blocks, SHOWN_BLOCKS)
     for i in range(min(choices.pictures, len(subject.images))):
         calls = capture(subject.net, subject.images[i : i + 1])
         row: list[Any] = [(f"image {i}", subject.photos[i], None)]

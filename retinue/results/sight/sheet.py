@@ -2,7 +2,7 @@
 
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,12 +10,10 @@ import torch
 from retinue.evaluation.sight import pictures
 from retinue.results.sight import VIEWS, WITH_QUERY
 from retinue.results.sight.images import save_arrays
-from retinue.results.sight.subject import Choices, load
+from retinue.results.sight.subject import Choices, choose_attention, load
 
 # Number of test images of which means are taken, as in scripts/see.py
 IMAGES = 64
-# Number of blocks that a row shows; a row of attention shows the heads of one module.
-SHOWN = {"attention": 1}
 # Number of characters in a line of a cell's caption
 LINE = 30
 
@@ -38,14 +36,16 @@ def draw_sheets(
         out: Kind of `VIEWS` -> picture to write; the data are written beside it as npz.
         title: Title of the sheets.
     """
-    cells: dict[str, list[list[pictures.Cell]]] = {kind: [] for kind in out}
+    cells: dict[str, list[Sequence[pictures.Cell]]] = {kind: [] for kind in out}
     arrays: dict[str, dict] = {kind: {} for kind in out}
     titles: dict[str, str] = {}
     for name, run in runs.items():
         subject = load(run, [], IMAGES, device)
         for kind in out:
-            choices = Choices(pictures=1, query=query, shown=SHOWN.get(kind, Choices.shown))
             try:
+                # A row of attention shows the heads of one module, in the middle of the net.
+                blocks = choose_attention(subject, None, 2)[:1] if kind == "attention" else None
+                choices = Choices(pictures=1, query=query, blocks=blocks)
                 view = VIEWS[kind](subject, choices)
             except ValueError as error:
                 print(f"{kind} of {name}: {error}", file=sys.stderr)

@@ -24,6 +24,9 @@ from retinue.utils.paths import CONF
 from retinue.utils.sizes import model_name, size_pixels
 from retinue.utils.suggestions import nearest
 
+# Number of blocks that a picture of images shows, unless the user names blocks.
+SHOWN_BLOCKS = 4
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -55,7 +58,6 @@ class Choices:
         method: Method of class activation.
         other: Second net of CKA; None for the same net.
         resized: The same net and images at further sizes, by size in px.
-        shown: Number of blocks or modules that a picture of images shows, unless `blocks` names them.
     """
 
     pictures: int = 4
@@ -64,7 +66,6 @@ class Choices:
     method: str = "gradcam"
     other: Subject | None = None
     resized: Mapping[int, Subject] = field(default_factory=dict)
-    shown: int = 4
 
 
 def read_query(query: Sequence[str]) -> tuple[float, float] | None:

@@ -14,7 +14,7 @@ from retinue.evaluation.sight import features, influence, pictures
 from retinue.evaluation.sight.attention import capture
 from retinue.evaluation.sight.blocks import find_blocks, record_maps
 from retinue.evaluation.sight.rows import all_rows, distances
-from retinue.results.sight.subject import Choices, Subject, choose_attention, choose_blocks
+from retinue.results.sight.subject import SHOWN_BLOCKS, Choices, Subject, choose_attention, choose_blocks
 
 # Number of images in a batch of CKA.
 CKA_BATCH = 64
@@ -130,7 +130,7 @@ def see_influence(subject: Subject, choices: Choices, out: Path) -> None:
     rows: list[dict[str, Any]] = []
     data: list[dict[str, Any]] = []
     panels: dict[str, Any] = {}
-    for name in choose_attention(subject, choices.blocks, choices.shown):
+    for name in choose_attention(subject, choices.blocks, SHOWN_BLOCKS):
         total: Any = 0
         for i in range(min(choices.pictures, len(subject.images))):
             matrix, size = influence.influence(subject.net, subject.images[i : i + 1], name)

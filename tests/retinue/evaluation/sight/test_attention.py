@@ -61,7 +61,7 @@ def test_rows_are_the_response_of_the_ops_output_to_its_values(name: str):
     shift = torch.rand(SIDE * SIDE)
     # Every channel of a head is checked, although the row is computed from one.
     by_head = rows.map[:, 0].flatten(1) @ shift
-    [layer] = output_layers(call.module)
+    layer: Any = output_layers(call.module)[0]
     with torch.no_grad():
         heads = by_head.repeat_interleave(layer.in_features // len(by_head))
         expected = layer(heads) - layer(torch.zeros_like(heads))
