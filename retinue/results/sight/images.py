@@ -23,7 +23,7 @@ from retinue.utils.suggestions import nearest
 
 @dataclass(frozen=True)
 class View:
-    """What one kind of sight shows of a net.
+    """One kind of sight of a net, ready to be drawn and written.
 
     Attributes:
         title: What is shown, without the net.
