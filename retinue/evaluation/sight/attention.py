@@ -65,7 +65,7 @@ def value_layers(module: Any) -> list[tuple[nn.Linear, int]]:
 
 
 def _width(layer: nn.Linear, parts: int, holder: Any) -> int:
-    widths: Sequence[int] = getattr(holder, "widths", ())
+    widths = list(getattr(holder, "widths", []))
     return widths[-1] if sum(widths) == layer.out_features else layer.out_features // parts
 
 
