@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ops.scan import selective_scan
 from ops.scan_orders import gather_orders, scatter_orders
+from ops.weighting import Values, WeightedSums
 from retinue.utils.arithmetic import ceil_div
 
 # Shortest and longest step at the start of training
@@ -29,6 +30,7 @@ class SelectiveScan(nn.Module):
     def __init__(self, channels: int, states: int, rank: int, scans: int = 4):
         super().__init__()
         self.states, self.rank, self.scans = states, rank, scans
+        self.values = Values()
         bound = channels**-0.5
         self.x_proj_weight = nn.Parameter(torch.empty(scans, rank + 2 * states, channels).uniform_(-bound, bound))
         self.dt_projs_weight = nn.Parameter(torch.empty(scans, channels, rank).uniform_(-(rank**-0.5), rank**-0.5))
@@ -68,7 +70,7 @@ class SelectiveScan(nn.Module):
         raw = (low_rank @ self.dt_projs_weight.transpose(1, 2)).to(torch.promote_types(x.dtype, torch.float32))
         delta = F.softplus(raw + self.dt_projs_bias.unsqueeze(1))
         A = -self.A_logs.to(delta.dtype).exp().unflatten(0, (self.scans, -1))
-        return u, delta, A, B, C
+        return self.values(u, x), delta, A, B, C
 
 
 class SS2D(nn.Module):
@@ -98,6 +100,7 @@ class SS2D(nn.Module):
         if kernel > 1:
             self.conv2d = nn.Conv2d(inner, inner, kernel, padding=kernel // 2, groups=inner, bias=False)
         self.scan = SelectiveScan(inner, states, ceil_div(dim, 16))
+        self.sums = WeightedSums(by_channel=True)
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
@@ -107,5 +110,5 @@ class SS2D(nn.Module):
         if self.conv2d is not None:
             u = self.conv2d(u.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         u = F.silu(u)
-        y = self.scan(u, orders, first).sum(1) + u * self.scan.skip.sum(0)
+        y = self.sums(self.scan(u, orders, first).sum(1)) + u * self.scan.skip.sum(0)
         return self.out_proj(self.out_norm(y.to(x.dtype)) * F.silu(z))

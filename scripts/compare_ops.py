@@ -4,6 +4,7 @@
     python scripts/compare_ops.py ops=[window,agent] seeds=[0,1,2] data=cifar10 recipe.epochs=50
     python scripts/compare_ops.py ops=[window,agent] match=macs tune=8 data=cifar10 recipe.epochs=50
     python scripts/compare_ops.py kind=gate gates=[eca,ela] backbone=timm model.name=resnet50 small=true
+    python scripts/compare_ops.py ops=[window,bilevel_routing] small=true sight=[erf,attention]
     python scripts/compare_ops.py launcher=slurm image_sizes=[224,512] data=imagenet data.root=/data/in1k
 
 All other keys are for train.py. The runs are those of `train.py model=swin model.mixers=<op> seed=<seed> ...`, or with
@@ -33,6 +34,8 @@ from retinue.results.compare_ops import (
     plot_ops,
     summarise_row,
 )
+from retinue.results.sight.sheet import draw_sheets
+from retinue.results.sight.subject import read_query
 from retinue.runs.config import register_resolvers
 from retinue.utils import command_line
 from retinue.utils.errors import user_errors
@@ -67,6 +70,10 @@ class Options(command_line.Options):
     rounds: int = Field(5, ge=1, description="how often each net is timed")
     device: str = Field("auto", description="device of the measurement: auto, cpu, cuda or cuda:N")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of the measurement")
+    sight: list[Literal["erf", "attention", "routes", "gradcam", "pca"]] = Field(
+        [], description="kinds of scripts/see.py of which a sheet is drawn, with a row for the first run of each op"
+    )
+    query: list[str] = Field(["0.5", "0.5"], description="attention, routes: [y,x] as shares of the height and width")
     launcher: str | None = Field(None, description="launcher of the runs, such as slurm; null: this process")
     folder: Path = Field(Path("outputs"), description="folder of the runs")
     out: Path = Field(Path("compare_ops"), description="folder of the table, the plot and the page")
@@ -91,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default = NONE if options.kind == "gate" else "window" if "window" in ops else ops[0]
     baseline = options.baseline or default
     check_ops([*ops, baseline], options.kind)
-    device = pick_device(options.device)
+    device, query = pick_device(options.device), read_query(options.query)
     seeds = ([0] if options.small else [0, 1, 2]) if options.seeds is None else options.seeds
     if options.small:
         overrides = [*SMALL, *overrides]
@@ -123,7 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_csv(table, rows)
     plot_ops(plot, rows, figure, image_sizes[0], title)
     write_text(page, make_comparison_page(comparison, entries, run))
-    print(table, plot, page)
+    # One sheet for each kind of sight, with the ops in the order of the table
+    sheets = {kind: options.out / f"{options.kind}s_{kind}.png" for kind in options.sight}
+    if sheets:
+        ordered = {op: entries[op].runs for op in (str(row["what"]) for row in rows)}
+        shown = {op: next(iter(folders.values())) for op, folders in ordered.items() if folders}
+        draw_sheets(shown, query, device, sheets, run)
+    print(table, plot, page, *sheets.values())
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def read(options: Options, runs: Sequence[Run]) -> dict[str, Any]:
         words = in_words(differences)
         for note in differences.notes:
             print(note, file=sys.stderr)
-    return make_data(runs, options.folder, speed, options.baseline, words)
+    # A page that is read again every few seconds does not carry the pictures.
+    return make_data(runs, options.folder, speed, options.baseline, words, pictures=not options.watch)
 
 
 def watch(options: Options) -> None:

@@ -6,6 +6,7 @@
     python scripts/see.py kind=cka run=RUN other=RUN
     python scripts/see.py kind=similarity run=RUN sizes=[64,128]
 
+The files go to RUN/sight, where report.py finds the pictures, or without a run to sight in the current folder.
 All other keys are for eval.py: `model=`, `weights=`, `data=`, `data.image_size=`, ... Kinds:
   erf         effective receptive field, and the area that holds 20 to 99 % of the contribution
   attention   attention of a query in each head     routes      tokens that sparse ops choose for a query
@@ -18,6 +19,8 @@ All other keys are for eval.py: `model=`, `weights=`, `data=`, `data.image_size=
 docs/sight.md describes them.
 """
 
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -25,8 +28,9 @@ from typing import Literal
 from pydantic import Field
 
 from retinue.benchmarks.timing import pick_device
-from retinue.results.sight import KINDS
-from retinue.results.sight.subject import Choices, load
+from retinue.results.run_pictures import FOLDER, write_caption
+from retinue.results.sight import WITH_QUERY, see
+from retinue.results.sight.subject import Choices, load, read_query
 from retinue.runs.config import register_resolvers
 from retinue.utils import command_line
 from retinue.utils.errors import user_errors
@@ -51,24 +55,9 @@ class Options(command_line.Options):
     method: str = Field("gradcam", description="gradcam: gradcam, gradcampp, xgradcam or layercam")
     sizes: list[int] = Field([], description="frequency, similarity: further sizes of the images, px")
     device: str = Field("auto", description="device that computes: auto, cpu, cuda or cuda:N")
-    out: Path = Field(Path("sight"), description="folder of the pictures and data")
-
-
-def read_query(query: Sequence[str]) -> tuple[float, float] | None:
-    """Return a place as shares of the height and width, or None for the class token.
-
-    Raises:
-        ValueError: The query is neither two numbers from 0 to 1 nor `class`.
-    """
-    if list(query) == ["class"]:
-        return None
-    try:
-        y, x = map(float, query)
-        if not (0 <= y <= 1 and 0 <= x <= 1):
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"query must be class, or [y,x] from 0 to 1, not [{','.join(query)}]") from None
-    return y, x
+    out: Path | None = Field(
+        None, description="folder of the pictures and data; null: sight in the run's folder, or here without a run"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,9 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for size in options.sizes
     }
     choices = Choices(options.pictures, query, options.blocks, options.method, other, resized)
-    options.out.mkdir(parents=True, exist_ok=True)
-    KINDS[options.kind](subject, choices, options.out)
-    print(options.out)
+    out = options.out or (options.run or Path()) / FOLDER
+    out.mkdir(parents=True, exist_ok=True)
+    see(options.kind, subject, choices, out)
+    words = sys.argv[1:] if arguments is None else arguments
+    shown = ",".join(options.query) if options.kind in WITH_QUERY else None
+    write_caption(out, options.kind, shown, shlex.join(["python", "scripts/see.py", *words]))
+    print(out)
 
 
 if __name__ == "__main__":

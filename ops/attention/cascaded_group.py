@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.registry import FIRST, Place, register_op
+from ops.weighting import WeightedSums
 from ops.windows import from_windows, pad_to_multiple, to_windows
 
 
@@ -49,10 +50,11 @@ class CascadedGroupAttention(nn.Module):
             raise ValueError(f"window and key_dim must be at least 1, not {window} and {key_dim}")
         if not kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
             raise ValueError(f"kernels must be one or more odd numbers, not {list(kernels)}")
-        self.window, self.widths = window, (key_dim, key_dim, dim // num_heads)
+        self.num_heads, self.window, self.widths = num_heads, window, (key_dim, key_dim, dim // num_heads)
         self.qkvs = nn.ModuleList(nn.Linear(dim // num_heads, sum(self.widths)) for _ in range(num_heads))
         head_kernels = [kernels[min(head, len(kernels) - 1)] for head in range(num_heads)]
         self.dws = nn.ModuleList(nn.Conv2d(key_dim, key_dim, k, padding=k // 2, groups=key_dim) for k in head_kernels)
+        self.sums = WeightedSums()
         self.proj = nn.Linear(dim, dim)
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window**2))
 
@@ -73,7 +75,7 @@ class CascadedGroupAttention(nn.Module):
             q = dw(q.flatten(0, 1).unflatten(1, window).permute(0, 3, 1, 2))  # (B * windows, key_dim, h, w)
             q = q.flatten(2).transpose(1, 2).view_as(k)
             outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)))
-        out = from_windows(F.relu(torch.cat(outs, dim=-1)), grid, size)
+        out = from_windows(F.relu(self.sums(torch.cat(outs, dim=-1))), grid, size)
         return self.proj(out[:, :H, :W])
 
     def bias(self, window: tuple[int, int]) -> Tensor:

@@ -14,6 +14,7 @@ from ops.norm import RMSNorm
 from ops.precision import at_least_float32, without_autocast
 from ops.registry import FIRST, Place, register_op
 from ops.scan import linear_recurrence
+from ops.weighting import Values, WeightedSums
 from retinue.utils.arithmetic import ceil_div, padding
 
 # Base of the wavelengths of the rotations of queries and keys
@@ -80,6 +81,7 @@ class ChunkRecurrence(nn.Module):
         self.shares = (dim, dim, dim, groups * self.head_dim, groups * self.head_dim)
         self.norm = RMSNorm(dim, 1e-6) if norm else nn.Identity()
         self.in_proj = nn.Linear(dim, sum(self.shares), bias=False)
+        self.values, self.sums = Values(), WeightedSums(by_channel=True)
         self.proj = nn.Linear(dim, dim, bias=False)
         for layer in (self.in_proj, self.proj):
             nn.init.normal_(layer.weight, std=0.02)
@@ -97,8 +99,8 @@ class ChunkRecurrence(nn.Module):
         z, v, f, q, k = self.in_proj(self.norm(x).flatten(1, 2)).split(self.shares, dim=-1)
         q, k = (t.repeat(1, 1, self.num_heads // self.groups) for t in (q, k))
         with without_autocast(x):
-            q, k, v, f = at_least_float32(q, k, v, f + self.gate_bias)
-            out = self.mix(torch.stack([q, k, v, f.sigmoid()]), min(length, v.shape[1]))
+            q, k, v, f = at_least_float32(q, k, self.values(v), f + self.gate_bias)
+            out = self.sums(self.mix(torch.stack([q, k, v, f.sigmoid()]), min(length, v.shape[1])))
         out = self.proj(z.sigmoid() * out.to(z.dtype)).view_as(x)
         return out.transpose(1, 2) if self.columns else out
 

@@ -57,6 +57,7 @@ class ClusterRoutingAttention(nn.Module):
     family = "sparse"
     loss_weights = (("commitment", 1e-4),)
     renames = ((r"^global_attn\.kmeans\.", "kmeans."), (r"^global_attn\.mem_(key|value)$", None))
+    value_layers = ("to_v", "local_to_qkv")
     # A hook of the backward pass moves the centroids
     fullgraph = False
 
@@ -84,7 +85,7 @@ class ClusterRoutingAttention(nn.Module):
             clusters = max(ceil_div(224, place.stride) ** 2 // typical_size, 1)
         if clusters < 1:
             raise ValueError(f"clusters must be at least 1, not {clusters}")
-        self.local_heads, self.routed_heads = local_heads, num_heads - local_heads
+        self.num_heads, self.local_heads, self.routed_heads = num_heads, local_heads, num_heads - local_heads
         self.min_size, self.clusters = MIN_CLUSTER_SIZE if cluster_size is None else cluster_size, clusters
         head_dim = dim // num_heads
         routed, local = self.routed_heads * head_dim, local_heads * head_dim

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ops.attention.grouped_query import GroupedQueryAttention
 from ops.registry import FIRST, Place, register_op
+from ops.weighting import Values
 from retinue.utils.arithmetic import padding
 
 MASKS = ("topk", "relu")
@@ -63,10 +64,11 @@ class DynamicMaskAttention(GroupedQueryAttention):
         # The authors' factor starts at 0. Then all scores are equal, and `dt_proj` gets no gradient.
         self.A = nn.Parameter(torch.ones(self.kv_heads))
         self.dt_proj = nn.Linear(self.v.out_features, self.kv_heads, bias=bias)
+        self.values = Values(by_head=True)
 
     def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, size: Sequence[int]) -> Tensor:
         scores = self.A[:, None] * F.softplus(self.dt_proj(v.transpose(1, 2).flatten(2))).transpose(1, 2)
-        scores = scores.to(q.dtype)  # (B, kv_heads, N)
+        scores, v = scores.to(q.dtype), self.values(v)  # (B, kv_heads, N), (B, kv_heads, N, D)
         order = scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., : self.keys]
         if self.mask == "topk" and self.block == 1:
             scores = scores.gather(-1, order)

@@ -107,7 +107,7 @@ class GlobalQueryAttention(WindowAttention):
             self.make_context = None
         else:
             # Keys and values only, but under the authors' name
-            self.qkv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+            self.qkv, self.widths = nn.Linear(dim, 2 * dim, bias=qkv_bias), (dim, dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         H, W = x.shape[1:3]

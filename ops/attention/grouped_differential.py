@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ops.norm import RMSNorm
 from ops.registry import FIRST, Place, register_op
+from ops.weighting import WeightedSums
 from ops.windowed import WindowedOp
 
 NOISE_FACTORS = ("layer", "token")
@@ -65,11 +66,12 @@ class GroupedDifferentialAttention(WindowedOp):
             raise ValueError(f"factor must be 'layer' or 'token', not {factor!r}")
         if layer < 1:
             raise ValueError(f"layer must be at least 1, not {layer}")
-        self.ratio, self.groups, head_dim = ratio, num_heads // ratio, dim // (2 * num_heads)
+        self.num_heads, self.ratio, self.groups, head_dim = num_heads, ratio, num_heads // ratio, dim // (2 * num_heads)
         self.initial_factor = 0.8 - 0.6 * math.exp(-0.3 * (layer - 1))
         self.q = nn.Linear(dim, (ratio + 1) * self.groups * head_dim, bias=qkv_bias)
         self.k = nn.Linear(dim, 2 * self.groups * head_dim, bias=qkv_bias)
         self.v = nn.Linear(dim, 2 * self.groups * head_dim, bias=qkv_bias)
+        self.sums = WeightedSums()
         self.proj = nn.Linear(dim, dim)
         self.lambdas = self.norm = self.token_factor = None
         if factor == "layer":
@@ -92,9 +94,10 @@ class GroupedDifferentialAttention(WindowedOp):
         heads = F.scaled_dot_product_attention(q, k, v).unflatten(1, (self.groups, -1))
         signal, noise = heads.split((self.ratio, 1), dim=2)  # (B, groups, ratio or 1, N, 2D)
         out = signal - self.factor(x).to(noise.dtype) * noise
+        out = self.sums(out.flatten(1, 2).transpose(1, 2).flatten(2))
         if self.norm is not None:
-            out = self.norm(out) * (1 - self.initial_factor)
-        return self.proj(out.flatten(1, 2).transpose(1, 2).flatten(2))
+            out = (self.norm(out.unflatten(2, (self.num_heads, -1))) * (1 - self.initial_factor)).flatten(2)
+        return self.proj(out)
 
     def factor(self, x: Tensor) -> Tensor:
         """Return the factor of the noise heads for tokens (B, N, C): a scalar, or (B, groups, 1, N, 1)."""

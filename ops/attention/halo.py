@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ops.functional import biased_sdpa, merge_heads, split_heads
 from ops.registry import FIRST, Place, register_op
+from ops.weighting import Values
 from ops.windows import from_windows, pad_to_multiple, to_windows
 
 
@@ -40,6 +41,7 @@ class HaloAttention(nn.Module):
         head_dim, window = dim // num_heads, block + 2 * halo
         self.q = nn.Linear(dim, dim, bias=False)
         self.kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.values = Values()
         self.proj = nn.Linear(dim, dim)
         self.height_rel = nn.Parameter(torch.empty(2 * window - 1, head_dim))
         self.width_rel = nn.Parameter(torch.empty(2 * window - 1, head_dim))
@@ -56,11 +58,12 @@ class HaloAttention(nn.Module):
         grid = (x.shape[1] // block[0], x.shape[2] // block[1])
 
         q = split_heads(to_windows(self.q(x), grid), self.num_heads)  # (B, blocks, heads, block², D)
-        kv = F.pad(self.kv(x), (0, 0, *[self.halo] * 4))
+        k, v = self.kv(x).unflatten(-1, (self.num_heads, 2, -1)).unbind(-2)
+        kv = F.pad(torch.cat([k.flatten(3), self.values(v.flatten(3))], dim=-1), (0, 0, *[self.halo] * 4))
         for axis, side in enumerate(block, start=1):
             kv = kv.unfold(axis, side + 2 * self.halo, side)
-        kv = kv.flatten(1, 2).flatten(-2).unflatten(2, (self.num_heads, 2, -1))  # (B, blocks, heads, 2, D, window²)
-        k, v = kv.transpose(-2, -1).unbind(3)
+        kv = kv.flatten(1, 2).flatten(-2).unflatten(2, (2, self.num_heads, -1))  # (B, blocks, 2, heads, D, window²)
+        k, v = kv.transpose(-2, -1).unbind(2)
         out = merge_heads(biased_sdpa(q, k, v, self.position_scores(q, block)))
         return self.proj(from_windows(out, grid, x.shape[1:3])[:, :H, :W])
 

@@ -31,6 +31,7 @@ class HiLoAttention(nn.Module):
     family = "mixed"
     softmax_options = True
     renames = ((r"^h_", "high_"), (r"^l_", "low_"))
+    value_layers, output_layers = ("high_qkv", "low_kv"), ("high_proj", "low_proj")
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class HiLoAttention(nn.Module):
         window = (2 if place.stage < 3 else 1) if window is None else window
         if window < 1 or not 0 < alpha <= 1:
             raise ValueError(f"window must be at least 1 and alpha in (0, 1], not {window} and {alpha}")
-        self.window = window
+        self.num_heads, self.window = num_heads, window
         self.low_heads = num_heads if window == 1 else max(int(num_heads * alpha), 1)
         self.high_heads = num_heads - self.low_heads
         low, high = (heads * dim // num_heads for heads in (self.low_heads, self.high_heads))

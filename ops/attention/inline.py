@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ops.linear import linear_attention
 from ops.registry import FIRST, Place, register_op
+from ops.weighting import WeightedSums
 
 
 @register_op("inline")
@@ -53,6 +54,7 @@ class InLineAttention(nn.Module):
             nn.Conv1d(dim, dim, 1, groups=num_heads), nn.GELU(), nn.Conv1d(dim, 9 * dim, 1, groups=num_heads)
         )
         self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim) if lepe_kernel else None
+        self.sums = WeightedSums()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, mean: Tensor | None = None) -> Any:
@@ -72,7 +74,7 @@ class InLineAttention(nn.Module):
         values = v[:, E:].unflatten(1, size).permute(0, 3, 1, 2)
         local = self.convolve(values, tokens.mean(1) if mean is None else mean)
 
-        out = linear_attention((q, k, v), self.num_heads, "identity", "subtract", self.scale)
+        out = self.sums(linear_attention((q, k, v), self.num_heads, "identity", "subtract", self.scale))
         out = self.proj(out + F.pad(local.flatten(2).transpose(1, 2), (0, 0, E, 0)))
         x = out[:, E:].unflatten(1, size)
         return x if extra is None else (x, out[:, :E])

@@ -15,6 +15,7 @@ from ops.linear import linear_attention
 from ops.precision import at_least_float32
 from ops.registry import FIRST, Place, register_op
 from ops.scan import gated_linear_attention
+from ops.weighting import Values, WeightedSums
 
 FORMS = ("all", "causal", "both_ways", "four_ways", "axial")
 
@@ -58,6 +59,7 @@ class LightningAttention(nn.Module):
             raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
         self.num_heads, self.form = num_heads, form
         self.q_proj, self.k_proj, self.v_proj, self.proj = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
+        self.values, self.sums = Values(), WeightedSums()
         self.norm = nn.LayerNorm(dim)
         rank = dim // num_heads
         self.output_gate = nn.Sequential(nn.Linear(dim, rank, bias=bias), nn.Linear(rank, dim, bias=bias))
@@ -68,7 +70,7 @@ class LightningAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (F.silu(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         # Sums over many tokens may be out of the range of half precision until they are normalised
-        out = self.attend(q, k, *at_least_float32(v))
+        out = self.sums(self.attend(q, k, *at_least_float32(self.values(v))))
         weight, bias = (t.to(out.dtype) for t in (self.norm.weight, self.norm.bias))
         out = F.layer_norm(out, self.norm.normalized_shape, weight, bias, self.norm.eps).to(x.dtype)
         return self.proj(out * self.output_gate(x).sigmoid())

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.registry import FIRST, Place, register_op
+from ops.weighting import WeightedSums
 
 
 @register_op("msa_conv")
@@ -56,6 +57,7 @@ class MSAConv(nn.Module):
         self.kernel, self.dilation = kernel, dilation
         self.qkv = nn.Linear(dim, 3 * dim)
         self.drop = nn.Dropout(dropout)
+        self.sums = WeightedSums()
         self.conv = nn.Conv2d(dim, dim if out_dim is None else out_dim, kernel, conv_stride, padding, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +65,8 @@ class MSAConv(nn.Module):
         scores = (q.flatten(2)[:, :, None] * self.windows(k)).sum(1) * x.shape[3] ** -0.5  # (B, kernel², H * W)
         weights = self.drop(scores.softmax(1))
         mixed = (weights[:, None] * self.windows(v)).sum(2).unflatten(2, x.shape[1:3])
-        return F.relu(self.conv(mixed + x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        mixed = self.sums(mixed.permute(0, 2, 3, 1))
+        return F.relu(self.conv((mixed + x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
     def windows(self, x: Tensor) -> Tensor:
         """Return the windows around all tokens of (B, C, H, W): (B, C, kernel², H * W)."""

@@ -15,6 +15,7 @@ from ops.registry import FIRST, Place, register_op
 from ops.scan import selective_scan
 from ops.scan_orders import diagonals, positions, raster, scatter_orders, snake, spiral, to_orders
 from ops.selective_scan import SelectiveScan
+from ops.weighting import WeightedSums
 from retinue.utils.arithmetic import ceil_div
 
 # Letters of the authors for the routes of the heads, in their order
@@ -83,6 +84,7 @@ class MultiHeadScan(nn.Module):
             self.out_norm = nn.LayerNorm(dim)
         self.x_proj = nn.Linear(dim, patterns * channels, bias=False)
         self.heads = nn.ModuleList(SelectiveScan(channels, states, ceil_div(channels, 16)) for _ in range(patterns))
+        self.sums = WeightedSums(by_channel=True)
         self.cat_norm = nn.LayerNorm(patterns * channels) if project else nn.Identity()
         self.y_proj = nn.Linear(patterns * channels, dim, bias=False) if project else nn.Identity()
 
@@ -121,7 +123,7 @@ class MultiHeadScan(nn.Module):
         common = skip.mean(0)
         y = scanned + u.unsqueeze(1) * (skip - common)[:, None, None]
         variation = y.std(1) / ((y - y.amin(1, keepdim=True)).mean(1) + 1e-5)
-        return (y.sum(1) + 4 * common * u) * F.relu(variation - self.threshold)
+        return (self.sums(y.sum(1)) + 4 * common * u) * F.relu(variation - self.threshold)
 
 
 def routes_of_heads(size: Sequence[int], device: torch.device) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ops.functional import map_attention, window_attention
 from ops.registry import FIRST, Place, register_op
+from ops.weighting import Values
 from ops.windows import pad_to_multiple, window_means
 
 # Sides of the windows by stage, for some 4 x 4 to 8 x 8 proxies at an image of 224 pixels
@@ -42,6 +43,7 @@ class ProxyTokenAttention(nn.Module):
     """
 
     family = "mixed"
+    value_layers, output_layers = ("local_qkv",), ("local_proj", "cross_proj")
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class ProxyTokenAttention(nn.Module):
         self.num_heads, self.window, self.shift = num_heads, window, shift
         self.proxy_qkv, self.proxy_proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.cross_q, self.cross_kv, self.cross_proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.values = Values()
         self.out = nn.Linear(dim, dim)
         if zero_init:
             nn.init.zeros_(self.out.weight)
@@ -72,10 +75,11 @@ class ProxyTokenAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[1:3]
         window = (min(self.window, H), min(self.window, W))
-        proxies = window_means(x, window).unsqueeze(1)  # (B, 1, P, C)
-        q, k, v = self.proxy_qkv(proxies).chunk(3, dim=-1)
+        means = window_means(x, window).unsqueeze(1)  # (B, 1, P, C)
+        q, k, v = self.proxy_qkv(means).chunk(3, dim=-1)
         proxies = self.proxy_proj(map_attention(q, k, v, self.num_heads))
         k, v = self.cross_kv(proxies).chunk(2, dim=-1)
+        v = self.values(v, means)
         out = self.out(self.cross_proj(map_attention(self.cross_q(x), k, v, self.num_heads)))
         if self.local_qkv is None:
             return out

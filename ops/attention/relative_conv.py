@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ops.functional import biased_scores_attention, merge_heads, split_heads
 from ops.registry import FIRST, Place, register_op
+from ops.weighting import Values
 from ops.windows import from_windows, pad_to_multiple, to_windows
 from retinue.utils.arithmetic import ceil_div
 
@@ -79,6 +80,7 @@ class RelativeConvolutionalAttention(nn.Module):
         self.key_pos_embeddings = nn.Parameter(std * torch.randn(rows, num_heads, head_dim))
         self.key_pos_bias = nn.Parameter(std * torch.randn(rows, num_heads))
         self.query_pos_bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+        self.values = Values()
         self.output = nn.Linear(dim, dim)
 
     def no_weight_decay(self) -> set[str]:
@@ -97,7 +99,9 @@ class RelativeConvolutionalAttention(nn.Module):
         for layer, conv in self.projections():
             maps = layer(x).unflatten(-1, (self.num_heads, -1)).permute(0, 3, 4, 1, 2)  # (B, heads, D, H, W)
             convolved = conv(maps.flatten(0, 1)).unflatten(0, maps.shape[:2]).flatten(1, 2)
-            heads.append(pad_to_multiple(convolved.permute(0, 2, 3, 1), window))
+            heads.append(convolved.permute(0, 2, 3, 1))
+        heads[2] = self.values(heads[2], heads[2])
+        heads = [pad_to_multiple(t, window) for t in heads]
         padded = heads[0].shape[1:3]
         grid = (padded[0] // window[0], padded[1] // window[1])
         q, k, v = (split_heads(to_windows(t, grid), self.num_heads) for t in heads)  # (B, P, heads, N, D)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ops.functional import merge_heads, split_heads
 from ops.registry import FIRST, Place, register_op
+from ops.weighting import Values
 from ops.windowed import WindowedOp
 
 
@@ -52,11 +53,12 @@ class SelectiveAttention(WindowedOp):
         self.q_scale = TokenScale(num_heads, dim // num_heads)
         self.k_scale = TokenScale(num_heads, dim // num_heads) if scale_keys else nn.Identity()
         self.v_scale = TokenScale(num_heads, dim // num_heads)
+        self.values = Values(by_head=True)
         self.proj = nn.Linear(dim, dim)
 
     def mix(self, x: Tensor) -> Tensor:
         q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, dim=-1))
-        out = F.scaled_dot_product_attention(self.q_scale(q), self.k_scale(k), self.v_scale(v))
+        out = F.scaled_dot_product_attention(self.q_scale(q), self.k_scale(k), self.values(self.v_scale(v)))
         return self.proj(merge_heads(out))
 
 

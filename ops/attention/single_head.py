@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ops.functional import map_attention
 from ops.registry import FIRST, Place, register_op
 from ops.softmax import SoftmaxOptions
+from ops.weighting import WeightedSums
 
 
 @register_op("single_head")
@@ -49,10 +50,11 @@ class SingleHeadAttention(nn.Module):
         self.softmax = SoftmaxOptions(1, key_dim, place)
         self.pre_norm = nn.GroupNorm(1, partial)
         self.qkv = nn.Linear(partial, sum(self.widths))
+        self.sums = WeightedSums()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x, other_channels = x.split(self.partial, dim=-1)
         x = self.pre_norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        out = map_attention(*self.qkv(x).split(self.widths, dim=-1), num_heads=1, softmax=self.softmax)
+        out = self.sums(map_attention(*self.qkv(x).split(self.widths, dim=-1), num_heads=1, softmax=self.softmax))
         return self.proj(F.relu(torch.cat((out, other_channels), dim=-1)))

@@ -305,7 +305,8 @@ def summarise_row(row: Row) -> Row:
 def make_comparison_page(comparison: Comparison, entries: Mapping[str, Entry], title: str) -> str:
     """Return the HTML page of the compared runs and their tests at other sizes: quality against cost, and curves."""
     folders = [folder for entry in entries.values() for folder in (*entry.runs.values(), *entry.evaluations)]
-    return make_page(make_data([read_run(folder) for folder in folders], comparison.folder), title)
+    data = make_data([read_run(folder) for folder in folders], comparison.folder, pictures=True)
+    return make_page(data, title)
 
 
 def measure(

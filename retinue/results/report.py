@@ -18,6 +18,7 @@ from typing import Any
 
 from retinue.results.collection import RUN_KEYS, Group, Run, group_runs
 from retinue.results.figures import display_unit, lower_is_better, main_figures
+from retinue.results.run_pictures import read_pictures
 
 PAGE_FOLDER = Path(__file__).resolve().parent / "page"
 SCRIPTS = ("charts.js", "radar.js", "details.js", "speed.js", "report.js")
@@ -51,6 +52,7 @@ def make_data(
     speed: Sequence[Mapping[str, Any]] = (),
     baseline: str | None = None,
     differences: Mapping[int, str] | None = None,
+    pictures: bool = False,
 ) -> dict[str, Any]:
     """Return what the page shows, ready for JSON: every number is finite or absent.
 
@@ -60,6 +62,7 @@ def make_data(
         speed: What `retinue.results.benchmark_csv.read_speed` returns, for the part on speed.
         baseline: Name of the net with which the others are compared; None compares none.
         differences: Difference to the baseline in words, by the position of the group in `group_runs(runs)`.
+        pictures: Embed the pictures that `see.py` has left in the runs' folders.
     """
     for run in runs:
         if rate := run.number("images_per_second"):
@@ -91,7 +94,11 @@ def make_data(
                 "config": _config_text(group.runs[0]),
                 "stats": _statistics(group, names),
                 "difference": (differences or {}).get(i, ""),
-                "runs": [_describe_run(run, names, curves.get(run.folder, {}), max_points) for run in group.runs],
+                "runs": [
+                    _describe_run(run, names, curves.get(run.folder, {}), max_points)
+                    | {"pictures": read_pictures(run.folder) if pictures else []}
+                    for run in group.runs
+                ],
             }
             for i, group in enumerate(groups)
         ],

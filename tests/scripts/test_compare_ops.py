@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from torch import nn
@@ -35,7 +36,7 @@ def table():
 def test_ops_are_compared_and_a_broken_one_does_not_stop_the_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(registry._OPS, "broken", Broken)
-    compare_ops.main(["ops=[broken,window,full]", *QUICK])
+    compare_ops.main(["ops=[broken,window,full]", "sight=[erf]", *QUICK])
     rows = table()
     assert rows["broken"]["failed"] == "RuntimeError: no kernel for this"
     assert rows["broken"]["top1"] == rows["broken"]["seeds"] == ""
@@ -52,7 +53,11 @@ def test_ops_are_compared_and_a_broken_one_does_not_stop_the_others(tmp_path, mo
         float(rows["full"]["top1"]) - float(rows["window"]["top1"])
     )
     assert (rows["window"]["family"], rows["window"]["growth"], rows["full"]["growth"]) == ("local", "N^1.0", "N^2.0")
-    assert (tmp_path / "compare_ops/ops.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("ops.png", "ops_erf.png"):
+        assert (tmp_path / "compare_ops" / picture).read_bytes().startswith(b"\x89PNG")
+    # One run of each op that has one is shown.
+    with np.load("compare_ops/ops_erf.npz") as arrays:
+        assert set(arrays.files) == {f"{op}/{name}" for op in ("window", "full") for name in ("blocks", "fields")}
 
     # A finished run is not repeated.
     compare_ops.main(["ops=window", *QUICK])

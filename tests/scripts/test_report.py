@@ -2,10 +2,14 @@
 
 import json
 import re
+import shutil
 
+import numpy as np
 import pytest
 import yaml
 
+from retinue.evaluation.sight.pictures import draw_grid
+from retinue.results.run_pictures import write_caption
 from scripts import report
 from tests.scripts.browser import Reader
 from tests.scripts.run_folders import fail, make_run, write_result
@@ -195,6 +199,36 @@ def test_panels_of_robustness_have_a_radar(tmp_path, chrome):
     labels = [node.text for node in reader.all("#radar svg text")]
     assert labels == ["top1", "corruption", "size", "pgd"]
     assert "corruption 60.0 %" in reader.one("#radar path.curve").get_attribute("aria-label")
+    assert chrome.get_log("browser") == []
+
+
+def test_the_pictures_in_a_runs_folder_are_on_the_page(tmp_path, chrome):
+    from selenium.webdriver import Keys
+
+    runs = [make_run(tmp_path, "swin_nano", seed, 0.8) for seed in (0, 1)]
+    folder = runs[1] / "sight"
+    folder.mkdir()
+    draw_grid(folder / "routes.png", [[("cell", np.ones((2, 2, 3)), np.eye(2))] * 9], "title")
+    write_caption(folder, "routes", "0.3,0.6", "python scripts/see.py kind=routes run=<img>")
+    # Neither a caption that a kill has cut nor one without its picture is shown.
+    (folder / "erf.json").write_text('{"kind": "erf"')
+    write_caption(folder, "pca", None, "python scripts/see.py kind=pca")
+    report.main([f"folder={tmp_path}", f"out={tmp_path / 'page.html'}"])
+    # The page carries its pictures.
+    shutil.rmtree(folder)
+    reader = Reader(chrome)
+    chrome.get_log("browser")
+    for width in (1280, 375):
+        reader.open(tmp_path / "page.html", width)
+        reader.driver.execute_script("arguments[0].click()", reader.one("tbody .open"))
+        assert not reader.all("#details img")
+        reader.tab_to("#run")
+        reader.press(Keys.DOWN)
+        assert [node.text for node in reader.all("#details figcaption")] == ["routes, query 0.3,0.6"]
+        assert "python scripts/see.py kind=routes run=<img>" in reader.one("#details figure").text
+        image = reader.one("#details img")
+        assert image.get_property("naturalWidth") > 1000 and 0 < image.rect["width"] <= width
+        assert reader.width() <= width
     assert chrome.get_log("browser") == []
 
 

@@ -3,12 +3,16 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from retinue.results.sight import KINDS
+from retinue.evaluation.sight import pictures
+from retinue.results.run_pictures import read_pictures
+from retinue.results.sight import TABLES, VIEWS, sheet
+from retinue.results.sight import see as show
 from retinue.results.sight.subject import Choices, Subject, load
 from retinue.runs.config import register_resolvers
 from scripts import see
@@ -36,9 +40,8 @@ def subject() -> Subject:
     return load(None, NET, 8, torch.device("cpu"))
 
 
-def choices(**changes) -> Choices:
-    return Choices(**{"pictures": 1, "query": (0.5, 0.5), "blocks": None, "method": "gradcam", "other": None,
-                      "resized": {}} | changes)  # fmt: skip
+def choices(**changes: Any) -> Choices:
+    return Choices(**{"pictures": 1, **changes})
 
 
 def test_the_net_and_the_images(subject: Subject):
@@ -48,9 +51,9 @@ def test_the_net_and_the_images(subject: Subject):
     assert not any(parameter.requires_grad for parameter in subject.net.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*VIEWS, *TABLES])
 def test_every_kind_leaves_a_picture_and_data(kind: str, subject: Subject, tmp_path: Path):
-    KINDS[kind](subject, choices(), tmp_path)
+    show(kind, subject, choices(), tmp_path)
     files = sorted(path.name for path in tmp_path.iterdir())
     pictures = [name for name in files if name.endswith(".png")]
     assert f"{kind}.png" in pictures and sorted([*DATA[kind], *pictures]) == files
@@ -64,29 +67,29 @@ def test_every_kind_leaves_a_picture_and_data(kind: str, subject: Subject, tmp_p
 
 
 def test_data_say_what_the_net_does(subject: Subject, tmp_path: Path):
-    KINDS["attention"](subject, choices(query=None, blocks=["blocks.1.mixer"]), tmp_path)
+    show("attention", subject, choices(query=None, blocks=["blocks.1.mixer"]), tmp_path)
     with np.load(tmp_path / "attention.npz") as arrays:
         assert arrays.files == ["0/blocks.1.mixer"]
         # The class token attends to itself too.
         sums = arrays["0/blocks.1.mixer"].sum((1, 2))
         assert ((sums > 0.5) & (sums < 1)).all()
-    KINDS["cka"](subject, choices(), tmp_path)
+    show("cka", subject, choices(), tmp_path)
     assert [float(row[row["block"]]) for row in rows(tmp_path / "cka.csv")] == pytest.approx([1, 1])
     with pytest.raises(ValueError, match="CKA compares nets on the same test images"):
-        KINDS["cka"](subject, choices(other=replace(subject, labels=subject.labels + 1)), tmp_path)
-    KINDS["similarity"](subject, choices(resized={32: subject}), tmp_path)
+        show("cka", subject, choices(other=replace(subject, labels=subject.labels + 1)), tmp_path)
+    show("similarity", subject, choices(resized={32: subject}), tmp_path)
     assert [row["image_size"] for row in rows(tmp_path / "similarity.csv")] == ["16", "16", "32", "32"]
 
 
 def test_an_op_without_attention_is_left_out(subject: Subject, tmp_path: Path, capsys):
     mixed = load(None, [*NET, "model.mixers=[[channel,window]]"], 4, torch.device("cpu"))
-    KINDS["routes"](mixed, choices(), tmp_path)
-    assert "blocks.0.mixer: ChannelAttention has no attention that can be shown" in capsys.readouterr().err
+    show("routes", mixed, choices(), tmp_path)
+    assert "blocks.0.mixer: ChannelAttention has no attention: it is of the family channel" in capsys.readouterr().err
     with np.load(tmp_path / "routes.npz") as arrays:
         assert {name.split("/")[1] for name in arrays.files} == {"blocks.1.mixer"}
     only = load(None, [*NET, "model.mixers=channel"], 4, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"no module.s attention can be shown; blocks.1.mixer: Channel"):
-        KINDS["attention"](only, choices(), tmp_path)
+        show("attention", only, choices(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -105,3 +108,35 @@ def test_an_op_without_attention_is_left_out(subject: Subject, tmp_path: Path, c
 def test_a_mistake_is_refused(arguments: list[str], message: str, tmp_path: Path):
     with pytest.raises(ValueError, match=message):
         see.main([*arguments, "images=2", f"out={tmp_path}"])
+
+
+def test_a_sheet_has_a_row_for_each_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subject: Subject, capsys):
+    channel = load(None, [*NET, "model.mixers=channel"], 8, torch.device("cpu"))
+    nets, drawn = {"a": subject, "b": channel}, {}
+    monkeypatch.setattr(sheet, "load", lambda run, *_: nets[run.name])
+    monkeypatch.setattr(pictures, "draw_grid", lambda path, cells, *rest: drawn.update({path.stem: (cells, *rest)}))
+    out = {kind: tmp_path / f"{kind}.png" for kind in ("erf", "attention")}
+    runs = {"full": Path("a"), "channel": Path("b")}
+    sheet.draw_sheets(runs, (0.9, 0.1), torch.device("cpu"), out, "two nets")
+    for cells, title, mark in drawn.values():
+        assert [row[0][0].splitlines()[0] for row in cells] == ["full", "channel"] and title.endswith(", two nets")
+        assert mark == ((0.9, 0.1) if title.startswith("attention") else None)
+    # A net without attention has the reason in its row.
+    [(caption, _, heat)] = drawn["attention"][0][1]
+    assert "ChannelAttention has no attention" in " ".join(caption.split()) and heat is None
+    assert "attention of channel: no module's attention can be shown" in capsys.readouterr().err
+    with np.load(tmp_path / "attention.npz") as arrays:
+        assert arrays.files == ["full/0/blocks.0.mixer"]
+
+
+def test_the_files_of_a_run_lie_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subject: Subject):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(see, "load", lambda *_: subject)
+    (tmp_path / "run").mkdir()
+    see.main(["kind=attention", "run=run", "query=[0.2,0.7]", "pictures=1"])
+    [shown] = read_pictures(tmp_path / "run")
+    assert shown["title"] == "attention, query 0.2,0.7"
+    assert shown["command"] == "python scripts/see.py kind=attention run=run 'query=[0.2,0.7]' pictures=1"
+    assert shown["src"].startswith("data:image/png;base64,iVBOR")
+    see.main(["kind=erf", *NET])
+    assert sorted(path.name for path in (tmp_path / "sight").iterdir()) == ["erf.csv", "erf.json", "erf.npz", "erf.png"]

@@ -10,15 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retinue.evaluation.sight.attention import (
-    OUTPUT_LAYERS,
-    all_rows,
-    capture,
-    count_heads,
-    distances,
-    find_attention,
-)
+from ops.weighting import Values, WeightedSums
+from retinue.evaluation.sight.attention import capture, count_heads, find_attention, output_layers, value_layers
 from retinue.evaluation.sight.blocks import find_blocks, split_tokens
+from retinue.evaluation.sight.rows import all_rows, distances
 
 # Added to 1 - A, which is 0 where all attention goes to one token.
 EPS = 1e-6
@@ -47,12 +42,14 @@ def influence(net: Any, image: Tensor, module: str) -> tuple[Tensor, tuple[int, 
     rows = all_rows(call)
     attention = torch.cat([rows.extra, rows.map.flatten(2)], dim=2)
     found: list[Tensor] = []
-    if len(call.value_layers) != 1:
-        raise ValueError(f"{module} has several layers for values, so influence cannot be computed")
-    [(value_layer, parts)] = call.value_layers
+    values, outputs = value_layers(call.attention), output_layers(call.attention)
+    marked = any(isinstance(part, (Values, WeightedSums)) for part in call.attention.modules())
+    if marked or len(values) != 1 or len(outputs) != 1:
+        raise ValueError(f"{module} has not one layer for values and one that reads their sums, which influence needs")
+    [(value_layer, width)], [output_layer] = values, outputs
 
     def keep_values(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        found.append(output[..., output.shape[-1] * (parts - 1) // parts :].detach())
+        found.append(output[..., output.shape[-1] - width :].detach())
 
     def keep_inputs(layer: nn.Module, inputs: Any) -> tuple[Tensor]:
         found.append(inputs[0].detach().requires_grad_())
@@ -60,7 +57,7 @@ def influence(net: Any, image: Tensor, module: str) -> tuple[Tensor, tuple[int, 
 
     handles = [
         value_layer.register_forward_hook(keep_values),
-        call.output_layer.register_forward_pre_hook(keep_inputs),
+        output_layer.register_forward_pre_hook(keep_inputs),
     ]
     try:
         with torch.enable_grad():
@@ -71,7 +68,8 @@ def influence(net: Any, image: Tensor, module: str) -> tuple[Tensor, tuple[int, 
     (gradient,) = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1)), found[1])
     tokens, heads = attention.shape[2], len(attention)
     width = gradient.shape[-1]
-    if any(t.numel() != tokens * width for t in (found[0], gradient)):
+    # Windows would be in another order than the map.
+    if len(found) != 2 or any(len(t) != 1 or t.numel() != tokens * width for t in (found[0], gradient)):
         raise ValueError(f"{module} cuts or pads the map before it computes values, so influence cannot be computed")
     values, gradient = (t.reshape(tokens, heads, width // heads).transpose(0, 1).double() for t in (found[0], gradient))
     g, attention = gradient @ values.transpose(1, 2), attention.double()
@@ -108,14 +106,14 @@ def head_importance(net: Any, images: Tensor, labels: Tensor) -> list[dict[str, 
     Raises:
         ValueError: The net has no attention module.
     """
-    names = find_attention(net)
+    names = [name for name in find_attention(net) if len(output_layers(net.get_submodule(name))) == 1]
     if not names:
         raise ValueError(f"{type(net).__name__} has no attention modules whose heads could be pruned")
     base = _loss(net, images, labels)
     rows = []
     for name in names:
         module: Any = net.get_submodule(name)
-        layer = next(getattr(module, layer) for layer in OUTPUT_LAYERS if hasattr(module, layer))
+        [layer] = output_layers(module)
         heads = count_heads(module)
         for head in range(heads):
             handle = layer.register_forward_pre_hook(_without(head, heads))

@@ -13,6 +13,8 @@ from retinue.evaluation.plots import BLUE, GREEN, GREY, LIGHT_BLUE, ORANGE, save
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Caption, image (h, w, 3) with values from 0 to 1 or None, and heat map (H, W) at least 0 or None
+Cell = tuple[str, np.ndarray | None, np.ndarray | None]
 COLOURS = (BLUE, ORANGE, GREEN, LIGHT_BLUE, GREY)
 # Largest number of curves that a legend names.
 MAX_NAMED = 12
@@ -26,7 +28,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def draw_grid(
     path: Path,
-    cells: Sequence[Sequence[tuple[str, np.ndarray | None, np.ndarray | None]]],
+    cells: Sequence[Sequence[Cell]],
     title: str,
     mark: tuple[float, float] | None = None,
 ) -> None:
@@ -34,8 +36,7 @@ def draw_grid(
 
     Args:
         path: File to write.
-        cells: Rows of (caption, image (h, w, 3) with values from 0 to 1 or None, heat map (H, W) at least 0 or None). A
-            map without an image has its own colours.
+        cells: Rows of cells, which may differ in length. A map without an image has its own colours.
         title: Title of the picture.
         mark: Place whose pixel or token is marked in each cell, as shares of the height and width.
     """

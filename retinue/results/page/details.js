@@ -84,6 +84,20 @@ function openDetails(entry, chosen = 0) {
           ),
         )
       : []),
+    ...(run.pictures.length
+      ? section(
+          "What the net looks at",
+          ...run.pictures.map(({ title, command, src }) =>
+            element(
+              "figure",
+              {},
+              element("figcaption", {}, title),
+              element("img", { src, alt: title }),
+              element("div", { class: "command" }, element("pre", {}, command), copyButton(command)),
+            ),
+          ),
+        )
+      : []),
     ...(entry.group.config
       ? section(
           `Config${run.seed === null ? "" : `, with seed: ${run.seed}`}`,

@@ -1,5 +1,7 @@
-"""Kinds of sight that are drawn over images."""
+"""Kinds of sight that are drawn over images: each returns a view, which is written as a picture and as data."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +10,54 @@ import torch
 
 from retinue.benchmarks.timing import Row, print_rows, write_csv
 from retinue.evaluation.sight import features, pictures
-from retinue.evaluation.sight.attention import all_rows, attention_rows, capture
+from retinue.evaluation.sight.attention import capture
 from retinue.evaluation.sight.blocks import find_blocks, record_maps
 from retinue.evaluation.sight.influence import massive_channels
 from retinue.evaluation.sight.receptive_field import contributions, covered_area
+from retinue.evaluation.sight.rows import all_rows, attention_rows
 from retinue.results.sight.subject import SHOWN_BLOCKS, Choices, Subject, choose_attention, choose_blocks
 from retinue.utils.arithmetic import ceil_div
 from retinue.utils.files import replacing
 from retinue.utils.suggestions import nearest
 
 
-def see_erf(subject: Subject, choices: Choices, out: Path) -> None:
+@dataclass(frozen=True)
+class View:
+    """One kind of sight of a net, ready to be drawn and written.
+
+    Attributes:
+        title: What is shown, without the net.
+        cells: Rows of cells, as of `retinue.evaluation.sight.pictures.draw_grid`.
+        arrays: The data of the cells by name.
+        tables: Name of each CSV file -> its rows; the first one is printed.
+        mark: Place that is marked in each cell, as shares of the height and width.
+    """
+
+    title: str
+    cells: Sequence[Sequence[pictures.Cell]]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    tables: dict[str, list[Row]] = field(default_factory=dict)
+    mark: tuple[float, float] | None = None
+
+
+def write_view(kind: str, view: View, net: str, out: Path) -> None:
+    """Write a view of a net to a folder: `<kind>.png`, its data `<kind>.npz`, and its tables."""
+    pictures.draw_grid(out / f"{kind}.png", view.cells, f"{view.title}, {net}", view.mark)
+    if view.arrays:
+        save_arrays(out / f"{kind}.npz", view.arrays)
+    for name, rows in view.tables.items():
+        write_csv(out / f"{name}.csv", rows)
+    for rows in list(view.tables.values())[:1]:
+        print_rows(rows, net)
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays to an npz file, which appears when it is whole."""
+    with replacing(path) as temporary:
+        np.savez_compressed(temporary, **arrays)  # pyright: ignore[reportArgumentType]
+
+
+def view_erf(subject: Subject, choices: Choices) -> View:
     """Effective receptive field of the central token of some blocks, and the area that holds shares of it."""
     names = choose_blocks(list(find_blocks(subject.net)), choices.blocks, SHOWN_BLOCKS)
     fields = {name: contributions(subject.net, subject.images, name) for name in names}
@@ -27,18 +66,17 @@ def see_erf(subject: Subject, choices: Choices, out: Path) -> None:
     # The scale is logarithmic as in the paper, here over three decades below the largest contribution.
     shown = {name: np.log10(1 + 1e3 * field / field.max()) for name, field in fields.items()}
     cells = [[(f"{name}\n99 % in {areas[name][0.99]:.0%} of the area", None, shown[name]) for name in names]]
-    pictures.draw_grid(out / "erf.png", cells, f"effective receptive field (log), {subject.title}")
-    _save(out / "erf.npz", blocks=np.array(names), fields=np.stack(list(fields.values())))
-    write_csv(out / "erf.csv", rows)
-    print_rows(rows, subject.title)
+    arrays = {"blocks": np.array(names), "fields": np.stack(list(fields.values()))}
+    return View("effective receptive field (log)", cells, arrays, {"erf": rows})
 
 
-def see_attention(subject: Subject, choices: Choices, out: Path) -> None:
+def view_attention(subject: Subject, choices: Choices) -> View:
     """Attention of a query in each head of some ops, on one row for each op and image."""
     cells, data = [], {}
+    names = choose_attention(subject, choices.blocks, SHOWN_BLOCKS)
     for i in range(min(choices.pictures, len(subject.images))):
         calls = capture(subject.net, subject.images[i : i + 1])
-        for name in choose_attention(subject, choices.blocks, SHOWN_BLOCKS):
+        for name in names:
             rows = attention_rows(calls[name], [_query(calls[name], choices.query)])
             heat = rows.map[:, 0].cpu().numpy()
             data[f"{i}/{name}"] = heat
@@ -48,10 +86,7 @@ def see_attention(subject: Subject, choices: Choices, out: Path) -> None:
             cells.append(
                 [(caption, subject.photos[i], None), *((text, subject.photos[i], np.abs(m)) for text, m in shown)]
             )
-    width = max(map(len, cells))
-    cells = [row + [("", None, None)] * (width - len(row)) for row in cells]
-    pictures.draw_grid(out / "attention.png", cells, f"attention of the query x, {subject.title}", choices.query)
-    _save(out / "attention.npz", **data)
+    return View("attention of the query x", cells, data, mark=choices.query)
 
 
 def _query(call: Any, query: tuple[float, float] | None) -> int:
@@ -62,15 +97,16 @@ def _query(call: Any, query: tuple[float, float] | None) -> int:
     return 0
 
 
-def see_routes(subject: Subject, choices: Choices, out: Path) -> None:
+def view_routes(subject: Subject, choices: Choices) -> View:
     """Regions that a query's op chooses for it, and its attention there, as in BiFormer's figure (arXiv:2303.08810)."""
     if choices.query is None:
         raise ValueError("kind=routes takes a place as query, such as query=[0.5,0.5]")
     cells, data = [], {}
+    names = choose_attention(subject, choices.blocks, SHOWN_BLOCKS)
     for i in range(min(choices.pictures, len(subject.images))):
         calls = capture(subject.net, subject.images[i : i + 1])
         row: list[Any] = [(f"image {i}", subject.photos[i], None)]
-        for name in choose_attention(subject, choices.blocks, SHOWN_BLOCKS):
+        for name in names:
             heat = attention_rows(calls[name], [calls[name].token(*choices.query)]).map[:, 0].abs().mean(0)
             routes = (heat > 0).cpu().numpy()
             data[f"{i}/{name}/routes"], data[f"{i}/{name}/attention"] = routes, heat.cpu().numpy()
@@ -84,11 +120,10 @@ def see_routes(subject: Subject, choices: Choices, out: Path) -> None:
                 ("attention", subject.photos[i], heat.cpu().numpy()),
             ]
         cells.append(row)
-    pictures.draw_grid(out / "routes.png", cells, f"routes of the query x, {subject.title}", choices.query)
-    _save(out / "routes.npz", **data)
+    return View("routes of the query x", cells, data, mark=choices.query)
 
 
-def see_gradcam(subject: Subject, choices: Choices, out: Path) -> None:
+def view_gradcam(subject: Subject, choices: Choices) -> View:
     """Class activation of the predicted class, on one row for each image."""
     # The library is imported only where it is needed.
     from retinue.evaluation.sight.class_activation import METHODS, class_activation
@@ -105,12 +140,11 @@ def see_gradcam(subject: Subject, choices: Choices, out: Path) -> None:
         heats = [(name, photos[i], maps[i].cpu().numpy()) for name, (maps, _) in found.items()]
         label = int(subject.labels[i]) if subject.labels.ndim == 1 else "?"
         cells.append([(f"image {i}\npredicted {classes[i]}, true {label}", photos[i], None), *heats])
-    pictures.draw_grid(out / "gradcam.png", cells, f"{choices.method}, {subject.title}")
     arrays = {name: maps.cpu().numpy() for name, (maps, _) in found.items()}
-    _save(out / "gradcam.npz", classes=np.array(classes), **arrays)
+    return View(choices.method, cells, {"classes": np.array(classes), **arrays})
 
 
-def see_pca(subject: Subject, choices: Choices, out: Path) -> None:
+def view_pca(subject: Subject, choices: Choices) -> View:
     """First three principal components of a block's tokens as colours, shared by the images that are drawn."""
     names = choose_blocks(list(find_blocks(subject.net)), choices.blocks, SHOWN_BLOCKS)
     number = min(choices.pictures, len(subject.images))
@@ -125,18 +159,19 @@ def see_pca(subject: Subject, choices: Choices, out: Path) -> None:
         ]
         for i in range(number)
     ]
-    pictures.draw_grid(out / "pca.png", cells, f"principal components of tokens, {subject.title}")
-    _save(out / "pca.npz", **{name: colours[:number] for name, (colours, _) in found.items()})
+    arrays = {name: colours[:number] for name, (colours, _) in found.items()}
+    return View("principal components of tokens", cells, arrays)
 
 
-def see_sinks(subject: Subject, choices: Choices, out: Path) -> None:
+def view_sinks(subject: Subject, choices: Choices) -> View:
     """Massive activations of each block, and the attention that each token receives from all queries."""
     rows = massive_channels(subject.net, subject.images)
     cells, sinks = [], []
+    names = choose_attention(subject, choices.blocks, SHOWN_BLOCKS)
     for i in range(min(choices.pictures, len(subject.images))):
         calls = capture(subject.net, subject.images[i : i + 1])
         row: list[Any] = [(f"image {i}", subject.photos[i], None)]
-        for name in choose_attention(subject, choices.blocks, SHOWN_BLOCKS):
+        for name in names:
             found = all_rows(calls[name])
             received, extra = found.map.mean((0, 1)).cpu().numpy(), found.extra.mean((0, 1)).cpu().numpy()
             # Relative to attention that is the same for all tokens.
@@ -146,12 +181,4 @@ def see_sinks(subject: Subject, choices: Choices, out: Path) -> None:
             sinks.append({"image": i, "module": name, "top_token_to_uniform": top, **share})
             row.append((f"{name}\ntop {top:.1f} x, extra {extra.sum():.0%}", None, np.maximum(received, 0)))
         cells.append(row)
-    pictures.draw_grid(out / "sinks.png", cells, f"attention that tokens receive, {subject.title}")
-    write_csv(out / "sinks.csv", sinks)
-    write_csv(out / "massive.csv", rows)
-    print_rows(rows, f"massive activations, {subject.title}")
-
-
-def _save(path: Path, **arrays: Any) -> None:
-    with replacing(path) as temporary:
-        np.savez_compressed(temporary, **arrays)
+    return View("attention that tokens receive", cells, tables={"massive": rows, "sinks": sinks})

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from models import load_weights
 from ops.backend import set_backend
-from retinue.evaluation.sight.attention import attention_rows, capture
+from retinue.evaluation.sight.attention import capture
+from retinue.evaluation.sight.rows import attention_rows
 from retinue.runs.config import check, with_run
 from retinue.runs.many import compose_evaluation
 from retinue.runs.preprocessing import resolved_data
@@ -59,12 +60,29 @@ class Choices:
         resized: The same net and images at further sizes, by size in px.
     """
 
-    pictures: int
-    query: tuple[float, float] | None
-    blocks: Sequence[str] | None
-    method: str
-    other: Subject | None
-    resized: Mapping[int, Subject]
+    pictures: int = 4
+    query: tuple[float, float] | None = (0.5, 0.5)
+    blocks: Sequence[str] | None = None
+    method: str = "gradcam"
+    other: Subject | None = None
+    resized: Mapping[int, Subject] = field(default_factory=dict)
+
+
+def read_query(query: Sequence[str]) -> tuple[float, float] | None:
+    """Return a place as shares of the height and width, or None for the class token.
+
+    Raises:
+        ValueError: The query is neither two numbers from 0 to 1 nor `class`.
+    """
+    if list(query) == ["class"]:
+        return None
+    try:
+        y, x = map(float, query)
+        if not (0 <= y <= 1 and 0 <= x <= 1):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"query must be class, or [y,x] from 0 to 1, not [{','.join(query)}]") from None
+    return y, x
 
 
 def load(run: Path | None, overrides: Sequence[str], number: int, device: torch.device) -> Subject:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from retinue.benchmarks.timing import print_rows, write_csv
 from retinue.evaluation.sight import features, influence, pictures
-from retinue.evaluation.sight.attention import all_rows, capture, distances
+from retinue.evaluation.sight.attention import capture
 from retinue.evaluation.sight.blocks import find_blocks, record_maps
+from retinue.evaluation.sight.rows import all_rows, distances
 from retinue.results.sight.subject import SHOWN_BLOCKS, Choices, Subject, choose_attention, choose_blocks
 
 # Number of images in a batch of CKA.

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from models.factory import build
 from ops import create_op
-from retinue.evaluation.sight.attention import Call, all_rows, attention_rows, capture, find_attention
+from retinue.evaluation.sight.attention import Call, capture, find_attention, output_layers, value_layers
+from retinue.evaluation.sight.rows import all_rows, attention_rows
 
 SIDE = 14
 QUERY = 5 * SIDE + 9
@@ -35,11 +36,11 @@ def make_call(name: Any, x: Tensor | None = None, **arguments: Any) -> Call:
 @torch.no_grad()
 def response(call: Call, shift: Tensor) -> Tensor:
     """Return by how much the op's output at the query changes if `shift` (N,) is added to all values of the tokens."""
-    [(layer, parts)] = call.value_layers
+    [(layer, width)] = value_layers(call.module)
 
     def add(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         output = output.clone()
-        output[..., output.shape[-1] // parts * (parts - 1) :] += shift.view(*output.shape[:-1], 1)
+        output[..., output.shape[-1] - width :] += shift.view(*output.shape[:-1], 1)
         return output
 
     before = call.module(*call.args)
@@ -60,7 +61,7 @@ def test_rows_are_the_response_of_the_ops_output_to_its_values(name: str):
     shift = torch.rand(SIDE * SIDE)
     # Every channel of a head is checked, although the row is computed from one.
     by_head = rows.map[:, 0].flatten(1) @ shift
-    layer = call.output_layer
+    layer: Any = output_layers(call.module)[0]
     with torch.no_grad():
         heads = by_head.repeat_interleave(layer.in_features // len(by_head))
         expected = layer(heads) - layer(torch.zeros_like(heads))
@@ -145,19 +146,6 @@ def test_a_query_attends_to_its_routes():
     # Each query attends to three of the 49 windows of 2 x 2 tokens, with all of their tokens.
     windows = (rows > 0).unflatten(2, (7, 2)).unflatten(4, (7, 2)).sum((3, 5))
     assert windows.unique().tolist() == [0, 4] and ((windows == 4).sum((2, 3)) == 3).all()
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("channel", "output is not linear in its values"),
-        ("grouped_differential", "output is not linear in its values"),
-        ("inline", "the channels of a head have different weights"),
-    ],
-)
-def test_an_op_without_attention_says_so(name: str, message: str):
-    with pytest.raises(ValueError, match=message):
-        attention_rows(make_call(name), [QUERY])
 
 
 def test_a_net_of_timm_with_registers():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.factory import build
 from ops import create_op
-from retinue.evaluation.sight.attention import all_rows, capture
+from retinue.evaluation.sight.attention import capture
 from retinue.evaluation.sight.influence import (
     by_distance,
     head_importance,
@@ -19,6 +19,7 @@ from retinue.evaluation.sight.influence import (
     path_contributions,
     span,
 )
+from retinue.evaluation.sight.rows import all_rows
 
 SMALL = {"patch": 4, "depths": (2,), "dim": 24, "heads": 2, "img_size": 16, "num_classes": 5}
 
