@@ -108,11 +108,13 @@ def stopping_on_sigterm() -> Iterator[None]:
     )
     if default:
         signal.signal(signal.SIGTERM, _stop)
+        previous, sys.unraisablehook = sys.unraisablehook, _stop_again
     try:
         yield
     finally:
         if default:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            sys.unraisablehook = previous
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -121,6 +123,16 @@ def _stop(number: int, frame: FrameType | None) -> None:
         return
     _stopped_at = time.monotonic()
     raise Stopped(number, f"stopped by {signal.Signals(number).name}")
+
+
+def _stop_again(ignored: "sys.UnraisableHookArgs") -> None:
+    """Repeat a request to stop that came in code whose exceptions Python ignores, such as a finaliser."""
+    global _stopped_at
+    if not isinstance(ignored.exc_value, Stopped):
+        sys.__unraisablehook__(ignored)
+        return
+    _stopped_at = -math.inf
+    threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, ignored.exc_value.signum)).start()
 
 
 def _reader_has_closed_stdout() -> bool:

@@ -18,7 +18,7 @@ from retinue.results.collection import find_runs
 from retinue.runs.checkpoints import WHOLE, find_resume
 from retinue.runs.result_file import read_result
 from retinue.runs.status import status
-from retinue.utils.errors import user_errors
+from retinue.utils.errors import Stopped, stopping_on_sigterm, user_errors
 from retinue.utils.paths import PROJECT
 from tests.retinue.runs.cli import SMALL, SWIN
 from tests.scripts.run_folders import fail, make_run
@@ -298,3 +298,19 @@ def test_a_signal_to_the_process_group_ends_all_processes(tmp_path, number):
         lines = [line for line in err.splitlines() if not line.startswith("epoch")]
         assert "saving at the next step" in lines[-2] and len(lines) <= 2 + (len(lines) > 2 and "going on" in lines[0])
         assert lines[-1].startswith(f"stopped by {number.name} at step")
+
+
+class Signalling:
+    """Its finaliser receives SIGTERM, and Python ignores what a finaliser raises."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_in_a_finaliser_stops_the_command():
+    began = time.monotonic()
+    with pytest.raises(Stopped), stopping_on_sigterm():
+        Signalling()
+        time.sleep(20)
+    assert time.monotonic() - began < 10
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
