@@ -58,6 +58,8 @@ def train(rank: int, way: str, folder: str) -> None:
         grads[name] = grad if way == "ddp" else grad.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
     if rank == 0:
         torch.save(grads, f"{folder}/grads.pt")
+    # Gloo's thread may still hold the last sum, and it would wait for Python, which waits for the thread's end.
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -46,6 +46,8 @@ def train(rank: int, folder: str) -> None:
         outcomes[name] = {"loss": mean / 2} | outcome(name, method)
     if rank == 0:
         torch.save(outcomes, f"{folder}/outcomes.pt")
+    # Gloo's thread may still hold the last sum, and it would wait for Python, which waits for the thread's end.
+    dist.barrier()
     dist.destroy_process_group()
 
 
