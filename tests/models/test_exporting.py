@@ -41,7 +41,8 @@ def row(name: str, folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in (*SMALLEST, *OF_TIMM) if f"| `{name}` |" in DOCS])
 def test_the_table_of_the_docs_is_true(name, tmp_path):
-    assert row(name, tmp_path) in DOCS
+    # Without the reason, whose numbers may differ between machines.
+    assert row(name, tmp_path).rsplit(" | ", 1)[0] in DOCS
 
 
 class Small(nn.Module):

@@ -272,7 +272,9 @@ def test_the_error_of_a_rank_is_one_line(tmp_path, capsys, error, line):
     assert said.startswith("error: ") and line in said and len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_a_signal_to_the_process_group_ends_all_processes(tmp_path, number):
     """`timeout` sends SIGTERM to the process and then to its group, which holds the loading processes."""
     command = (
