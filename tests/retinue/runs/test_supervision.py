@@ -22,7 +22,7 @@ RUNS = {
         "task.distillation.weights=teacher.pth", "task.distillation.alpha=0",
     ),
     "augmix": ("model=deit", *TINY, "recipe.augment.auto_augment=augmix-m3-w3", "recipe.augment.jsd=12"),
-    "diversity": ("model=deit", *TINY, "model.mixers={name: full, diversity: 2.0}", "+task.loss_weights.diversity=0.5"),
+    "diversity": ("model=deit", *TINY, "model.mixers={name: full, diversity: 1.0}", "+task.loss_weights.diversity=0.5"),
     "dcal": ("model=dcal", *TINY, *CUTMIX),
     "margin": ("model=deit", *TINY, "recipe.augment.repeats=3", "task.margin_loss=0.5"),
 }  # fmt: skip
