@@ -166,11 +166,11 @@ def test_an_average_of_sharded_weights_is_that_of_one_process_and_goes_on_after_
 
 
 @pytest.mark.slow
-def test_a_greedy_soup_of_runs_is_validated_and_can_be_evaluated(cli, capsys):
+def test_a_greedy_soup_of_runs_is_validated_and_can_be_evaluated(cli, capfd):
     for seed in range(3):
         assert cli.train(f"seed={seed}", f"hydra.run.dir=run{seed}", "recipe.epochs=3").code == 0
     merge_weights(["run0", "run1", "run2", "method=greedy", "save=soup.safetensors"])
-    lines = capsys.readouterr().out.splitlines()
+    lines = capfd.readouterr().out.splitlines()
     figures = [float(line.split("val/top1 ")[1].split()[0]) for line in lines[:4]]
     assert figures[3] >= max(figures[:3])
     best = torch.load("run0/checkpoints/best.ckpt", weights_only=True)
