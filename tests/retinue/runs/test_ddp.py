@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from tests.retinue.runs.cli import SMALL, SWIN, averages_shards, result, rows, run_here
+from tests.retinue.runs.cli import SMALL, SWIN, averages_shards, result, rows, start
 
 # The optimiser is SGD, since Adam turns the rounding error of a tiny gradient into a whole step.
 RUN = (
@@ -14,9 +14,10 @@ RUN = (
 
 
 def trained(folder, *arguments):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(folder)
-        assert run_here("train", *RUN, *arguments, monkeypatch=monkeypatch) == 0
+    # A process of its own, since the first run's process group would remain for the next one.
+    run = start("train", *RUN, *arguments, folder=folder)
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
     return torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True), result(folder / "run")
 
 
