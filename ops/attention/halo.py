@@ -58,14 +58,18 @@ class HaloAttention(nn.Module):
         grid = (x.shape[1] // block[0], x.shape[2] // block[1])
 
         q = split_heads(to_windows(self.q(x), grid), self.num_heads)  # (B, blocks, heads, block², D)
-        k, v = self.kv(x).unflatten(-1, (self.num_heads, 2, -1)).unbind(-2)
-        kv = F.pad(torch.cat([k.flatten(3), self.values(v.flatten(3))], dim=-1), (0, 0, *[self.halo] * 4))
-        for axis, side in enumerate(block, start=1):
-            kv = kv.unfold(axis, side + 2 * self.halo, side)
-        kv = kv.flatten(1, 2).flatten(-2).unflatten(2, (2, self.num_heads, -1))  # (B, blocks, 2, heads, D, window²)
-        k, v = kv.transpose(-2, -1).unbind(2)
+        k, v = self.kv(x).unflatten(-1, (self.num_heads, 2, -1)).unbind(-2)  # (B, H, W, heads, D)
+        v = self.values(v.flatten(3)).view_as(v)
+        k, v = (self.surroundings(t, block) for t in (k, v))
         out = merge_heads(biased_sdpa(q, k, v, self.position_scores(q, block)))
         return self.proj(from_windows(out, grid, x.shape[1:3])[:, :H, :W])
+
+    def surroundings(self, x: Tensor, block: tuple[int, int]) -> Tensor:
+        """Return the windows around all blocks of a map (B, H, W, heads, D): (B, blocks, heads, window², D)."""
+        x = F.pad(x, (0, 0, 0, 0, *[self.halo] * 4))
+        for axis, side in enumerate(block, start=1):
+            x = x.unfold(axis, side + 2 * self.halo, side)
+        return x.flatten(1, 2).flatten(-2).transpose(-2, -1)
 
     def position_scores(self, q: Tensor, block: tuple[int, int]) -> Tensor:
         """Return the positional scores (B, blocks, heads, block², window²) of queries (B, blocks, heads, block², D).

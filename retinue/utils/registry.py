@@ -42,12 +42,15 @@ class Registry(dict[str, Registered]):
         """Return a class decorator that makes a class available under `name`.
 
         Raises:
-            ValueError: `name` is already taken.
+            ValueError: `name` is already taken, or stands for the absence.
         """
 
         def add(cls: Any) -> Any:
-            if name in (*self, self.absence):
-                raise ValueError(f"{self.noun} {name!r} is registered twice")
+            if name == self.absence:
+                raise ValueError(f"{self.noun} {name!r} is the name for none: {cls.__module__} needs another one")
+            if name in self:
+                places = f"{self[name].__module__} and {cls.__module__}"
+                raise ValueError(f"{self.noun} {name!r} is registered twice: in {places}")
             self[name] = cls
             return cls
 
@@ -63,7 +66,7 @@ class Registry(dict[str, Registered]):
         Raises:
             ValueError: The name is unknown.
         """
-        if name not in list(self):
+        if not isinstance(name, str) or name not in self:
             names = self.names() if self.absence is None else [*self.names(), self.absence]
             hint = f"{nearest(str(name), names)} There are: {', '.join(names)}"
             raise ValueError(f"no {self.noun} is called {name!r}.{hint}")

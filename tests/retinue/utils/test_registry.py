@@ -49,7 +49,9 @@ def test_a_wrong_spec_is_one_line(shapes, spec, message):
         shapes.resolve(spec)
 
 
-@pytest.mark.parametrize("name", ["round", "none"])
-def test_a_name_is_taken_once(shapes, name):
-    with pytest.raises(ValueError, match=f"^shape {name!r} is registered twice$"):
-        shapes.register(name)(Square)
+def test_a_name_is_taken_once(shapes):
+    here = __name__.replace(".", r"\.")
+    with pytest.raises(ValueError, match=f"^shape 'round' is registered twice: in {here} and {here}$"):
+        shapes.register("round")(Square)
+    with pytest.raises(ValueError, match=f"^shape 'none' is the name for none: {here} needs another one$"):
+        shapes.register("none")(Square)
